@@ -1,0 +1,1 @@
+"""The ground: errors, files, devices, ranks, records. Knows nothing of language models."""

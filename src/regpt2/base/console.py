@@ -1,0 +1,98 @@
+"""What a person sees while work goes on: lines, a progress line with rate and time left, text made safe to show."""
+
+import re
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# C0 controls but \n and \t, DEL, C1 controls, and the bidirectional overrides: these could drive a terminal.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe_text(text: str) -> str:
+    """Text that came from a model or a file, with every control character shown as an escape instead of obeyed."""
+    return _UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def say(line: str = "") -> None:
+    """One line to standard output, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def warn(line: str) -> None:
+    """One line to standard error, at once."""
+    sys.stderr.write(f"warning: {line}\n")
+    sys.stderr.flush()
+
+
+def count(number: float) -> str:
+    """A number as a person reads it: 950, 12.3k, 4.56M, 10.0B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 3m10s, 5h02m, 2d04h."""
+    whole = int(max(0, seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class ProgressLine:
+    """Progress of long work. A moving bar on a terminal; elsewhere a plain line every ten seconds, for logs.
+
+    Use as a context manager; call `advance(n)` as work is done. `total` and `advance` are in `unit`.
+    """
+
+    def __init__(self, what: str, total: float, unit: str, *, every_s: float = 10.0) -> None:
+        self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
+        self.done = 0.0
+        self.started_at = self.spoke_at = time.monotonic()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "ProgressLine":
+        if sys.stdout.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(file=sys.stdout), transient=True)
+            self._task = self._bar.add_task(f"{self.what} ({self.unit})", total=self.total, rate="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, amount: float) -> None:
+        """Say that `amount` more is done."""
+        self.done += amount
+        now = time.monotonic()
+        rate = self.done / max(1e-9, now - self.started_at)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=f"{count(rate)} {self.unit}/s")
+        elif now - self.spoke_at >= self.every_s:
+            self.spoke_at = now
+            left_s = max(0.0, self.total - self.done) / max(1e-9, rate)
+            say(
+                f"{self.what}: {count(self.done)} of {count(self.total)} {self.unit}, "
+                f"{count(rate)} {self.unit}/s, {duration(left_s)} left"
+            )

@@ -1,0 +1,165 @@
+"""The device and what it can do. In: "auto" or a name; out: a torch device, a precision, its peak, its memory."""
+
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from regpt2.base.errors import UsageError
+
+if sys.platform != "win32":
+    import resource
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
+# Dense matmul peaks in TFLOP/s (16-bit with fp32 accumulation; TF32), from the makers' data sheets, without sparsity.
+# The longest name that the device's name contains wins.
+_PEAK_TFLOPS = {
+    "A100": (312.0, 156.0),
+    "A10G": (70.0, 35.0),
+    "A10": (125.0, 62.5),
+    "A40": (149.7, 74.8),
+    "A6000": (154.8, 77.4),
+    "L4": (121.0, 60.0),
+    "L40S": (362.0, 183.0),
+    "H100 PCIe": (756.0, 378.0),
+    "H100": (989.4, 494.7),
+    "H200": (989.4, 494.7),
+    "GH200": (989.4, 494.7),
+    "B200": (2250.0, 1125.0),
+    "RTX 3090": (71.0, 35.6),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 5090": (209.5, 104.8),
+    "T4": (65.0, 0.0),
+    "V100": (125.0, 0.0),
+}
+
+
+def pick_device(spec: str) -> torch.device:
+    """The device named by `spec`; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: no such device, or not on this machine.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if spec == "auto":
+        return torch.device(next(name for name, is_there in there.items() if is_there))
+    kind = spec.split(":")[0]
+    if not there.get(kind, False):
+        names = ", ".join(name for name, is_there in there.items() if is_there)
+        raise UsageError(f"device {spec!r} is not on this machine; there is: auto, {names}.")
+    return torch.device(spec)
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it: "cuda: NVIDIA H200", "cpu: AMD EPYC 9B45"."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        return f"cpu: {names[0] if names else platform.machine()}"
+    return f"{device.type}: {platform.processor() or platform.machine()}"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How matmuls run: the type of weights and activations in forward and backward. Master weights stay fp32."""
+
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+
+    @property
+    def needs_scaler(self) -> bool:
+        """fp16 gradients underflow without a scaled loss."""
+        return self.precision == "fp16"
+
+
+def choose_compute(precision: Precision, device: torch.device) -> Compute:
+    """The precision asked for, or by "auto" the fastest that the device does in hardware; set up for use.
+
+    Raises:
+        UsageError: the device cannot do it.
+    """
+    can = {"fp32": True, "tf32": False, "bf16": False, "fp16": False}
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        can |= {"tf32": ampere, "bf16": ampere, "fp16": True}
+    elif device.type == "cpu":
+        can["bf16"] = _cpu_has_bf16()
+    chosen = precision
+    if chosen == "auto":
+        chosen = next(name for name in ("bf16", "fp16", "fp32") if can[name])  # type: ignore[assignment]
+    if not can[chosen]:
+        there = ", ".join(name for name, possible in can.items() if possible)
+        raise UsageError(f"precision = {chosen!r} is not in the hardware of {device_name(device)}; it has: {there}.")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if chosen == "fp32" else "high")
+    elif device.type == "cpu":
+        _use_fast_exact_fp32_on_cpu()
+    return Compute(chosen)  # type: ignore[arg-type]
+
+
+def _cpu_has_bf16() -> bool:
+    """AVX512-BF16 or AMX: without them bf16 is emulated and slower than fp32."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        return False
+    words = set(flags.read_text().split())
+    return bool(words & {"avx512_bf16", "amx_bf16"})
+
+
+def _use_fast_exact_fp32_on_cpu() -> None:
+    """Let fp32 matmuls go through oneDNN, which is 2-3x faster than MKL on AMD, if it keeps fp32 accuracy here.
+
+    The setting also permits oneDNN to round to bf16, which some processors then do: so it is tried on one matmul.
+    """
+    if torch.get_float32_matmul_precision() == "medium":
+        return
+    torch.set_float32_matmul_precision("medium")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    if ((a @ b).double() - exact).abs().max() > 1e-4 * exact.abs().max():
+        torch.set_float32_matmul_precision("highest")
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of one device at this precision by its data sheet; None where no sheet is known (every CPU, fp32)."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = sorted((key for key in _PEAK_TFLOPS if key in name), key=len)
+    if not known:
+        return None
+    half, tf32 = _PEAK_TFLOPS[known[-1]]
+    return 1e12 * (tf32 if precision == "tf32" else half) or None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: on the GPU by tensors, on the CPU by the process (0 on Windows: not known)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

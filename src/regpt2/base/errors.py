@@ -1,0 +1,38 @@
+"""What can go wrong for a user: each problem carries one message (what, got, expected, mend) and an exit code."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class Problem(Exception):
+    """A failure that a user, a file or the machine caused. Shown as its message alone, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(Problem):
+    """The command line or a setting is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A recipe or option holds an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(Problem):
+    """A data folder, shard or input file is missing, damaged or of another kind than expected."""
+
+
+class CheckpointError(Problem):
+    """A checkpoint or model folder is missing, damaged or of another shape than expected."""
+
+
+class DownloadError(Problem):
+    """Something could not be fetched, or what came is not what was asked for."""
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, else an empty string."""
+    nearest = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,171 @@
+"""Files that are whole or not there: atomic writes, SHA-256, a lock on a folder, checked downloads, free space."""
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from regpt2.base.errors import DownloadError, Problem, UsageError
+
+CHUNK_BYTES = 1 << 20
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $REGPT2_CACHE, else regpt2 below the user's cache folder. Not created here."""
+    if own := os.environ.get("REGPT2_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regpt2"
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes in memory."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Hex SHA-256 of a file, read in pieces; `on_bytes` is told how many bytes each piece had."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK_BYTES):
+            digest.update(piece)
+            if on_bytes is not None:
+                on_bytes(len(piece))
+    return digest.hexdigest()
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames inside `folder` durable. Windows has no such call: there it does nothing."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under `path` only when it is whole and on disk.
+
+    It is written beside its place, fsynced, renamed, and the folder fsynced. After an exception nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        fsync_dir(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file at once, atomically (see `atomic_file`). Text is UTF-8 with `\\n` line ends."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the system frees it when the process ends, however it ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+b") as file:
+        if not _try_lock(file):
+            file.seek(0)
+            owner = file.read(64).decode(errors="replace").strip() or "another process"
+            raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()}".encode())
+        file.flush()
+        yield
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt  # noqa: PLC0415  (exists on Windows only)
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl  # noqa: PLC0415  (exists on Unix only)
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def require_free_space(folder: Path, need_bytes: int, what: str) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Raises:
+        Problem: less than `need_bytes` are free where `folder` lies (or will lie).
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < need_bytes:
+        raise Problem(
+            f"{folder}: {what} needs {need_bytes / 1e6:,.1f} MB and {free_bytes / 1e6:,.1f} MB are free; "
+            "free some space or choose a folder on another disk."
+        )
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for a failed file operation: what, where, and the mend where there is a usual one."""
+    place = f"{error.filename}: " if error.filename else ""
+    mends = {
+        "ENOSPC": "free some space or choose a folder on another disk",
+        "EROFS": "the file system is read-only: choose another folder",
+        "EACCES": "check the permissions, or choose another folder",
+        "EPERM": "check the permissions, or choose another folder",
+        "EDQUOT": "your quota is used up: free some space",
+        "EMFILE": "too many open files: raise the limit (ulimit -n)",
+    }
+    mend = next((text for name, text in mends.items() if error.errno == getattr(errno, name, None)), "")
+    return f"{place}{error.strerror or error}{'; ' + mend if mend else ''}."
+
+
+def download(url: str, path: Path, sha256: str, *, tries: int = 3) -> None:
+    """Fetch `url` to `path`, which appears only when its SHA-256 is as pinned. An existing right file is kept.
+
+    Raises:
+        DownloadError: no network, a refusal, or other content than pinned.
+    """
+    if path.exists() and sha256_file(path) == sha256:
+        return
+    for attempt in range(1, tries + 1):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:  # fixed https addresses, or a test's loopback
+                data = reply.read()
+            break
+        except (urllib.error.URLError, OSError) as error:
+            if attempt == tries or isinstance(error, urllib.error.HTTPError):
+                raise DownloadError(
+                    f"could not download {url} ({error}); check the network, or put the file at {path} by hand "
+                    f"(SHA-256 {sha256})."
+                ) from error
+            time.sleep(0.5 * 2**attempt)
+    got = sha256_bytes(data)
+    if got != sha256:
+        raise DownloadError(f"{url} gave {len(data):,} bytes with SHA-256 {got}, expected {sha256}; nothing was kept.")
+    write_atomic(path, data)

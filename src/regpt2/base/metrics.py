@@ -1,0 +1,86 @@
+"""The record of a run: `metrics.jsonl`, one event a line. In: events; out: a file that only grows.
+
+Every event has `event` and `step` (updates made so far). The kinds:
+  run         a start or a resume: config, versions, device, data, the step it goes on from
+  train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far)
+  eval        eval (its name) and its figures
+  sample      prompt, texts
+  checkpoint  folder, elapsed_s
+  note        text: what a reader of the record should know (a skipped step, a failed evaluation, a fallback)
+  end         reason, elapsed_s
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from regpt2.base.console import warn
+from regpt2.base.errors import DataError
+from regpt2.base.files import describe_os_error, write_atomic
+
+
+class MetricsLog:
+    """Appends events to a file. Only rank 0 has one that writes; with `path=None` nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._warned = False
+
+    def cut_back(self, step: int) -> None:
+        """Forget the events after `step`: the run goes on from there and will write them again.
+
+        A line that a kill cut in half goes too. Notes stay: what happened, happened.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        kept = [event for event in read_events(self.path) if event["step"] <= step or event["event"] == "note"]
+        write_atomic(self.path, "".join(_line(event) for event in kept))
+
+    def log(self, event: str, step: int, **values: Any) -> None:
+        """Append one event. A log that cannot be written never stops training: it is said once."""
+        if self.path is None:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line({"event": event, "step": step, **values}))
+        except OSError as error:
+            if not self._warned:
+                warn(f"the record is not being written: {describe_os_error(error)} Training goes on.")
+            self._warned = True
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a record, in order. A last line that a kill cut in half is left out.
+
+    Raises:
+        DataError: a line in the middle is not an event.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            event = json.loads(line)
+            event["event"], event["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                return
+            raise DataError(f"{path}:{number} is not an event ({error}); cut the file back to the line before.") from None
+        yield event
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(_plain(event), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

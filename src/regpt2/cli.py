@@ -1,0 +1,77 @@
+"""The command. In: arguments; out: an exit code. Finds the verb, shows a problem as one message, imports what is needed.
+
+0 = done, 1 = failed, 2 = wrong usage, 128 + signal = stopped by it.
+"""
+
+import importlib
+import os
+import sys
+
+from regpt2 import __version__
+from regpt2.base.errors import Problem, UsageError, did_you_mean
+from regpt2.base.files import describe_os_error
+
+VERBS = {
+    "prepare": "text -> tokens -> shards: parallel, resumable, verified",
+    "train": "train a model by a recipe, or go on with a run",
+    "evaluate": "measure a model",
+    "sample": "continue a prompt",
+    "explore": "look inside a model: names, shapes, statistics, pictures",
+    "convert": "weights from and to other formats, each conversion verified",
+    "report": "a run as a page that opens offline, and a picture",
+}
+
+
+def usage() -> str:
+    """What `regpt2 --help` prints."""
+    verbs = "\n".join(f"  {verb:<10} {line}" for verb, line in VERBS.items())
+    return f"""regpt2 {__version__}: GPT-2, reproduced.
+
+usage: regpt2 VERB [arguments] [--debug]
+       regpt2 VERB --help
+
+{verbs}
+
+First steps:
+  regpt2 prepare tiny_shakespeare --out data/shakespeare
+  regpt2 train shakespeare
+  regpt2 sample runs/shakespeare "ROMEO:"
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Every foreseen problem ends as one message on standard error; `--debug` shows the traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        sys.stdout.write(f"regpt2 {__version__}\n")
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except Problem as problem:
+        return _fail(str(problem), problem.exit_code, debug)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(describe_os_error(error), 1, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130, debug)
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    if verb not in VERBS:
+        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
+    code: int = importlib.import_module(f"regpt2.{verb}").main(arguments)
+    return code
+
+
+def _fail(message: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        raise  # noqa: PLE0704  (called from an except clause only)
+    sys.stderr.write(f"regpt2: {message}\n")
+    return exit_code

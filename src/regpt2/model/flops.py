@@ -1,0 +1,20 @@
+"""Arithmetic of a GPT-2 step. In: a shape and a sequence length; out: FLOPs per trained token."""
+
+from regpt2.model.gpt import GPTConfig
+
+# C = n_embd, L = n_layer, T = seq_len, V = padded_vocab_size
+
+
+def flops_per_token(config: GPTConfig, seq_len: int) -> float:
+    """Matmul FLOPs, forward and backward, of one token; causal attention counted once, no recomputation.
+
+    72 C^2 L (QKV 18, projection 6, MLP 48) + 6 C T L (scores and values, half of the square) + 6 C V (head).
+    For 124M at T=1024: 798 MFLOP. nanoGPT's convention counts the whole square, 6N + 12 C T L, which gives 860.
+    """
+    C, L, T, V = config.n_embd, config.n_layer, seq_len, config.padded_vocab_size
+    return float(72 * C * C * L + 6 * C * T * L + 6 * C * V)
+
+
+def mfu(tokens_per_s: float, flops: float, peak: float | None, world_size: int) -> float | None:
+    """Model FLOPs utilization, 0 to 1; None where the peak is unknown, rather than a wrong number."""
+    return None if peak is None else tokens_per_s * flops / (peak * world_size)

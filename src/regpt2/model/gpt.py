@@ -1,0 +1,173 @@
+"""GPT-2, the whole model on one page. In: token ids (B, T); out: logits (B, T, vocab_size), or the mean loss in nats.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", with GPT-2's own parameter names.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regpt2.base.errors import ConfigError
+from regpt2.model.loss import linear_cross_entropy
+
+# B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT-2. The defaults are the 124M model."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block."""
+    n_embd: int = 768
+    """Width of the residual stream; a multiple of n_head."""
+    block_size: int = 1024
+    """The longest context that the model can take, in tokens."""
+    vocab_size: int = 50257
+    """Real tokens: 50,000 merges + 256 bytes + <|endoftext|>."""
+    vocab_multiple: int = 64
+    """The embedding matrix has rows up to the next multiple of this, for the matmul's sake: 50257 -> 50304."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals; 0 for pre-training on more data than parameters."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} = {getattr(self, name)} must be at least 1.")
+        if self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ConfigError(
+                f"model.n_embd = {self.n_embd} must be a multiple of model.n_head = {self.n_head}; "
+                f"the nearest is {nearest}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout = {self.dropout} must be at least 0 and below 1.")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix. The rows past vocab_size are zero and stay zero."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class LayerCache(Protocol):
+    """Keys and values of the tokens before, for one block (see model/generate.py)."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new (B, H, T, D) and return all (B, H, S, D)."""
+        ...
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        # With a cache T is either the whole prompt (S = T, causal) or one token that may see everything.
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0
+        )  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); GPT-2 was trained with the tanh form
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 with a tied head: `wte` is both the embedding and, transposed, the projection to logits."""
+
+    def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        if not self.wte.weight.is_meta:
+            self.init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """GPT-2's initialization: N(0, 0.02), and less where a block adds to the residual stream (paper, section 2.3)."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two additions per block
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                p.normal_(std=residual_std, generator=generator)
+            elif p.dim() == 2:
+                p.normal_(std=0.02, generator=generator)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                p.fill_(1.0)  # LayerNorm weights
+        self.wte.weight[self.config.vocab_size :] = 0.0
+
+    def n_params(self) -> int:
+        """Parameters, the padding rows of the vocabulary left out: 124,439,808 for the 124M model."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def hidden(self, ids: Tensor, caches: "list[LayerCache] | None" = None, position: int = 0) -> Tensor:
+        """Ids (B, T) -> what the head reads (B, T, C). `position` is the place of the first id in its sequence."""
+        T = ids.shape[1]
+        if position + T > self.config.block_size:
+            raise ValueError(f"{position + T} tokens do not fit into block_size = {self.config.block_size}")
+        x = self.wte(ids) + self.wpe.weight[position : position + T]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, None if caches is None else caches[i])
+        return self.ln_f(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(..., C) -> logits (..., vocab_size): the padding rows never leave this method."""
+        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab_size); with targets (B, T) the mean loss in nats per token, the logits never whole."""
+        x = self.hidden(ids)
+        if targets is None:
+            return self.head(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+
+
+SIZES = {  # parameters by the paper's count of layers and width; 124M was printed there as 117M
+    "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "350M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}

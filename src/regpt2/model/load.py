@@ -1,0 +1,262 @@
+"""A model by name. In: a run folder, a checkpoint, a native or Hugging Face folder, or `hf:gpt2`; out: a GPT.
+
+Also the contract of the shelf model/weights/: each entry there has
+
+    matches(path) -> bool                    is this folder in my format? By content; never raises
+    read(path) -> ModelFiles                 raises CheckpointError for what is damaged or is no GPT-2
+    write(model, folder, vocabulary) -> None into an existing folder, each file atomically
+    FILES                                    names that `write` can leave in a folder
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from regpt2.base import plugins
+from regpt2.base.console import warn
+from regpt2.base.errors import CheckpointError, DownloadError, UsageError
+from regpt2.base.files import sha256_file
+from regpt2.model.gpt import GPT, GPTConfig
+
+SHELF = "model.weights"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+KINDS = (
+    "a run folder (with checkpoints/), a checkpoint or exported folder, a Hugging Face folder, "
+    "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
+)
+_STEP = re.compile(r"step-(\d{8})")
+_HUB_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors"]
+
+
+@dataclass(frozen=True)
+class TokenizerRef:
+    """Which tokenizer a model was trained with: its name, and the fingerprint of its vocabulary."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Vocabulary(TokenizerRef):
+    """What an export can say about the tokenizer beyond its name."""
+
+    eot: int
+    """The id of <|endoftext|>."""
+    merges: bytes | None = None
+    """GPT-2's `vocab.bpe`, if the tokenizer is GPT-2's."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a weight format reads: a model in GPT's own parameter names and (out, in) orientation, `wte` unpadded."""
+
+    config: GPTConfig
+    tensors: dict[str, Tensor]
+    tokenizer: TokenizerRef | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use, in eval mode."""
+
+    model: GPT
+    tokenizer: TokenizerRef | None
+    """None where the files do not say."""
+    source: str
+    """Where it came from, to show."""
+    step: int | None = None
+    """Updates made, if it came from a run."""
+
+
+def load_model(
+    spec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """The model that `spec` names, in eval mode, on `device`, its weights in `dtype`.
+
+    Args:
+        spec: a run folder (its newest whole checkpoint), a checkpoint, a folder of any format on the shelf
+            model/weights/, or "hf:gpt2" and the like from the Hugging Face hub.
+
+    Raises:
+        UsageError: `spec` names nothing.
+        CheckpointError: what it names is missing, damaged, or no GPT-2.
+        DownloadError: the hub could not be reached, or has no such model.
+    """
+    if str(spec).startswith("hf:"):
+        name = str(spec).removeprefix("hf:")
+        return _load_folder(_fetch(name), device, dtype, source=f"hf:{_repo_id(name)}")
+    folder = Path(spec)
+    if not folder.exists():
+        hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", str(spec)) else ""
+        raise UsageError(f"MODEL = {str(spec)!r} does not exist; give {KINDS}.{hint}")
+    if (folder / "checkpoints").is_dir():
+        return _load_run(folder, device, dtype)
+    return _load_folder(folder, device, dtype)
+
+
+def _load_run(run: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
+    """The newest checkpoint that is whole; a bad one is named aloud and the one before it tried."""
+    folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+    for folder in sorted(folders, reverse=True):
+        try:
+            if not (folder / "manifest.json").exists():
+                raise CheckpointError(f"{folder} has no manifest.json: it was not written to its end.")
+            return _load_folder(folder, device, dtype)
+        except CheckpointError as error:
+            warn(f"{error} It is passed over, for the checkpoint before it.")
+    raise CheckpointError(
+        f"{run} holds no whole checkpoint: {len(folders)} in {run / 'checkpoints'}, none usable; "
+        "train further, or name another MODEL."
+    )
+
+
+def _load_folder(
+    folder: Path, device: str | torch.device, dtype: torch.dtype, source: str | None = None
+) -> LoadedModel:
+    verify_files(folder, (WEIGHTS, CONFIG))
+    files = _read(folder)
+    with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
+        model = GPT(files.config)
+    model = model.to(dtype).to_empty(device=device)
+    load_into(model, files.tensors)
+    step = _STEP.fullmatch(folder.resolve().name)
+    return LoadedModel(model.eval(), files.tokenizer, source or str(folder), int(step.group(1)) if step else None)
+
+
+def _read(path: Path) -> ModelFiles:
+    """Through the entry of the shelf that recognizes the folder."""
+    for name in plugins.entries(SHELF):
+        entry = plugins.load(SHELF, name)
+        if entry.matches(path):
+            files: ModelFiles = entry.read(path)
+            return files
+    if path.is_dir():
+        read_json(path / CONFIG)  # if that is what is wrong, it says so
+    raise CheckpointError(
+        f"{path} is in no format that is known here ({', '.join(plugins.entries(SHELF))}); MODEL is {KINDS}."
+    )
+
+
+def verify_files(folder: Path, names: tuple[str, ...]) -> None:
+    """Compare files with `manifest.json`, where the folder has one.
+
+    Raises:
+        CheckpointError: a file is missing, or differs in size or SHA-256.
+    """
+    if not (folder / "manifest.json").exists():
+        return
+    manifest = read_json(folder / "manifest.json").get("files")
+    for name in names:
+        path = folder / name
+        expected = manifest.get(name) if isinstance(manifest, dict) else None
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise CheckpointError(f"{folder / 'manifest.json'} does not list {name} with its bytes and sha256.")
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing; {folder / 'manifest.json'} lists it.")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}.")
+        if (got := sha256_file(path)) != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is {got}, expected {expected['sha256']}.")
+
+
+@torch.no_grad()
+def load_into(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Copy weights into `model`, strictly; they are cast to its type, and the padding rows of `wte` set to zero.
+
+    Args:
+        tensors: as `ModelFiles.tensors`: every parameter by GPT's name, `wte.weight` of (vocab_size, n_embd).
+
+    Raises:
+        CheckpointError: a tensor is missing, is none of GPT's, or has another shape; nothing was copied.
+    """
+    expected = dict(_unpadded(model))
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"tensor {name} is missing: {len(tensors)} tensors, a GPT of this shape has {len(expected)}."
+        )
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(f"tensor {name} {list(tensors[name].shape)} belongs to no GPT of this shape.")
+    for name, place in expected.items():
+        if tensors[name].shape != place.shape:
+            raise CheckpointError(f"tensor {name} has shape {list(tensors[name].shape)}, expected {list(place.shape)}.")
+    for name, place in expected.items():
+        place.copy_(tensors[name])
+    model.wte.weight[model.config.vocab_size :] = 0.0
+
+
+def tensors_of(model: GPT) -> dict[str, Tensor]:
+    """Every parameter by name, `wte` without its padding rows: contiguous fp32, a view of the model where it can be."""
+    return {name: p.detach().to(torch.float32).contiguous() for name, p in _unpadded(model)}
+
+
+def _unpadded(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    for name, p in model.named_parameters():
+        yield name, p[: model.config.vocab_size] if name == "wte.weight" else p
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, cut short, or no safetensors file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; a model folder holds {WEIGHTS} beside {CONFIG}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file ({error}); copy it again."
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, or holds no JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; a model folder holds {CONFIG} beside {WEIGHTS}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def peek_json(path: Path) -> dict[str, Any]:
+    """Like `read_json`, but an empty object for what cannot be read: for `matches`."""
+    try:
+        return read_json(path)
+    except (CheckpointError, OSError):
+        return {}
+
+
+def _repo_id(name: str) -> str:
+    return name if "/" in name else f"openai-community/{name}"
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a model from the hub, in huggingface_hub's cache; fetched if it is not there yet."""
+    import huggingface_hub  # noqa: PLC0415  (slow to import, needed for hf: only)
+
+    repo = _repo_id(name)
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DownloadError(
+            f"hf:{name}: could not get {repo} from the Hugging Face hub ({reason}). Offline: on a machine with network, "
+            f"`hf download {repo} {CONFIG} {WEIGHTS} --local-dir FOLDER`; copy FOLDER here and give it as MODEL."
+        ) from None

@@ -1,0 +1,185 @@
+"""A run's record as a report needs it. In: the run's folder; out: a `Record` of columns, events and conclusions."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regpt2.base.errors import UsageError, did_you_mean
+from regpt2.base.files import sha256_file
+from regpt2.base.metrics import read_events
+
+Event = dict[str, Any]
+Column = NDArray[np.float64]
+T = TypeVar("T")
+
+TRAIN_COLUMNS = ("step", "loss", "grad_norm", "lr", "step_ms", "tokens_per_s", "mfu", "tokens")
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a run wrote down. Nothing in it is trusted to be there, to be a number, or to be harmless text."""
+
+    name: str
+    runs: list[Event]
+    train: dict[str, Column]
+    skipped_steps: list[int]
+    evals: list[Event]
+    samples: list[Event]
+    notes: list[Event]
+    end: Event | None
+    config_toml: str
+    sha256: str
+
+    @property
+    def start(self) -> Event:
+        """The first `run` event, or an empty one."""
+        return self.runs[0] if self.runs else {}
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name; where none is recorded, the folder's."""
+        return str(self.start.get("recipe") or self.name)
+
+    @property
+    def status(self) -> str:
+        """How the run ended, in a word; "running" if it has not, or was killed."""
+        return "running, or killed" if self.end is None else str(self.end.get("reason") or "ended")
+
+    @property
+    def last_step(self) -> float:
+        """Updates made, as far as the record goes."""
+        seen = [number(event.get("step")) for event in (*self.runs, *self.evals)] + self.train["step"][-1:].tolist()
+        return max((step for step in seen if math.isfinite(step)), default=0.0)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens trained on."""
+        return float(self.train["tokens"][-1]) if len(self.train["tokens"]) else 0.0
+
+    @property
+    def validations(self) -> list[Event]:
+        """The evaluations of the validation loss, in order."""
+        return [event for event in self.evals if event.get("eval") == "val_loss"]
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of simple compressors and models on the same text."""
+        given = self.start.get("baselines")
+        pairs = given.items() if isinstance(given, dict) else ()
+        return {str(name): number(bits) for name, bits in pairs if math.isfinite(number(bits))}
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time where one process did it all; otherwise the time of the steps alone; NaN if unknown."""
+        if self.end is not None and len(self.runs) == 1 and math.isfinite(number(self.end.get("elapsed_s"))):
+            return number(self.end.get("elapsed_s"))
+        step_ms = self.train["step_ms"]
+        made = np.diff(self.train["step"], prepend=0.0)
+        return float(np.nansum(step_ms * made)) / 1000 if np.isfinite(step_ms).any() else math.nan
+
+    def typical(self, column: str) -> float:
+        """The median of a training column: warm-up and hiccups do not move it."""
+        values = self.train[column][np.isfinite(self.train[column])]
+        return float(np.median(values)) if len(values) else math.nan
+
+
+def read_record(run: Path) -> Record:
+    """Read `run/metrics.jsonl` and, if there, `run/config.toml`.
+
+    Raises:
+        UsageError: `run` is not the folder of a run.
+        DataError: the record is damaged.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UsageError(_not_a_run(run))
+    kinds: dict[str, list[Event]] = {kind: [] for kind in ("run", "eval", "sample", "note", "end")}
+    rows: list[list[float]] = []
+    skipped_steps: list[int] = []
+    end_is_last = False
+    for event in read_events(path):
+        kind = event["event"]
+        if kind == "train" and math.isfinite(number(event["step"])):
+            rows.append([number(event.get(column)) for column in TRAIN_COLUMNS])
+            skipped_steps += [int(rows[-1][0])] if event.get("skipped") is True else []
+        elif isinstance(kind, str) and kind in kinds:
+            kinds[kind].append(event)
+        end_is_last = kind == "end" or (end_is_last and kind not in ("run", "train"))
+    table = np.array(rows, dtype=np.float64).reshape(-1, len(TRAIN_COLUMNS))
+    config = run / "config.toml"
+    return Record(
+        name=run.resolve().name,
+        runs=kinds["run"],
+        train={column: table[:, index] for index, column in enumerate(TRAIN_COLUMNS)},
+        skipped_steps=skipped_steps,
+        evals=kinds["eval"],
+        samples=kinds["sample"],
+        notes=kinds["note"],
+        end=kinds["end"][-1] if end_is_last else None,
+        config_toml=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        sha256=sha256_file(path),
+    )
+
+
+def _not_a_run(run: Path) -> str:
+    mend = "give the folder that `regpt2 train` wrote"
+    if not run.exists():
+        beside = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
+        return f"{run} does not exist; {mend}{did_you_mean(run.name, beside)}."
+    if not run.is_dir():
+        return f"{run} is a file; {mend}: {run.parent}?"
+    below = sorted(str(path.parent) for path in run.glob("*/metrics.jsonl"))
+    found = f" Below it there is: {', '.join(below[:5])}." if below else ""
+    return f"{run} holds no metrics.jsonl, so it is not the folder of a run; {mend}.{found}"
+
+
+def number(value: object) -> float:
+    """A recorded value as a float, also where the record spells "nan" or "inf"; NaN for all that is no number."""
+    if not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def numbers(events: Iterable[Event], key: str) -> Column:
+    """One value of each event."""
+    return np.array([number(event.get(key)) for event in events], dtype=np.float64)
+
+
+def spread(items: Sequence[T], at_most: int) -> list[T]:
+    """At most so many of the items, evenly chosen, with the first and the last among them."""
+    if len(items) <= at_most:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, at_most)]
+
+
+def thin(x: Column, y: Column, at_most: int = 1000) -> tuple[Column, Column]:
+    """A curve by the means of equal buckets. Values that are not finite are left out; a bucket of them is a gap."""
+    if len(x) <= at_most:
+        return x, np.where(np.isfinite(y), y, np.nan)
+    edges = np.linspace(0, len(x), at_most, endpoint=False).astype(np.int64)
+    return np.add.reduceat(x, edges) / np.diff(edges, append=len(x)), _means(y, edges, np.append(edges[1:], len(x)))
+
+
+def smooth(y: Column, share: float = 0.03) -> Column:
+    """A moving mean over this share of the curve: centered, narrower at the start, trailing at the end."""
+    place = np.arange(len(y))
+    before = np.minimum(place, int(len(y) * share / 2))
+    after = np.minimum(before, len(y) - 1 - place)
+    return _means(y, place - before, place + after + 1)
+
+
+def _means(y: Column, first: NDArray[np.int64], stop: NDArray[np.int64]) -> Column:
+    """The mean of the finite values of each y[first:stop]; NaN where there are none."""
+    finite = np.isfinite(y)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
+    counts = np.concatenate([[0.0], np.cumsum(finite)])
+    count = counts[stop] - counts[first]
+    return np.where(count > 0, (sums[stop] - sums[first]) / np.maximum(count, 1.0), np.nan)

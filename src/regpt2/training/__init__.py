@@ -1,0 +1,1 @@
+"""Loss to gradients to better weights to disk."""

@@ -1,0 +1,101 @@
+"""One optimizer update. In: micro-batches and a learning rate; out: better weights, and the update's loss and norm."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from regpt2.base.world import World
+from regpt2.training.parallel import gradient_sync
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Scalars still on the device: reading one waits for it, so only the log line does."""
+
+    loss: Tensor
+    """Nats per token, the mean over every token of the update: all micro-steps, all ranks."""
+    grad_norm: Tensor
+    """Norm of the whole gradient before clipping."""
+    accepted: Tensor
+    """1 where the update was made; 0 where it was skipped, because loss or gradient were not finite or above the limit."""
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps fp16 gradients from underflow: halved after an overflow, doubled after 2,000 good steps.
+
+    Factors and period as torch.amp.GradScaler has them (growth 2, backoff 0.5, interval 2000, first value 2**16).
+    """
+
+    factor: float = 1.0
+    good_steps: int = 0
+
+    def update(self, accepted: bool) -> None:
+        """Learn from one step."""
+        self.good_steps = self.good_steps + 1 if accepted else 0
+        if not accepted:
+            self.factor = max(1.0, self.factor / 2)
+        elif self.good_steps % 2000 == 0:
+            self.factor *= 2
+
+
+def train_step(
+    trainable: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    lr: float,
+    grad_clip: float,
+    world: World,
+    scale: LossScale | None = None,
+    loss_limit: float = float("inf"),
+    before_micro_step: Callable[[int], None] | None = None,
+) -> StepStats:
+    """Accumulate the gradients of all micro-batches, clip, update. Never asks the device for a number, but for fp16.
+
+    Args:
+        batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
+        grad_clip: the largest norm of the whole gradient; 0 = no clipping.
+        scale: for fp16 alone.
+        loss_limit: an update whose loss is above it is skipped.
+        before_micro_step: called with the micro-step's number, to set the random numbers of dropout.
+    """
+    factor = scale.factor if scale else 1.0
+    loss_sum = torch.zeros((), device=world.device)
+    for i, (inputs, targets) in enumerate(batches):
+        if before_micro_step is not None:
+            before_micro_step(i)
+        with gradient_sync(trainable, on=i == len(batches) - 1):
+            loss = trainable(inputs, targets)  # (B, T) -> ()
+            (loss * (factor / len(batches))).backward()  # gradients add up: divide once, here
+        loss_sum += loss.detach()
+    loss = world.mean(loss_sum / len(batches))
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, 1.0 / factor)
+    grad_norm = get_total_norm(gradients)
+    if grad_clip > 0:
+        clip_grads_with_norm_(parameters, grad_clip, grad_norm)
+    accepted = (torch.isfinite(loss) & torch.isfinite(grad_norm) & (loss <= loss_limit)).float()
+
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    _update_if(optimizer, accepted)
+    optimizer.zero_grad(set_to_none=True)
+    if scale is not None:
+        scale.update(bool(accepted))
+    return StepStats(loss=loss, grad_norm=grad_norm, accepted=accepted)
+
+
+def _update_if(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
+    """Make the update, or skip it whole. Fused kernels are told on the device (`found_inf`); others need the number."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(accepted):
+        optimizer.step()
