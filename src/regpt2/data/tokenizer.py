@@ -140,7 +140,7 @@ def load_tokenizer(name: str, vocab_path: Path | None = None) -> Tokenizer:
     """
     if name not in TOKENIZERS:
         raise UsageError(
-            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS)} There is: {', '.join(TOKENIZERS)}."
+            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS) or '.'} There is: {', '.join(TOKENIZERS)}."
         )
     if name == "bytes":
         if vocab_path is not None:
@@ -192,7 +192,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def _merge_ranks(vocab: str) -> dict[bytes, int]:
-    """Every token's bytes and id: first the 256 bytes, then one merge a line in order, after the line of the version."""
+    """Every token's bytes and id: the 256 bytes, then one merge a line (the first line holds the version)."""
     characters = byte_characters()
     byte_of = {character: byte for byte, character in characters.items()}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(characters)}

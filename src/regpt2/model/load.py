@@ -257,6 +257,6 @@ def _fetch(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DownloadError(
-            f"hf:{name}: could not get {repo} from the Hugging Face hub ({reason}). Offline: on a machine with network, "
-            f"`hf download {repo} {CONFIG} {WEIGHTS} --local-dir FOLDER`; copy FOLDER here and give it as MODEL."
+            f"hf:{name}: could not get {repo} from the Hugging Face hub ({reason}). Without network here: run "
+            f"`hf download {repo} {CONFIG} {WEIGHTS} --local-dir FOLDER` elsewhere, copy FOLDER, give it as MODEL."
         ) from None

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 # N = B * T tokens, n tokens in a chunk, C = n_embd, V = padded_vocab_size
 
-_CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # of fp32 logits alive at once
+_CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits in the compute type, alive at once
+_BLOCK_BYTES = 1 << 22  # of fp32 logits on a CPU: they stay in its cache from the first pass to the last
 
 
 def reference_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -31,10 +32,11 @@ def linear_cross_entropy(
         hidden: (N, C), in the compute type.
         weight: (V, C), in the compute type. Rows from `vocab_size` on are padding: they get probability zero.
         targets: (N,) int64, below `vocab_size`.
-        chunk_tokens: rows at a time; by default as many as keep the chunk's fp32 logits at 256 MiB (CPU), 2 GiB (GPU).
+        chunk_tokens: rows at a time; by default as many as keep the chunk's logits below 256 MiB (CPU), 1 GiB (GPU).
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, _CHUNK_BYTES.get(hidden.device.type, 1 << 28) // (4 * weight.shape[0]))
+        most = max(1, _CHUNK_BYTES.get(hidden.device.type, 1 << 28) // (hidden.element_size() * weight.shape[0]))
+        chunk_tokens = -(-hidden.shape[0] // -(-hidden.shape[0] // most))  # chunks of equal size
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens, with_gradient)
     return loss
@@ -48,34 +50,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         N, V = hidden.shape[0], weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)  # sums are kept in fp32, or fp64 for fp64 inputs
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        logits_buffer = hidden.new_empty(min(chunk_tokens, N), V)  # one for all chunks
         d_hidden = torch.empty_like(hidden) if gradient else None
         d_weight = None
         for start in range(0, N, chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight).to(wide)  # (n, V)
-            if V > vocab_size:
-                logits[:, vocab_size:] = float("-inf")
-            log_p = torch.log_softmax(logits, dim=1)  # (n, V)
-            del logits
-            target = targets[rows].unsqueeze(1)  # (n, 1)
-            loss_sum -= log_p.gather(1, target).sum()
-            if d_hidden is None:
-                continue
-            # d(sum of losses) / d(logits) = p - onehot(target); the division by N waits for backward, so that fp16
-            # does not lose the small entries.
-            d_logits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(hidden.dtype)
-            del log_p
-            torch.mm(d_logits, weight, out=d_hidden[rows])
-            part = d_logits.T @ hidden[rows]  # (V, C)
-            d_weight = part.to(wide) if d_weight is None else d_weight.add_(part)
-        if gradient:
-            ctx.save_for_backward(d_hidden, d_weight)
-            ctx.n_tokens, ctx.dtype = N, weight.dtype
+            rows = hidden[start : start + chunk_tokens]  # (n, C)
+            logits = torch.mm(rows, weight.T, out=logits_buffer[: len(rows)])  # (n, V)
+            loss_sum += _softmax_loss_(logits, targets[start : start + chunk_tokens], vocab_size, wide)
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[start : start + chunk_tokens])
+                part = logits.T @ rows  # (V, C)
+                d_weight = part.to(wide) if d_weight is None else d_weight.add_(part)
+        ctx.gradients = d_hidden, d_weight
+        ctx.n_tokens, ctx.dtype = N, weight.dtype
         return loss_sum / N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight = ctx.gradients
+        if d_hidden is None:
+            raise RuntimeError("linear_cross_entropy gives its gradient once; call it again for another backward")
+        ctx.gradients = None, None
+        # The division by N waits until here, so that fp16 does not lose the small entries.
         scale = d_loss / ctx.n_tokens
-        return d_hidden * scale, (d_weight * scale).to(ctx.dtype), None, None, None, None
+        return d_hidden.mul_(scale), d_weight.mul_(scale).to(ctx.dtype), None, None, None, None
+
+
+def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wide: torch.dtype) -> Tensor:
+    """Sum of the losses of a chunk (n, V); `logits` is overwritten by its gradient, softmax - onehot(target)."""
+    n, V = logits.shape
+    on_cpu = logits.device.type == "cpu"
+    block = max(1, _BLOCK_BYTES // (V * wide.itemsize)) if on_cpu else n
+    loss_sum = torch.zeros((), dtype=wide, device=logits.device)
+    for start in range(0, n, block):
+        rows = logits[start : start + block]
+        target = targets[start : start + block].unsqueeze(1)
+        if V > vocab_size:
+            rows[:, vocab_size:] = float("-inf")
+        log_p = torch.log_softmax(rows, dim=1, dtype=wide)
+        loss_sum -= log_p.gather(1, target).sum()
+        rows.copy_(log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)))
+    return loss_sum

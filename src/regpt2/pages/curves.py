@@ -45,7 +45,9 @@ def charts(record: Record) -> list[Chart]:
     """What there is to draw of this run, the loss first."""
     drawn = []
     if len(record.train["step"]) or record.validations:
-        svg, svg_phone = (_svg(record, _draw_loss, f"loss{width:.0f}", (width, 3.5), tokens=True) for width in (8.4, 4.4))
+        svg, svg_phone = (
+            _svg(record, _draw_loss, f"loss{width:.0f}", (width, 3.5), tokens=True) for width in (8.4, 4.4)
+        )
         drawn.append(Chart("Loss, nats per token", svg, svg_phone))
     if np.isfinite(numbers(record.validations, "bits_per_byte")).any():
         drawn.append(Chart("Validation, bits per byte", _svg(record, _draw_bits, "bits")))
@@ -102,7 +104,9 @@ def _settings(salt: str) -> Any:
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "path.simplify": True})
 
 
-def _svg(record: Record, draw: Draw, name: str, inches: tuple[float, float] = (4.4, 2.2), *, tokens: bool = False) -> Html:
+def _svg(
+    record: Record, draw: Draw, name: str, inches: tuple[float, float] = (4.4, 2.2), *, tokens: bool = False
+) -> Html:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     width, height = inches
@@ -114,13 +118,17 @@ def _svg(record: Record, draw: Draw, name: str, inches: tuple[float, float] = (4
         if tokens and record.tokens:
             _token_axis(axes, record, THEMED)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     return _as_html(out.getvalue(), name)
 
 
 def _as_html(svg: str, name: str) -> Html:
     """matplotlib's file as an element of a page: no header, no addresses, ids of its own, colors from the page."""
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = re.sub(
+        r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S
+    )
     svg = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg).replace("url(#", f"url(#{name}-")
     svg = svg.replace('xlink:href="#', f'href="#{name}-')

@@ -17,6 +17,9 @@ Event = dict[str, Any]
 Column = NDArray[np.float64]
 T = TypeVar("T")
 
+# Beyond this a value is drawn as a gap: the run has diverged, and a running sum would lose its digits.
+LIMIT = 1e9
+
 TRAIN_COLUMNS = ("step", "loss", "grad_norm", "lr", "step_ms", "tokens_per_s", "mfu", "tokens")
 
 
@@ -161,9 +164,9 @@ def spread(items: Sequence[T], at_most: int) -> list[T]:
 
 
 def thin(x: Column, y: Column, at_most: int = 1000) -> tuple[Column, Column]:
-    """A curve by the means of equal buckets. Values that are not finite are left out; a bucket of them is a gap."""
+    """A curve by the means of equal buckets. Values without a limit are left out; a bucket of them is a gap."""
     if len(x) <= at_most:
-        return x, np.where(np.isfinite(y), y, np.nan)
+        return x, np.where(np.abs(y) < LIMIT, y, np.nan)
     edges = np.linspace(0, len(x), at_most, endpoint=False).astype(np.int64)
     return np.add.reduceat(x, edges) / np.diff(edges, append=len(x)), _means(y, edges, np.append(edges[1:], len(x)))
 
@@ -177,9 +180,9 @@ def smooth(y: Column, share: float = 0.03) -> Column:
 
 
 def _means(y: Column, first: NDArray[np.int64], stop: NDArray[np.int64]) -> Column:
-    """The mean of the finite values of each y[first:stop]; NaN where there are none."""
-    finite = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
-    counts = np.concatenate([[0.0], np.cumsum(finite)])
+    """The mean of the drawable values of each y[first:stop]; NaN where there are none."""
+    drawable = np.abs(y) < LIMIT
+    sums = np.concatenate([[0.0], np.cumsum(np.where(drawable, y, 0.0))])
+    counts = np.concatenate([[0.0], np.cumsum(drawable)])
     count = counts[stop] - counts[first]
     return np.where(count > 0, (sums[stop] - sums[first]) / np.maximum(count, 1.0), np.nan)

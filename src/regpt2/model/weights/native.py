@@ -25,7 +25,7 @@ from regpt2.model.load import (
     peek_json,
     read_json,
     read_tensors,
-    tensors_of as tensors,
+    tensors_of,
 )
 
 __all__ = ["FILES", "config_json", "load_into", "matches", "read", "tensors", "write"]
@@ -42,6 +42,11 @@ class NamedTokenizer(Protocol):
     def name(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
+
+
+def tensors(model: GPT) -> dict[str, Tensor]:
+    """The contents of `model.safetensors`: contiguous fp32 by GPT's names, `wte` unpadded; views where they can be."""
+    return tensors_of(model)
 
 
 def matches(path: Path) -> bool:
@@ -84,7 +89,7 @@ def _config(place: Path, model: Any) -> GPTConfig:
     known = {field.name: type(field.default) for field in fields(GPTConfig)}
     for key, value in model.items():
         if key not in known:
-            raise CheckpointError(f"{place}: model.{key} is unknown{did_you_mean(key, known)}")
+            raise CheckpointError(f"{place}: model.{key} is no setting of a GPT{did_you_mean(key, known) or '.'}")
         if isinstance(value, bool) or not isinstance(value, (int, known[key])):
             raise CheckpointError(f"{place}: model.{key} = {value!r} must be of type {known[key].__name__}.")
     if missing := [key for key in _REQUIRED if key not in model]:

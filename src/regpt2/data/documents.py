@@ -1,0 +1,127 @@
+"""What a data set entry promises: a source in, a plan of parts out; then a part in, its documents out.
+
+An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
+`plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
+`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves out.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regpt2.base.files import sha256_bytes
+
+PART_BYTES = 2 << 20  # of text, about: a worker's task, 0.2 s of work
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the user asks for: an input file or folder, and the field that holds the text of a record."""
+
+    input: Path | None = None
+    field: str = "text"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was when the work was planned. `name` is relative to the input and says nothing of the machine."""
+
+    path: str
+    name: str
+    n_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A stretch [start, stop) of a file in the entry's own unit (bytes, pieces, row groups); None is to the end."""
+
+    file: InputFile
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A worker's task. `n_bytes` is its amount of text as far as sizes tell."""
+
+    slices: tuple[Slice, ...]
+    n_bytes: int
+    field: str = "text"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts of a data set in their order. `source` and `revision` go into the manifest and name the exact input."""
+
+    parts: tuple[Part, ...]
+    source: str
+    revision: str
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        """The amount of text, as far as sizes tell."""
+        return sum(part.n_bytes for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file's name, size or time of change does, or the way that files are cut into parts."""
+        digest = hashlib.sha256(f"{self.source}\n{self.revision}\n".encode())
+        for number, part in enumerate(self.parts):
+            for s in part.slices:
+                line = f"{number} {part.field} {s.file.name} {s.file.n_bytes} {s.file.mtime_ns} {s.start} {s.stop}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `split` where the data set itself says it; `piece` where it is the n-th piece of a long text."""
+
+    text: str
+    split: str | None = None
+    piece: int | None = None
+
+    def split_for(self, val_fraction: float) -> str:
+        """ "train" or "val": as the data set says, else by the number of the piece, else by the content.
+
+        Of every k = round(1 / val_fraction) pieces the sixth goes to validation (the last, where k is below six).
+        By content means by hash, so that equal documents are never on both sides.
+        """
+        if self.split is not None:
+            return self.split
+        if self.piece is not None:
+            every = round(1 / val_fraction)
+            return "val" if self.piece % every == min(5, every - 1) else "train"
+        first_8_bytes = hashlib.sha256(self.text.encode()).digest()[:8]
+        return "val" if int.from_bytes(first_8_bytes, "big") / 2**64 < val_fraction else "train"
+
+
+def input_file(path: Path, name: str) -> InputFile:
+    """Note the size and time of a file."""
+    status = path.stat()
+    return InputFile(str(path), name, status.st_size, status.st_mtime_ns)
+
+
+def revision_of(files: Iterable[InputFile]) -> str:
+    """SHA-256 over the names and sizes of files: the same for a copy of them elsewhere."""
+    lines = "".join(f"{file.name} {file.n_bytes}\n" for file in files)
+    return sha256_bytes(lines.encode(errors="surrogateescape"))
+
+
+def group(sized_slices: Iterable[tuple[Slice, int]], field: str = "text") -> tuple[Part, ...]:
+    """Slices with their bytes of text to parts of about PART_BYTES: many small files make one part."""
+    parts: list[Part] = []
+    slices: list[Slice] = []
+    n_bytes = 0
+    for piece, piece_bytes in sized_slices:
+        slices.append(piece)
+        n_bytes += piece_bytes
+        if n_bytes >= PART_BYTES:
+            parts.append(Part(tuple(slices), n_bytes, field))
+            slices, n_bytes = [], 0
+    if slices:
+        parts.append(Part(tuple(slices), n_bytes, field))
+    return tuple(parts)

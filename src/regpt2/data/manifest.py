@@ -1,0 +1,144 @@
+"""The record beside the shards, `manifest.json`: what they hold, where it came from, and the SHA-256 of each.
+
+It is the same, byte for byte, for the same input and options: it holds no times and no paths of a machine.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from regpt2.base.errors import DataError
+from regpt2.base.files import sha256_bytes, write_atomic
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+SPLITS = ("train", "val")
+HEADER_BYTES = 1024  # 256 little-endian int32 before the tokens of a shard
+TOKEN_BYTES = 2  # uint16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens. `bytes` is the size of the whole file, header included."""
+
+    file: str
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one split holds. `tokens` counts the end-of-text before each document, `text_bytes` does not."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that `manifest.json` says. `revision` names the exact input, `options` what shaped the shards."""
+
+    dataset: str
+    source: str
+    revision: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    options: dict[str, str]
+    splits: dict[str, Split]
+    skipped: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' SHA-256s and the tokenizer's: equal means the same tokens in the same order."""
+        hashes = [shard.sha256 for name in SPLITS if name in self.splits for shard in self.splits[name].shards]
+        return sha256_bytes("\n".join([*hashes, self.tokenizer_fingerprint]).encode())
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`, atomically."""
+        content = {"version": MANIFEST_VERSION, **asdict(self), "fingerprint": self.fingerprint}
+        write_atomic(folder / MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of `folder`, strictly.
+
+        Raises:
+            DataError: it is missing or not whole, has an unknown or missing key, or contradicts itself.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path}: there is no manifest; prepare the folder with `regpt2 prepare`.") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON ({error}); prepare the folder again.") from None
+        if isinstance(content, dict) and content.get("version") != MANIFEST_VERSION:
+            raise DataError(
+                f"{path} has version {content.get('version')!r}, this program reads {MANIFEST_VERSION}; "
+                "prepare the folder again, or use the program that wrote it."
+            )
+        reader = _Strict(path)
+        top = reader.fields(
+            "manifest",
+            content,
+            {"version": int, "fingerprint": str, "options": dict, "splits": dict, "skipped": dict, "vocab_size": int}
+            | dict.fromkeys(("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint"), str),
+        )
+        top.pop("version")
+        stated = top.pop("fingerprint")
+        if unknown := set(top["splits"]) - set(SPLITS):
+            raise reader.wrong("splits", f"unknown {sorted(unknown)}")
+        top["options"] = reader.fields("options", top["options"], dict.fromkeys(top["options"], str))
+        top["skipped"] = reader.fields("skipped", top["skipped"], dict.fromkeys(top["skipped"], int))
+        top["splits"] = {name: reader.split(f"splits.{name}", value) for name, value in top["splits"].items()}
+        manifest = cls(**top)
+        if manifest.fingerprint != stated:
+            raise reader.wrong("fingerprint", f"got {stated}, the shards listed give {manifest.fingerprint}")
+        return manifest
+
+
+class _Strict:
+    """Reads parts of one JSON file and names the file, the place and the fault when they are not as expected."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def wrong(self, place: str, fault: str) -> DataError:
+        return DataError(f"{self.path}: {place}: {fault}; prepare the folder again.")
+
+    def fields(self, place: str, value: Any, expected: dict[str, type]) -> dict[str, Any]:
+        """`value` as an object with exactly the `expected` keys and types; numbers are whole and not negative."""
+        if not isinstance(value, dict):
+            raise self.wrong(place, f"got {type(value).__name__}, expected an object")
+        if value.keys() != expected.keys():
+            missing, unknown = sorted(expected.keys() - value.keys()), sorted(value.keys() - expected.keys())
+            raise self.wrong(place, f"missing keys {missing}, unknown keys {unknown}")
+        for key, kind in expected.items():
+            if type(value[key]) is not kind or (kind is int and value[key] < 0):
+                raise self.wrong(f"{place}.{key}", f"got {value[key]!r:.80}, expected {kind.__name__}")
+        return dict(value)
+
+    def split(self, place: str, value: Any) -> Split:
+        found = self.fields(place, value, {"documents": int, "tokens": int, "text_bytes": int, "shards": list})
+        shards = [self.shard(f"{place}.shards[{n}]", shard) for n, shard in enumerate(found["shards"])]
+        if sum(shard.tokens for shard in shards) != found["tokens"]:
+            raise self.wrong(f"{place}.tokens", f"got {found['tokens']:,}, not the sum over its shards")
+        return Split(**(found | {"shards": tuple(shards)}))
+
+    def shard(self, place: str, value: Any) -> Shard:
+        shard = Shard(**self.fields(place, value, {"file": str, "tokens": int, "bytes": int, "sha256": str}))
+        if Path(shard.file).name != shard.file or "\\" in shard.file:
+            raise self.wrong(f"{place}.file", f"got {shard.file!r}, expected a plain file name")
+        if shard.bytes != HEADER_BYTES + TOKEN_BYTES * shard.tokens:
+            raise self.wrong(f"{place}.bytes", f"got {shard.bytes:,} for {shard.tokens:,} tokens")
+        return shard

@@ -1,0 +1,283 @@
+"""A run made ready. In: a `RunConfig` and the ranks; out: a `Job`: data, model, optimizer, records, at its first step."""
+
+import dataclasses
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regpt2 import __version__
+from regpt2.base.console import ProgressLine, count, say, warn
+from regpt2.base.device import Compute, choose_compute, device_name, peak_flops
+from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
+from regpt2.base.files import write_atomic
+from regpt2.base.metrics import MetricsLog
+from regpt2.base.world import World
+from regpt2.config import RunConfig, differences, read_toml, to_toml
+from regpt2.data.baselines import baselines
+from regpt2.data.loader import Loader
+from regpt2.data.shards import TokenStream, open_tokens, verify
+from regpt2.data.tokenizer import Tokenizer, load_tokenizer
+from regpt2.model.gpt import GPT
+from regpt2.model.load import TokenizerRef, load_into
+from regpt2.model.weights import native
+from regpt2.training import checkpoint
+from regpt2.training.guard import Guard
+from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
+from regpt2.training.parallel import in_compute_type, make_trainable
+from regpt2.training.step import LossScale
+
+# Another value of these makes another run: the batches of a step, or the weights, would not be the same.
+_DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "model.")
+_MAY_CHANGE_SILENTLY = ("max_steps", "_every", "keep_checkpoints", "run", "resume", "verify_data", "sample.", "data")
+
+
+@dataclass
+class Job:
+    """Everything that the loop uses. `model` is the plain fp32 module; the other two are views of it."""
+
+    config: RunConfig
+    world: World
+    compute: Compute
+    run: Path
+    data: Path
+    tokens: TokenStream
+    loader: Loader
+    tokenizer: Tokenizer
+    model: GPT
+    plain: nn.Module
+    """`model` in the compute type: for evaluation."""
+    trainable: nn.Module
+    """`model` in the compute type, compiled, over ranks: for `train_step`."""
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    scale: LossScale | None
+    metrics: MetricsLog
+    saver: checkpoint.Saver
+    peak_flops: float | None
+    elapsed_s: float = 0.0
+    """Time in earlier stretches of this run."""
+    started_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def tokenizer_ref(self) -> TokenizerRef:
+        """What a checkpoint says of the tokenizer."""
+        return TokenizerRef(self.tokenizer.name, self.tokenizer.fingerprint)
+
+
+def build(config: RunConfig, world: World) -> Job:
+    """Check everything that can be checked, then make model and optimizer. Nothing is written yet."""
+    compute = choose_compute(config.precision, world.device)
+    run, data = Path(config.run), Path(config.data)
+    _check_folder(config, run)
+    if not config.data:
+        raise UsageError("no data folder: --data DIR, made by regpt2 prepare DATASET --out DIR.")
+    tokens = open_tokens(data, "train")
+    tokenizer = _matching_tokenizer(config, tokens)
+    loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
+    if config.eval_every:
+        _check_evals(data)
+    if config.verify_data and world.is_main:
+        _verify_data(data, tokens.n_tokens)
+    world.barrier()
+
+    model = GPT(config.model, seed=config.seed).to(world.device)
+    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
+    return Job(
+        config=config,
+        world=world,
+        compute=compute,
+        run=run,
+        data=data,
+        tokens=tokens,
+        loader=loader,
+        tokenizer=tokenizer,
+        model=model,
+        plain=in_compute_type(model, compute.dtype),
+        trainable=make_trainable(model, compute.dtype, world, compiled=compiled),
+        optimizer=build_optimizer(model, config.optim),
+        guard=Guard(config.guard),
+        scale=LossScale(factor=2.0**16) if compute.needs_scaler else None,
+        metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None),
+        saver=checkpoint.Saver(run / "checkpoints", config.keep_checkpoints),
+        peak_flops=peak_flops(world.device, compute.precision),
+    )
+
+
+def _check_folder(config: RunConfig, run: Path) -> None:
+    used = (run / "metrics.jsonl").exists() or bool(checkpoint.folders(run / "checkpoints"))
+    if config.resume == "never" and used:
+        raise UsageError(f"{run} holds a run already and resume is 'never'; choose another --run, or --resume auto.")
+    if config.resume == "must" and not checkpoint.folders(run / "checkpoints"):
+        raise UsageError(f"{run} has no checkpoint to go on from and resume is 'must'; --resume auto starts afresh.")
+
+
+def _matching_tokenizer(config: RunConfig, tokens: TokenStream) -> Tokenizer:
+    """The tokenizer that made the data, if the model has its vocabulary."""
+    tokenizer = load_tokenizer(tokens.tokenizer_name)
+    if tokens.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise DataError(
+            f"{config.data} was made with a {tokenizer.name!r} vocabulary of fingerprint "
+            f"{tokens.tokenizer_fingerprint}, this one is {tokenizer.fingerprint}; prepare the data again."
+        )
+    if config.model.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size:,}, but {config.data} was made with the tokenizer "
+            f"{tokenizer.name!r} of {tokenizer.vocab_size:,} tokens; set --model.vocab-size {tokenizer.vocab_size} "
+            "or prepare the data with the other tokenizer."
+        )
+    return tokenizer
+
+
+def _check_evals(data: Path) -> None:
+    """What evaluations need is looked for before the first step, not in the middle of the run."""
+    try:
+        open_tokens(data, "val").close()
+    except DataError as error:
+        raise DataError(f"{error} (--eval-every 0 trains without evaluation.)") from None
+
+
+def _verify_data(data: Path, n_tokens: int) -> None:
+    with ProgressLine("checking shards", 2e-6 * n_tokens, "MB") as progress:
+        bad = verify(data, lambda n_bytes: progress.advance(n_bytes / 1e6))
+    if bad:
+        raise DataError(f"{len(bad)} damaged shards in {data}: {bad[0]} Prepare the data again.")
+
+
+def restore(job: Job) -> int:
+    """Go on where the run folder stands; returns the number of updates already made, 0 for a new run."""
+    checkpoints = job.run / "checkpoints"
+    newest = checkpoint.newest_good(checkpoints) if job.world.is_main else None
+    newest = job.world.from_main(newest)
+    if newest is None:
+        return 0
+    found = checkpoint.read(newest)
+    _check_same_run(job, found)
+    load_into(job.model, found.model)
+    load_state_tensors(job.optimizer, job.model, found.optimizer)
+    job.guard.load_state(found.state["guard"])
+    if job.scale is not None and found.state["loss_scale"] is not None:
+        job.scale = LossScale(**found.state["loss_scale"])
+    job.elapsed_s = found.state["elapsed_s"]
+    return found.step
+
+
+def _check_same_run(job: Job, found: checkpoint.Checkpoint) -> None:
+    """Refuse to go on as another run than the one that was begun."""
+    shape = dataclasses.asdict(job.config.model)
+    for key, value in found.config["model"].items():
+        if key != "dropout" and shape.get(key) != value:
+            raise CheckpointError(
+                f"{found.folder} holds a model with {key} = {value}, the recipe has {shape.get(key)}; "
+                "use the recipe of that run, or another --run folder."
+            )
+    if found.state["data_fingerprint"] != job.tokens.fingerprint:
+        raise CheckpointError(
+            f"{job.run} was trained on data with fingerprint {found.state['data_fingerprint'][:16]}, {job.data} has "
+            f"{job.tokens.fingerprint[:16]}; give the --data of that run, or another --run folder."
+        )
+    before = read_toml(job.run / "config.toml")
+    for key, (old, new) in differences(before, job.config).items():
+        if any(key == name or (name.endswith(".") and key.startswith(name)) for name in _DEFINE_THE_RUN):
+            raise ConfigError(
+                f"{key} was {old} in {job.run} and is {new} now: that is another run. "
+                f"Set it back, or use another --run folder."
+            )
+        if job.world.is_main and not any(name in key for name in _MAY_CHANGE_SILENTLY):
+            warn(f"{key} was {old} up to step {found.step} and is {new} from here on.")
+
+
+def open_records(job: Job, first: int) -> None:
+    """Write config.toml, cut the record back to `first` and note this start in it. Rank 0 alone."""
+    if not job.world.is_main:
+        return
+    config, world = job.config, job.world
+    write_atomic(job.run / "config.toml", to_toml(config))
+    job.metrics.cut_back(first)
+    event: dict[str, Any] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": job.run.name,
+        "config": dataclasses.asdict(config),
+        "version": __version__,
+        "commit": _commit(),
+        "command": " ".join(["regpt2", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device_name(world.device),
+        "precision": job.compute.precision,
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "n_params": job.model.n_params(),
+        "tokenizer": job.tokenizer.name,
+        "tokenizer_fingerprint": job.tokenizer.fingerprint,
+        "data_fingerprint": job.tokens.fingerprint,
+        "train_tokens": job.tokens.n_tokens,
+        "batch_tokens": config.batch.batch_tokens,
+        "max_steps": config.max_steps,
+        "baselines": _baselines(job),
+    }
+    job.metrics.log("run", first, **event)
+    if job.tokens.note:
+        job.metrics.log("note", first, text=job.tokens.note)
+        warn(job.tokens.note)
+    say(
+        f"{job.run}: {count(job.model.n_params())} parameters, {event['device']}, {job.compute.precision}, "
+        f"{world.size} rank(s) x {job.loader.grad_accum_steps} micro-steps x {config.batch.micro_batch} x "
+        f"{config.batch.seq_len} = {config.batch.batch_tokens:,} tokens per update; {config.max_steps:,} updates are "
+        f"{config.max_steps * config.batch.batch_tokens / max(1, job.tokens.n_tokens):.2f} epochs of "
+        f"{count(job.tokens.n_tokens)} tokens" + (f"; going on from step {first:,}" if first else "")
+    )
+
+
+def _baselines(job: Job) -> dict[str, float]:
+    try:
+        return baselines(job.data, job.tokenizer)
+    except Problem:  # no validation split: nothing to compare with
+        return {}
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, if it is one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def save(job: Job, step: int) -> None:
+    """Begin a checkpoint of this step. Rank 0 alone; the loop goes on once the state is copied."""
+    if not job.world.is_main:
+        return
+    config = job.config
+    state = {
+        "step": step,
+        "seed": config.seed,
+        "batch_tokens": config.batch.batch_tokens,
+        "data_fingerprint": job.tokens.fingerprint,
+        "guard": job.guard.state(),
+        "loss_scale": dataclasses.asdict(job.scale) if job.scale else None,
+        "elapsed_s": job.elapsed_s + time.monotonic() - job.started_at,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "world_size": job.world.size,
+    }
+    job.saver.save(
+        checkpoint.snapshot(
+            step,
+            native.config_json(job.model.config, job.tokenizer_ref),
+            native.tensors(job.model),
+            state_tensors(job.optimizer, job.model),
+            state,
+        )
+    )
