@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import time
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +21,11 @@ SHARED_BPE = Path(__file__).parents[2].parent / "shared" / "data" / "gpt2_bpe"
 ORIGINAL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 # Text with what the pattern treats specially: contractions, runs of white space of all kinds, digits, other scripts.
-tricky = st.lists(
-    st.sampled_from(
-        [
-            "'s",
-            "'ll",
-            "'",
-            " ",
-            "  ",
-            "\n",
-            "\r\n",
-            "\t",
-            "\xa0",
-            "\u3000",
-            "\x1c",
-            "\x85",
-            "\u200b",
-            "a",
-            "Zebra",
-            "é",
-            "中文",
-        ]
-        + ["7", "2024", "²", "!", "<|endoftext|>", "👩‍👩‍👧", "\ufeff", "\x00", "ſ", "ǅ"]
-    ),
-    max_size=40,
-).map("".join)
+TRICKY = (
+    *("'s", "'ll", "'", " ", "  ", "\n", "\r\n", "\t", "\xa0", "\u3000", "\x1c", "\x85", "\u200b", "a", "Zebra", "é"),
+    *("中文", "7", "2024", "²", "!", "<|endoftext|>", "👩\u200d👩\u200d👧", "\ufeff", "\x00", "ſ", "ǅ"),
+)
+tricky = st.lists(st.sampled_from(TRICKY), max_size=40).map("".join)
 texts = st.one_of(st.text(max_size=60), tricky)
 
 
@@ -65,7 +46,7 @@ def merge_order() -> dict[tuple[str, str], int]:
 
 
 def slow_bpe(text: str) -> list[str]:
-    """GPT-2's encoding from its definition: split by the original pattern, then merge the best pair until none is left."""
+    """GPT-2's encoding from its definition: split by its pattern, merge by the table until nothing merges."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     character = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
@@ -73,7 +54,7 @@ def slow_bpe(text: str) -> list[str]:
     for word in regex.findall(ORIGINAL_PATTERN, text):
         parts = [character[byte] for byte in word.encode()]
         while len(parts) > 1:
-            pairs = [order.get(pair, len(order)) for pair in zip(parts, parts[1:], strict=False)]
+            pairs = [order.get(pair, len(order)) for pair in pairwise(parts)]
             if min(pairs) == len(order):
                 break
             at = pairs.index(min(pairs))
@@ -165,7 +146,7 @@ def test_stream_decoder_equals_decoding_at_once(ids: list[int]) -> None:
 
 
 def test_stream_decoder_never_shows_a_part_of_a_character(gpt2: Tokenizer) -> None:
-    text = "naïve 中文字 👩‍👩‍👧 🇺🇳 ok"
+    text = "naïve 中文字 👩\u200d👩\u200d👧 🇺🇳 ok"
     stream = StreamDecoder(gpt2)
     pieces = [stream.feed(token) for token in gpt2.encode(text)]
     assert "".join(pieces) == text

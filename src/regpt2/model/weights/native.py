@@ -21,14 +21,11 @@ from regpt2.model.load import (
     ModelFiles,
     TokenizerRef,
     Vocabulary,
-    load_into,
     peek_json,
     read_json,
     read_tensors,
     tensors_of,
 )
-
-__all__ = ["FILES", "config_json", "load_into", "matches", "read", "tensors", "write"]
 
 FORMAT, VERSION = "regpt2", 1
 FILES = (CONFIG, WEIGHTS)
