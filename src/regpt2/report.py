@@ -1,4 +1,4 @@
-"""A run on one page. In: a run's folder with `metrics.jsonl`; out: `report.html`, which opens offline, and `report.png`.
+"""A run on one page. In: its folder with `metrics.jsonl`; out: `report.html`, which opens offline, and `report.png`.
 
 regpt2 report runs/demo
 regpt2 report runs/demo --out demo.html        also writes demo.png

@@ -133,11 +133,12 @@ def sample(job: Job, step: int) -> None:
     """Let the model write. Its random numbers are its own."""
     options, tokenizer, device = job.config.sample, job.tokenizer, job.world.device
     ids = tokenizer.encode(options.prompt) or [tokenizer.eot]
+    room = job.config.model.block_size - len(ids)
     try:
         rows = generate(
             job.model,
             torch.tensor([ids] * options.n, device=device),
-            options.max_new_tokens,
+            min(options.max_new_tokens, room),
             temperature=options.temperature,
             top_k=options.top_k,
             generator=torch.Generator(device).manual_seed(random_seed(job.config.seed, step, 0)),

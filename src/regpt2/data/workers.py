@@ -74,9 +74,13 @@ class _Worker:
             error = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(timeout=5)
+            code = self.process.exitcode
+            if code is not None and code > 0:
+                cause = 'its error stands above (a script of your own needs `if __name__ == "__main__":`)'
+            else:
+                cause = "perhaps killed for want of memory; try fewer --workers"
             raise Problem(
-                f"a worker process ended by itself (exit code {self.process.exitcode}), perhaps killed for want of "
-                "memory; run the same command again to go on, if need be with fewer --workers."
+                f"a worker process ended by itself (exit code {code}): {cause}. Run the same command again to go on."
             ) from None
         if error is not None:
             raise error

@@ -85,7 +85,9 @@ def generate(
     stop_id: int | None = None,
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
-    """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens. A generator in the same state gives the same ids.
+    """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens.
+
+    A generator in the same state gives the same ids. The model's mode, training or eval, is left as it was.
 
     Args:
         temperature, top_k, top_p, generator: see `next_token`.

@@ -33,7 +33,7 @@ KINDS = (
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
 _STEP = re.compile(r"step-(\d{8})")
-_HUB_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors"]
+_HUB_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", "merges.txt", "tokenizer.json"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TokenizerRef:
 class Vocabulary(TokenizerRef):
     """What an export can say about the tokenizer beyond its name."""
 
-    eot: int
+    eot: int | None = None
     """The id of <|endoftext|>."""
     merges: bytes | None = None
     """GPT-2's `vocab.bpe`, if the tokenizer is GPT-2's."""

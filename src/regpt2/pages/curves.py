@@ -34,7 +34,7 @@ Draw = Callable[[Any, Record, Ink], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its title; `svg_phone` is the same at the width of a phone, where a wide one would be too small."""
+    """A drawing with its title; a wide one comes again at the width of a phone, as `svg_phone`."""
 
     title: str
     svg: Html
@@ -146,7 +146,7 @@ def _dress(axes: Any, record: Record, ink: Ink, ticks: int = 6) -> None:
     axes.set_axisbelow(True)
     axes.set_xlim(0, max(1.0, record.last_step) * 1.01)
     axes.xaxis.set_major_locator(_locator(ticks))
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}" if step < 1e5 else count(step))
+    axes.xaxis.set_major_formatter(lambda step, place: _steps(step) + (" steps" if place == 1 else ""))
     axes.yaxis.set_major_locator(_locator(5, integer=False))
     for resume in record.runs[1:50]:
         axes.axvline(number(resume.get("step")), color=ink.faint, linewidth=0.8, linestyle=":")
@@ -166,8 +166,9 @@ def _token_axis(axes: Any, record: Record, ink: Ink) -> None:
     above.xaxis.set_major_locator(axes.xaxis.get_major_locator())
     steps, tokens = (np.concatenate([[0.0], record.train[column]]) for column in ("step", "tokens"))
 
-    def label(step: float, _: int) -> str:
-        return f"{count(float(np.interp(step, steps, tokens)))} tokens" if step > 0 else ""
+    def label(step: float, place: int) -> str:
+        shown = count(float(np.interp(step, steps, tokens))) if step > 0 else ""
+        return shown + (" tokens" if place == 1 else "")
 
     above.xaxis.set_major_formatter(label)
 
@@ -192,7 +193,7 @@ def _fit(axes: Any, middle: Column, val_loss: Column, loss: Column) -> None:
     seen = np.concatenate([values[np.isfinite(values)] for values in (middle, val_loss, loss[len(loss) // 50 :])])
     if len(top) < 50:
         return
-    low, high = float(seen.min()), float(np.quantile(top, 0.985))
+    low, high = float(seen.min()), float(np.quantile(top, 0.95))
     if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
@@ -252,6 +253,10 @@ def _line(axes: Any, x: Column, y: Column, *, markersize: float = 0.0, label: st
     dots = markersize and n_finite <= 60
     marker = {"marker": "o", "markersize": markersize or 3.5} if dots or n_finite == 1 else {}
     axes.plot(x, y, solid_joinstyle="round", label=label or "_", **marker, **style)
+
+
+def _steps(step: float) -> str:
+    return f"{step:,.0f}" if step < 1e5 else count(step)
 
 
 def _short(value: float) -> str:

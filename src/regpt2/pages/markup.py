@@ -1,4 +1,4 @@
-"""HTML that escapes by itself. In: templates of our own and values from anywhere; out: `Html`, safe to put on a page."""
+"""HTML that escapes by itself. In: our own templates, values from anywhere; out: `Html`, safe to put on a page."""
 
 import html
 from collections.abc import Iterable

@@ -63,7 +63,8 @@ def headline(record: Record) -> str:
         return f"training loss {loss:.3f}" if math.isfinite(loss) else "no result yet"
     last = record.validations[-1]
     bits = number(last.get("bits_per_byte"))
-    said = f"validation loss {_figure('loss', last.get('loss'))}, perplexity {_figure('perplexity', last.get('perplexity'))}"
+    val_loss, perplexity = (_figure(key, last.get(key)) for key in ("loss", "perplexity"))
+    said = f"validation loss {val_loss}, perplexity {perplexity}"
     return f"{said}, {bits:.3f} bits per byte" if math.isfinite(bits) else said
 
 
@@ -134,7 +135,10 @@ def curves(record: Record) -> Html:
         )
     if not figures:
         return fill('<h2>Curves</h2>\n<p class="faint">No step is recorded yet.</p>')
-    return fill('<h2>Curves</h2>\n<div class="curves">\n{figures}\n</div>', figures=join(figures))
+    resumed = fill('\n<p class="remark">A dotted line: here the run was resumed.</p>' if len(record.runs) > 1 else "")
+    return fill(
+        '<h2>Curves</h2>\n<div class="curves">\n{figures}\n</div>{resumed}', figures=join(figures), resumed=resumed
+    )
 
 
 def samples(record: Record) -> Html:

@@ -1,7 +1,6 @@
 """The certificate of a run. In: a `Record`; out: the table of everything that its numbers depend on."""
 
 import math
-from collections.abc import Callable
 
 from regpt2.pages.markup import Html, fill, join
 from regpt2.pages.record import Event, Record, number
@@ -20,6 +19,7 @@ _FACTS = {
     "Precision": "precision",
     "Threads": "threads",
     "World size": "world_size",
+    "Seed": "seed",
     "Parameters": "n_params",
     "Tokenizer": "tokenizer",
     "Tokenizer fingerprint": "tokenizer_fingerprint",
@@ -33,10 +33,7 @@ _HASHES = {"command", "commit", "tokenizer_fingerprint", "data_fingerprint"}
 
 def provenance(record: Record) -> Html:
     """The section: the facts, then what happened on the way."""
-    rows = [
-        (name, _over_runs(record, lambda run, key=key: run.get(key)), key in _HASHES) for name, key in _FACTS.items()
-    ]
-    rows.insert(10, ("Seed", _over_runs(record, lambda run: _find(run.get("config"), "seed")), False))
+    rows = [(name, _over_runs(record, key), key in _HASHES) for name, key in _FACTS.items() if _is_told(record, key)]
     rows += [
         ("Started", _time(record.start), False),
         ("Resumed", _named([f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]), False),
@@ -52,12 +49,17 @@ def provenance(record: Record) -> Html:
     return join([fill("<h2>Provenance</h2>"), table, _notes(record)])
 
 
-def _over_runs(record: Record, read: Callable[[Event], object]) -> str:
+def _is_told(record: Record, key: str) -> bool:
+    return any(key in run or _find(run, key) is not None for run in record.runs)
+
+
+def _over_runs(record: Record, key: str) -> str:
     """The value that every start of the run had, or each one with the step from which it held."""
     told: list[tuple[str, str]] = []
     for run in record.runs:
-        value = read(run)
-        shown = f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)[:500]
+        value = _find(run, key)
+        counted = isinstance(value, int) and key != "seed"
+        shown = f"{value:,}" if counted else "unknown" if value is None else str(value)[:500]
         if not told or told[-1][1] != shown:
             told.append((_whole(run.get("step")), shown))
     if len(told) < 2:
@@ -94,9 +96,9 @@ def _whole(value: object) -> str:
     return f"{number(value):,.0f}" if math.isfinite(number(value)) else "?"
 
 
-def _find(config: object, key: str) -> object:
-    """The value of `key` in a nested configuration, the outermost first."""
-    if not isinstance(config, dict):
+def _find(said: object, key: str) -> object:
+    """The value of `key` in an event or, where the event does not say it itself, in the configuration within."""
+    if not isinstance(said, dict):
         return None
-    found = (_find(value, key) for value in config.values())
-    return config[key] if key in config else next((value for value in found if value is not None), None)
+    found = (_find(value, key) for value in said.values())
+    return said[key] if key in said else next((value for value in found if value is not None), None)

@@ -78,8 +78,8 @@ class Record:
 
     @property
     def elapsed_s(self) -> float:
-        """Wall time where one process did it all; otherwise the time of the steps alone; NaN if unknown."""
-        if self.end is not None and len(self.runs) == 1 and math.isfinite(number(self.end.get("elapsed_s"))):
+        """The time of the whole run as its end tells it; before the end the time of its steps; NaN if unknown."""
+        if self.end is not None and math.isfinite(number(self.end.get("elapsed_s"))):
             return number(self.end.get("elapsed_s"))
         step_ms = self.train["step_ms"]
         made = np.diff(self.train["step"], prepend=0.0)

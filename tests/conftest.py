@@ -1,0 +1,133 @@
+"""What the tests share: no network but loopback, two small threads, a tiny prepared data folder, a command runner."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share the cores; read when torch is first imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from regpt2.data.manifest import Manifest, Split
+from regpt2.data.shards import write_shard
+from regpt2.data.tokenizer import load_tokenizer
+
+TINY_RECIPE = """
+max_steps = 12
+eval_every = 6
+sample_every = 12
+save_every = 4
+device = "cpu"
+precision = "fp32"
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+block_size = 32
+vocab_size = 257
+dropout = 0.1
+[batch]
+batch_tokens = 256
+micro_batch = 2
+seq_len = 32
+[optim]
+lr = 3e-3
+[schedule]
+warmup_steps = 4
+[evals]
+val_tokens = 512
+[sample]
+prompt = "a"
+n = 2
+max_new_tokens = 8
+"""
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A test that reaches for the network fails at once."""
+    if request.node.get_closest_marker("network"):
+        return
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if self.family != getattr(socket, "AF_UNIX", None):
+            host = address[0] if isinstance(address, tuple) else str(address)
+            assert host in ("127.0.0.1", "::1", "localhost"), f"a test tried to reach {address}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def write_data(folder: Path, *, n_train: int = 20_000, n_val: int = 2_000, seed: int = 0) -> Path:
+    """A prepared folder of "bytes" tokens with some structure in it, in three train shards and one val shard."""
+    tokenizer = load_tokenizer("bytes")
+    rng = np.random.default_rng(seed)
+    words = [bytes(rng.integers(97, 123, size=rng.integers(2, 8), dtype=np.uint8)) for _ in range(50)]
+    text = b" ".join(words[i] for i in rng.integers(0, 50, size=n_train))
+    ids = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+    cuts = [0, n_train // 2, n_train // 2 + 7, n_train]
+    parts = [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    folder.mkdir(parents=True, exist_ok=True)
+    train = [write_shard(folder / f"tiny_train_{i:06d}.bin", len(p), [p]) for i, p in enumerate(parts)]
+    held_out = ids[n_train : n_train + n_val]
+    val = [write_shard(folder / "tiny_val_000000.bin", n_val, [held_out])]
+    Manifest(
+        dataset="tiny",
+        source="made by a test",
+        revision=str(seed),
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        options={},
+        splits={"train": Split(1, n_train, n_train, tuple(train)), "val": Split(1, n_val, n_val, tuple(val))},
+        skipped={},
+    ).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data folder; read only."""
+    return write_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path) -> Path:
+    """A recipe file that trains in a second."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY_RECIPE)
+    return path
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def regpt2(tmp_path: Path) -> Run:
+    """Run the real command in a process of its own: regpt2("train", recipe, "--run", ...)."""
+
+    def run(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "regpt2", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+        )
+
+    return run
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,155 @@
+"""The loader: one order for any world size and micro-batch, every token once per epoch, nothing but the step to resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regpt2.base.errors import ConfigError, DataError
+from regpt2.data.loader import BatchConfig, Loader, permute
+from regpt2.data.shards import open_tokens
+
+
+class Counting:
+    """A stream whose token at position i is i: shows where a window was taken."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert 0 <= start and start + count <= self.n_tokens
+        return np.arange(start, start + count, dtype=np.int64)
+
+
+def loader(n_tokens: int = 1000, *, rank: int = 0, world_size: int = 1, seed: int = 7, **batch: object) -> Loader:
+    config = BatchConfig(**{"batch_tokens": 64, "micro_batch": 2, "seq_len": 8, **batch})
+    return Loader(Counting(n_tokens), config, seed=seed, rank=rank, world_size=world_size)
+
+
+def update(loaders: list[Loader], step: int) -> np.ndarray:
+    """The windows of a step in the order of the micro-batches, taken over the ranks in turn."""
+    per_rank = [one.batch(step) for one in loaders]
+    return np.concatenate([x for micro in zip(*per_rank, strict=True) for x, _ in micro])
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)])
+def test_a_step_has_the_same_windows_for_any_world_size_and_micro_batch(
+    order: str, world_size: int, micro_batch: int
+) -> None:
+    alone = [loader(order=order)]
+    many = [loader(rank=r, world_size=world_size, micro_batch=micro_batch, order=order) for r in range(world_size)]
+    for step in (1, 2, 15, 16, 17, 40):
+        assert np.array_equal(update(alone, step), update(many, step))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_tokens=st.integers(10, 700),
+    seq_len=st.integers(1, 9),
+    windows_per_step=st.sampled_from([1, 2, 3, 4, 8]),
+    order=st.sampled_from(["shuffled", "sequential"]),
+    seed=st.integers(0, 2**63),
+)
+def test_every_token_is_a_target_once_per_epoch_but_the_first_and_the_stated_tail(
+    n_tokens: int, seq_len: int, windows_per_step: int, order: str, seed: int
+) -> None:
+    one = loader(n_tokens, seed=seed, order=order, seq_len=seq_len, micro_batch=1, batch_tokens=seq_len * windows_per_step)
+    n_windows = (n_tokens - 1) // seq_len
+    epochs = 3
+    steps = -(-epochs * n_windows // windows_per_step)
+    targets = np.concatenate([y for step in range(1, steps + 1) for _, y in one.batch(step)])
+    for epoch in range(epochs):
+        seen = np.sort(targets[epoch * n_windows : (epoch + 1) * n_windows].ravel())
+        assert np.array_equal(seen, np.arange(1, n_windows * seq_len + 1))
+    assert n_tokens - 1 - n_windows * seq_len < seq_len  # the tail
+
+
+def test_targets_are_the_inputs_moved_by_one() -> None:
+    for x, y in loader().batch(3):
+        assert np.array_equal(y, x + 1)
+        assert x.shape == (2, 8)
+
+
+def test_epochs_differ_and_seeds_differ_and_both_repeat() -> None:
+    one, n = loader(), 124
+    first, second = (np.concatenate([one.windows(s) for s in range(a, a + 15)]) for a in (1, 17))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(one.windows(1), loader(seed=8).windows(1))
+    assert np.array_equal(one.windows(5), loader().windows(5))
+    assert first.max() < n
+
+
+def test_the_order_is_what_it_always_was() -> None:
+    """Golden values: a run of today must be resumable by any later version."""
+    assert permute(np.arange(10), 10, seed=1337, epoch=0).tolist() == GOLDEN_10
+    assert permute(np.arange(3), 1_000_003, seed=1337, epoch=2).tolist() == GOLDEN_BIG
+
+
+GOLDEN_10 = [5, 6, 9, 4, 0, 3, 7, 8, 1, 2]
+GOLDEN_BIG = [49663, 467481, 318920]
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 1000))
+def test_permute_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed=seed, epoch=epoch)), np.arange(n))
+
+
+def test_permute_mixes() -> None:
+    """Neighbors end far apart: the mean distance of a random permutation is n / 3."""
+    n = 10_000
+    values = permute(np.arange(n), n, seed=3, epoch=0)
+    assert abs(np.abs(np.diff(values)).mean() / n - 1 / 3) < 0.01
+    assert abs(np.corrcoef(np.arange(n), values)[0, 1]) < 0.03
+
+
+def test_sequential_order_is_the_lectures() -> None:
+    x = np.concatenate([x for x, _ in loader(order="sequential").batch(2)])
+    assert np.array_equal(x.ravel(), np.arange(64, 128))
+
+
+def test_windows_cross_the_seams_of_shards(tiny_data: Path) -> None:
+    with open_tokens(tiny_data, "train") as tokens:
+        whole = tokens.read(0, tokens.n_tokens)
+        one = Loader(tokens, BatchConfig(batch_tokens=640, micro_batch=20, seq_len=32, order="sequential"), seed=0)
+        read = np.concatenate([x.ravel() for step in range(1, 32) for x, _ in one.batch(step)])
+    assert np.array_equal(read, whole[: len(read)])
+
+
+def test_reading_ahead_gives_the_same_batches_and_ends_its_thread() -> None:
+    import threading
+
+    one = loader()
+    ahead = list(one.batches(3, 9))
+    for step, batch in enumerate(ahead, start=3):
+        assert all(np.array_equal(a, b) for got, want in zip(batch, one.batch(step), strict=True) for a, b in zip(got, want, strict=True))
+    unfinished = one.batches(1, 1000)
+    next(unfinished)
+    unfinished.close()
+    assert not [t for t in threading.enumerate() if t.name == "read-ahead"]
+
+
+def test_an_error_of_the_reading_thread_reaches_the_loop() -> None:
+    one = loader()
+
+    def broken(start: int, count: int) -> np.ndarray:
+        raise DataError("shard 7 is damaged")
+
+    one.tokens.read = broken  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="shard 7"):
+        next(one.batches(1, 5))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"500,000 must be a multiple of .* = 64 x 1024 x 8 = 524,288; the nearest is 524,288"):
+        BatchConfig(batch_tokens=500_000).grad_accum_steps(8)
+    assert BatchConfig().grad_accum_steps(8) == 1
+    assert BatchConfig().grad_accum_steps(1) == 8
+
+
+def test_too_little_data_is_refused() -> None:
+    with pytest.raises(DataError, match="8 tokens; one window needs seq_len"):
+        loader(8)

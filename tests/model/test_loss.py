@@ -1,0 +1,115 @@
+"""The loss in chunks against the loss with whole logits: value and both gradients; padding rows take no part."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.loss import linear_cross_entropy, reference_cross_entropy
+
+N, C, VOCAB = 37, 12, 23  # N is prime: the last chunk is never full
+CHUNKS = [1, 5, 36, 37, 1000, None]
+
+
+def inputs(dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(rows, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(VOCAB, (N,), generator=generator)
+
+
+def loss_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+# fp64 and fp32: sums in another order, a few roundings of 1e-16 and 6e-8. bf16: the reference itself rounds logits'
+# gradients to 8 bits, 2^-9 relative each, and so do we, at another place.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("rows", [VOCAB, 32], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_chunked_loss_equals_the_plain_one(
+    dtype: torch.dtype, tolerance: float, rows: int, chunk_tokens: int | None
+) -> None:
+    hidden, weight, targets = inputs(dtype, rows)
+    got = loss_and_gradients(
+        linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=chunk_tokens), hidden, weight
+    )
+    expected = loss_and_gradients(reference_cross_entropy(hidden, weight, targets, VOCAB), hidden, weight)
+    for ours, plain in zip(got, expected, strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, None])
+def test_bf16_loss_is_near_the_exact_one(chunk_tokens: int | None) -> None:
+    """Against fp64 on the same bf16 numbers. Logits of up to 10 are rounded to 2^-9 of that; their mean is nearer."""
+    hidden, weight, targets = inputs(torch.bfloat16, 32)
+    exact = reference_cross_entropy(hidden.double(), weight.double(), targets, VOCAB)
+    got = linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=chunk_tokens)
+    assert got.dtype == torch.float32
+    assert abs(got - exact) < 1e-2 * exact
+
+
+def test_gradient_is_scaled_by_what_comes_after() -> None:
+    hidden, weight, targets = inputs(torch.float64, 32)
+    one = loss_and_gradients(linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=5), hidden, weight)
+    three = loss_and_gradients(3 * linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=5), hidden, weight)
+    for a, b in zip(one, three, strict=True):
+        assert torch.allclose(3 * a, b, rtol=1e-14)
+
+
+def test_finite_differences_agree() -> None:
+    """Independent of the plain loss: the slope along a random direction, by central differences."""
+    hidden, weight, targets = inputs(torch.float64, 32)
+    d_hidden, d_weight = loss_and_gradients(
+        linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=7), hidden, weight
+    )[1:]
+    generator, step = torch.Generator().manual_seed(1), 1e-5
+    along_h, along_w = (torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in (hidden, weight))
+    with torch.no_grad():
+        above, below = (
+            linear_cross_entropy(hidden + s * along_h, weight + s * along_w, targets, VOCAB) for s in (step, -step)
+        )
+    slope = (d_hidden * along_h).sum() + (d_weight * along_w).sum()
+    assert abs((above - below) / (2 * step) - slope) < 1e-8  # the error of the difference is of order step squared
+
+
+def test_a_second_backward_is_refused() -> None:
+    hidden, weight, targets = inputs(torch.float32, 32)
+    loss = linear_cross_entropy(hidden, weight, targets, VOCAB)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gives its gradient once"):
+        loss.backward()
+
+
+def test_without_gradient_the_loss_is_the_same() -> None:
+    hidden, weight, targets = inputs(torch.float32, 32)
+    with_gradient = linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=5)
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=5)
+    assert torch.equal(with_gradient.detach(), without)
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, weight, targets = inputs(torch.float32, 32)
+    got = loss_and_gradients(linear_cross_entropy(hidden * 1e4, weight, targets, VOCAB), hidden, weight)
+    assert all(value.isfinite().all() for value in got)
+
+
+def test_padding_rows_get_no_gradient_and_stay_zero_under_adamw() -> None:
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50)
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    tokens = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(0))
+    before = model.wte.weight.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert model.wte.weight.grad is not None
+        assert not model.wte.weight.grad[50:].any()
+        optimizer.step()
+    assert model.wte.weight.shape[0] == 64
+    assert not model.wte.weight[50:].any()
+    assert (model.wte.weight[:50] != before[:50]).all()

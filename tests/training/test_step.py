@@ -1,0 +1,218 @@
+"""The update: the same gradient however it is cut into micro-steps and ranks; skipped whole when it is not finite."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from regpt2.base.world import World
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.loss import reference_cross_entropy
+from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.parallel import InComputeType, make_trainable
+from regpt2.training.step import LossScale, StepStats, train_step
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=57)
+B, T = 8, 8
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, CONFIG.vocab_size, (B, T + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def gradients_of_step(
+    dtype: torch.dtype, n_micro_steps: int, world: World = ALONE, rows: slice = slice(None)
+) -> tuple[dict[str, Tensor], StepStats]:
+    """The gradients that the optimizer sees, taken by one that only looks."""
+    model = GPT(CONFIG, seed=3).to(dtype)
+    trainable = make_trainable(model, dtype, world, compiled=False)
+    seen: dict[str, Tensor] = {}
+
+    class Looking(torch.optim.Optimizer):
+        def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    x, y = (z[rows] for z in batch())
+    micro = list(zip(x.chunk(n_micro_steps), y.chunk(n_micro_steps), strict=True))
+    stats = train_step(trainable, Looking(model.parameters(), {}), micro, lr=0.0, grad_clip=0.0, world=world)
+    return seen, stats
+
+
+def plain_gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+    """One big batch through the whole logits, without any code of the step."""
+    model = GPT(CONFIG, seed=3).to(dtype)
+    x, y = batch()
+    reference_cross_entropy(model.hidden(x).flatten(0, 1), model.wte.weight, y.flatten(), CONFIG.vocab_size).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of two gradients, relative to each tensor's largest entry."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in b)
+
+
+def rank_main(rank: int, world_size: int, port: int, dtype: torch.dtype, n_micro_steps: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    world = World(rank=rank, local_rank=rank, size=world_size, device=torch.device("cpu"))
+    rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
+    gradients, stats = gradients_of_step(dtype, n_micro_steps, world, rows)
+    torch.save((gradients, float(stats.loss), float(stats.grad_norm)), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+# fp64: sums in another order differ by a few units of 2**-53, some hundred terms deep; fp32 likewise with 2**-24
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("n_micro_steps", [1, 2, 4, 8])
+def test_micro_steps_give_the_gradient_of_one_big_batch(dtype: torch.dtype, n_micro_steps: int) -> None:
+    gradients, stats = gradients_of_step(dtype, n_micro_steps)
+    expected = plain_gradients(dtype)
+    assert worst(gradients, expected) < TOLERANCE[dtype]
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+    assert float(stats.grad_norm) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_two_ranks_with_two_micro_steps_give_the_gradient_of_one_big_batch(
+    dtype: torch.dtype, tmp_path: object, unused_port: int
+) -> None:
+    mp.spawn(rank_main, args=(2, unused_port, dtype, 2, str(tmp_path)), nprocs=2)
+    expected = plain_gradients(dtype)
+    alone, stats = gradients_of_step(dtype, 4)
+    for rank in range(2):
+        gradients, loss, norm = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
+        assert worst(gradients, expected) < TOLERANCE[dtype]
+        assert worst(gradients, alone) < TOLERANCE[dtype]
+        assert loss == pytest.approx(float(stats.loss), rel=1e-6)
+        assert norm == pytest.approx(float(stats.grad_norm), rel=1e-5)
+
+
+def test_a_mean_of_means_over_unequal_parts_would_be_caught() -> None:
+    """The planted bug: micro-batches of unequal size, each averaged by itself, do not give the gradient of the batch."""
+    model = GPT(CONFIG, seed=3).double()
+    x, y = batch()
+    for rows in (slice(0, 6), slice(6, 8)):
+        (model(x[rows], y[rows]) / 2).backward()
+    wrong = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert worst(wrong, plain_gradients(torch.float64)) > 1e-3
+
+
+def run_steps(n: int, *, config: OptimConfig, grad_clip: float, poison_at: int = -1) -> tuple[GPT, list[StepStats]]:
+    model = GPT(CONFIG, seed=3)
+    optimizer = build_optimizer(model, config)
+    x, y = batch()
+    stats = []
+    for step in range(n):
+        if step == poison_at:
+            handle = model.ln_f.register_forward_hook(lambda *_: _[2] * float("nan"))
+        stats.append(train_step(model, optimizer, [(x, y)], lr=config.lr, grad_clip=grad_clip, world=ALONE))
+        if step == poison_at:
+            handle.remove()
+    return model, stats
+
+
+def test_adamw_steps_equal_a_scalar_adamw_in_numpy() -> None:
+    """Twenty updates, clipping and decay groups included, against the textbook written out."""
+    config = OptimConfig(lr=1e-2, weight_decay=0.1)
+    model, stats = run_steps(20, config=config, grad_clip=0.5)
+    reference = GPT(CONFIG, seed=3).double()
+    m = {name: np.zeros(p.shape) for name, p in reference.named_parameters()}
+    v = {name: np.zeros(p.shape) for name, p in reference.named_parameters()}
+    x, y = batch()
+    for t in range(1, 21):
+        reference.zero_grad()
+        hidden = reference.hidden(x).flatten(0, 1)
+        reference_cross_entropy(hidden, reference.wte.weight, y.flatten(), CONFIG.vocab_size).backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in reference.parameters()))
+        assert float(stats[t - 1].grad_norm) == pytest.approx(norm, rel=1e-4)
+        for name, p in reference.named_parameters():
+            w, g = p.detach().numpy(), p.grad.numpy() * min(1.0, 0.5 / (norm + 1e-6))
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.95 * v[name] + 0.05 * g * g
+            if w.ndim >= 2:
+                w *= 1 - config.lr * 0.1
+            w -= config.lr * (m[name] / (1 - 0.9**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
+    for (name, p), (_, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        # Adam divides by the root of the second moment: entries with tiny gradients amplify fp32 rounding, hence 2e-4.
+        assert torch.allclose(p.double(), q, atol=2e-4), name
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_step_that_is_not_finite_is_skipped_whole_and_the_next_is_made(at: int) -> None:
+    config = OptimConfig(lr=1e-2)
+    poisoned, stats = run_steps(at + 4, config=config, grad_clip=1.0, poison_at=at)
+    clean, _ = run_steps(at + 3, config=config, grad_clip=1.0)
+    assert [int(s.accepted) for s in stats] == [1] * at + [0] + [1] * 3
+    for (name, p), (_, q) in zip(poisoned.named_parameters(), clean.named_parameters(), strict=True):
+        assert torch.equal(p, q), f"{name}: a skipped step left a trace"
+
+
+def test_a_loss_above_the_limit_is_skipped() -> None:
+    model = GPT(CONFIG, seed=3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimConfig())
+    stats = train_step(model, optimizer, [batch()], lr=1e-2, grad_clip=1.0, world=ALONE, loss_limit=1.0)
+    assert not float(stats.accepted)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_logged_loss_is_the_mean_over_micro_steps() -> None:
+    _, one = gradients_of_step(torch.float64, 1)
+    _, four = gradients_of_step(torch.float64, 4)
+    assert float(one.loss) == pytest.approx(float(four.loss), rel=1e-7)
+    assert float(one.loss) == pytest.approx(math.log(CONFIG.vocab_size), abs=0.1)
+
+
+def test_a_scaled_loss_gives_the_same_update() -> None:
+    weights = []
+    for scale in (None, LossScale(factor=1024.0)):
+        model = GPT(CONFIG, seed=3)
+        optimizer = build_optimizer(model, OptimConfig())
+        train_step(model, optimizer, [batch()], lr=1e-2, grad_clip=1.0, world=ALONE, scale=scale)
+        weights.append(model.wte.weight.detach().clone())
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_the_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_steps() -> None:
+    scale = LossScale(factor=64.0)
+    scale.update(False)
+    assert scale.factor == 32.0
+    for _ in range(2000):
+        scale.update(True)
+    assert scale.factor == 64.0
+
+
+def test_in_bf16_the_gradients_are_those_of_fp32_within_its_rounding() -> None:
+    model, x, y = GPT(CONFIG, seed=3), *batch()
+    InComputeType(model, torch.bfloat16)(x, y).backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = plain_gradients(torch.float32)
+    assert all(g.dtype == torch.float32 for g in got.values())
+    flat = [torch.cat([g[name].flatten() for name in expected]) for g in (got, expected)]
+    # bf16 keeps 8 bits: 2**-8 a rounding, and some dozen of them in a row, most of which cancel
+    assert float((flat[0] - flat[1]).norm() / flat[1].norm()) < 0.03
+
+
+def test_training_in_bf16_moves_every_weight_and_keeps_masters_in_fp32() -> None:
+    model = GPT(CONFIG, seed=3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainable = make_trainable(model, torch.bfloat16, ALONE, compiled=False)
+    optimizer = build_optimizer(model, OptimConfig())
+    for _ in range(5):
+        train_step(trainable, optimizer, [batch()], lr=1e-4, grad_clip=1.0, world=ALONE)
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32
+        assert not torch.equal(p, before[name]), f"{name} never moved"
+    assert all(s.dtype == torch.float32 for state in optimizer.state.values() for s in state.values())
