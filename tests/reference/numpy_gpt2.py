@@ -24,7 +24,8 @@ def logits(weights: dict[str, Array], n_layer: int, n_head: int, ids: list[int])
 def layer_norm(x: Array, gain: Array, bias: Array) -> Array:
     """Each row to mean 0 and variance 1, then scaled and shifted."""
     mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
-    return (x - mean) / np.sqrt(variance + 1e-5) * gain + bias
+    result: Array = (x - mean) / np.sqrt(variance + 1e-5) * gain + bias
+    return result
 
 
 def attention(block: dict[str, Array], x: Array, n_head: int) -> Array:
@@ -55,12 +56,13 @@ def sampling_probabilities(logits: Array, temperature: float, top_k: int, top_p:
     p = np.exp((logits - logits.max()) / temperature)
     order = np.argsort(-p, kind="stable")
     kept = order[:top_k] if top_k else order
-    total, before, chosen = p[kept].sum(), 0.0, []
+    total, before = p[kept].sum(), 0.0
+    chosen: list[int] = []
     for token in kept:
         if chosen and before >= top_p * total:
             break
-        chosen.append(token)
+        chosen.append(int(token))
         before += p[token]
-    result = np.zeros_like(p)
+    result: Array = np.zeros_like(p)
     result[chosen] = p[chosen] / p[chosen].sum()
     return result

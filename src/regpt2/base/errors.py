@@ -33,6 +33,6 @@ class DownloadError(Problem):
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, else an empty string."""
+    """The end of a sentence: `; did you mean 'x'?` with the nearest known name, else a full stop."""
     nearest = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."

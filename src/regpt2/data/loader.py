@@ -10,7 +10,7 @@ tail of fewer than `seq_len` tokens at the very end of the data. Steps run throu
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -46,6 +46,8 @@ class BatchConfig:
     """Tokens per training sequence, at most model.block_size."""
     order: Literal["shuffled", "sequential"] = "shuffled"
     """Windows in a seeded order over the whole epoch, or as they lie in the shards (the lecture's)."""
+    one_batch: bool = False
+    """Every update sees the windows of the first: the sanity check that a model can learn them by heart."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "micro_batch", "seq_len"):
@@ -84,7 +86,7 @@ class Loader:
 
     def windows(self, step: int) -> NDArray[np.int64]:
         """Numbers of the windows of update `step` (from 1), over all ranks, in order."""
-        first = (step - 1) * self.windows_per_step
+        first = 0 if self.config.one_batch else (step - 1) * self.windows_per_step
         flat = np.arange(first, first + self.windows_per_step, dtype=np.int64)
         if self.config.order == "sequential":
             return flat % self.n_windows
@@ -108,7 +110,7 @@ class Loader:
             batch.append((window[:, :-1], window[:, 1:]))
         return batch
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
+    def batches(self, first_step: int, last_step: int) -> Generator[list[MicroBatch], None, None]:
         """The batches of updates `first_step` to `last_step`, read ahead by a thread while the model computes."""
         ahead: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)
         stop = threading.Event()

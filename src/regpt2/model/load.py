@@ -126,7 +126,10 @@ def _load_folder(
     with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
         model = GPT(files.config)
     model = model.to(dtype).to_empty(device=device)
-    load_into(model, files.tensors)
+    try:
+        load_into(model, files.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     step = _STEP.fullmatch(folder.resolve().name)
     return LoadedModel(model.eval(), files.tokenizer, source or str(folder), int(step.group(1)) if step else None)
 
@@ -179,9 +182,7 @@ def load_into(model: GPT, tensors: dict[str, Tensor]) -> None:
     """
     expected = dict(_unpadded(model))
     for name in sorted(expected.keys() - tensors.keys()):
-        raise CheckpointError(
-            f"tensor {name} is missing: {len(tensors)} tensors, a GPT of this shape has {len(expected)}."
-        )
+        raise CheckpointError(f"tensor {name} is missing: got {len(tensors)} tensors, expected {len(expected)}.")
     for name in sorted(tensors.keys() - expected.keys()):
         raise CheckpointError(f"tensor {name} {list(tensors[name].shape)} belongs to no GPT of this shape.")
     for name, place in expected.items():

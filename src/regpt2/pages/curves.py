@@ -146,7 +146,7 @@ def _dress(axes: Any, record: Record, ink: Ink, ticks: int = 6) -> None:
     axes.set_axisbelow(True)
     axes.set_xlim(0, max(1.0, record.last_step) * 1.01)
     axes.xaxis.set_major_locator(_locator(ticks))
-    axes.xaxis.set_major_formatter(lambda step, place: _steps(step) + (" steps" if place == 1 else ""))
+    axes.xaxis.set_major_formatter(_steps)
     axes.yaxis.set_major_locator(_locator(5, integer=False))
     for resume in record.runs[1:50]:
         axes.axvline(number(resume.get("step")), color=ink.faint, linewidth=0.8, linestyle=":")
@@ -213,6 +213,7 @@ def _draw_bits(axes: Any, record: Record, ink: Ink) -> None:
         )
     if not shown:
         return
+    axes.grid(False)  # the baselines are the rules here
     low, high = min(float(finite.min()), *shown), max(float(finite[-1]), *shown)
     axes.set_ylim(low - 0.08 * (high - low), high + 0.14 * (high - low))
 
@@ -255,8 +256,10 @@ def _line(axes: Any, x: Column, y: Column, *, markersize: float = 0.0, label: st
     axes.plot(x, y, solid_joinstyle="round", label=label or "_", **marker, **style)
 
 
-def _steps(step: float) -> str:
-    return f"{step:,.0f}" if step < 1e5 else count(step)
+def _steps(step: float, place: int) -> str:
+    """A tick; the first after 0 tells the unit."""
+    unit = " step" if step == 1 else " steps"
+    return (f"{step:,.0f}" if step < 1e6 else count(step)) + (unit if place == 1 else "")
 
 
 def _short(value: float) -> str:

@@ -71,8 +71,12 @@ def headline(record: Record) -> str:
 def summary(record: Record) -> str:
     """What was run, and how far: 1,200 of 1,200 steps · 1.84M tokens · 10.3M parameters · finished."""
     steps, max_steps = record.last_step, number(record.start.get("max_steps"))
-    said = [f"{steps:,.0f} of {max_steps:,.0f} steps" if math.isfinite(max_steps) else f"{steps:,.0f} steps"]
-    said += [f"{count(record.tokens)} tokens"] if math.isfinite(record.tokens) and record.tokens else []
+    said = [
+        f"{steps:,.0f} of {max_steps:,.0f} steps"
+        if math.isfinite(max_steps)
+        else f"{steps:,.0f} step{'' if steps == 1 else 's'}"
+    ]
+    said += [f"{count(record.tokens)} tokens"] if record.tokens else []
     n_params = number(record.start.get("n_params"))
     said += [f"{count(n_params)} parameters"] if math.isfinite(n_params) else []
     return " · ".join([*said, record.status])
@@ -88,7 +92,7 @@ def results(record: Record) -> Html:
     compressor = min(record.baselines.items(), key=lambda pair: pair[1], default=None)
     step_ms, mfu, speed = (record.typical(column) for column in ("step_ms", "mfu", "tokens_per_s"))
     cells = [
-        ("Validation loss", _figure("loss", last.get("loss")), "nats", beside),
+        ("Validation loss", _figure("loss", last.get("loss")), "nats" if last else "", beside),
         ("Perplexity", _figure("perplexity", last.get("perplexity")), "", "per token"),
         (
             "Bits per byte",

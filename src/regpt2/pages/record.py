@@ -62,7 +62,7 @@ class Record:
     @property
     def tokens(self) -> float:
         """Tokens trained on."""
-        return float(self.train["tokens"][-1]) if len(self.train["tokens"]) else 0.0
+        return float(np.max(self.train["tokens"], initial=0.0, where=np.isfinite(self.train["tokens"])))
 
     @property
     def validations(self) -> list[Event]:

@@ -208,6 +208,10 @@ class Saver:
             said = describe_os_error(error) if isinstance(error, OSError) else str(error)
             raise Problem(f"a checkpoint could not be saved: {said} The checkpoints before it are good.") from error
 
+    def close(self) -> None:
+        """The same: a run does not end before its last checkpoint is on disk."""
+        self.wait()
+
     def _write(self, snap: Snapshot) -> None:
         try:
             write(self.checkpoints, snap)

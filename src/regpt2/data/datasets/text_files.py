@@ -220,7 +220,7 @@ def _parquet_file(file: IO[bytes], planned: InputFile, field: str) -> Any:
     schema = parquet.schema_arrow
     if field not in schema.names:
         raise DataError(
-            f"{planned.path} has no column {field!r}{did_you_mean(field, schema.names)}; it has: "
+            f"{planned.path} has no column {field!r}{did_you_mean(field, schema.names)} It has: "
             f"{', '.join(schema.names)}; choose one with --field."
         )
     kind = schema.field(field).type
