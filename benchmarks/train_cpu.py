@@ -1,6 +1,6 @@
 """Our training step beside build-nanogpt's, on a CPU. In: a path to build-nanogpt; out: a table and a JSON file.
 
-    python benchmarks/train_cpu.py --build-nanogpt PATH [--work 124M-B4|124M-B1|small] [--precision bf16|fp32] [--pairs 5]
+    python benchmarks/train_cpu.py --build-nanogpt PATH [--work 124M-B4|124M-B1|small] [--precision bf16|fp32]
 
 Each side lives in a process of its own (two OpenMP pools in one process would leave one core active) and makes one
 step when asked; the steps alternate, ours and theirs, so that the machine's drift meets both. What counts is the
@@ -151,7 +151,10 @@ def measure(work: Work, pairs: int, arguments: list[str]) -> dict[str, object]:
     for _ in range(pairs):
         rows.append({name: side.steps(per_turn) for name, side in sides.items()})
         ratio = rows[-1]["build-nanogpt"]["wall_s"] / rows[-1]["ours"]["wall_s"]
-        print(f"  {ratio:.2f}x  " + ", ".join(f"{n} {r['wall_s'] / per_turn:.3f} s" for n, r in rows[-1].items()), flush=True)
+        print(
+            f"  {ratio:.2f}x  " + ", ".join(f"{n} {r['wall_s'] / per_turn:.3f} s" for n, r in rows[-1].items()),
+            flush=True,
+        )
     for side in sides.values():
         side.end()
 
@@ -186,7 +189,8 @@ def main() -> None:
     result = measure(work, options.pairs, sys.argv[1:])
     about = {
         "what": "training step: ours against build-nanogpt as shipped",
-        "command": "python benchmarks/train_cpu.py " + " ".join(sys.argv[1:]).replace(str(options.build_nanogpt), "PATH"),
+        "command": "python benchmarks/train_cpu.py "
+        + " ".join(sys.argv[1:]).replace(str(options.build_nanogpt), "PATH"),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,10 @@ def write_data(folder: Path, *, n_train: int = 20_000, n_val: int = 2_000, seed:
     tokenizer = load_tokenizer("bytes")
     rng = np.random.default_rng(seed)
     words = [bytes(rng.integers(97, 123, size=rng.integers(2, 8), dtype=np.uint8)) for _ in range(50)]
-    text = b" ".join(words[i] for i in rng.integers(0, 50, size=n_train))
+    text = b" ".join(words[i] for i in rng.integers(0, 50, size=n_train + n_val))
     ids = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     cuts = [0, n_train // 2, n_train // 2 + 7, n_train]
-    parts = [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [ids[a:b] for a, b in pairwise(cuts)]
     folder.mkdir(parents=True, exist_ok=True)
     train = [write_shard(folder / f"tiny_train_{i:06d}.bin", len(p), [p]) for i, p in enumerate(parts)]
     held_out = ids[n_train : n_train + n_val]

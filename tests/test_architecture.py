@@ -1,4 +1,4 @@
-"""The shape of the code, held by tests: rooms import downward, nothing runs at import, files and functions stay small."""
+"""The shape of the code: rooms import downward, nothing runs at import, files and functions stay small."""
 
 import ast
 import subprocess
@@ -130,7 +130,9 @@ def test_no_pickle_and_no_code_from_files_in_the_source() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {n.name for n in node.names} | {getattr(node, "module", "")}
                 names -= {"pickle"} if names == {"pickle", "UnpicklingError"} else set()  # an exception to catch
-                assert not names & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}, f"{name_of(file)}:{node.lineno}"
+                assert not names & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}, (
+                    f"{name_of(file)}:{node.lineno}"
+                )
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec", "pickle.load"):
                 raise AssertionError(f"{name_of(file)}:{node.lineno} runs code from data")
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":

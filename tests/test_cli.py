@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from conftest import Run
 
+from conftest import Run
 from regpt2.cli import VERBS, main
 
 

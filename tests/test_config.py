@@ -21,7 +21,10 @@ def toml(folder: Path, text: str) -> Path:
     ("text", "message"),
     [
         ("max_stepps = 3", r"my.toml: unknown key 'max_stepps'; did you mean 'max_steps'\?"),
-        ("[optim]\nlrr = 1.0", r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?|unknown key 'optim.lrr'; did you mean 'lr'"),
+        (
+            "[optim]\nlrr = 1.0",
+            r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?|unknown key 'optim.lrr'; did you mean 'lr'",
+        ),
         ("[optm]\nlr = 1.0", r"unknown key 'optm'; did you mean 'optim'"),
         ('max_steps = "many"', r"max_steps = 'many' is a str, expected int"),
         ("max_steps = 3.5", r"max_steps = 3.5 is a float, expected int"),

@@ -1,4 +1,4 @@
-"""The command. In: arguments; out: an exit code. Finds the verb, shows a problem as one message, imports what is needed.
+"""The command. In: arguments; out: an exit code. Imports the verb alone, shows a problem as one message.
 
 0 = done, 1 = failed, 2 = wrong usage, 128 + signal = stopped by it.
 """
@@ -72,6 +72,6 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def _fail(message: str, exit_code: int, debug: bool) -> int:
     if debug:
-        raise  # noqa: PLE0704  (called from an except clause only)
+        raise
     sys.stderr.write(f"regpt2: {message}\n")
     return exit_code

@@ -1,11 +1,11 @@
 """The configuration of a run. In: a recipe (TOML) and options; out: one frozen, checked `RunConfig`, and TOML again.
 
-It only composes the dataclasses that stand beside the code that reads them. Precedence: default < recipe < command line.
+It only composes the dataclasses that stand beside the code that reads them.
+Precedence: default < recipe < command line.
 """
 
 import dataclasses
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +143,8 @@ def find_recipe(spec: str) -> Path:
         return path
     names = recipe_names()
     raise UsageError(
-        f"there is no recipe {spec!r}{did_you_mean(spec, names)} There is: {', '.join(names)}, or a file ending in .toml."
+        f"there is no recipe {spec!r}{did_you_mean(spec, names)} There is: {', '.join(names)}; "
+        "or give a file that ends in .toml."
     )
 
 
@@ -199,7 +200,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return tuple(_convert(k, item, key) for k, item in zip(kinds, value, strict=True))
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
+    elif type(value) is hint:
         return value
     raise ConfigError(f"{key} = {value!r} is a {type(value).__name__}, expected {_spelled(hint)}.")
 
@@ -239,7 +240,7 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

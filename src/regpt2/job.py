@@ -1,4 +1,4 @@
-"""A run made ready. In: a `RunConfig` and the ranks; out: a `Job`: data, model, optimizer, records, at its first step."""
+"""A run made ready. In: a `RunConfig` and the ranks; out: a `Job`: data, model, optimizer, record, and its step."""
 
 import dataclasses
 import platform
@@ -252,7 +252,11 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

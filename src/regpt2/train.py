@@ -50,7 +50,8 @@ def train(config: RunConfig) -> Summary:
         job = build(config, world, tokens)
         first = restore(job)  # updates already made: 0, or a checkpoint's
         open_records(job, first)
-        observe(job, first, saving=False)
+        if not world.from_main(job.metrics.has("eval", first)):
+            observe(job, first, saving=False)
         meter, step = Meter(job, first), first
         with closing(job.saver), closing(job.loader.batches(first + 1, config.max_steps)) as batches:
             for step, batch in enumerate(batches, start=first + 1):
@@ -246,8 +247,8 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
     elapsed_s = job.elapsed_s + time.monotonic() - job.started_at
     job.metrics.log("end", step, reason=reason, elapsed_s=elapsed_s, peak_bytes=peak_bytes(job.world.device))
     if job.world.is_main:
-        page = write_report(job.run)
-        say(f"{reason} at step {step:,} after {duration(elapsed_s)}, {peak_bytes(job.world.device) / 1e9:.2f} GB; {page}")
+        say(f"{reason} at step {step:,} after {duration(elapsed_s)}, peak {peak_bytes(job.world.device) / 1e9:.2f} GB")
+        say(f"the page of this run: {write_report(job.run)}")
         if stop_signal:
             say("the same command goes on from here.")
     return Summary(step, reason, 128 + stop_signal if stop_signal else 0)
@@ -269,7 +270,11 @@ def main(arguments: list[str]) -> int:
     defaults = load_recipe(spec)
     # `--data DIR` and the like are fields of RunConfig: one parser, and help that shows the recipe's own values.
     config = tyro.cli(
-        RunConfig, prog=f"regpt2 train {spec}", description=recipe_head(find_recipe(spec)), default=defaults, args=options
+        RunConfig,
+        prog=f"regpt2 train {spec}",
+        description=recipe_head(find_recipe(spec)),
+        default=defaults,
+        args=options,
     )
     return train(config).exit_code
 

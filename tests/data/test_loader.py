@@ -1,4 +1,4 @@
-"""The loader: one order for any world size and micro-batch, every token once per epoch, nothing but the step to resume."""
+"""The loader: one order for any world size and micro-batch, every token once per epoch, a step is all it needs."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class Counting:
         self.n_tokens = n_tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        assert 0 <= start and start + count <= self.n_tokens
+        assert start >= 0 and start + count <= self.n_tokens
         return np.arange(start, start + count, dtype=np.int64)
 
 
@@ -56,7 +56,9 @@ def test_a_step_has_the_same_windows_for_any_world_size_and_micro_batch(
 def test_every_token_is_a_target_once_per_epoch_but_the_first_and_the_stated_tail(
     n_tokens: int, seq_len: int, windows_per_step: int, order: str, seed: int
 ) -> None:
-    one = loader(n_tokens, seed=seed, order=order, seq_len=seq_len, micro_batch=1, batch_tokens=seq_len * windows_per_step)
+    one = loader(
+        n_tokens, seed=seed, order=order, seq_len=seq_len, micro_batch=1, batch_tokens=seq_len * windows_per_step
+    )
     n_windows = (n_tokens - 1) // seq_len
     epochs = 3
     steps = -(-epochs * n_windows // windows_per_step)
@@ -106,6 +108,11 @@ def test_permute_mixes() -> None:
     assert abs(np.corrcoef(np.arange(n), values)[0, 1]) < 0.03
 
 
+def test_one_batch_is_the_first_again_and_again() -> None:
+    one = loader(one_batch=True)
+    assert np.array_equal(one.windows(9), loader().windows(1))
+
+
 def test_sequential_order_is_the_lectures() -> None:
     x = np.concatenate([x for x, _ in loader(order="sequential").batch(2)])
     assert np.array_equal(x.ravel(), np.arange(64, 128))
@@ -125,7 +132,11 @@ def test_reading_ahead_gives_the_same_batches_and_ends_its_thread() -> None:
     one = loader()
     ahead = list(one.batches(3, 9))
     for step, batch in enumerate(ahead, start=3):
-        assert all(np.array_equal(a, b) for got, want in zip(batch, one.batch(step), strict=True) for a, b in zip(got, want, strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for got, want in zip(batch, one.batch(step), strict=True)
+            for a, b in zip(got, want, strict=True)
+        )
     unfinished = one.batches(1, 1000)
     next(unfinished)
     unfinished.close()
@@ -144,7 +155,9 @@ def test_an_error_of_the_reading_thread_reaches_the_loop() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"500,000 must be a multiple of .* = 64 x 1024 x 8 = 524,288; the nearest is 524,288"):
+    with pytest.raises(
+        ConfigError, match=r"500,000 must be a multiple of .* = 64 x 1024 x 8 = 524,288; the nearest is 524,288"
+    ):
         BatchConfig(batch_tokens=500_000).grad_accum_steps(8)
     assert BatchConfig().grad_accum_steps(8) == 1
     assert BatchConfig().grad_accum_steps(1) == 8

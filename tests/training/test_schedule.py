@@ -1,6 +1,7 @@
 """The learning rate: the lecture's at every step, above zero at the first, down to its floor at the last."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_it_rises_then_never_rises_again_and_ends_near_the_floor(kind: str) -> N
     rates = [learning_rate(config, 1.0, step, 100) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert 0.1 <= rates[-1] < 0.13
 
 
@@ -36,7 +37,7 @@ def test_stable_linear_holds_the_peak_then_falls_in_a_straight_line() -> None:
     config = ScheduleConfig(kind="stable_linear", warmup_steps=10, min_lr_fraction=0.0, decay_fraction=0.4)
     rates = [learning_rate(config, 1.0, step, 100) for step in range(1, 101)]
     assert set(rates[9:61]) == {1.0}
-    falls = {round(a - b, 9) for a, b in zip(rates[61:], rates[62:], strict=False)}
+    falls = {round(a - b, 9) for a, b in pairwise(rates[61:])}
     assert falls == {0.025}
 
 

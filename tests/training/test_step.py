@@ -100,7 +100,7 @@ def test_two_ranks_with_two_micro_steps_give_the_gradient_of_one_big_batch(
 
 
 def test_a_mean_of_means_over_unequal_parts_would_be_caught() -> None:
-    """The planted bug: micro-batches of unequal size, each averaged by itself, do not give the gradient of the batch."""
+    """The planted bug: unequal micro-batches, each averaged by itself, do not give the gradient of the batch."""
     model = GPT(CONFIG, seed=3).double()
     x, y = batch()
     for rows in (slice(0, 6), slice(6, 8)):

@@ -101,7 +101,7 @@ def choose_compute(precision: Precision, device: torch.device) -> Compute:
         can["bf16"] = _cpu_has_bf16()
     chosen = precision
     if chosen == "auto":
-        chosen = next(name for name in ("bf16", "fp16", "fp32") if can[name])  # type: ignore[assignment]
+        chosen = next(name for name in ("bf16", "fp16", "fp32") if can[name])
     if not can[chosen]:
         there = ", ".join(name for name, possible in can.items() if possible)
         raise UsageError(f"precision = {chosen!r} is not in the hardware of {device_name(device)}; it has: {there}.")

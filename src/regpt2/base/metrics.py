@@ -38,6 +38,12 @@ class MetricsLog:
         kept = [event for event in read_events(self.path) if event["step"] <= step or event["event"] == "note"]
         write_atomic(self.path, "".join(_line(event) for event in kept))
 
+    def has(self, event: str, step: int) -> bool:
+        """Is there such an event of this step?"""
+        if self.path is None or not self.path.exists():
+            return False
+        return any(e["event"] == event and e["step"] == step for e in read_events(self.path))
+
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append one event. A log that cannot be written never stops training: it is said once."""
         if self.path is None:
@@ -67,7 +73,9 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 return
-            raise DataError(f"{path}:{number} is not an event ({error}); cut the file back to the line before.") from None
+            raise DataError(
+                f"{path}:{number} is not an event ({error}); cut the file back to the line before."
+            ) from None
         yield event
 
 

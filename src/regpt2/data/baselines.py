@@ -1,4 +1,4 @@
-"""What a model must beat. In: a prepared data folder; out: bits per byte of two models that know nothing of language."""
+"""What a model must beat. In: a prepared data folder; out: bits per byte of two that know nothing of language."""
 
 import math
 import zlib

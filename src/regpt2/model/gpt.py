@@ -104,7 +104,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -122,7 +123,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """GPT-2's initialization: N(0, 0.02), and less where a block adds to the residual stream (paper, section 2.3)."""
+        """N(0, 0.02), and less where a block adds to the residual stream (GPT-2 paper, section 2.3)."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two additions per block
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -145,11 +146,12 @@ class GPT(nn.Module):
         T = ids.shape[1]
         if position + T > self.config.block_size:
             raise ValueError(f"{position + T} tokens do not fit into block_size = {self.config.block_size}")
-        x = self.wte(ids) + self.wpe.weight[position : position + T]  # (B, T, C)
+        x: Tensor = self.wte(ids) + self.wpe.weight[position : position + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i])
-        return self.ln_f(x)
+        x = self.ln_f(x)
+        return x
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., vocab_size): the padding rows never leave this method."""

@@ -38,7 +38,9 @@ def linear_cross_entropy(
         most = max(1, _CHUNK_BYTES.get(hidden.device.type, 1 << 28) // (hidden.element_size() * weight.shape[0]))
         chunk_tokens = -(-hidden.shape[0] // -(-hidden.shape[0] // most))  # chunks of equal size
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens, with_gradient)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, vocab_size, chunk_tokens, with_gradient
+    )
     return loss
 
 
@@ -86,7 +88,7 @@ def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wide: torch
     for start in range(0, n, block):
         rows = logits[start : start + block]
         target = targets[start : start + block].unsqueeze(1)
-        if V > vocab_size:
+        if vocab_size < V:
             rows[:, vocab_size:] = float("-inf")
         log_p = torch.log_softmax(rows, dim=1, dtype=wide)
         loss_sum -= log_p.gather(1, target).sum()

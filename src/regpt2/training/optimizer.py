@@ -1,4 +1,4 @@
-"""The optimizer of a run. In: a model and a config; out: a torch optimizer from the shelf, its state by name and back."""
+"""The optimizer of a run. In: a model and a config; out: a torch optimizer from the shelf, and its state by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +67,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
     for key, value in tensors.items():
         name, kind = key.rsplit("/", 1)
         if name not in parameters:
-            raise CheckpointError(f"the optimizer state is of another model: it has {key!r}, the model has no {name!r}.")
+            raise CheckpointError(
+                f"the optimizer state is of another model: it has {key!r}, the model has no {name!r}."
+            )
         p = parameters[name]
         if value.dim() and value.shape != p.shape:
             raise CheckpointError(f"optimizer state {key!r} is {tuple(value.shape)}, expected {tuple(p.shape)}.")

@@ -29,7 +29,7 @@ class ScheduleConfig:
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, max_steps: int) -> float:
-    """The rate of update `step` (from 1; the first is above zero). With "cosine" it is the lecture's get_lr(step - 1)."""
+    """The rate of update `step`, from 1; the first is above zero. "cosine" is the lecture's get_lr(step - 1)."""
     done = step - 1
     if done < config.warmup_steps:
         return peak * step / config.warmup_steps

@@ -20,7 +20,7 @@ class StepStats:
     grad_norm: Tensor
     """Norm of the whole gradient before clipping."""
     accepted: Tensor
-    """1 where the update was made; 0 where it was skipped, because loss or gradient were not finite or above the limit."""
+    """1 where the update was made; 0 where it was skipped: a loss or gradient not finite, or a loss above the limit."""
 
 
 @dataclass

@@ -1,0 +1,35 @@
+"""What a model says never drives the terminal; numbers and times read as a person reads them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regpt2.base.console import ProgressLine, count, duration, safe_text
+
+
+@given(st.text())
+def test_safe_text_has_no_control_characters(text: str) -> None:
+    shown = safe_text(text)
+    assert not any(ord(c) < 32 and c not in "\n\t" for c in shown)
+    assert not any(127 <= ord(c) < 160 for c in shown)
+    assert not any(0x202A <= ord(c) <= 0x202E or 0x2066 <= ord(c) <= 0x2069 for c in shown)
+
+
+def test_safe_text_keeps_what_is_harmless() -> None:
+    assert safe_text("Größe\t你好 👋\n") == "Größe\t你好 👋\n"
+    assert safe_text("\x1b]52;c;aGk=\x07") == "\\x1b]52;c;aGk=\\x07"
+
+
+def test_numbers_and_times() -> None:
+    assert [count(n) for n in (7, 950, 12_345, 4.56e6, 1e10)] == ["7", "950", "12.3k", "4.56M", "10B"]
+    assert [duration(s) for s in (5, 65, 3700, 200_000)] == ["5s", "1m05s", "1h01m", "2d07h"]
+
+
+def test_progress_in_a_log_says_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("reading", 100, "MB", every_s=0.0) as progress:
+        progress.advance(25)
+        progress.advance(75)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("reading: 25 of 100 MB, ")
+    assert "left" in lines[0]
+    assert lines[1].endswith("MB/s, 0s left")

@@ -1,0 +1,124 @@
+"""Files are whole or not there; a folder has one owner; a download is what was pinned or an error."""
+
+import hashlib
+import http.server
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regpt2.base.errors import DownloadError, Problem, UsageError
+from regpt2.base.files import (
+    atomic_file,
+    cache_dir,
+    describe_os_error,
+    download,
+    folder_lock,
+    require_free_space,
+    sha256_file,
+    write_atomic,
+)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_atomic(path, "first\n")
+
+    def break_off() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half of the sec")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert path.read_bytes() == b"first\n"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    write_atomic(path, b"second")
+    assert path.read_bytes() == b"second"
+
+
+def test_sha256_is_that_of_hashlib_and_progress_adds_up(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "f").write_bytes(data)
+    seen: list[int] = []
+    assert sha256_file(tmp_path / "f", seen.append) == hashlib.sha256(data).hexdigest()
+    assert sum(seen) == len(data)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from regpt2.base.files import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_owner_and_a_dead_one_leaves_no_lock(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(UsageError, match=f"is in use by process {holder.pid}"), folder_lock(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_too_little_space_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=r"the corpus needs 1,000,000,000,000.0 MB and .* MB are free"):
+        require_free_space(tmp_path / "not" / "yet", 10**18, "the corpus")
+    require_free_space(tmp_path, 1, "nothing")
+
+
+def test_os_errors_are_told_with_their_mend() -> None:
+    assert describe_os_error(OSError(28, "No space left on device", "/x")) == (
+        "/x: No space left on device; free some space or choose a folder on another disk."
+    )
+    assert "permissions" in describe_os_error(PermissionError(13, "Permission denied", "/x"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A web server on loopback that serves tmp_path/web."""
+    (tmp_path / "web").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(tmp_path / "web"))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{it.server_port}"
+        it.shutdown()
+
+
+def test_a_download_is_what_was_pinned_or_an_error(tmp_path: Path, server: str) -> None:
+    (tmp_path / "web" / "good").write_bytes(b"good")
+    pinned = hashlib.sha256(b"good").hexdigest()
+    download(f"{server}/good", tmp_path / "got", pinned)
+    assert (tmp_path / "got").read_bytes() == b"good"
+    (tmp_path / "web" / "good").write_bytes(b"evil")
+    download(f"{server}/good", tmp_path / "got", pinned)  # what is there already is kept, and right
+    with pytest.raises(DownloadError, match=r"gave 4 bytes with SHA-256 .* expected"):
+        download(f"{server}/good", tmp_path / "other", pinned)
+    with pytest.raises(DownloadError, match=r"404.*put the file at"):
+        download(f"{server}/missing", tmp_path / "other", pinned)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGPT2_CACHE", "/somewhere")
+    assert cache_dir() == Path("/somewhere")
+    monkeypatch.delenv("REGPT2_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_dir() == Path("/xdg/regpt2")

@@ -1,0 +1,96 @@
+"""Validation loss: the true mean over a fixed set, whatever the batch size; ln V for a model that knows nothing."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regpt2.base.errors import DataError, UsageError
+from regpt2.base.world import World
+from regpt2.data.baselines import baselines
+from regpt2.data.shards import open_tokens
+from regpt2.data.tokenizer import load_tokenizer
+from regpt2.evals import EvalContext
+from regpt2.evals.val_loss import evaluate
+from regpt2.model.gpt import GPT, GPTConfig
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=257), seed=1)
+
+
+def context(data: Path | None, model: nn.Module = MODEL, **changes: object) -> EvalContext:
+    values = {"model": model, "world": ALONE, "data": data, "seq_len": 32, "batch": 4, "val_tokens": 10_000}
+    return EvalContext(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_it_is_the_mean_over_every_token_for_any_batch_size(tiny_data: Path) -> None:
+    """62 windows: batches of 4, 7 and 100 end with short ones; a mean of batch means would give other figures."""
+    with open_tokens(tiny_data, "val") as tokens:
+        ids = torch.from_numpy(tokens.read(0, tokens.n_tokens).astype(np.int64))
+    n_windows = (len(ids) - 1) // 32
+    with torch.no_grad():
+        nats = [
+            nn.functional.cross_entropy(
+                MODEL(ids[None, w * 32 : w * 32 + 32])[0].double(), ids[w * 32 + 1 : w * 32 + 33]
+            )
+            for w in range(n_windows)
+        ]
+    expected = float(torch.stack(nats).mean())
+    for batch in (1, 4, 7, 100):
+        found = evaluate(context(tiny_data, batch=batch))
+        assert found["loss"] == pytest.approx(expected, abs=1e-6)
+        assert found["tokens"] == n_windows * 32
+        assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(
+            expected / math.log(2), rel=1e-5
+        )  # one byte a token, no EOT here
+
+
+def test_a_uniform_model_has_exactly_ln_v(tiny_data: Path) -> None:
+    class Uniform(nn.Module):
+        def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(torch.zeros(ids.numel(), 257), targets.flatten())
+
+    assert evaluate(context(tiny_data, model=Uniform()))["loss"] == pytest.approx(math.log(257), rel=1e-6)
+
+
+def test_only_so_many_tokens_are_scored(tiny_data: Path) -> None:
+    assert evaluate(context(tiny_data, val_tokens=100))["tokens"] == 96
+
+
+def test_the_mode_of_the_model_is_restored_also_after_an_error(tiny_data: Path) -> None:
+    MODEL.train()
+    evaluate(context(tiny_data))
+    assert MODEL.training
+
+    class Broken(nn.Module):
+        def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    broken = Broken().train()
+    with pytest.raises(RuntimeError):
+        evaluate(context(tiny_data, model=broken))
+    assert broken.training
+
+
+def test_what_is_missing_is_said(tiny_data: Path) -> None:
+    with pytest.raises(UsageError, match="--data DIR"):
+        evaluate(context(None))
+    with pytest.raises(DataError, match="2,000 tokens, one window needs 5,001"):
+        evaluate(context(tiny_data, seq_len=5_000))
+
+
+def test_baselines_are_what_they_say(tiny_data: Path) -> None:
+    """Against an entropy worked out in numpy, and the gzip module."""
+    import gzip
+
+    with open_tokens(tiny_data, "train") as train, open_tokens(tiny_data, "val") as val:
+        counts = np.bincount(train.read(0, train.n_tokens), minlength=257) + 1
+        held_out = val.read(0, val.n_tokens)
+    found = baselines(tiny_data, load_tokenizer("bytes"))
+    assert found["unigram"] == pytest.approx(-np.mean(np.log2(counts[held_out] / counts.sum())))
+    packed = 8 * len(gzip.compress(bytes(held_out.astype(np.uint8)), 9)) / len(held_out)
+    assert found["gzip"] == pytest.approx(packed, rel=0.02)  # gzip's header is 18 bytes, zlib's 6

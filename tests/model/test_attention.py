@@ -1,0 +1,64 @@
+"""Attention in blocks equals the definition, forward and backward, and drops what it should."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from regpt2.model import attention
+from regpt2.model.attention import causal_attention
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query at a time, over the keys that it may see."""
+    rows = []
+    for t in range(q.shape[2]):
+        scores = (q[:, :, t : t + 1] @ k[:, :, : t + 1].transpose(2, 3)) / math.sqrt(q.shape[3])
+        rows.append(scores.softmax(dim=3) @ v[:, :, : t + 1])
+    return torch.cat(rows, dim=2)
+
+
+def qkv(T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    return [torch.randn(2, 3, T, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 48, 50])
+def test_it_is_the_definition_forward_and_backward(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    q, k, v = qkv(T)
+    forced = attention._in_blocks(q, k, v, 0.0)
+    expected = by_definition(q, k, v)
+    assert torch.allclose(forced, expected, atol=1e-12)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = torch.autograd.grad((forced * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_and_torch_agree(dtype: torch.dtype) -> None:
+    q, k, v = qkv(300, dtype)
+    ours = causal_attention(q, k, v)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(ours, theirs, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_no_token_sees_the_future() -> None:
+    q, k, v = qkv(20)
+    before = causal_attention(q, k, v)
+    with torch.no_grad():
+        k[:, :, 12:] += 100.0
+        v[:, :, 12:] += 100.0
+    after = causal_attention(q, k, v)
+    assert torch.equal(before[:, :, :12], after[:, :, :12])
+    assert not torch.allclose(before[:, :, 12:], after[:, :, 12:])
+
+
+def test_dropout_drops_only_when_asked() -> None:
+    q, k, v = qkv(20, torch.float32)
+    assert torch.equal(causal_attention(q, k, v), causal_attention(q, k, v))
+    assert not torch.allclose(causal_attention(q, k, v, dropout_p=0.5), causal_attention(q, k, v, dropout_p=0.5))
+    mean = torch.stack([causal_attention(q, k, v, dropout_p=0.3) for _ in range(2000)]).mean(dim=0)
+    assert torch.allclose(mean, causal_attention(q, k, v), atol=0.15)
