@@ -35,7 +35,7 @@ demo: $(CORE)
 	$(BIN)/regpt2 prepare python_library --tokenizer bytes --out data/python_library_bytes
 	$(BIN)/regpt2 train demo
 	$(BIN)/regpt2 evaluate runs/demo --data data/python_library_bytes
-	$(BIN)/regpt2 sample runs/demo "def " --max-new-tokens 240 --temperature 0.7
+	$(BIN)/regpt2 sample runs/demo "def " --max-new-tokens 120 --temperature 0.7
 	@echo
 	@echo "The page of this run: runs/demo/report.html (opens offline), its picture: runs/demo/report.png"
 	@echo "Next: $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"

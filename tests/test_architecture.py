@@ -16,6 +16,7 @@ ROOMS = {
     "training": {"base", "model", "training"},
     "evals": {"base", "data", "model", "evals"},
     "recipes": set(),
+    "pages": {"base", "pages"},
 }
 LOWER = set(ROOMS)
 GUARDS = ("__name__", "platform", "TYPE_CHECKING")

@@ -65,6 +65,10 @@ class Job:
     elapsed_s: float = 0.0
     """Time in earlier stretches of this run."""
     started_at: float = field(default_factory=time.monotonic)
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
+    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """The newest figures of each evaluation."""
 
     @property
     def tokenizer_ref(self) -> TokenizerRef:
@@ -205,6 +209,7 @@ def open_records(job: Job, first: int) -> None:
     config, world = job.config, job.world
     write_atomic(job.run / "config.toml", to_toml(config))
     job.metrics.cut_back(first)
+    job.baselines = _baselines(job)
     event: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": job.run.name,
@@ -223,9 +228,10 @@ def open_records(job: Job, first: int) -> None:
         "tokenizer_fingerprint": job.tokenizer.fingerprint,
         "data_fingerprint": job.tokens.fingerprint,
         "train_tokens": job.tokens.n_tokens,
+        "val_tokens": config.evals.val_tokens,
         "batch_tokens": config.batch.batch_tokens,
         "max_steps": config.max_steps,
-        "baselines": _baselines(job),
+        "baselines": job.baselines,
     }
     job.metrics.log("run", first, **event)
     if job.tokens.note:
@@ -271,6 +277,7 @@ def save(job: Job, step: int) -> None:
     state = {
         "step": step,
         "seed": config.seed,
+        "val_tokens": config.evals.val_tokens,
         "batch_tokens": config.batch.batch_tokens,
         "data_fingerprint": job.tokens.fingerprint,
         "guard": job.guard.state(),

@@ -13,7 +13,7 @@ import tyro
 from regpt2.base import plugins
 from regpt2.base.console import count, duration, safe_text, say, warn
 from regpt2.base.device import peak_bytes, pick_device
-from regpt2.base.errors import UsageError
+from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.signals import StopSignals
 from regpt2.base.world import World, start_world
@@ -126,6 +126,7 @@ def evaluate(job: Job, step: int, name: str) -> None:
     except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
         note(job, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training goes on")
         return
+    job.results[name] = figures
     job.metrics.log("eval", step, eval=name, **figures, elapsed_s=time.perf_counter() - started_at)
     if job.world.is_main:
         shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if value is not None)
@@ -248,10 +249,22 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
     job.metrics.log("end", step, reason=reason, elapsed_s=elapsed_s, peak_bytes=peak_bytes(job.world.device))
     if job.world.is_main:
         say(f"{reason} at step {step:,} after {duration(elapsed_s)}, peak {peak_bytes(job.world.device) / 1e9:.2f} GB")
-        say(f"the page of this run: {write_report(job.run)}")
+        bits = job.results.get("val_loss", {}).get("bits_per_byte")
+        if bits is not None:
+            others = "".join(f"; {name} {value:.3f}" for name, value in job.baselines.items())
+            say(f"bits per byte on the validation split: this model {bits:.3f}{others}")
+        report(job, step)
         if stop_signal:
             say("the same command goes on from here.")
     return Summary(step, reason, 128 + stop_signal if stop_signal else 0)
+
+
+def report(job: Job, step: int) -> None:
+    """The page of the run. A full disk here may not make a finished run a failed one."""
+    try:
+        say(f"the page of this run: {write_report(job.run)}")
+    except (OSError, Problem) as error:
+        note(job, step, f"the report could not be written ({error}); regpt2 report {job.run} makes it again")
 
 
 def _lock(config: RunConfig, world: World) -> AbstractContextManager[None]:

@@ -13,10 +13,10 @@ from regpt2.base.metrics import MetricsLog, read_events
 def test_events_come_back_in_order(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.log("train", 1, loss=2.5)
-    log.log("note", 1, text="line\nbreak and \u2028 and ü")
+    log.log("note", 1, text="line\nbreak and \u2028 and ü and \udc80")
     assert list(read_events(tmp_path / "metrics.jsonl")) == [
         {"event": "train", "step": 1, "loss": 2.5},
-        {"event": "note", "step": 1, "text": "line\nbreak and \u2028 and ü"},
+        {"event": "note", "step": 1, "text": "line\nbreak and \u2028 and ü and \udc80"},
     ]
 
 

@@ -80,7 +80,8 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(event: dict[str, Any]) -> str:
-    return json.dumps(_plain(event), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
+    line = json.dumps(_plain(event), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair becomes its JSON escape
 
 
 def _plain(value: Any) -> Any:

@@ -71,11 +71,8 @@ def headline(record: Record) -> str:
 def summary(record: Record) -> str:
     """What was run, and how far: 1,200 of 1,200 steps · 1.84M tokens · 10.3M parameters · finished."""
     steps, max_steps = record.last_step, number(record.start.get("max_steps"))
-    said = [
-        f"{steps:,.0f} of {max_steps:,.0f} steps"
-        if math.isfinite(max_steps)
-        else f"{steps:,.0f} step{'' if steps == 1 else 's'}"
-    ]
+    planned = f" of {max_steps:,.0f}" if math.isfinite(max_steps) else ""
+    said = [f"{steps:,.0f}{planned} {'step' if steps == 1 and not planned else 'steps'}"]
     said += [f"{count(record.tokens)} tokens"] if record.tokens else []
     n_params = number(record.start.get("n_params"))
     said += [f"{count(n_params)} parameters"] if math.isfinite(n_params) else []
@@ -107,7 +104,7 @@ def results(record: Record) -> Html:
             f"{step_ms:,.0f} ms a step" if math.isfinite(step_ms) else "",
         ),
         (
-            "Tokens per second",
+            "Tokens/s",
             count(speed) if math.isfinite(speed) else "–",
             "",
             f"{100 * mfu:.0f} % of the peak (MFU)" if math.isfinite(mfu) else "median",

@@ -133,7 +133,7 @@ def _not_a_run(run: Path) -> str:
     mend = "give the folder that `regpt2 train` wrote"
     if not run.exists():
         beside = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
-        return f"{run} does not exist; {mend}{did_you_mean(run.name, beside)}."
+        return f"{run} does not exist; {mend}{did_you_mean(run.name, beside) or '.'}"
     if not run.is_dir():
         return f"{run} is a file; {mend}: {run.parent}?"
     below = sorted(str(path.parent) for path in run.glob("*/metrics.jsonl"))
