@@ -1,0 +1,116 @@
+"""On a GPU (`make gpu-check`): the same mathematics as on the CPU, compiled or not; exact resume; sampling; memory."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import evals, losses, state_of
+
+from regpt2.base.world import World
+from regpt2.config import load_recipe
+from regpt2.model.generate import generate
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.parallel import make_trainable
+from regpt2.training.step import train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    pytest.mark.filterwarnings("ignore"),  # the compiler's own
+]
+
+SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=50257)
+
+
+def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, SHAPE.vocab_size, (4, 257), generator=torch.Generator().manual_seed(0)).to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def loss_and_gradients(device: str, dtype: torch.dtype, *, compiled: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.set_float32_matmul_precision("highest")
+    world = World(rank=0, local_rank=0, size=1, device=torch.device(device))
+    model = GPT(SHAPE, seed=1).to(device)
+    loss = make_trainable(model, dtype, world, compiled=compiled)(*batch(device))
+    loss.backward()
+    return loss.item(), {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# fp32: rounding 2**-24 over sums of some thousand terms; bf16: 2**-8 a rounding, some dozen in a row
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_loss_and_gradients_are_those_of_the_cpu_in_fp32(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
+    expected, wanted = loss_and_gradients("cpu", torch.float32, compiled=False)
+    loss, gradients = loss_and_gradients("cuda", dtype, compiled=compiled)
+    assert loss == pytest.approx(expected, abs=tolerance)
+    for name, g in gradients.items():
+        assert float((g - wanted[name]).norm() / wanted[name].norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_every_precision_learns(tmp_path: Path, tiny_recipe: Path, tiny_data: Path, precision: str) -> None:
+    from regpt2.train import train
+
+    config = dataclasses.replace(
+        load_recipe(str(tiny_recipe)),
+        data=str(tiny_data),
+        run=str(tmp_path / "run"),
+        device="cuda",
+        precision=precision,
+        compile="off",
+    )
+    train(config)
+    found = losses(tmp_path / "run")
+    assert found[12] < found[1] - 0.5
+
+
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, tiny_recipe: Path, tiny_data: Path) -> None:
+    from regpt2.train import train
+
+    config = dataclasses.replace(
+        load_recipe(str(tiny_recipe)), data=str(tiny_data), run=str(tmp_path / "a"), device="cuda", precision="bf16"
+    )
+    train(config)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "b" / "checkpoints" / f"step-{step:08d}")
+    train(dataclasses.replace(config, run=str(tmp_path / "b")))
+    assert state_of(tmp_path / "a") == state_of(tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert evals(tmp_path / "a") == evals(tmp_path / "b")
+
+
+def test_a_bad_step_is_skipped_without_asking_the_device() -> None:
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cuda"))
+    model = GPT(SHAPE, seed=1).cuda()
+    before = model.wte.weight.detach().clone()
+    optimizer = build_optimizer(model, OptimConfig())
+    handle = model.ln_f.register_forward_hook(lambda *hook: hook[2] * float("nan"))
+    stats = train_step(model, optimizer, [batch("cuda")], lr=1e-2, grad_clip=1.0, world=world)
+    handle.remove()
+    assert not bool(stats.accepted)
+    assert torch.equal(model.wte.weight, before)
+    assert bool(train_step(model, optimizer, [batch("cuda")], lr=1e-2, grad_clip=1.0, world=world).accepted)
+
+
+def test_cached_sampling_on_the_gpu_is_that_of_the_cpu() -> None:
+    model = GPT(SHAPE, seed=1)
+    prompt = torch.arange(10).unsqueeze(0)
+    on_cpu = generate(model, prompt, 20, temperature=0)
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(generate(model.cuda(), prompt.cuda(), 20, temperature=0).cpu(), on_cpu)
+
+
+def test_the_loss_never_holds_the_whole_logits() -> None:
+    """(B*T, V) logits of this batch in fp32 would be 3.3 GB."""
+    from regpt2.model.loss import linear_cross_entropy
+
+    hidden = torch.randn(16_384, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(50_304, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 50_257, (16_384,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    linear_cross_entropy(hidden, weight, targets, 50_257, chunk_tokens=1024).backward()
+    assert torch.cuda.max_memory_allocated() < 1.5e9

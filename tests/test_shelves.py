@@ -1,0 +1,35 @@
+"""Every entry of every shelf keeps its contract from the day it appears."""
+
+import inspect
+
+import pytest
+
+from regpt2.base import plugins
+from regpt2.base.errors import UsageError
+
+CONTRACTS = {
+    "data.datasets": {"plan": 1, "documents": 2},
+    "model.weights": {"matches": 1, "read": 1, "write": 3},
+    "training.optim": {"build": 2},
+    "evals": {"evaluate": 1},
+}
+ENTRIES = [(shelf, name) for shelf in CONTRACTS for name in plugins.entries(shelf)]
+
+
+@pytest.mark.parametrize(("shelf", "name"), ENTRIES)
+def test_an_entry_has_what_its_shelf_promises(shelf: str, name: str) -> None:
+    entry = plugins.load(shelf, name)
+    for function, n_arguments in CONTRACTS[shelf].items():
+        assert len(inspect.signature(getattr(entry, function)).parameters) == n_arguments
+    if shelf in ("data.datasets", "evals"):
+        assert entry.DESCRIPTION
+        assert "\n" not in entry.DESCRIPTION
+    assert inspect.getdoc(entry)
+
+
+@pytest.mark.parametrize("shelf", CONTRACTS)
+def test_a_wrong_name_is_met_with_what_there_is(shelf: str) -> None:
+    with pytest.raises(UsageError, match=plugins.entries(shelf)[0]):
+        plugins.load(shelf, "nothing_like_it")
+    with pytest.raises(UsageError):
+        plugins.load(shelf, "../base/errors")
