@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import evals, losses, state_of
 
 from regpt2.base.world import World
 from regpt2.config import load_recipe
@@ -15,6 +14,7 @@ from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.parallel import make_trainable
 from regpt2.training.step import train_step
+from test_train import evals, losses, state_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ prefix `transformer.`, and their Conv1D keeps a weight as (in, out) where nn.Lin
 """
 
 import json
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -211,7 +211,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     """A state dict in torch's old format: tensors only, nothing in the file is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path} is damaged, or holds more than tensors ({reason}).") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
