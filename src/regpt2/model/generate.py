@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.gpt import GPT, GPTConfig, LayerCache
+from regpt2.model.packed import packed_if_faster
 
 # B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size, K candidates
 
@@ -108,9 +109,12 @@ def generate(
     cache = KVCache(model.config, B, ids.shape[1], device=weight.device, dtype=weight.dtype) if use_cache else None
     was_training = model.training
     model.eval()
+    decoder = model
     try:
         for end in range(T, T + max_new_tokens):
-            logits = _last_logits(model, ids[:, :end], cache)  # (B, V)
+            if cache is not None and end == T + 1:  # the prompt is done: from here on one token at a time
+                decoder = packed_if_faster(model, max_new_tokens)
+            logits = _last_logits(decoder, ids[:, :end], cache)  # (B, V)
             if end == T and not logits.isfinite().all():
                 raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
             new = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
