@@ -3,9 +3,8 @@
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -16,7 +15,7 @@ from regpt2.base.device import peak_bytes, pick_device
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.signals import StopSignals
-from regpt2.base.world import World, start_world
+from regpt2.base.world import start_world
 from regpt2.config import RunConfig, find_recipe, load_recipe, recipe_head, recipe_names
 from regpt2.data.baselines import is_near_uniform
 from regpt2.data.loader import MicroBatch
@@ -41,29 +40,30 @@ class Summary:
 
 def train(config: RunConfig) -> Summary:
     """Train one model by one configuration. Every rank runs this same function."""
-    with (
-        start_world(pick_device(config.device)) as world,
-        _lock(config, world),
-        open_data(config) as tokens,
-        StopSignals() as stop,
-    ):
-        job = build(config, world, tokens)
-        first = restore(job)  # updates already made: 0, or a checkpoint's
-        open_records(job, first)
-        if not world.from_main(job.metrics.has("eval", first)):
-            observe(job, first, saving=False)
-        meter, step = Meter(job, first), first
-        with closing(job.saver), closing(job.loader.batches(first + 1, config.max_steps)) as batches:
-            for step, batch in enumerate(batches, start=first + 1):
-                meter.add(step, update(job, step, batch))
-                if due(step, config.log_every, config.max_steps):
-                    meter.log(stop)
-                if meter.stop_signal:
-                    break
-                meter.pause()
-                observe(job, step)
-                meter.go_on()
-        return finish(job, step, meter.stop_signal)
+    with start_world(pick_device(config.device)) as world, open_data(config) as tokens, StopSignals() as stop:
+        job = build(config, world, tokens)  # checks everything; nothing is written before this is done
+        with folder_lock(job.run) if world.is_main else nullcontext():
+            return run(job, stop)
+
+
+def run(job: Job, stop: StopSignals) -> Summary:
+    """From where the run folder stands to the last update."""
+    first, last = restore(job), job.config.max_steps  # updates already made: 0, or a checkpoint's
+    open_records(job, first)
+    if not job.world.from_main(job.metrics.has("eval", first)):
+        observe(job, first, saving=False)
+    meter, step = Meter(job, first), first
+    with closing(job.saver), closing(job.loader.batches(first + 1, last)) as batches:
+        for step, batch in enumerate(batches, start=first + 1):
+            meter.add(step, update(job, step, batch))
+            if due(step, job.config.log_every, last):
+                meter.log(stop)
+            if meter.stop_signal:
+                break
+            meter.pause()
+            observe(job, step)
+            meter.go_on()
+    return finish(job, step, meter.stop_signal)
 
 
 def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
@@ -267,11 +267,6 @@ def report(job: Job, step: int) -> None:
         note(job, step, f"the report could not be written ({error}); regpt2 report {job.run} makes it again")
 
 
-def _lock(config: RunConfig, world: World) -> AbstractContextManager[None]:
-    """Rank 0 holds the run folder for all."""
-    return folder_lock(Path(config.run)) if world.is_main else nullcontext()
-
-
 def main(arguments: list[str]) -> int:
     """`regpt2 train RECIPE [options]`."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -285,7 +280,7 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(
         RunConfig,
         prog=f"regpt2 train {spec}",
-        description=recipe_head(find_recipe(spec)),
+        description="\n\n".join(filter(None, recipe_head(find_recipe(spec)).split("\n"))),  # or lines would be joined
         default=defaults,
         args=options,
     )
@@ -300,7 +295,7 @@ def usage() -> str:
             "usage: regpt2 train RECIPE [--run DIR] [--data DIR] [--max-steps N] [--seed N] [--resume auto|never|must]",
             "                           [--save-every N] [--eval-every N] [--sample-every N] [--section.key VALUE ...]",
             "       regpt2 train RECIPE --help    every option, with the recipe's values",
-            "       torchrun --nproc-per-node 8 -m regpt2 train RECIPE    on eight GPUs",
+            "       torchrun --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
             "",
             "RECIPE is a TOML file of your own, or one of:",
             *rows,
