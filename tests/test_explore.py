@@ -6,8 +6,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from regpt2.config import load_recipe
 from regpt2.explore import describe, main
-from regpt2.model.gpt import GPT, SIZES, GPTConfig
+from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.load import LoadedModel, TokenizerRef, Vocabulary, tensors_of
 from regpt2.model.weights import native
 
@@ -29,10 +30,10 @@ def test_every_tensor_has_a_line_with_its_figures() -> None:
     assert "257 x 16" in lines["wte.weight"]  # without padding
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_parts_add_up_to_the_whole(size: str) -> None:
+@pytest.mark.parametrize("recipe", ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m"])
+def test_parts_add_up_to_the_whole(recipe: str) -> None:
     """By hand, with L layers of width C: attention 4 C^2 + 4 C, MLP 8 C^2 + 5 C, norms 4 C, and one norm at the end."""
-    config = SIZES[size]
+    config = load_recipe(recipe).model
     L, C = config.n_layer, config.n_embd
     parts = {
         "token embeddings = head": 50257 * C,

@@ -8,7 +8,7 @@ import torch
 from regpt2.config import RECIPES, find_recipe, load_recipe, read_toml, recipe_head, recipe_names, to_toml
 from regpt2.model.gpt import GPT
 
-PARAMETERS = {  # openai/gpt-2, and the count of its published checkpoints
+PARAMETERS = {  # by hand: V C + T C + L (12 C^2 + 13 C) + 2 C
     "gpt2_124m": 124_439_808,
     "gpt2_350m": 354_823_168,
     "gpt2_774m": 774_030_080,

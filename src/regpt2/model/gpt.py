@@ -163,11 +163,3 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
-
-
-SIZES = {  # parameters by the paper's count of layers and width; 124M was printed there as 117M
-    "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768),
-    "350M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
-    "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
-    "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-}
