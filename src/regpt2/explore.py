@@ -27,7 +27,8 @@ PARTS = {  # a parameter belongs to the first part that is in its name
     "MLP": ".mlp.",
     "LayerNorm": "ln_",
 }
-_COLUMNS = (150, 200, 250)  # of wpe, as in the lecture
+_COLUMNS = (150, 200, 250)  # as in the lecture; in a narrower model as far from the left as there
+_LECTURE_WIDTH = 768
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def _wpe_figure(wpe: Tensor) -> "Figure":  # (block_size, C)
     )
     left.set(title="wpe: position embeddings", xlabel="channel", ylabel="position")
     figure.colorbar(image, ax=left)
-    for column in sorted({min(column, wpe.shape[1] - 1) for column in _COLUMNS}):
+    narrower = min(1.0, wpe.shape[1] / _LECTURE_WIDTH)
+    for column in sorted({int(narrower * column) for column in _COLUMNS}):
         right.plot(wpe[:, column].numpy(force=True), linewidth=1, label=f"channel {column}")
     right.set(title="three channels over the positions", xlabel="position", ylabel="value")
     right.legend(frameon=False)
