@@ -92,9 +92,8 @@ def build(config: RunConfig, world: World, tokens: TokenStream) -> Job:
     loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
     if config.eval_every:
         _check_evals(data)
-    if config.verify_data and world.is_main:
-        _verify_data(data, tokens.n_tokens)
-    world.barrier()
+    if config.verify_data:
+        _verify_data(data, tokens.n_tokens, world)
 
     model = GPT(config.model, seed=config.seed).to(world.device)
     compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
@@ -152,9 +151,11 @@ def _check_evals(data: Path) -> None:
         raise DataError(f"{error} (--eval-every 0 trains without evaluation.)") from None
 
 
-def _verify_data(data: Path, n_tokens: int) -> None:
-    with ProgressLine("checking shards", 2e-6 * n_tokens, "MB") as progress:
-        bad = verify(data, lambda n_bytes: progress.advance(n_bytes / 1e6))
+def _verify_data(data: Path, n_tokens: int, world: World) -> None:
+    """Each rank checks its share of the shards."""
+    megabytes = 2e-6 * n_tokens / world.size
+    with ProgressLine("checking shards", megabytes, "MB", shown=world.is_main) as progress:
+        bad = verify(data, lambda n_bytes: progress.advance(n_bytes / 1e6), part=world.rank, of=world.size)
     if bad:
         raise DataError(f"{len(bad)} damaged shards in {data}: {bad[0]} Prepare the data again.")
 

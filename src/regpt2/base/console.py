@@ -55,15 +55,15 @@ class ProgressLine:
     Use as a context manager; call `advance(n)` as work is done. `total` and `advance` are in `unit`.
     """
 
-    def __init__(self, what: str, total: float, unit: str, *, every_s: float = 10.0) -> None:
-        self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
+    def __init__(self, what: str, total: float, unit: str, *, every_s: float = 10.0, shown: bool = True) -> None:
+        self.what, self.total, self.unit, self.every_s, self.shown = what, total, unit, every_s, shown
         self.done = 0.0
         self.started_at = self.spoke_at = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> "ProgressLine":
-        if sys.stdout.isatty():
+        if self.shown and sys.stdout.isatty():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -89,7 +89,7 @@ class ProgressLine:
         rate = self.done / max(1e-9, now - self.started_at)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{count(rate)} {self.unit}/s")
-        elif now - self.spoke_at >= self.every_s:
+        elif self.shown and now - self.spoke_at >= self.every_s:
             self.spoke_at = now
             left_s = max(0.0, self.total - self.done) / max(1e-9, rate)
             say(

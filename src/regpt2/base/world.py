@@ -38,6 +38,10 @@ class World:
         """Mean over ranks, in place. Sum and divide: not every backend has an average."""
         return self.sum(value).div_(self.size)
 
+    def sum_on_cpu(self, value: Tensor) -> Tensor:
+        """Sum over ranks of a tensor in main memory; of any type, also where the device has none such."""
+        return value if self.size == 1 else self.sum(value.to(self.device)).cpu()
+
     def barrier(self) -> None:
         """Wait for the others."""
         if self.size > 1:
@@ -72,7 +76,10 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield World(rank=rank, local_rank=local_rank, size=size, device=device)
     finally:

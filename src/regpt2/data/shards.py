@@ -184,17 +184,18 @@ def open_tokens(folder: Path, split: str) -> TokenStream:
     )
 
 
-def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> list[str]:
+def verify(folder: Path, on_bytes: Callable[[int], object] | None = None, *, part: int = 0, of: int = 1) -> list[str]:
     """Compare every shard with the SHA-256 in the manifest; a message for each bad one, none if all is well.
 
-    `on_bytes` is told of progress. A folder without a manifest has nothing to be compared with: only sizes are checked.
+    `on_bytes` is told of progress. Several processes can share the work: each takes one `part` of so many. A folder
+    without a manifest has nothing to be compared with: only sizes are checked.
     """
     if not (folder / MANIFEST_NAME).exists():
         for split in SPLITS:
             foreign_files(folder, split)
         return []
     bad = []
-    for shard in Manifest.read(folder).shards:
+    for shard in Manifest.read(folder).shards[part::of]:
         path = folder / shard.file
         try:
             expect_bytes(path, regular_file_bytes(path), HEADER_BYTES, shard.tokens)

@@ -61,12 +61,12 @@ def _score(context: EvalContext, tokens: TokenStream, n_windows: int) -> tuple[f
             rows = [tokens.read(w * T, T + 1) for w in mine[i : i + context.batch]]
             window = torch.from_numpy(np.stack(rows).astype(np.int64)).to(world.device)  # (B, T + 1)
             loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
-            totals[0] += loss.double().cpu() * (len(rows) * T)
+            totals[0] += loss.cpu().double() * (len(rows) * T)
             if byte_lengths is not None:
                 totals[1] += int(byte_lengths[np.stack(rows)[:, 1:]].sum())
     finally:
         context.model.train(was_training)
-    totals = world.sum(totals.to(world.device)).cpu()
+    totals = world.sum_on_cpu(totals)
     return float(totals[0]), int(totals[1])
 
 
