@@ -103,6 +103,7 @@ def _try_lock(file: IO[bytes]) -> bool:
         if sys.platform == "win32":
             import msvcrt  # noqa: PLC0415  (exists on Windows only)
 
+            file.seek(1 << 30)  # the lock begins at the position; beyond the end, so that the text stays readable
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl  # noqa: PLC0415  (exists on Unix only)

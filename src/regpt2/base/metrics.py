@@ -2,16 +2,17 @@
 
 Every event has `event` and `step` (updates made so far). The kinds:
   run         a start or a resume: config, versions, device, data, the step it goes on from
-  train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far)
+  train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far), skipped
   eval        eval (its name) and its figures
   sample      prompt, texts
-  checkpoint  folder, elapsed_s
   note        text: what a reader of the record should know (a skipped step, a failed evaluation, a fallback)
-  end         reason, elapsed_s
+  end         reason, elapsed_s, peak_bytes
 """
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,13 @@ class MetricsLog:
         """Append one event. A log that cannot be written never stops training: it is said once."""
         if self.path is None:
             return
+        line = _line({"event": event, "step": step, **values}).encode()
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(_line({"event": event, "step": step, **values}))
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(line) != len(line):  # a full disk took a part of it
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError as error:
             if not self._warned:
                 warn(f"the record is not being written: {describe_os_error(error)} Training goes on.")

@@ -63,7 +63,7 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
     Raises:
         UsageError: more local ranks than GPUs.
     """
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield World(rank=0, local_rank=0, size=1, device=device)
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -80,7 +80,5 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
         dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-    try:
-        yield World(rank=rank, local_rank=local_rank, size=size, device=device)
-    finally:
-        dist.destroy_process_group()
+    yield World(rank=rank, local_rank=local_rank, size=size, device=device)
+    dist.destroy_process_group()  # not after an error: it would wait for collectives that the others never join

@@ -1,7 +1,8 @@
 """SHELF: one file per evaluation; the file name is the name on the command line.
 
 Each entry has `evaluate(context: EvalContext) -> dict[str, float | None]` and a DESCRIPTION of one line. Every rank
-calls it and gets the same figures.
+calls it and gets the same figures. It has exactly one reduction over ranks, reached also by a rank that fails, so that
+no rank is left waiting.
 """
 
 from dataclasses import dataclass

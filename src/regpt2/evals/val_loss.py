@@ -22,52 +22,64 @@ def evaluate(context: EvalContext) -> dict[str, float | None]:
 
     Raises:
         UsageError: no data folder was given.
-        DataError: the validation split is shorter than one window.
+        DataError: the validation split is missing or shorter than one window.
     """
-    if context.data is None:
-        raise UsageError("val_loss needs a prepared data folder: --data DIR.")
-    tokens = open_tokens(context.data, "val")
+    totals = torch.zeros(4, dtype=torch.float64)  # nats, bytes, targets, failures
+    error: Exception | None = None
     try:
-        n_windows = min(max(1, context.val_tokens // context.seq_len), (tokens.n_tokens - 1) // context.seq_len)
-        if n_windows < 1:
-            raise DataError(
-                f"{context.data}: the validation split has {tokens.n_tokens:,} tokens, one window needs "
-                f"{context.seq_len + 1:,}; prepare with a larger --val-fraction or lower batch.seq_len."
-            )
-        nats, n_bytes = _score(context, tokens, n_windows)
-    finally:
-        tokens.close()
-    n_targets = n_windows * context.seq_len
+        totals[:3] = _score_mine(context)
+    except Exception as e:  # the other ranks are on their way to the sum: this one has to come too
+        totals[3], error = 1.0, e
+    nats, n_bytes, n_targets, failures = context.world.sum_on_cpu(totals).tolist()
+    if failures:
+        raise error or Problem(f"val_loss failed on {int(failures)} other rank(s)")
     loss = nats / n_targets
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
-        "tokens": n_targets,
+        "tokens": int(n_targets),
     }
 
 
+def n_val_windows(context: EvalContext, tokens: TokenStream) -> int:
+    """How many windows are scored, over all ranks.
+
+    Raises:
+        DataError: the split is shorter than one.
+    """
+    n_windows = min(max(1, context.val_tokens // context.seq_len), (tokens.n_tokens - 1) // context.seq_len)
+    if n_windows < 1:
+        raise DataError(
+            f"{context.data}: the validation split has {tokens.n_tokens:,} tokens, one window needs "
+            f"{context.seq_len + 1:,}; prepare with a larger --val-fraction or lower the sequence length."
+        )
+    return n_windows
+
+
 @torch.no_grad()
-def _score(context: EvalContext, tokens: TokenStream, n_windows: int) -> tuple[float, int]:
-    """Summed nats and summed bytes of the target tokens of windows 0 to n_windows - 1, over all ranks."""
+def _score_mine(context: EvalContext) -> torch.Tensor:
+    """Summed nats, summed bytes and number of the target tokens in this rank's windows."""
+    if context.data is None:
+        raise UsageError("val_loss needs a prepared data folder: --data DIR.")
     world, T = context.world, context.seq_len
-    byte_lengths = _byte_lengths(tokens)
-    totals = torch.zeros(2, dtype=torch.float64)
-    mine = range(world.rank, n_windows, world.size)
+    sums = torch.zeros(3, dtype=torch.float64)
     was_training = context.model.training
     context.model.eval()
     try:
-        for i in range(0, len(mine), context.batch):
-            rows = [tokens.read(w * T, T + 1) for w in mine[i : i + context.batch]]
-            window = torch.from_numpy(np.stack(rows).astype(np.int64)).to(world.device)  # (B, T + 1)
-            loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
-            totals[0] += loss.cpu().double() * (len(rows) * T)
-            if byte_lengths is not None:
-                totals[1] += int(byte_lengths[np.stack(rows)[:, 1:]].sum())
+        with open_tokens(context.data, "val") as tokens:
+            byte_lengths = _byte_lengths(tokens)
+            mine = range(world.rank, n_val_windows(context, tokens), world.size)
+            for i in range(0, len(mine), context.batch):
+                rows = np.stack([tokens.read(w * T, T + 1) for w in mine[i : i + context.batch]])
+                window = torch.from_numpy(rows.astype(np.int64)).to(world.device)  # (B, T + 1)
+                loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
+                sums[0] += loss.cpu().double() * rows[:, 1:].size
+                sums[1] += 0 if byte_lengths is None else int(byte_lengths[rows[:, 1:]].sum())
+                sums[2] += rows[:, 1:].size
     finally:
         context.model.train(was_training)
-    totals = world.sum_on_cpu(totals)
-    return float(totals[0]), int(totals[1])
+    return sums
 
 
 def _byte_lengths(tokens: TokenStream) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]] | None:

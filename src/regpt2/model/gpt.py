@@ -64,14 +64,33 @@ class LayerCache(Protocol):
         ...
 
 
+class Linear(nn.Linear):
+    """nn.Linear whose weights are rounded to the type of the activations where they are used.
+
+    Here, and not for the whole model at once, so that each gradient is ready as soon as its layer's backward pass is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class CausalSelfAttention(nn.Module):
+    """Each token gathers from itself and those before it, with n_head different eyes."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
@@ -83,10 +102,12 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Each token by itself: four times wider, a nonlinearity, and back."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -95,11 +116,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -117,7 +140,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
         if not self.wte.weight.is_meta:
             self.init_weights(torch.Generator().manual_seed(seed))
 
@@ -141,13 +164,22 @@ class GPT(nn.Module):
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
-    def hidden(self, ids: Tensor, caches: "list[LayerCache] | None" = None, position: int = 0) -> Tensor:
-        """Ids (B, T) -> what the head reads (B, T, C). `position` is the place of the first id in its sequence."""
+    def hidden(
+        self,
+        ids: Tensor,
+        caches: "list[LayerCache] | None" = None,
+        position: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Ids (B, T) -> what the head reads (B, T, C).
+
+        `position` is the place of the first id in its sequence. `dtype` is the compute type, by default the weights'.
+        """
         T = ids.shape[1]
         if position + T > self.config.block_size:
             raise ValueError(f"{position + T} tokens do not fit into block_size = {self.config.block_size}")
         x: Tensor = self.wte(ids) + self.wpe.weight[position : position + T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x.to(dtype or x.dtype), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i])
         x = self.ln_f(x)
@@ -155,11 +187,12 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., vocab_size): the padding rows never leave this method."""
-        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+        return F.linear(x, self.wte.weight.to(x.dtype))[..., : self.config.vocab_size]
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Logits (B, T, vocab_size); with targets (B, T) the mean loss in nats per token, the logits never whole."""
-        x = self.hidden(ids)
+        x = self.hidden(ids, dtype=dtype)
         if targets is None:
             return self.head(x)
-        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+        weight = self.wte.weight.to(x.dtype)
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size)

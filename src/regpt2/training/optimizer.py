@@ -30,7 +30,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ConfigError(f"optim.lr = {self.lr} must be above 0.")
-        for name in ("weight_decay", "eps", "grad_clip"):
+        if not self.eps > 0:
+            raise ConfigError(f"optim.eps = {self.eps} must be above 0: weights that never had a gradient are 0 / eps.")
+        for name in ("weight_decay", "grad_clip"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)} must be at least 0.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -73,8 +75,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         p = parameters[name]
         if value.dim() and value.shape != p.shape:
             raise CheckpointError(f"optimizer state {key!r} is {tuple(value.shape)}, expected {tuple(p.shape)}.")
-        # step counters stay where the optimizer keeps them: beside the parameter when fused
-        found.setdefault(name, {})[kind] = value.to(p.device) if value.dim() or p.is_cuda else value.clone()
+        # step counters, of no dimension, lie beside the parameter only for fused kernels
+        beside = value.dim() > 0 or optimizer.defaults.get("fused")
+        found.setdefault(name, {})[kind] = value.to(p.device) if beside else value.clone()
     missing = sorted(set(parameters) - set(found)) if found else []
     if missing:
         raise CheckpointError(f"the optimizer state lacks {len(missing)} parameters, the first is {missing[0]!r}.")

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from regpt2.base.world import World
 
 
 class InComputeType(nn.Module):
-    """A model whose fp32 weights are rounded to the compute type for each pass; gradients come back in fp32.
+    """A model that computes in `dtype` from fp32 weights. Gradients are rounded once per pass and added up in fp32.
 
     Unlike autocast, which rounds before each matmul and keeps the rest of the stream in fp32, the whole pass runs in
     the compute type: fewer casts and half the activations. Sums inside LayerNorm, softmax and the loss are fp32.
@@ -28,8 +27,7 @@ class InComputeType(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """As the model: logits in the compute type; with targets the mean loss in fp32."""
-        weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
-        result: Tensor = functional_call(self.model, weights, (ids, targets))
+        result: Tensor = self.model(ids, targets, dtype=self.dtype)
         return result
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from regpt2.training.optimizer import OptimConfig
 
-_FUSED_ON = ("cpu", "cuda", "mps")
+_FUSED_ON = ("cpu", "cuda")  # not "mps": its kernel does not look at found_inf, so a bad update would be made
 
 
 def build(named_parameters: list[tuple[str, Tensor]], config: OptimConfig) -> torch.optim.Optimizer:
