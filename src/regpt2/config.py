@@ -55,6 +55,11 @@ class SampleConfig:
     top_k: int = 50
     """Choose among so many likeliest tokens; 0 = all."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"sample.{name} = {getattr(self, name)} must be at least {least}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -87,7 +92,7 @@ class RunConfig:
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the training step; evaluation and sampling stay on the plain module. auto: on a GPU."""
+    """torch.compile for the training step; evaluation and sampling stay on the plain module. auto: on a GPU with Triton."""
     model: GPTConfig = field(default_factory=GPTConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

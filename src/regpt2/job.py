@@ -15,7 +15,7 @@ from torch import nn
 
 from regpt2 import __version__
 from regpt2.base.console import ProgressLine, count, say, warn
-from regpt2.base.device import Compute, choose_compute, device_name, peak_flops
+from regpt2.base.device import Compute, can_compile, choose_compute, device_name, peak_flops
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.metrics import MetricsLog
@@ -36,7 +36,10 @@ from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
 _DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
-_MAY_CHANGE_SILENTLY = ("max_steps", "_every", "keep_checkpoints", "run", "resume", "verify_data", "sample.", "data")
+_MAY_CHANGE_SILENTLY = (
+    "run", "data", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints", "verify_data",
+    "sample.",
+)  # fmt: skip
 
 
 @dataclass
@@ -96,7 +99,7 @@ def build(config: RunConfig, world: World, tokens: TokenStream) -> Job:
         _verify_data(data, tokens.n_tokens, world)
 
     model = GPT(config.model, seed=config.seed).to(world.device)
-    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
+    compiled = config.compile == "on" or (config.compile == "auto" and can_compile(world.device))
     return Job(
         config=config,
         world=world,
@@ -156,8 +159,10 @@ def _verify_data(data: Path, n_tokens: int, world: World) -> None:
     megabytes = 2e-6 * n_tokens / world.size
     with ProgressLine("checking shards", megabytes, "MB", shown=world.is_main) as progress:
         bad = verify(data, lambda n_bytes: progress.advance(n_bytes / 1e6), part=world.rank, of=world.size)
-    if bad:
-        raise DataError(f"{len(bad)} damaged shards in {data}: {bad[0]} Prepare the data again.")
+    n_bad = int(world.sum_on_cpu(torch.tensor(len(bad))))
+    if n_bad:
+        first = bad[0] if bad else "other ranks found them."
+        raise DataError(f"{n_bad} damaged shards in {data}: {first} Prepare the data again.")
 
 
 def restore(job: Job) -> int:
@@ -182,7 +187,7 @@ def _check_same_run(job: Job, found: checkpoint.Checkpoint) -> None:
     """Refuse to go on as another run than the one that was begun."""
     shape = dataclasses.asdict(job.config.model)
     for key, value in found.config["model"].items():
-        if key != "dropout" and shape.get(key) != value:
+        if shape.get(key) != value:
             raise CheckpointError(
                 f"{found.folder} holds a model with {key} = {value}, the recipe has {shape.get(key)}; "
                 "use the recipe of that run, or another --run folder."
@@ -192,14 +197,16 @@ def _check_same_run(job: Job, found: checkpoint.Checkpoint) -> None:
             f"{job.run} was trained on data with fingerprint {found.state['data_fingerprint'][:16]}, {job.data} has "
             f"{job.tokens.fingerprint[:16]}; give the --data of that run, or another --run folder."
         )
+    if not (job.run / "config.toml").is_file():
+        raise CheckpointError(f"{job.run / 'config.toml'} is missing; put it back, or use another --run folder.")
     before = read_toml(job.run / "config.toml")
     for key, (old, new) in differences(before, job.config).items():
-        if any(key == name or (name.endswith(".") and key.startswith(name)) for name in _DEFINE_THE_RUN):
+        if key.startswith(_DEFINE_THE_RUN):
             raise ConfigError(
                 f"{key} was {old} in {job.run} and is {new} now: that is another run. "
                 f"Set it back, or use another --run folder."
             )
-        if job.world.is_main and not any(name in key for name in _MAY_CHANGE_SILENTLY):
+        if job.world.is_main and not key.startswith(_MAY_CHANGE_SILENTLY):
             warn(f"{key} was {old} up to step {found.step} and is {new} from here on.")
 
 
@@ -289,7 +296,7 @@ def save(job: Job, step: int) -> None:
         "world_size": job.world.size,
     }
     job.saver.save(
-        checkpoint.snapshot(
+        lambda: checkpoint.snapshot(
             step,
             native.config_json(job.model.config, job.tokenizer_ref),
             native.tensors(job.model),

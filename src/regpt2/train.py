@@ -6,12 +6,14 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 
 from regpt2.base import plugins
 from regpt2.base.console import count, duration, safe_text, say, warn
-from regpt2.base.device import peak_bytes, pick_device
+from regpt2.base.device import peak_bytes, pick_device, synchronize
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.signals import StopSignals
@@ -50,19 +52,22 @@ def run(job: Job, stop: StopSignals) -> Summary:
     """From where the run folder stands to the last update."""
     first, last = restore(job), job.config.max_steps  # updates already made: 0, or a checkpoint's
     open_records(job, first)
-    if not job.world.from_main(job.metrics.has("eval", first)):
+    if not job.world.from_main(job.metrics.has("eval", first) or job.metrics.has("sample", first)):
         observe(job, first, saving=False)
     meter, step = Meter(job, first), first
     with closing(job.saver), closing(job.loader.batches(first + 1, last)) as batches:
         for step, batch in enumerate(batches, start=first + 1):
             meter.add(step, update(job, step, batch))
-            if due(step, job.config.log_every, last):
+            # A checkpoint holds what the guard knows, so the guard has to have seen every update before it.
+            alone_and_stopped = stop.received and job.world.size == 1
+            if due(step, job.config.log_every, last) or due(step, job.config.save_every, last) or alone_and_stopped:
                 meter.log(stop)
             if meter.stop_signal:
                 break
-            meter.pause()
-            observe(job, step)
-            meter.go_on()
+            if anything_due(job.config, step):
+                meter.pause()
+                observe(job, step)
+                meter.go_on()
     return finish(job, step, meter.stop_signal)
 
 
@@ -77,7 +82,7 @@ def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
     return train_step(
         job.trainable,
         job.optimizer,
-        [(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batch],
+        [(on_device(x, device), on_device(y, device)) for x, y in batch],
         lr=learning_rate(config.schedule, config.optim.lr, step, config.max_steps),
         grad_clip=config.optim.grad_clip,
         world=world,
@@ -85,6 +90,12 @@ def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
         loss_limit=job.guard.loss_limit(),
         before_micro_step=seed_dropout if config.model.dropout else None,
     )
+
+
+def on_device(ids: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A copy that a GPU makes while it computes: from pinned memory, or each copy would wait for the update before."""
+    tensor = torch.from_numpy(np.ascontiguousarray(ids))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def observe(job: Job, step: int, *, saving: bool = True) -> None:
@@ -102,6 +113,12 @@ def observe(job: Job, step: int, *, saving: bool = True) -> None:
 def due(step: int, every: int, last: int) -> bool:
     """Is it this step's turn? Every `every` steps and at the last; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)
+
+
+def anything_due(config: RunConfig, step: int) -> bool:
+    """Is there something to observe at this step?"""
+    rhythms = (config.save_every, config.eval_every, config.sample_every)
+    return any(due(step, every, config.max_steps) for every in rhythms)
 
 
 def random_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -181,7 +198,8 @@ class Meter:
         self._pending.append((step, stats))
 
     def pause(self) -> None:
-        """Stop the clock."""
+        """Stop the clock, once the device has done what it was asked."""
+        synchronize(self.job.world.device)
         self._busy_s += time.perf_counter() - self._began_at
 
     def go_on(self) -> None:
@@ -192,9 +210,7 @@ class Meter:
         """Read all pending updates, record them, and learn whether any rank was asked to stop."""
         job, world = self.job, self.job.world
         rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.accepted]) for _, s in self._pending]).tolist()
-        signal_sum = world.sum(torch.tensor(float(stop.received or 0), device=world.device))
-        if float(signal_sum):
-            self.stop_signal = stop.received or int(signal_sum)
+        self.stop_signal = int(world.max(torch.tensor(float(stop.received or 0), device=world.device))) or None
         self.pause()
         step_s = self._busy_s / len(rows)
         self._training_s += self._busy_s
@@ -216,16 +232,19 @@ class Meter:
             if step == 1 and not is_near_uniform(loss, job.config.model.vocab_size):
                 expected = math.log(job.config.model.vocab_size)
                 note(job, step, f"the first loss is {loss:.3f}; an untrained model should have ln(V) = {expected:.3f}")
-            for remark in job.guard.observe(step, loss, grad_norm, accepted=bool(accepted)):
+            searching = job.scale is not None and job.scale.factor > 1.0  # fp16 overflows until its scale is found
+            for remark in job.guard.observe(step, loss, grad_norm, accepted=bool(accepted), counted=not searching):
                 note(job, step, remark)
-        self._say(rows[-1][0], rows[-1][1], step_s, tokens_per_s, used)
+        self._say(self._pending[-1][0], rows[-1][0], rows[-1][1], step_s, tokens_per_s, used)
         self._pending.clear()
         self._busy_s = 0.0
         self.go_on()
 
-    def _say(self, loss: float, grad_norm: float, step_s: float, tokens_per_s: float, used: float | None) -> None:
+    def _say(
+        self, step: int, loss: float, grad_norm: float, step_s: float, tokens_per_s: float, used: float | None
+    ) -> None:
         """A line for the first steps, the last, and at most one in two seconds between."""
-        step, config, now = self._pending[-1][0], self.job.config, time.perf_counter()
+        config, now = self.job.config, time.perf_counter()
         if not self.job.world.is_main or (self.first + 3 < step < config.max_steps and now - self._spoke_at < 2.0):
             return
         self._spoke_at = now
@@ -242,7 +261,7 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
     """The last checkpoint on disk, the record closed, the report written."""
     if stop_signal and job.config.save_every:
         save(job, step)
-    job.saver.wait()
+    failure = job.saver.wait()
     job.world.barrier()
     reason = f"stopped by signal {stop_signal}" if stop_signal else "finished"
     elapsed_s = job.elapsed_s + time.monotonic() - job.started_at
@@ -254,8 +273,10 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
             others = "".join(f"; {name} {value:.3f}" for name, value in job.baselines.items())
             say(f"bits per byte on the validation split: this model {bits:.3f}{others}")
         report(job, step)
-        if stop_signal:
+        if stop_signal and job.config.save_every and failure is None:
             say("the same command goes on from here.")
+    if failure is not None:
+        raise failure
     return Summary(step, reason, 128 + stop_signal if stop_signal else 0)
 
 
@@ -284,7 +305,13 @@ def main(arguments: list[str]) -> int:
         default=defaults,
         args=options,
     )
-    return train(config).exit_code
+    try:
+        return train(config).exit_code
+    except torch.OutOfMemoryError as error:
+        raise Problem(
+            f"out of memory with micro_batch = {config.batch.micro_batch} x seq_len = {config.batch.seq_len} "
+            f"({str(error).splitlines()[0]}); lower --batch.micro-batch: the update stays the same."
+        ) from error
 
 
 def usage() -> str:

@@ -41,9 +41,9 @@ def test_a_snapshot_does_not_follow_the_weights(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=0)
     for step in range(1, 6):
         weights["w"].fill_(step)
-        saver.save(checkpoint.snapshot(step, "{}", weights, {}, {"step": step}))
+        saver.save(lambda step=step: checkpoint.snapshot(step, "{}", weights, {}, {"step": step}))
         weights["w"].fill_(-1.0)
-    saver.wait()
+    assert saver.wait() is None
     for step in range(1, 6):
         found = checkpoint.read(tmp_path / f"step-{step:08d}")
         assert bool((found.model["w"] == step).all())
@@ -108,10 +108,22 @@ def test_a_failed_save_leaves_nothing_and_is_told(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     saver = Saver(tmp_path, keep=1)
-    saver.save(snap(2))
-    with pytest.raises(Problem, match="No space left"):
-        saver.wait()
+    saver.save(lambda: snap(2))
+    failure = saver.wait()
+    assert "No space left" in str(failure)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_failed_save_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: 1 / 0)
+    saver = Saver(tmp_path, keep=0)
+    saver.save(lambda: snap(1))
+    saver._thread.join()
+    monkeypatch.setattr(checkpoint, "save_file", whole)
+    saver.save(lambda: snap(2))
+    assert saver.wait() is None
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["step-00000002"]
 
 
 def test_too_little_room_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

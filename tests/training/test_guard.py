@@ -43,7 +43,9 @@ def test_a_spike_is_reported_and_by_choice_skipped() -> None:
 
 def test_the_first_steps_are_never_spikes() -> None:
     guard = Guard(GuardConfig())
-    assert all(guard.observe(step, 11.0 - step / 10, 1.0, accepted=True) == [] for step in range(1, 60))
+    assert all(guard.observe(step, 3.0, 1.0, accepted=True) == [] for step in range(1, 60))
+    assert guard.observe(60, 30.0, 1.0, accepted=True) == []  # 59 are fewer than half of the window
+    assert settled(n=64).observe(65, 30.0, 1.0, accepted=True)
 
 
 def test_its_state_round_trips() -> None:

@@ -1,7 +1,9 @@
 """The device and what it can do. In: "auto" or a name; out: a torch device, a precision, its peak, its memory."""
 
 import ctypes
+import importlib.util
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +54,9 @@ def pick_device(spec: str) -> torch.device:
     }
     if spec == "auto":
         return torch.device(next(name for name, is_there in there.items() if is_there))
-    kind = spec.split(":")[0]
-    if not there.get(kind, False):
+    kind, _, index = spec.partition(":")
+    n_devices = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind, False) or (index and not (index.isdigit() and int(index) < n_devices)):
         names = ", ".join(name for name, is_there in there.items() if is_there)
         raise UsageError(f"device {spec!r} is not on this machine; there is: auto, {names}.")
     return torch.device(spec)
@@ -160,12 +163,26 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s of one device at this precision by its data sheet; None where no sheet is known (every CPU, fp32)."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = sorted((key for key in _PEAK_TFLOPS if key in name), key=len)
-    if not known:
+    known = _known_name(torch.cuda.get_device_name(device))
+    if known is None:
         return None
-    half, tf32 = _PEAK_TFLOPS[known[-1]]
+    half, tf32 = _PEAK_TFLOPS[known]
     return 1e12 * (tf32 if precision == "tf32" else half) or None
+
+
+def _known_name(name: str) -> str | None:
+    """The entry of the table that a device's name holds as whole words; None for variants with other peaks."""
+    if re.search(r"\b(Laptop|Mobile|Max-Q|NVL|Ti|SUPER|D)\b", name):
+        return None
+    known = sorted((key for key in _PEAK_TFLOPS if re.search(rf"\b{re.escape(key)}\b", name)), key=len)
+    return known[-1] if known else None
+
+
+def can_compile(device: torch.device) -> bool:
+    """Does torch.compile make GPU kernels here? It needs Triton and a GPU of compute capability 7.0."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -38,6 +38,12 @@ class World:
         """Mean over ranks, in place. Sum and divide: not every backend has an average."""
         return self.sum(value).div_(self.size)
 
+    def max(self, value: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
     def sum_on_cpu(self, value: Tensor) -> Tensor:
         """Sum over ranks of a tensor in main memory; of any type, also where the device has none such."""
         return value if self.size == 1 else self.sum(value.to(self.device)).cpu()

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,36 +181,39 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 class Saver:
-    """Saves in the background: the loop stops only to copy. At most one save is under way."""
+    """Saves in the background: the loop stops only to copy. At most one save, and one copy, is under way."""
 
     def __init__(self, checkpoints: Path, keep: int) -> None:
         self.checkpoints, self.keep = checkpoints, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, snap: Snapshot) -> None:
-        """Begin to write; waits for the save before it, and raises what that one met."""
-        self.wait()
+    def save(self, take: Callable[[], Snapshot]) -> None:
+        """Wait for the save before this one, take the snapshot, begin to write it.
+
+        A save that failed is said and costs only itself: this one is tried all the same.
+        """
+        if (failure := self.wait()) is not None:
+            warn(f"{failure} Trying again now.")
+        snap = take()
         self._thread = threading.Thread(target=self._write, args=(snap,), name="save")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until the save under way is on disk.
-
-        Raises:
-            Problem: it failed; the checkpoints before it are untouched.
-        """
+    def wait(self) -> Problem | None:
+        """Until the save under way is on disk; what it met, if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            said = describe_os_error(error) if isinstance(error, OSError) else str(error)
-            raise Problem(f"a checkpoint could not be saved: {said} The checkpoints before it are good.") from error
+        error, self._error = self._error, None
+        if error is None:
+            return None
+        said = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        return Problem(f"a checkpoint could not be saved: {said} Those before it, if any, are untouched.")
 
     def close(self) -> None:
-        """The same: a run does not end before its last checkpoint is on disk."""
-        self.wait()
+        """Wait, and say what the last save met; a run that ends by an error ends by that one."""
+        if (failure := self.wait()) is not None:
+            warn(str(failure))
 
     def _write(self, snap: Snapshot) -> None:
         try:

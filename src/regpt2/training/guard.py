@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from regpt2.base.errors import Problem
+from regpt2.base.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,13 @@ class GuardConfig:
     """Updates that the mean and deviation are taken over; before half of them are seen nothing is a spike."""
     max_skipped: int = 3
     """So many skipped updates in a row stop the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"guard.{name} = {getattr(self, name)} must be at least 1.")
+        if not self.spike_z > 0:
+            raise ConfigError(f"guard.spike_z = {self.spike_z} must be above 0.")
 
 
 class Guard:
@@ -41,15 +48,15 @@ class Guard:
         """What `train_step` skips above."""
         return self.spike_limit() if self.config.spikes == "skip" else math.inf
 
-    def observe(self, step: int, loss: float, grad_norm: float, *, accepted: bool) -> list[str]:
-        """Take in one update; returns what should be said about it.
+    def observe(self, step: int, loss: float, grad_norm: float, *, accepted: bool, counted: bool = True) -> list[str]:
+        """Take in one update; returns what should be said about it. A skip that is not `counted` was to be expected.
 
         Raises:
             Problem: too many updates in a row were skipped.
         """
         remarks = []
         if not accepted:
-            self.skipped_in_a_row += 1
+            self.skipped_in_a_row += counted
             remarks.append(f"step {step}: skipped, loss {loss:.4g}, gradient norm {grad_norm:.4g}")
             if self.skipped_in_a_row >= self.config.max_skipped:
                 raise Problem(

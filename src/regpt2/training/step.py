@@ -33,10 +33,10 @@ class LossScale:
     factor: float = 1.0
     good_steps: int = 0
 
-    def update(self, accepted: bool) -> None:
-        """Learn from one step."""
-        self.good_steps = self.good_steps + 1 if accepted else 0
-        if not accepted:
+    def update(self, finite: bool) -> None:
+        """Learn from one step: was its gradient finite?"""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
             self.factor = max(1.0, self.factor / 2)
         elif self.good_steps % 2000 == 0:
             self.factor *= 2
@@ -81,14 +81,15 @@ def train_step(
     grad_norm = get_total_norm(gradients)
     if grad_clip > 0:
         clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-    accepted = (torch.isfinite(loss) & torch.isfinite(grad_norm) & (loss <= loss_limit)).float()
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    accepted = (finite & (loss <= loss_limit)).float()
 
     for group in optimizer.param_groups:
         group["lr"] = lr
     _update_if(optimizer, accepted)
     optimizer.zero_grad(set_to_none=True)
     if scale is not None:
-        scale.update(bool(accepted))
+        scale.update(bool(finite))
     return StepStats(loss=loss, grad_norm=grad_norm, accepted=accepted)
 
 
