@@ -109,7 +109,7 @@ def test_control_characters_are_shown_not_obeyed(
     [
         ({"prompt": "x" * 64}, "the prompt has 64 tokens, the model can take 63; shorten it."),
         (
-            {"prompt": "x" * 60},
+            {"prompt": "x" * 60, "max_new_tokens": 100},
             "60 prompt tokens + 100 new ones = 160, the model can take 64; ask for at most 4 new ones",
         ),
         ({"n": 0}, "n = 0 must be at least 1."),

@@ -33,9 +33,9 @@ usage: regpt2 VERB [arguments] [--debug]
 {verbs}
 
 First steps:
-  regpt2 prepare tiny_shakespeare --out data/shakespeare
-  regpt2 train shakespeare
-  regpt2 sample runs/shakespeare "ROMEO:"
+  regpt2 prepare python_library --tokenizer bytes --out data/python_library_bytes
+  regpt2 train demo
+  regpt2 sample runs/demo "def "
 """
 
 

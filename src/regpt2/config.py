@@ -78,11 +78,11 @@ class RunConfig:
     log_every: int = 1
     """Updates between lines of the record. Reading the loss waits for the device."""
     eval_every: int = 250
-    """Updates between evaluations; 0 = never. Also before the first update and after the last."""
+    """Updates between evaluations, and before the first and after the last; 0 = never."""
     sample_every: int = 250
-    """Updates between samples; 0 = never. Also after the last update."""
+    """Updates between samples, and after the last; 0 = never."""
     save_every: int = 1000
-    """Updates between checkpoints; 0 = never. Also after the last update and on Ctrl-C or SIGTERM."""
+    """Updates between checkpoints, and after the last and on Ctrl-C or SIGTERM; 0 = never, not even then."""
     keep_checkpoints: int = 3
     """The newest so many are kept; 0 = all."""
     verify_data: bool = True
@@ -92,7 +92,7 @@ class RunConfig:
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the training step; evaluation and sampling stay on the plain module. auto: on a GPU with Triton."""
+    """torch.compile for the training step, not for evaluation and samples. auto: on a GPU, where Triton is."""
     model: GPTConfig = field(default_factory=GPTConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -104,6 +104,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ConfigError(f"max_steps = {self.max_steps} must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed} must be from 0 to 2**63 - 1.")
         if self.log_every < 1:
             raise ConfigError(f"log_every = {self.log_every} must be at least 1.")
         for name in ("eval_every", "sample_every", "save_every", "keep_checkpoints"):

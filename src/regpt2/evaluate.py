@@ -32,7 +32,7 @@ class Options:
     data: Path | None = None
     """The prepared data folder, for val_loss."""
     val_tokens: int = 10_485_760
-    """Tokens of the validation split to score, from its beginning; all, if it has fewer."""
+    """Tokens of the validation split to score, from its beginning, in whole windows; all, if it has fewer."""
     seq_len: int | None = None
     """Tokens per window; by default the model's block_size."""
     batch: int = 8
@@ -48,6 +48,10 @@ class Options:
 def main(arguments: list[str]) -> int:
     """`regpt2 evaluate MODEL [options]`."""
     options = tyro.cli(Options, prog="regpt2 evaluate", args=arguments)
+    if not options.evals:
+        raise UsageError(f"--evals names none; there is: {', '.join(plugins.entries('evals'))}.")
+    if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
+        raise UsageError(f"--out {options.out} must be a file in a folder that exists.")
     entries = {name: plugins.load("evals", name) for name in options.evals}  # unknown names fail before any work
     compute = choose_compute(options.precision, pick_device(options.device))
     with start_world(pick_device(options.device)) as world:

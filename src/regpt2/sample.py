@@ -29,8 +29,8 @@ class SampleOptions:
     """A run folder, a checkpoint, an exported or Hugging Face folder, or hf:gpt2."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = ""
     """The text to continue; empty begins a new document."""
-    max_new_tokens: int = 100
-    """At most so many tokens; fewer if the model ends the document."""
+    max_new_tokens: int | None = None
+    """At most so many tokens; fewer if the model ends the document. By default 100, or as many as fit."""
     n: int = 1
     """Continuations of the same prompt."""
     temperature: float = 1.0
@@ -64,16 +64,19 @@ def sample(options: SampleOptions) -> list[str]:
     """
     if options.n < 1:
         raise UsageError(f"n = {options.n} must be at least 1.")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"seed = {options.seed} must be from 0 to 2**63 - 1.")
     device = pick_device(options.device)
     loaded = load_model(options.model, device=device, dtype=choose_compute(options.dtype, device).dtype)
     tokenizer = tokenizer_of(loaded)
     prompt_ids = tokenizer.encode(options.prompt) or [tokenizer.eot]
+    room = max(1, loaded.model.config.block_size - len(prompt_ids))
     screen = _Screen(options.prompt, tokenizer) if options.stream and options.n == 1 else None
     started_at = time.perf_counter()
     rows = generate(
         loaded.model,
         torch.tensor([prompt_ids] * options.n, device=device),
-        options.max_new_tokens,
+        min(100, room) if options.max_new_tokens is None else options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -89,6 +92,7 @@ def sample(options: SampleOptions) -> list[str]:
     else:
         _show(texts)
     n_tokens = sum(min(len(ids) + 1, len(rows[0]) - len(prompt_ids)) for ids in continuations)  # with <|endoftext|>
+    sys.stdout.flush()
     sys.stderr.write(f"{n_tokens:,} tokens in {elapsed_s:.1f} s, {n_tokens / elapsed_s:,.1f} tokens/s\n")
     return texts
 

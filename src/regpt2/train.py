@@ -51,6 +51,10 @@ def train(config: RunConfig) -> Summary:
 def run(job: Job, stop: StopSignals) -> Summary:
     """From where the run folder stands to the last update."""
     first, last = restore(job), job.config.max_steps  # updates already made: 0, or a checkpoint's
+    if first > last:
+        raise UsageError(
+            f"{job.run} stands at step {first:,} already, max_steps = {last:,}; give --max-steps {first + 1}."
+        )
     open_records(job, first)
     if not job.world.from_main(job.metrics.has("eval", first) or job.metrics.has("sample", first)):
         observe(job, first, saving=False)
@@ -273,8 +277,11 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
             others = "".join(f"; {name} {value:.3f}" for name, value in job.baselines.items())
             say(f"bits per byte on the validation split: this model {bits:.3f}{others}")
         report(job, step)
-        if stop_signal and job.config.save_every and failure is None:
-            say("the same command goes on from here.")
+        if stop_signal and failure is None:
+            saved = (
+                "the same command goes on from here." if job.config.save_every else "nothing was saved: save_every = 0."
+            )
+            say(saved)
     if failure is not None:
         raise failure
     return Summary(step, reason, 128 + stop_signal if stop_signal else 0)
@@ -322,7 +329,7 @@ def usage() -> str:
             "usage: regpt2 train RECIPE [--run DIR] [--data DIR] [--max-steps N] [--seed N] [--resume auto|never|must]",
             "                           [--save-every N] [--eval-every N] [--sample-every N] [--section.key VALUE ...]",
             "       regpt2 train RECIPE --help    every option, with the recipe's values",
-            "       torchrun --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
+            "       torchrun --standalone --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
             "",
             "RECIPE is a TOML file of your own, or one of:",
             *rows,

@@ -50,6 +50,14 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
         list(read_events(tmp_path / "m"))
 
 
+def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m").write_text('nonsense\n{"event":"a","step":1}\n{"event":"b","step":2}\n')
+    MetricsLog(tmp_path / "m").cut_back(1)
+    assert list(read_events(tmp_path / "m")) == [{"event": "a", "step": 1}]
+    assert (tmp_path / "m.bad").read_text().startswith("nonsense")
+    assert "1 damaged lines" in capsys.readouterr().err
+
+
 def test_a_record_that_cannot_be_written_is_said_once_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,13 @@ class MetricsLog:
         """
         if self.path is None or not self.path.exists():
             return
-        kept = [event for event in read_events(self.path) if event["step"] <= step or event["event"] == "note"]
+        damaged: list[str] = []
+        events = read_events(self.path, damaged)
+        kept = [event for event in events if event["step"] <= step or event["event"] == "note"]
+        if damaged:
+            aside = self.path.with_name(f"{self.path.name}.bad")
+            write_atomic(aside, self.path.read_bytes())
+            warn(f"{len(damaged)} damaged lines of the record are left out; {aside} has it as it was.")
         write_atomic(self.path, "".join(_line(event) for event in kept))
 
     def has(self, event: str, step: int) -> bool:
@@ -62,11 +68,11 @@ class MetricsLog:
             self._warned = True
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The events of a record, in order. A last line that a kill cut in half is left out.
 
     Raises:
-        DataError: a line in the middle is not an event.
+        DataError: another line is not an event, and there is no list `damaged` to put it into.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -78,6 +84,9 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 return
+            if damaged is not None:
+                damaged.append(line)
+                continue
             raise DataError(
                 f"{path}:{number} is not an event ({error}); cut the file back to the line before."
             ) from None

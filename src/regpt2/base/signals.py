@@ -31,4 +31,4 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        warn(f"{signal.Signals(number).name}: saving after this update, then leaving; Ctrl-C again leaves at once.")
+        warn(f"{signal.Signals(number).name}: leaving after this update; Ctrl-C again leaves at once.")

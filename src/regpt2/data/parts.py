@@ -7,7 +7,7 @@ import json
 import multiprocessing
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -94,7 +94,7 @@ class PartEncoder:
                 if not text.strip():
                     skipped["documents empty"] += 1
                     continue
-                output = outputs[document.split_for(self.job.val_fraction)]
+                output = outputs[replace(document, text=text).split_for(self.job.val_fraction)]
                 output.add(self.tokenizer.eot, self.tokenizer.encode_to_numpy(text), len(text.encode()))
             for output in outputs.values():
                 output.flush()

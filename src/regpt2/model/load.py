@@ -92,11 +92,15 @@ def load_model(
     """
     if str(spec).startswith("hf:"):
         name = str(spec).removeprefix("hf:")
+        if not name:
+            raise UsageError(f"MODEL = 'hf:' names no model; give {KINDS}.")
         return _load_folder(_fetch(name), device, dtype, source=f"hf:{_repo_id(name)}")
     folder = Path(spec)
     if not folder.exists():
         hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", str(spec)) else ""
         raise UsageError(f"MODEL = {str(spec)!r} does not exist; give {KINDS}.{hint}")
+    if folder.name == "checkpoints" and not (folder / CONFIG).exists():
+        folder = folder.parent
     if (folder / "checkpoints").is_dir():
         return _load_run(folder, device, dtype)
     return _load_folder(folder, device, dtype)
@@ -156,7 +160,10 @@ def verify_files(folder: Path, names: tuple[str, ...]) -> None:
     """
     if not (folder / "manifest.json").exists():
         return
-    manifest = read_json(folder / "manifest.json").get("files")
+    document = read_json(folder / "manifest.json")
+    if "splits" in document:
+        raise UsageError(f"{folder} is a data folder; MODEL is {KINDS}.")
+    manifest = document.get("files")
     for name in names:
         path = folder / name
         expected = manifest.get(name) if isinstance(manifest, dict) else None

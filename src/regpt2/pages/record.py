@@ -133,9 +133,9 @@ def _not_a_run(run: Path) -> str:
     mend = "give the folder that `regpt2 train` wrote"
     if not run.exists():
         beside = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
-        return f"{run} does not exist; {mend}{did_you_mean(run.name, beside) or '.'}"
+        return f"{run} does not exist; {mend}{did_you_mean(run.name, beside)}"
     if not run.is_dir():
-        return f"{run} is a file; {mend}: {run.parent}?"
+        return f"{run} is a file; {mend}."
     below = sorted(str(path.parent) for path in run.glob("*/metrics.jsonl"))
     found = f" Below it there is: {', '.join(below[:5])}." if below else ""
     return f"{run} holds no metrics.jsonl, so it is not the folder of a run; {mend}.{found}"

@@ -62,7 +62,7 @@ class Guard:
                 raise Problem(
                     f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {step} with loss "
                     f"{loss:.4g} and gradient norm {grad_norm:.4g}. Lower optim.lr, or use --precision fp32 to see "
-                    "whether the arithmetic is to blame; the last checkpoint is good."
+                    "whether the arithmetic is to blame. The weights are still those of the last update that was made."
                 )
             return remarks
         self.skipped_in_a_row = 0

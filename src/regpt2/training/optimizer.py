@@ -28,13 +28,13 @@ class OptimConfig:
     """The largest norm of the whole gradient; 0 = no clipping."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"optim.lr = {self.lr} must be above 0.")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"optim.lr = {self.lr} must be above 0 and finite.")
         if not self.eps > 0:
             raise ConfigError(f"optim.eps = {self.eps} must be above 0: weights that never had a gradient are 0 / eps.")
         for name in ("weight_decay", "grad_clip"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be at least 0.")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be at least 0 and finite.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must each be at least 0 and below 1.")
         if self.name not in plugins.entries("training.optim"):

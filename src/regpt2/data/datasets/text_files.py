@@ -104,6 +104,8 @@ def _walk(top: Path, skipped: Counter[str]) -> Iterator[Path]:
         seen = [name for name in folders if not name.startswith(".")]
         if len(seen) < len(folders):
             skipped["folders hidden"] += len(folders) - len(seen)
+        if links := [name for name in seen if os.path.islink(os.path.join(folder, name))]:
+            skipped["folders behind a link"] += len(links)
         folders[:] = seen
         yield from (Path(folder, name) for name in names)
 

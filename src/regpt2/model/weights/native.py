@@ -86,7 +86,7 @@ def _config(place: Path, model: Any) -> GPTConfig:
     known = {field.name: type(field.default) for field in fields(GPTConfig)}
     for key, value in model.items():
         if key not in known:
-            raise CheckpointError(f"{place}: model.{key} is no setting of a GPT{did_you_mean(key, known) or '.'}")
+            raise CheckpointError(f"{place}: model.{key} is no setting of a GPT{did_you_mean(key, known)}")
         if isinstance(value, bool) or not isinstance(value, (int, known[key])):
             raise CheckpointError(f"{place}: model.{key} = {value!r} must be of type {known[key].__name__}.")
     if missing := [key for key in _REQUIRED if key not in model]:
