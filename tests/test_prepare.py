@@ -345,3 +345,20 @@ def test_help_lists_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
 def test_prepare_does_not_import_torch() -> None:
     code = "import sys, regpt2.prepare; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_half_surrogates_are_repaired_and_counted(tmp_path: Path) -> None:
+    """JSON can spell what UTF-8 cannot hold."""
+    lines = [f'{{"text": "number {i}, half a pair: \\ud800"}}' for i in range(20)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = PrepareOptions(
+        dataset="text_files",
+        input=tmp_path / "in.jsonl",
+        out=tmp_path / "out",
+        tokenizer="bytes",
+        workers=1,
+        val_fraction=0.5,
+    )
+    manifest = prepare(options)
+    assert manifest.skipped == {"documents kept with half surrogate pairs replaced": 20}
+    assert sum(split.documents for split in manifest.splits.values()) == 20

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from regpt2.base.errors import DataError, UsageError
+from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.world import World
 from regpt2.data.baselines import baselines
 from regpt2.data.shards import open_tokens
@@ -81,6 +83,29 @@ def test_what_is_missing_is_said(tiny_data: Path) -> None:
         evaluate(context(None))
     with pytest.raises(DataError, match="2,000 tokens, one window needs 5,001"):
         evaluate(context(tiny_data, seq_len=5_000))
+
+
+def failing_rank(rank: int, port: int, data: str, out: str) -> None:
+    """Rank 1 cannot read the data; both must come to an end, and the next reduction must be the next one for both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    world = World(rank=rank, local_rank=rank, size=2, device=torch.device("cpu"))
+    folder = Path(data) if rank == 0 else Path(data) / "nothing"
+    try:
+        evaluate(context(folder, world=world))
+        said = "no error"
+    except Problem as problem:
+        said = str(problem)
+    after = float(world.sum(torch.tensor(float(rank + 1))))
+    Path(out, f"{rank}.txt").write_text(f"{after}\n{said}")
+    dist.destroy_process_group()
+
+
+def test_a_rank_that_fails_leaves_no_other_waiting(tiny_data: Path, tmp_path: Path, unused_port: int) -> None:
+    mp.spawn(failing_rank, args=(unused_port, str(tiny_data), str(tmp_path)), nprocs=2)
+    assert (tmp_path / "0.txt").read_text() == "3.0\nval_loss failed on 1 other rank(s)"
+    assert (tmp_path / "1.txt").read_text().startswith("3.0\n")
+    assert "no such data folder" in (tmp_path / "1.txt").read_text()
 
 
 def test_baselines_are_what_they_say(tiny_data: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +204,39 @@ def test_in_bf16_the_gradients_are_those_of_fp32_within_its_rounding() -> None:
     assert all(g.dtype == torch.float32 for g in got.values())
     # bf16 keeps 8 bits: 2**-8 a rounding, and some dozen of them in a row, most of which cancel
     assert difference(got, expected) < 0.03
+
+
+def overlap_main(rank: int, port: int, out: str) -> None:
+    """Note in which order blocks end their backward pass and buckets of gradients become ready."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = GPT(GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=8, vocab_size=57))
+    trainable = torch.nn.parallel.DistributedDataParallel(InComputeType(model, torch.bfloat16), bucket_cap_mb=0.5)
+    order: list[str] = []
+
+    def note_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        order.append("bucket")
+        ready: torch.futures.Future[Tensor] = torch.futures.Future()
+        ready.set_result(bucket.buffer())
+        return ready
+
+    trainable.register_comm_hook(None, note_bucket)
+    for i, block in enumerate(model.h):
+        block.register_full_backward_hook(lambda *_, i=i: order.append(f"h{i}"))
+    for _ in range(2):  # the first pass only finds the order of the buckets
+        order.clear()
+        trainable(*batch()).backward()
+    if rank == 0:
+        with open(f"{out}/order.txt", "w") as file:
+            file.write(" ".join(order))
+    dist.destroy_process_group()
+
+
+def test_in_bf16_gradients_are_ready_while_the_backward_pass_goes_on(tmp_path: Path, unused_port: int) -> None:
+    """Or the ranks' exchange of gradients could not hide behind the computation."""
+    mp.spawn(overlap_main, args=(unused_port, str(tmp_path)), nprocs=2)
+    order = (tmp_path / "order.txt").read_text().split()
+    assert "bucket" in order[: order.index("h0")], order
 
 
 def test_training_in_bf16_moves_every_weight_and_keeps_masters_in_fp32() -> None:
