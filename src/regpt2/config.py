@@ -14,12 +14,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from regpt2.base import plugins
 from regpt2.base.device import Precision
 from regpt2.base.errors import ConfigError, UsageError, did_you_mean
+from regpt2.base.files import read_small
 from regpt2.data.loader import BatchConfig
 from regpt2.model.gpt import GPTConfig
 from regpt2.training.guard import GuardConfig
 from regpt2.training.optimizer import OptimConfig
+from regpt2.training.parallel import ParallelConfig
 from regpt2.training.schedule import ScheduleConfig
 
+RECIPE_BYTES, DOTS = 1 << 20, 100  # a key of 50,000 dots would take the library gigabytes
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -100,6 +103,7 @@ class RunConfig:
     evals: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -169,8 +173,11 @@ def read_toml(path: Path) -> RunConfig:
         ConfigError: not TOML, an unknown key, a wrong type, an impossible value; it names file and key.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = read_small(path, ConfigError, RECIPE_BYTES)
+        if any(line.count(".") > DOTS for line in text.splitlines()):
+            raise ConfigError(f"{path} has a line of more than {DOTS} dots; no recipe has a key that deep.")
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
     try:
         return _from_table(RunConfig, table, "")

@@ -28,6 +28,14 @@ class CheckpointError(Problem):
     """A checkpoint or model folder is missing, damaged or of another shape than expected."""
 
 
+class FailedElsewhere(Problem):
+    """Another rank failed, and says so itself: this one leaves in silence, with the same exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class DownloadError(Problem):
     """Something could not be fetched, or what came is not what was asked for."""
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from regpt2.base import plugins
 from regpt2.base.errors import CheckpointError, ConfigError
+from regpt2.training.parallel import shard_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,11 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         p = parameters[name]
         if value.dim() and value.shape != p.shape:
             raise CheckpointError(f"optimizer state {key!r} is {tuple(value.shape)}, expected {tuple(p.shape)}.")
-        # step counters, of no dimension, lie beside the parameter only for fused kernels
-        beside = value.dim() > 0 or optimizer.defaults.get("fused")
-        found.setdefault(name, {})[kind] = value.to(p.device) if beside else value.clone()
+        if value.dim():
+            value = shard_like(value.to(p.device), p)
+        else:  # a counter of steps: beside the parameter for fused kernels only
+            value = value.to(p.device) if optimizer.defaults.get("fused") else value.clone()
+        found.setdefault(name, {})[kind] = value
     missing = sorted(set(parameters) - set(found)) if found else []
     if missing:
         raise CheckpointError(f"the optimizer state lacks {len(missing)} parameters, the first is {missing[0]!r}.")

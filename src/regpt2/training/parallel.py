@@ -1,17 +1,64 @@
-"""`model` to `trainable`. In: the plain module; out: the same weights in the compute type, compiled, over ranks.
+"""One model, many ranks. In: the plain module; out: `trainable`, the same weights in the compute type, over ranks.
 
 `model` stays the plain GPT with fp32 weights: it is what is saved, evaluated and sampled. `trainable` is what
-`train_step` sees. Their parameters are the same tensors.
+`train_step` sees. Their parameters are the same tensors. Three strategies share the work of an update:
+
+    ddp      every rank has all weights; gradients are averaged while the backward pass goes on
+    fsdp     weights, gradients and optimizer state lie in shards over the ranks, and are gathered where they are used
+    ordered  as ddp, but summed at the end and in a fixed order (see training/ordered.py): slower, and the same bits
+             for 1, 2, 4, ... ranks
 """
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
+from regpt2.model.gpt import GPT
+from regpt2.model.load import load_into
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks share an update, and how they watch each other. One rank alone needs none of it."""
+
+    strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
+    """ddp: all weights on each rank; fsdp: in shards, for what does not fit; ordered: ddp in a fixed order of sums."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which gradients travel: bf16 halves the traffic and rounds each rank's gradient to 8 bits."""
+    check_every: int = 100
+    """Updates between comparisons of the weights over ranks; also before every checkpoint. 0 = never."""
+    timeout_s: float = 300.0
+    """A run that stands still for so long, on any rank, says where, and ends. 0 = it may stand still."""
+
+    def __post_init__(self) -> None:
+        if self.check_every < 0:
+            raise ConfigError(f"parallel.check_every = {self.check_every} must be at least 0 (0 = never).")
+        if not 0 <= self.timeout_s < float("inf"):
+            raise ConfigError(f"parallel.timeout_s = {self.timeout_s} must be at least 0 (0 = never) and finite.")
+        if self.strategy == "ordered" and self.reduce_dtype != "fp32":
+            raise ConfigError("parallel.reduce_dtype must be 'fp32' with strategy 'ordered': it is there to be exact.")
+
+    def check(self, world_size: int, grad_accum_steps: int) -> None:
+        """Refuse what this strategy cannot do.
+
+        Raises:
+            ConfigError: ordered sums need blocks of 1, 2, 4, 8, ... micro-batches per rank.
+        """
+        if self.strategy == "ordered" and world_size > 1 and grad_accum_steps & (grad_accum_steps - 1):
+            raise ConfigError(
+                f"strategy 'ordered' on {world_size} ranks needs 1, 2, 4, 8, ... micro-steps per rank, not "
+                f"{grad_accum_steps}; change batch.micro_batch, batch.batch_tokens or the number of ranks."
+            )
 
 
 class InComputeType(nn.Module):
@@ -36,22 +83,108 @@ def in_compute_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model if next(model.parameters()).dtype == dtype else InComputeType(model, dtype)
 
 
-def make_trainable(model: nn.Module, dtype: torch.dtype, world: World, *, compiled: bool) -> nn.Module:
-    """The model in the compute type, compiled if asked, with gradients averaged over the ranks if there are several."""
+def make_trainable(
+    model: GPT, dtype: torch.dtype, world: World, config: ParallelConfig | None = None, *, compiled: bool
+) -> nn.Module:
+    """The model in the compute type, compiled if asked, its gradients shared over the ranks if there are several.
+
+    With "fsdp" the parameters of `model` become shards in place: build the optimizer afterwards.
+    """
+    config = config or ParallelConfig()
+    reduce_dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32
+    if config.strategy == "fsdp" and world.size > 1:
+        _sharded().shard(model, dtype, reduce_dtype, world)
     trainable = in_compute_type(model, dtype)
     if compiled:
         trainable = torch.compile(trainable)  # type: ignore[assignment]
-    if world.size > 1:
+    if config.strategy == "ddp" and world.size > 1:
         where = [world.device.index] if world.device.type == "cuda" else None
         trainable = DistributedDataParallel(trainable, device_ids=where, gradient_as_bucket_view=True)
+        if reduce_dtype == torch.bfloat16:
+            trainable.register_comm_hook(None, bf16_compress_hook)
     return trainable
 
 
 @contextmanager
 def gradient_sync(trainable: nn.Module, *, on: bool) -> Iterator[None]:
     """Average gradients over ranks in this forward and backward, or leave them to add up locally."""
+    for module in trainable.modules():
+        if (switch := getattr(module, "set_requires_gradient_sync", None)) is not None:  # FSDP's
+            switch(on)
+            break  # the outermost passes it on
     if on or not isinstance(trainable, DistributedDataParallel):
         yield
     else:
         with trainable.no_sync():
             yield
+
+
+def _sharded() -> ModuleType:
+    """Half a second of imports, for those who need them."""
+    return importlib.import_module("regpt2.training.sharded")
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Do the weights lie in shards over the ranks?"""
+    return _is_shard(next(model.parameters()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or gathered from its shards: then every rank has to ask at the same time."""
+    gathered: Tensor = tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
+def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, cut as `pattern` is; the tensor itself if that is not in shards."""
+    cut: Tensor = _sharded().shard_like(tensor, pattern) if _is_shard(pattern) else tensor
+    return cut
+
+
+def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors themselves; where they lie in shards, whole ones in rank 0's main memory, and nothing elsewhere."""
+    if not any(map(_is_shard, tensors.values())):
+        return dict(tensors)
+    gathered = {}
+    for name, tensor in tensors.items():  # one at a time, so that the device never holds all of them whole
+        full = whole(tensor.detach())
+        if world.is_main:
+            gathered[name] = full.cpu()
+    return gathered
+
+
+@torch.no_grad()
+def load_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """`load_into`, also where the weights lie in shards.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    if not is_sharded(model):
+        load_into(model, tensors)
+        return
+    plain = GPT(model.config)
+    load_into(plain, tensors)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        p.copy_(shard_like(q.detach().to(p.device), p))
+
+
+@torch.no_grad()
+def whole_model(model: GPT, world: World) -> GPT:
+    """The model itself, or a plain copy on every rank where its weights lie in shards.
+
+    On a copy any rank may compute what it likes, and fail, with none of the others waiting for it. All ranks call this.
+    """
+    if not is_sharded(model):
+        return model
+    with world.together():  # room for it is found on all ranks, or on none
+        with torch.device("meta"):
+            plain = GPT(model.config)
+        plain.to_empty(device=world.device)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        q.copy_(whole(p))
+    return plain.train(model.training)

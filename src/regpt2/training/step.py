@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from regpt2.base.world import World
-from regpt2.training.parallel import gradient_sync
+from regpt2.training.ordered import PairwiseSum, sum_over_ranks
+from regpt2.training.parallel import gradient_sync, whole
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def train_step(
     lr: float,
     grad_clip: float,
     world: World,
+    ordered: bool = False,
     scale: LossScale | None = None,
     loss_limit: float = float("inf"),
     before_micro_step: Callable[[int], None] | None = None,
@@ -59,26 +61,21 @@ def train_step(
     Args:
         batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
+        ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         scale: for fp16 alone.
         loss_limit: an update whose loss is above it is skipped.
         before_micro_step: called with the micro-step's number, to set the random numbers of dropout.
     """
     factor = scale.factor if scale else 1.0
-    loss_sum = torch.zeros((), device=world.device)
-    for i, (inputs, targets) in enumerate(batches):
-        if before_micro_step is not None:
-            before_micro_step(i)
-        with gradient_sync(trainable, on=i == len(batches) - 1):
-            loss = trainable(inputs, targets)  # (B, T) -> ()
-            (loss * (factor / len(batches))).backward()  # gradients add up: divide once, here
-        loss_sum += loss.detach()
-    loss = world.mean(loss_sum / len(batches))
+    loss = accumulate(
+        trainable, batches, world=world, ordered=ordered, factor=factor, before_micro_step=before_micro_step
+    )
 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     if factor != 1.0:
         torch._foreach_mul_(gradients, 1.0 / factor)
-    grad_norm = get_total_norm(gradients)
+    grad_norm = whole(get_total_norm(gradients))
     if grad_clip > 0:
         clip_grads_with_norm_(parameters, grad_clip, grad_norm)
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
@@ -91,6 +88,66 @@ def train_step(
     if scale is not None:
         scale.update(bool(finite))
     return StepStats(loss=loss, grad_norm=grad_norm, accepted=accepted)
+
+
+def accumulate(
+    trainable: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    world: World,
+    ordered: bool = False,
+    factor: float = 1.0,
+    before_micro_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Leave the mean gradient over all micro-batches of all ranks, times `factor`, in `.grad`; returns the mean loss.
+
+    Ordered, no bit of it depends on how many ranks there are. Else the ranks exchange gradients in the last backward
+    pass, while it goes on.
+    """
+    way = _accumulate_in_order if ordered else _accumulate_as_they_come
+    return way(trainable, batches, world, factor, before_micro_step or (lambda micro_step: None))
+
+
+def _accumulate_as_they_come(
+    trainable: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    world: World,
+    factor: float,
+    before_micro_step: Callable[[int], None],
+) -> Tensor:
+    loss_sum = torch.zeros((), device=world.device)
+    for i, (inputs, targets) in enumerate(batches):
+        before_micro_step(i)
+        with gradient_sync(trainable, on=i == len(batches) - 1):
+            loss = trainable(inputs, targets)  # (B, T) -> ()
+            (loss * (factor / len(batches))).backward()  # gradients add up: divide once, here
+        loss_sum += loss.detach()
+    return world.mean(loss_sum / len(batches))
+
+
+def _accumulate_in_order(
+    trainable: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    world: World,
+    factor: float,
+    before_micro_step: Callable[[int], None],
+) -> Tensor:
+    n_micro_batches = len(batches) * world.size
+    parameters = [p for p in trainable.parameters() if p.requires_grad]
+    tree = PairwiseSum()
+    for i, (inputs, targets) in enumerate(batches):
+        before_micro_step(i)
+        loss = trainable(inputs, targets) / n_micro_batches  # (B, T) -> ()
+        (loss * factor).backward()
+        tree.add([*(p.grad.contiguous() for p in parameters if p.grad is not None), loss.detach()])
+        for p in parameters:
+            p.grad = None
+    total = tree.total()
+    sum_over_ranks(total, world)
+    *gradients, mean_loss = total
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
+    return mean_loss
 
 
 def _update_if(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
