@@ -29,9 +29,12 @@ def loader(n_tokens: int = 1000, *, rank: int = 0, world_size: int = 1, seed: in
 
 
 def update(loaders: list[Loader], step: int) -> np.ndarray:
-    """The windows of a step in the order of the micro-batches, taken over the ranks in turn."""
-    per_rank = [one.batch(step) for one in loaders]
-    return np.concatenate([x for micro in zip(*per_rank, strict=True) for x, _ in micro])
+    """The windows of a step in the order of the micro-batches: rank after rank."""
+    return np.concatenate([x for one in loaders for x, _ in one.batch(step).micro_batches])
+
+
+def digest(loaders: list[Loader], step: int) -> int:
+    return sum(one.batch(step).digest for one in loaders) % 2**64
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
@@ -43,6 +46,67 @@ def test_a_step_has_the_same_windows_for_any_world_size_and_micro_batch(
     many = [loader(rank=r, world_size=world_size, micro_batch=micro_batch, order=order) for r in range(world_size)]
     for step in (1, 2, 15, 16, 17, 40):
         assert np.array_equal(update(alone, step), update(many, step))
+        assert digest(alone, step) == digest(many, step)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shard_lengths=st.lists(st.integers(1, 60), min_size=2, max_size=6),
+    seq_len=st.integers(1, 7),
+    world_size=st.integers(1, 8),
+    per_rank=st.integers(1, 3),
+    micro_batch=st.integers(1, 3),
+    order=st.sampled_from(["shuffled", "sequential"]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_the_token_stream_is_the_same_for_1_to_8_ranks(
+    shard_lengths: list[int], seq_len: int, world_size: int, per_rank: int, micro_batch: int, order: str, seed: int
+) -> None:
+    """Over shard boundaries and epochs, against the definition written out: window w is tokens [w T, w T + T]."""
+    n_tokens = max(sum(shard_lengths), seq_len + 1)
+    shards = np.split(np.random.default_rng(seed).integers(0, 257, n_tokens), np.cumsum(shard_lengths)[:-1])
+    stream = np.concatenate(shards)
+    windows_per_step = world_size * per_rank * micro_batch
+    config = BatchConfig(batch_tokens=windows_per_step * seq_len, micro_batch=micro_batch, seq_len=seq_len, order=order)
+    tokens = Shards([shard for shard in shards if len(shard)])
+    ranks = [Loader(tokens, config, seed=seed, rank=r, world_size=world_size) for r in range(world_size)]
+    n_windows = (n_tokens - 1) // seq_len
+    for step in range(1, 3 + 2 * n_windows // windows_per_step):
+        places = np.arange((step - 1) * windows_per_step, step * windows_per_step)
+        chosen = [
+            int(permute(np.array([p % n_windows]), n_windows, seed=seed, epoch=int(p // n_windows))[0])
+            if order == "shuffled"
+            else p % n_windows
+            for p in places
+        ]
+        assert np.array_equal(update(ranks, step), [stream[w * seq_len : w * seq_len + seq_len] for w in chosen])
+
+
+class Shards:
+    """A stream over several arrays, read across their seams."""
+
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        self.shards, self.n_tokens = shards, sum(map(len, shards))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        found = [shard[max(0, start - at) : max(0, start + count - at)] for at, shard in self.places()]
+        return np.concatenate(found).astype(np.uint16)
+
+    def places(self) -> list[tuple[int, np.ndarray]]:
+        return list(zip(np.cumsum([0, *map(len, self.shards)])[:-1].tolist(), self.shards, strict=True))
+
+
+def test_the_digest_tells_tokens_and_places() -> None:
+    """A changed token, two windows exchanged, another step: each is another digest; the split over ranks is not."""
+    one = loader(order="sequential")
+    read = one.tokens.read
+    before = one.batch(1).digest
+    assert before == one.batch(1).digest
+    assert before != one.batch(2).digest
+    one.tokens.read = lambda start, count: read(start, count) + (start == 8)  # type: ignore[method-assign]
+    assert one.batch(1).digest != before
+    one.tokens.read = lambda start, count: read({0: 8, 8: 0}.get(start, start), count)  # type: ignore[method-assign]
+    assert one.batch(1).digest != before
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +126,7 @@ def test_every_token_is_a_target_once_per_epoch_but_the_first_and_the_stated_tai
     n_windows = (n_tokens - 1) // seq_len
     epochs = 3
     steps = -(-epochs * n_windows // windows_per_step)
-    targets = np.concatenate([y for step in range(1, steps + 1) for _, y in one.batch(step)])
+    targets = np.concatenate([y for step in range(1, steps + 1) for _, y in one.batch(step).micro_batches])
     for epoch in range(epochs):
         seen = np.sort(targets[epoch * n_windows : (epoch + 1) * n_windows].ravel())
         assert np.array_equal(seen, np.arange(1, n_windows * seq_len + 1))
@@ -70,7 +134,7 @@ def test_every_token_is_a_target_once_per_epoch_but_the_first_and_the_stated_tai
 
 
 def test_targets_are_the_inputs_moved_by_one() -> None:
-    for x, y in loader().batch(3):
+    for x, y in loader().batch(3).micro_batches:
         assert np.array_equal(y, x + 1)
         assert x.shape == (2, 8)
 
@@ -114,7 +178,7 @@ def test_one_batch_is_the_first_again_and_again() -> None:
 
 
 def test_sequential_order_is_the_lectures() -> None:
-    x = np.concatenate([x for x, _ in loader(order="sequential").batch(2)])
+    x = np.concatenate([x for x, _ in loader(order="sequential").batch(2).micro_batches])
     assert np.array_equal(x.ravel(), np.arange(64, 128))
 
 
@@ -122,7 +186,7 @@ def test_windows_cross_the_seams_of_shards(tiny_data: Path) -> None:
     with open_tokens(tiny_data, "train") as tokens:
         whole = tokens.read(0, tokens.n_tokens)
         one = Loader(tokens, BatchConfig(batch_tokens=640, micro_batch=20, seq_len=32, order="sequential"), seed=0)
-        read = np.concatenate([x.ravel() for step in range(1, 32) for x, _ in one.batch(step)])
+        read = np.concatenate([x.ravel() for step in range(1, 32) for x, _ in one.batch(step).micro_batches])
     assert np.array_equal(read, whole[: len(read)])
 
 
@@ -134,7 +198,7 @@ def test_reading_ahead_gives_the_same_batches_and_ends_its_thread() -> None:
     for step, batch in enumerate(ahead, start=3):
         assert all(
             np.array_equal(a, b)
-            for got, want in zip(batch, one.batch(step), strict=True)
+            for got, want in zip(batch.micro_batches, one.batch(step).micro_batches, strict=True)
             for a, b in zip(got, want, strict=True)
         )
     unfinished = one.batches(1, 1000)

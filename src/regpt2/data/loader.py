@@ -8,11 +8,12 @@ follow each other without gap or overlap, so every token is a target once per ep
 tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam.
 """
 
+import hashlib
 import queue
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,16 @@ from regpt2.base.errors import ConfigError, DataError
 # B = micro_batch sequences, T = seq_len tokens
 
 MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, each (B, T)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank reads for one update."""
+
+    micro_batches: list[MicroBatch]
+    digest: int
+    """Of these windows and their places in the update. Its sum over the ranks, modulo 2**64, is the same for any number
+    of ranks and any micro-batch: two runs whose sums are equal at every step have seen the same tokens in one order."""
 
 
 class Tokens(Protocol):
@@ -97,22 +108,23 @@ class Loader:
             chosen[mine] = permute(places[mine], self.n_windows, seed=self.seed, epoch=int(epoch))
         return chosen
 
-    def batch(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of update `step` (from 1).
+    def batch(self, step: int) -> Batch:
+        """This rank's part of update `step` (from 1).
 
-        Micro-batch g of an update is always the g-th group of `micro_batch` windows; rank r takes r, r + W, r + 2W...
+        Micro-batch g of an update is always the g-th group of `micro_batch` windows; each rank takes as many as the
+        others, side by side.
         """
-        B, T = self.config.micro_batch, self.config.seq_len
-        groups = self.windows(step).reshape(-1, B)[self.rank :: self.world_size]
-        batch = []
-        for group in groups:
-            window = np.stack([self.tokens.read(int(w) * T, T + 1) for w in group]).astype(np.int64)  # (B, T + 1)
-            batch.append((window[:, :-1], window[:, 1:]))
-        return batch
+        B, T, n = self.config.micro_batch, self.config.seq_len, self.grad_accum_steps
+        first = self.rank * n * B  # the place of this rank's first window in the update
+        mine = self.windows(step)[first : first + n * B]
+        windows = np.stack([self.tokens.read(int(w) * T, T + 1) for w in mine])  # (n * B, T + 1)
+        digest = sum(_window_digest(first + i, window) for i, window in enumerate(windows)) % 2**64
+        groups = windows.astype(np.int64).reshape(n, B, T + 1)
+        return Batch([(group[:, :-1], group[:, 1:]) for group in groups], digest)
 
-    def batches(self, first_step: int, last_step: int) -> Generator[list[MicroBatch], None, None]:
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """The batches of updates `first_step` to `last_step`, read ahead by a thread while the model computes."""
-        ahead: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)
+        ahead: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
         stop = threading.Event()
 
         def read_ahead() -> None:
@@ -138,8 +150,8 @@ class Loader:
 
 
 def _put(
-    ahead: "queue.Queue[list[MicroBatch] | BaseException]",
-    item: "list[MicroBatch] | BaseException",
+    ahead: "queue.Queue[Batch | BaseException]",
+    item: "Batch | BaseException",
     stop: threading.Event,
 ) -> None:
     while not stop.is_set():
@@ -147,6 +159,12 @@ def _put(
             return ahead.put(item, timeout=0.1)
         except queue.Full:
             continue
+
+
+def _window_digest(place: int, window: NDArray[np.integer[Any]]) -> int:
+    """64 bits of BLAKE2 of a window and its place in the update."""
+    data = place.to_bytes(8, "little") + window.astype("<u2").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def permute(places: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
