@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from conftest import TINY_RECIPE, Run, write_data
+from regpt2 import observe as observe_module
 from regpt2 import train as train_module
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, UsageError
 from regpt2.base.metrics import read_events
@@ -256,7 +257,7 @@ def test_an_evaluation_that_breaks_does_not_end_the_run(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(val_loss, "evaluate", broken)
-    monkeypatch.setattr(train_module, "generate", broken)
+    monkeypatch.setattr(observe_module, "generate", broken)
     run_train(tiny_recipe, tiny_data, tmp_path / "run")
     notes = [e["text"] for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "note"]
     assert sum("evaluation val_loss failed" in text for text in notes) == 3

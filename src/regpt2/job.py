@@ -15,10 +15,12 @@ from torch import nn
 
 from regpt2 import __version__
 from regpt2.base.console import ProgressLine, count, say, warn
-from regpt2.base.device import Compute, can_compile, choose_compute, device_name, peak_flops
+from regpt2.base.device import Compute, be_deterministic, can_compile, choose_compute, device_name, peak_flops
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.metrics import MetricsLog
+from regpt2.base.signals import StopSignals
+from regpt2.base.watchdog import Watchdog
 from regpt2.base.world import World
 from regpt2.config import RunConfig, differences, read_toml, to_toml
 from regpt2.data.baselines import baselines
@@ -26,25 +28,26 @@ from regpt2.data.loader import Loader
 from regpt2.data.shards import TokenStream, open_tokens, verify
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
 from regpt2.model.gpt import GPT
-from regpt2.model.load import TokenizerRef, load_into
+from regpt2.model.load import TokenizerRef
 from regpt2.model.weights import native
 from regpt2.training import checkpoint
 from regpt2.training.guard import Guard
 from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
-from regpt2.training.parallel import in_compute_type, make_trainable
+from regpt2.training.parallel import gather, load_weights, make_trainable
+from regpt2.training.replicas import check_replicas
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
 _DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
 _MAY_CHANGE_SILENTLY = (
     "run", "data", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints", "verify_data",
-    "sample.",
+    "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
 
 
 @dataclass
 class Job:
-    """Everything that the loop uses. `model` is the plain fp32 module; the other two are views of it."""
+    """Everything that the loop uses. `model` is the plain fp32 module, `trainable` a view of it."""
 
     config: RunConfig
     world: World
@@ -55,8 +58,6 @@ class Job:
     loader: Loader
     tokenizer: Tokenizer
     model: GPT
-    plain: nn.Module
-    """`model` in the compute type: for evaluation."""
     trainable: nn.Module
     """`model` in the compute type, compiled, over ranks: for `train_step`."""
     optimizer: torch.optim.Optimizer
@@ -64,12 +65,16 @@ class Job:
     scale: LossScale | None
     metrics: MetricsLog
     saver: checkpoint.Saver
+    watchdog: Watchdog
+    stop: StopSignals
     peak_flops: float | None
     elapsed_s: float = 0.0
     """Time in earlier stretches of this run."""
     started_at: float = field(default_factory=time.monotonic)
     baselines: dict[str, float] = field(default_factory=dict)
     """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
+    saved_at: int | None = None
+    """The step of the newest checkpoint."""
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """The newest figures of each evaluation."""
 
@@ -86,20 +91,29 @@ def open_data(config: RunConfig) -> TokenStream:
     return open_tokens(Path(config.data), "train")
 
 
-def build(config: RunConfig, world: World, tokens: TokenStream) -> Job:
-    """Check everything that can be checked, then make model and optimizer. Nothing is written yet."""
-    compute = choose_compute(config.precision, world.device)
-    run, data = Path(config.run), Path(config.data)
-    _check_folder(config, run)
-    tokenizer = _matching_tokenizer(config, tokens)
-    loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
-    if config.eval_every:
-        _check_evals(data)
-    if config.verify_data:
-        _verify_data(data, tokens.n_tokens, world)
+def build(config: RunConfig, world: World, tokens: TokenStream, watchdog: Watchdog, stop: StopSignals) -> Job:
+    """Check everything that can be checked, then make model and optimizer. Nothing is written yet.
 
-    model = GPT(config.model, seed=config.seed).to(world.device)
+    Raises:
+        Problem: something does not fit, on this rank or another.
+    """
+    run, data = Path(config.run), Path(config.data)
+    with world.together():
+        compute = choose_compute(config.precision, world.device)
+        if config.parallel.strategy == "ordered":
+            be_deterministic(world.device)
+        _check_folder(config, run)
+        tokenizer = _matching_tokenizer(config, tokens)
+        loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
+        config.parallel.check(world.size, loader.grad_accum_steps)
+        if config.eval_every:
+            _check_evals(data)
+        if config.verify_data:
+            _verify_data(data, tokens.n_tokens, world, watchdog)
+        model = GPT(config.model, seed=config.seed).to(world.device)
+
     compiled = config.compile == "on" or (config.compile == "auto" and can_compile(world.device))
+    trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
     return Job(
         config=config,
         world=world,
@@ -110,13 +124,14 @@ def build(config: RunConfig, world: World, tokens: TokenStream) -> Job:
         loader=loader,
         tokenizer=tokenizer,
         model=model,
-        plain=in_compute_type(model, compute.dtype),
-        trainable=make_trainable(model, compute.dtype, world, compiled=compiled),
+        trainable=trainable,
         optimizer=build_optimizer(model, config.optim),
         guard=Guard(config.guard),
         scale=LossScale(factor=2.0**16) if compute.needs_scaler else None,
         metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None),
         saver=checkpoint.Saver(run / "checkpoints", config.keep_checkpoints),
+        watchdog=watchdog,
+        stop=stop,
         peak_flops=peak_flops(world.device, compute.precision),
     )
 
@@ -154,32 +169,39 @@ def _check_evals(data: Path) -> None:
         raise DataError(f"{error} (--eval-every 0 trains without evaluation.)") from None
 
 
-def _verify_data(data: Path, n_tokens: int, world: World) -> None:
+def _verify_data(data: Path, n_tokens: int, world: World, watchdog: Watchdog) -> None:
     """Each rank checks its share of the shards."""
     megabytes = 2e-6 * n_tokens / world.size
     with ProgressLine("checking shards", megabytes, "MB", shown=world.is_main) as progress:
-        bad = verify(data, lambda n_bytes: progress.advance(n_bytes / 1e6), part=world.rank, of=world.size)
-    n_bad = int(world.sum_on_cpu(torch.tensor(len(bad))))
-    if n_bad:
-        first = bad[0] if bad else "other ranks found them."
-        raise DataError(f"{n_bad} damaged shards in {data}: {first} Prepare the data again.")
+
+        def on_bytes(n_bytes: int) -> None:
+            progress.advance(n_bytes / 1e6)
+            watchdog.beat("checking shards")
+
+        bad = verify(data, on_bytes, part=world.rank, of=world.size)
+    if bad:
+        raise DataError(f"{len(bad)} damaged shards in {data}: {bad[0]} Prepare the data again.")
 
 
 def restore(job: Job) -> int:
     """Go on where the run folder stands; returns the number of updates already made, 0 for a new run."""
-    checkpoints = job.run / "checkpoints"
-    newest = checkpoint.newest_good(checkpoints) if job.world.is_main else None
-    newest = job.world.from_main(newest)
-    if newest is None:
+    newest = None
+    with job.world.together():
+        if job.world.is_main:
+            newest = checkpoint.newest_good(job.run / "checkpoints")
+    name = job.world.from_main(newest and newest.name)
+    if name is None:
         return 0
-    found = checkpoint.read(newest)
-    _check_same_run(job, found)
-    load_into(job.model, found.model)
-    load_state_tensors(job.optimizer, job.model, found.optimizer)
+    with job.world.together():
+        found = checkpoint.read(job.run / "checkpoints" / name)
+        _check_same_run(job, found)
+        load_weights(job.model, found.model)
+        load_state_tensors(job.optimizer, job.model, found.optimizer)
     job.guard.load_state(found.state["guard"])
     if job.scale is not None and found.state["loss_scale"] is not None:
         job.scale = LossScale(**found.state["loss_scale"])
     job.elapsed_s = found.state["elapsed_s"]
+    job.saved_at = found.step
     return found.step
 
 
@@ -210,6 +232,19 @@ def _check_same_run(job: Job, found: checkpoint.Checkpoint) -> None:
             warn(f"{key} was {old} up to step {found.step} and is {new} from here on.")
 
 
+def require_room(job: Job, first: int) -> None:
+    """Refuse to begin a run whose checkpoints the disk cannot hold."""
+    every, last = job.config.save_every, job.config.max_steps
+    with job.world.together():
+        if job.world.is_main and every:
+            checkpoint.require_room(
+                job.run / "checkpoints",
+                12 * sum(p.numel() for p in job.model.parameters()),  # fp32 weights and AdamW's two moments
+                keep=job.config.keep_checkpoints,
+                saves_left=-(-last // every) - first // every,
+            )
+
+
 def open_records(job: Job, first: int) -> None:
     """Write config.toml, cut the record back to `first` and note this start in it. Rank 0 alone."""
     if not job.world.is_main:
@@ -231,6 +266,7 @@ def open_records(job: Job, first: int) -> None:
         "precision": job.compute.precision,
         "threads": torch.get_num_threads(),
         "world_size": world.size,
+        "strategy": config.parallel.strategy,
         "n_params": job.model.n_params(),
         "tokenizer": job.tokenizer.name,
         "tokenizer_fingerprint": job.tokenizer.fingerprint,
@@ -278,10 +314,21 @@ def _commit() -> str | None:
 
 
 def save(job: Job, step: int) -> None:
-    """Begin a checkpoint of this step. Rank 0 alone; the loop goes on once the state is copied."""
-    if not job.world.is_main:
+    """Begin a checkpoint of this step; the loop goes on once the state is copied. Every rank comes, rank 0 writes.
+
+    Raises:
+        Problem: the ranks' weights have drifted apart.
+    """
+    config, world = job.config, job.world
+    if step == job.saved_at:
         return
-    config = job.config
+    job.saved_at = step
+    if config.parallel.check_every:
+        check_replicas(job.model, world, step)
+    parameters = gather(dict(job.model.named_parameters()), world)
+    moments = gather(state_tensors(job.optimizer, job.model), world)
+    if not world.is_main:
+        return
     state = {
         "step": step,
         "seed": config.seed,
@@ -293,14 +340,15 @@ def save(job: Job, step: int) -> None:
         "elapsed_s": job.elapsed_s + time.monotonic() - job.started_at,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "world_size": job.world.size,
+        "world_size": world.size,
+        "strategy": config.parallel.strategy,
     }
     job.saver.save(
         lambda: checkpoint.snapshot(
             step,
             native.config_json(job.model.config, job.tokenizer_ref),
-            native.tensors(job.model),
-            state_tensors(job.optimizer, job.model),
+            native.tensors(job.model, parameters),
+            moments,
             state,
         )
     )

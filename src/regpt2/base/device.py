@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import platform
 import re
 import sys
@@ -114,6 +115,13 @@ def choose_compute(precision: Precision, device: torch.device) -> Compute:
         _use_fast_exact_fp32_on_cpu()
         _keep_freed_memory()
     return Compute(chosen)  # type: ignore[arg-type]
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Have the same computation give the same bits again, where the device does not by itself, as a CPU does."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for its deterministic algorithms
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _cpu_has_bf16() -> bool:

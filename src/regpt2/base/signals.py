@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish. In: signals; out: a flag that the loop looks at between updates."""
+"""Being asked to stop. In: Ctrl-C, SIGTERM, SIGUSR1; out: a flag that the loop looks at between updates."""
 
 import signal
 import threading
@@ -7,9 +7,16 @@ from typing import Any
 
 from regpt2.base.console import warn
 
+# SIGTERM: Kubernetes, torchrun, kill. SIGUSR1: Slurm's usual warning before the time limit; Windows has none.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(Exception):
+    """Long work between updates gave way to a signal. Not a failure."""
+
 
 class StopSignals:
-    """While it is entered, the first SIGINT or SIGTERM sets `received`; a second SIGINT interrupts at once."""
+    """While it is entered, the first of STOP_SIGNALS sets `received`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -17,7 +24,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 

@@ -5,6 +5,7 @@ calls it and gets the same figures. It has exactly one reduction over ranks, rea
 no rank is left waiting.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,3 +28,5 @@ class EvalContext:
     """Sequences per forward pass."""
     val_tokens: int
     """How many target tokens of the validation split to score, from its beginning."""
+    on_batch: Callable[[], None] = lambda: None
+    """To be called at each batch: it tells that the work moves, and raises `Stopped` when a signal asked to leave."""

@@ -69,9 +69,11 @@ def _score_mine(context: EvalContext) -> torch.Tensor:
     try:
         with open_tokens(context.data, "val") as tokens:
             byte_lengths = _byte_lengths(tokens)
-            mine = range(world.rank, n_val_windows(context, tokens), world.size)
-            for i in range(0, len(mine), context.batch):
-                rows = np.stack([tokens.read(w * T, T + 1) for w in mine[i : i + context.batch]])
+            windows = range(n_val_windows(context, tokens))
+            # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
+            for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
+                context.on_batch()
+                rows = np.stack([tokens.read(w * T, T + 1) for w in windows[first : first + context.batch]])
                 window = torch.from_numpy(rows.astype(np.int64)).to(world.device)  # (B, T + 1)
                 loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
                 sums[0] += loss.cpu().double() * rows[:, 1:].size

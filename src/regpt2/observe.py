@@ -1,0 +1,121 @@
+"""Between updates: checkpoints, evaluations, samples. In: a job at a step; out: files, never a changed weight.
+
+Nothing here may cost a run: a checkpoint comes before anything optional, and what fails is noted.
+"""
+
+import time
+
+import torch
+
+from regpt2.base import plugins
+from regpt2.base.console import say, warn
+from regpt2.base.signals import Stopped
+from regpt2.config import RunConfig
+from regpt2.evals import EvalContext
+from regpt2.job import Job, save
+from regpt2.model.generate import generate
+from regpt2.model.gpt import GPT
+from regpt2.training.parallel import in_compute_type, whole_model
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Is it this step's turn? Every `every` steps and at the last; never if `every` is 0."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def evaluation_due(config: RunConfig, step: int) -> bool:
+    """Evaluations come before the first update too."""
+    return config.eval_every > 0 and (step == 0 or due(step, config.eval_every, config.max_steps))
+
+
+def sample_due(config: RunConfig, step: int) -> bool:
+    """Samples do not: an untrained model writes noise."""
+    return step > 0 and due(step, config.sample_every, config.max_steps)
+
+
+def anything_due(config: RunConfig, step: int) -> bool:
+    """Is there something to observe at this step?"""
+    return due(step, config.save_every, config.max_steps) or evaluation_due(config, step) or sample_due(config, step)
+
+
+def observe(job: Job, step: int, *, saving: bool = True) -> None:
+    """All that happens between updates, each at its own rhythm. Never changes a weight or the order of the data."""
+    config = job.config
+    if saving and due(step, config.save_every, config.max_steps):
+        save(job, step)  # first: nothing optional comes before the model is safe
+    if not (evaluation_due(config, step) or sample_due(config, step)):
+        return
+    model = whole_model(job.model, job.world)
+    if evaluation_due(config, step):
+        for name in config.evals.names:
+            evaluate(job, model, step, name)
+    if sample_due(config, step) and job.world.is_main:
+        sample(job, model, step)
+    job.watchdog.beat(f"step {step}, observed")
+
+
+def evaluate(job: Job, model: GPT, step: int, name: str) -> None:
+    """One evaluation. Whatever goes wrong in it is recorded, and training goes on."""
+    started_at = time.perf_counter()
+    config = job.config
+
+    def on_batch() -> None:
+        job.watchdog.beat(f"step {step}, evaluation {name}")
+        if job.stop.received:
+            raise Stopped("asked to leave")
+
+    context = EvalContext(
+        model=in_compute_type(model, job.compute.dtype),
+        world=job.world,
+        data=job.data,
+        seq_len=config.batch.seq_len,
+        batch=config.batch.micro_batch,
+        val_tokens=config.evals.val_tokens,
+        on_batch=on_batch,
+    )
+    try:
+        figures = plugins.load("evals", name).evaluate(context)
+    except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
+        note(job, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training goes on")
+        return
+    job.results[name] = figures
+    job.metrics.log("eval", step, eval=name, **figures, elapsed_s=time.perf_counter() - started_at)
+    if job.world.is_main:
+        shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if value is not None)
+        say(f"step {step:>6,} | {name}: {shown}")
+
+
+def sample(job: Job, model: GPT, step: int) -> None:
+    """Let the model write. Its random numbers are its own."""
+    options, tokenizer, device = job.config.sample, job.tokenizer, job.world.device
+    ids = tokenizer.encode(options.prompt) or [tokenizer.eot]
+    room = job.config.model.block_size - len(ids)
+    try:
+        rows = generate(
+            model,
+            torch.tensor([ids] * options.n, device=device),
+            min(options.max_new_tokens, room),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            generator=torch.Generator(device).manual_seed(random_seed(job.config.seed, step, 0)),
+            on_token=lambda _: job.watchdog.beat(f"step {step}, sample"),
+        )
+    except Exception as error:
+        note(job, step, f"sampling failed at step {step} ({type(error).__name__}: {error}); training goes on")
+        return
+    texts = [tokenizer.decode(row) for row in rows.tolist()]
+    job.metrics.log("sample", step, prompt=options.prompt, texts=texts)
+    for text in texts[:1]:
+        say(f"step {step:>6,} | sample: {text}")
+
+
+def random_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The seed of the random numbers of one micro-batch of one update, counted over all ranks."""
+    return (seed * 1_000_003 + step) * 65_537 + micro_batch & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def note(job: Job, step: int, text: str) -> None:
+    """Something that a reader of the record should know."""
+    job.metrics.log("note", step, text=text)
+    if job.world.is_main:
+        warn(text)
