@@ -8,7 +8,8 @@ import os
 import sys
 
 from regpt2 import __version__
-from regpt2.base.errors import Problem, UsageError, did_you_mean
+from regpt2.base.console import safe_text
+from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
 
 VERBS = {
@@ -19,6 +20,7 @@ VERBS = {
     "explore": "look inside a model: names, shapes, statistics, pictures",
     "convert": "weights from and to other formats, each conversion verified",
     "report": "a run as a page that opens offline, and a picture",
+    "verify": "check runs, checkpoints and data folders by their hashes and shapes",
 }
 
 
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return _run(arguments[0], arguments[1:])
+    except FailedElsewhere as problem:  # that rank says it
+        return problem.exit_code
     except Problem as problem:
         return _fail(str(problem), problem.exit_code, debug)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
@@ -73,5 +77,5 @@ def _run(verb: str, arguments: list[str]) -> int:
 def _fail(message: str, exit_code: int, debug: bool) -> int:
     if debug:
         raise
-    sys.stderr.write(f"regpt2: {message}\n")
+    sys.stderr.write(safe_text(f"regpt2: {message}\n"))
     return exit_code

@@ -62,13 +62,52 @@ def test_a_folder_has_one_owner_and_a_dead_one_leaves_no_lock(tmp_path: Path) ->
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(UsageError, match=f"is in use by process {holder.pid}"), folder_lock(tmp_path):
+    with (
+        pytest.raises(UsageError, match=rf"is in use by process {holder.pid} on host \S+ since \d{{4}}-"),
+        folder_lock(tmp_path),
+    ):
         pass
     holder.kill()
     holder.wait()
     holder.stdout.close()
     with folder_lock(tmp_path):
         pass
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from regpt2.base.errors import UsageError
+from regpt2.base.files import folder_lock
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with folder_lock(Path(sys.argv[1])):
+        print("won", flush=True)
+        sys.stdin.readline()
+except UsageError:
+    print("refused", flush=True)
+"""
+
+
+def test_of_twenty_starts_at_once_exactly_one_wins_and_a_killed_winner_leaves_no_lock(tmp_path: Path) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    starts = [subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path / "run")], **pipes) for _ in range(20)]
+    try:
+        assert [start.stdout.readline() for start in starts] == ["ready\n"] * 20
+        for start in starts:
+            start.stdin.write("go\n")
+        said = [start.stdout.readline().strip() for start in starts]
+        assert sorted(said) == ["refused"] * 19 + ["won"]
+        winner = starts[said.index("won")]
+        winner.kill()
+        winner.wait()
+        with folder_lock(tmp_path / "run"):
+            pass
+    finally:
+        for start in starts:
+            start.kill()
+            start.communicate()
 
 
 def test_too_little_space_is_refused_with_the_numbers(tmp_path: Path) -> None:

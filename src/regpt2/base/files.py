@@ -4,18 +4,22 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
+import stat
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 from regpt2.base.errors import DownloadError, Problem, UsageError
 
 CHUNK_BYTES = 1 << 20
+SMALL_BYTES = 16 << 20  # JSON can take thirty times its size in memory
 
 
 def cache_dir() -> Path:
@@ -41,6 +45,21 @@ def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> 
     return digest.hexdigest()
 
 
+def read_small(path: Path, kind: type[Problem] = Problem, most_bytes: int = SMALL_BYTES) -> str:
+    """The text of a file that describes others: a configuration, a manifest, a vocabulary.
+
+    Raises:
+        kind: it is no plain file (a pipe would be waited for, forever), or too large to be what it should be.
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise kind(f"{path} is not a plain file.")
+    if status.st_size > most_bytes:
+        raise kind(f"{path} has {status.st_size:,} bytes, expected at most {most_bytes:,} for a file of its kind.")
+    return path.read_text(encoding="utf-8")
+
+
 def fsync_dir(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows has no such call: there it does nothing."""
     if sys.platform == "win32":
@@ -52,13 +71,28 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
+def make_dir(folder: Path) -> None:
+    """Make `folder`, and what is missing above it, so that they outlast a loss of power."""
+    if folder.is_dir():
+        return
+    make_dir(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_dir(folder.parent)
+
+
+def forget_cached(file: IO[bytes]) -> None:
+    """Let what is read from `file` next come from the disk, not from the system's memory, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under `path` only when it is whole and on disk.
 
     It is written beside its place, fsynced, renamed, and the folder fsynced. After an exception nothing is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_dir(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(part, "wb") as file:
@@ -85,15 +119,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_dir(folder)
     with open(folder / ".lock", "a+b") as file:
         if not _try_lock(file):
             file.seek(0)
-            owner = file.read(64).decode(errors="replace").strip() or "another process"
+            owner = file.read(400).decode(errors="replace").strip() or "another process"
             raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()}".encode())
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
         file.flush()
         yield
 
@@ -114,19 +149,24 @@ def _try_lock(file: IO[bytes]) -> bool:
     return True
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where `folder` lies, or will lie."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def require_free_space(folder: Path, need_bytes: int, what: str) -> None:
     """Refuse to begin what cannot be finished.
 
     Raises:
         Problem: less than `need_bytes` are free where `folder` lies (or will lie).
     """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < need_bytes:
+    have_bytes = free_bytes(folder)
+    if have_bytes < need_bytes:
         raise Problem(
-            f"{folder}: {what} needs {need_bytes / 1e6:,.1f} MB and {free_bytes / 1e6:,.1f} MB are free; "
+            f"{folder}: {what} needs {need_bytes / 1e6:,.1f} MB and {have_bytes / 1e6:,.1f} MB are free; "
             "free some space or choose a folder on another disk."
         )
 

@@ -21,7 +21,17 @@ from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
 from regpt2.data.foreign import MAGIC, VERSION, TokenFile, expect_bytes, foreign_files, regular_file_bytes, token_file
 from regpt2.data.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard, Split
 
-__all__ = ["Manifest", "Shard", "Split", "TokenStream", "open_tokens", "shard_name", "verify", "write_shard"]
+__all__ = [
+    "Manifest",
+    "Shard",
+    "Split",
+    "TokenStream",
+    "open_tokens",
+    "shard_name",
+    "verify",
+    "verify_shard",
+    "write_shard",
+]
 
 LEDGER_NAME = ".prepare.json"  # there while a preparation is unfinished
 MAX_OPEN_FILES = 128  # shells allow 256 (macOS) or 1024; further files are opened for each read
@@ -196,16 +206,24 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None, *, par
         return []
     bad = []
     for shard in Manifest.read(folder).shards[part::of]:
-        path = folder / shard.file
         try:
-            expect_bytes(path, regular_file_bytes(path), HEADER_BYTES, shard.tokens)
+            verify_shard(folder, shard, on_bytes)
         except DataError as error:
             bad.append(str(error))
-            continue
-        got = sha256_file(path, on_bytes)
-        if got != shard.sha256:
-            bad.append(f"{path} has SHA-256 {got}, expected {shard.sha256}: damaged; prepare the folder again.")
     return bad
+
+
+def verify_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], object] | None = None) -> None:
+    """Compare one shard with its entry in the manifest.
+
+    Raises:
+        DataError: it is missing, or differs in size or SHA-256.
+    """
+    path = folder / shard.file
+    expect_bytes(path, regular_file_bytes(path), HEADER_BYTES, shard.tokens)
+    got = sha256_file(path, on_bytes)
+    if got != shard.sha256:
+        raise DataError(f"{path} has SHA-256 {got}, expected {shard.sha256}: damaged; prepare the folder again.")
 
 
 def _open_native(folder: Path, split: str) -> TokenStream:

@@ -5,9 +5,11 @@
     state.json                        step, guard, loss scale, and what defines the run (data, seed, batch)
     manifest.json                     size and SHA-256 of each file above
 
-A folder is written under a temporary name, every file fsynced, then renamed and the parent fsynced. No pickle.
+A folder is written under a temporary name, every file fsynced and read back, then renamed and the parent fsynced.
+Nothing older is removed before that. No pickle.
 """
 
+import errno
 import json
 import os
 import re
@@ -18,17 +20,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, Problem
-from regpt2.base.files import describe_os_error, fsync_dir, require_free_space, sha256_file, write_atomic
-from regpt2.model.load import read_json, read_tensors, verify_files
+from regpt2.base.files import (
+    describe_os_error,
+    forget_cached,
+    free_bytes,
+    fsync_dir,
+    make_dir,
+    require_free_space,
+    sha256_bytes,
+    write_atomic,
+)
+from regpt2.model.load import load_model, read_json, read_tensors, verify_files
+from regpt2.training.readback import not_as_meant, read_back
 
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, STATE)
-_STEP = re.compile(r"step-(\d{8})")
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_BAD = re.compile(r"bad-step-(\d{8,})(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -58,25 +73,29 @@ def snapshot(
 
 
 def write(checkpoints: Path, snap: Snapshot) -> Path:
-    """Write one checkpoint and return its folder.
+    """Write one checkpoint, verified against `snap`, and return its folder. One process at a time for a run.
 
     Raises:
-        Problem: the disk has not enough room.
+        Problem: the disk has not enough room, or gives back other bytes than it was given.
         OSError: it filled up in the middle, or may not be written; nothing is left under the final name.
     """
-    need_bytes = sum(t.numel() * t.element_size() for t in (*snap.model.values(), *snap.optimizer.values()))
-    require_free_space(checkpoints, int(1.01 * need_bytes) + (1 << 20), f"the checkpoint of step {snap.step}")
+    _remove_unfinished(checkpoints)  # first: they take room
+    tensor_bytes = sum(t.nbytes for t in (*snap.model.values(), *snap.optimizer.values()))
+    require_free_space(checkpoints, _room_bytes(tensor_bytes), f"the checkpoint of step {snap.step}")
     final = checkpoints / f"step-{snap.step:08d}"
     part = checkpoints / f"tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    make_dir(checkpoints)
+    part.mkdir()
     try:
-        _save_tensors(snap.model, part / MODEL)
-        _save_tensors(snap.optimizer, part / OPTIMIZER)
-        write_atomic(part / CONFIG, snap.config_json)
-        write_atomic(part / STATE, json.dumps(snap.state, indent=1) + "\n")
-        files = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256_file(part / name)} for name in FILES}
-        write_atomic(part / "manifest.json", json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
+        hashes = {
+            MODEL: _write_tensors(part / MODEL, snap.model),
+            OPTIMIZER: _write_tensors(part / OPTIMIZER, snap.optimizer),
+            CONFIG: _write_text(part / CONFIG, snap.config_json),
+            STATE: _write_text(part / STATE, json.dumps(snap.state, indent=1) + "\n"),
+        }
+        files = {name: {"bytes": (part / name).stat().st_size, "sha256": hashes[name]} for name in FILES}
+        _write_text(part / MANIFEST, json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
+        fsync_dir(part)
         if final.exists():  # of a former run over the same steps, or left by hand
             set_aside(final)
         os.rename(part, final)
@@ -87,13 +106,53 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
     return final
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file to the disk; its SHA-256."""
     try:
         save_file(tensors, path)
     except Exception as error:  # the library has errors of its own for a full disk
         raise Problem(f"{path} could not be written ({error}); free some space or choose another folder.") from error
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+    return read_back(path, tensors)
+
+
+def _write_text(path: Path, text: str) -> str:
+    """Write a small file to the disk; its SHA-256."""
+    write_atomic(path, text)
+    with open(path, "rb") as file:
+        forget_cached(file)
+        if file.read() != text.encode():
+            raise not_as_meant(path)
+    return sha256_bytes(text.encode())
+
+
+def _room_bytes(tensor_bytes: int) -> int:
+    """What one checkpoint takes: its tensors, and something for the rest."""
+    return int(1.01 * tensor_bytes) + (1 << 20)
+
+
+def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int) -> None:
+    """Refuse to begin a run whose checkpoints will not fit beside each other. Writes nothing.
+
+    Args:
+        tensor_bytes: of one checkpoint; with AdamW 12 for each parameter.
+        keep: as for `prune`. A new one is written before an old one goes, so there is one more at times.
+        saves_left: how many this run will still write.
+
+    Raises:
+        Problem: less is free than those will take that are yet to come.
+    """
+    more = min(saves_left, max(1, keep + 1 - len(folders(checkpoints)))) if keep else saves_left
+    need_bytes = more * _room_bytes(tensor_bytes)
+    unfinished_bytes = sum(path.stat().st_size for path in checkpoints.glob("tmp-step-*/*"))  # the first save frees it
+    have_bytes = free_bytes(checkpoints) + unfinished_bytes
+    if have_bytes < need_bytes:
+        raise Problem(
+            f"{checkpoints}: this run will hold {more} more checkpoints at once, of {tensor_bytes / 1e6:,.1f} MB each; "
+            f"they need {need_bytes / 1e6:,.1f} MB and {have_bytes / 1e6:,.1f} MB are free. Keep fewer with "
+            "--keep-checkpoints, put --run on another disk, or free some space."
+        )
 
 
 @dataclass(frozen=True)
@@ -113,38 +172,107 @@ def folders(checkpoints: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     if not checkpoints.is_dir():
         return []
-    return sorted(path for path in checkpoints.iterdir() if path.is_dir() and _STEP.fullmatch(path.name))
+    found = [path for path in checkpoints.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def bad_folders(checkpoints: Path) -> list[Path]:
+    """The checkpoints that were set aside."""
+    return sorted(path for path in checkpoints.glob("bad-step-*") if path.is_dir() and _BAD.fullmatch(path.name))
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint, also of one that was set aside."""
+    match = _STEP.fullmatch(folder.name) or _BAD.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder} is no checkpoint by its name; expected step-00001000 or the like.")
+    return int(match[1])
 
 
 def verify(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: a file is missing or differs in size or SHA-256.
+        CheckpointError: a file is missing or differs in size or SHA-256, or the checkpoint is of another step.
     """
-    if not (folder / "manifest.json").is_file():
+    try:
+        verify_manifest(folder)
+        verify_files(folder, FILES)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise  # permissions, say: no fault of the checkpoint
+        raise CheckpointError(f"{folder} cannot be read: {describe_os_error(error)}") from error
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check that the manifest is there and is that of this checkpoint.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} has no manifest.json: it was not written to its end.")
-    verify_files(folder, FILES)
+    manifest = read_json(folder / MANIFEST)
+    if manifest.keys() != {"step", "files"}:
+        raise CheckpointError(f"{folder / MANIFEST} has the keys {sorted(manifest)!s:.200}, expected files and step.")
+    if manifest["step"] != step_of(folder):
+        raise CheckpointError(
+            f"{folder / MANIFEST} is that of step {manifest['step']!r:.40}, expected {step_of(folder)} by its folder."
+        )
+
+
+def check_content(folder: Path) -> str:
+    """What no SHA-256 tells of a verified checkpoint: do its parts fit together? Returns a line that says what it is.
+
+    Raises:
+        CheckpointError: a weight or a moment is missing, of another shape than config.json says, or not finite.
+    """
+    model, found = load_model(folder).model, read(folder)
+    for name, tensors in ((MODEL, found.model), (OPTIMIZER, found.optimizer)):
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{folder / name}: {key} has values that are not finite.")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    kinds: dict[str, set[str]] = {name: set() for name in shapes}
+    for key, tensor in found.optimizer.items():
+        name, _, kind = key.rpartition("/")
+        if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
+            raise CheckpointError(
+                f"{folder / OPTIMIZER}: {key} {list(tensor.shape)} belongs to no weight of the model."
+            )
+        kinds[name].add(kind)
+    for name, got in kinds.items():  # two optimizers may share a model, each with kinds of its own
+        if fuller := next((other for other in kinds.values() if got < other), None):
+            raise CheckpointError(f"{folder / OPTIMIZER} lacks {', '.join(sorted(fuller - got))} of {name}.")
+    return f"step {found.step:,}, {len(found.model)} weights and {len(found.optimizer)} optimizer tensors, all finite"
 
 
 def newest_good(checkpoints: Path) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none at all. Bad ones are set aside, aloud.
 
     Raises:
-        CheckpointError: there are checkpoints and every one is bad: going on would silently start afresh.
+        CheckpointError: there are checkpoints and every one is bad, now or since an earlier start: going on would
+            silently start afresh.
     """
-    there = folders(checkpoints)
-    for folder in reversed(there):
-        try:
-            verify(folder)
+    for folder in reversed(folders(checkpoints)):
+        if (reason := fault(folder)) is None:
             return folder
-        except CheckpointError as error:
-            warn(f"{error} It is set aside as {set_aside(folder).name}; trying the one before it.")
-    if there:
+        warn(f"{reason} It is set aside as {set_aside(folder).name}; trying the one before it.")
+    if bad := bad_folders(checkpoints):
+        reasons = "\n".join(f"  {fault(folder) or f'{folder} is whole: rename it back to use it.'}" for folder in bad)
         raise CheckpointError(
-            f"{checkpoints}: all {len(there)} checkpoints were damaged and set aside; "
-            "start again with another --run folder, or --resume never after removing this one."
+            f"{checkpoints}: all {len(bad)} checkpoints were damaged and set aside:\n{reasons}\n"
+            "Start again with another --run folder, or remove these to start this run afresh."
         )
+    return None
+
+
+def fault(folder: Path) -> str | None:
+    """What `verify` has against a checkpoint; None if it is good."""
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -161,6 +289,10 @@ def set_aside(folder: Path) -> Path:
 def read(folder: Path) -> Checkpoint:
     """A checkpoint that was verified."""
     state = read_json(folder / STATE)
+    if state.get("step") != step_of(folder):
+        raise CheckpointError(
+            f"{folder / STATE} is that of step {state.get('step')!r:.40}, expected {step_of(folder)} by its folder."
+        )
     return Checkpoint(
         folder=folder,
         step=state["step"],
@@ -171,13 +303,39 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0 = keep all), and what killed saves have left behind."""
+def prune(checkpoints: Path, keep: int, verified: Path | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints (0 = keep all), and what killed saves and prunes have left behind.
+
+    They are counted from `verified` down: the one just written; by default the newest that verifies, and without one
+    nothing is removed. What lies above it is bad, or not of this run: it neither counts nor goes.
+    """
+    _remove_unfinished(checkpoints)
+    if not keep:
+        return
+    there = folders(checkpoints)
+    verified = verified or next((folder for folder in reversed(there) if fault(folder) is None), None)
+    if verified is None:
+        return
+    below = [folder for folder in there if step_of(folder) <= step_of(verified)]
+    kept = [folder for folder in below if (folder / MANIFEST).is_file()][-keep:]
+    for folder in below:
+        if folder not in kept:
+            _remove(folder)
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    """What killed saves have left: nobody else saves into this folder, so nobody is at work on it."""
     for path in checkpoints.glob("tmp-step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for folder in folders(checkpoints)[: -keep or None] if keep else []:
-        (folder / "manifest.json").unlink(missing_ok=True)  # first, so that a half-removed one is never taken for good
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint. One that cannot be removed costs room, not the run."""
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is never taken for good
+        shutil.rmtree(folder)
+    except OSError as error:
+        warn(f"an old checkpoint stays: {describe_os_error(error)}")
 
 
 class Saver:
@@ -217,7 +375,6 @@ class Saver:
 
     def _write(self, snap: Snapshot) -> None:
         try:
-            write(self.checkpoints, snap)
-            prune(self.checkpoints, self.keep)
+            prune(self.checkpoints, self.keep, verified=write(self.checkpoints, snap))
         except BaseException as error:  # handed to the loop by wait()
             self._error = error
