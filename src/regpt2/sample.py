@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from regpt2.base.console import safe_text, say, warn
+from regpt2.base.console import say, show, warn
 from regpt2.base.device import choose_compute, pick_device
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -139,8 +139,7 @@ class _Screen:
         self._write(self.decoder.end() + "\n")
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(safe_text(self.unshown + text))
-        sys.stdout.flush()
+        show(self.unshown + text)
         self.unshown = ""
 
 
@@ -149,7 +148,7 @@ def _show(texts: list[str]) -> None:
     for number, text in enumerate(texts, start=1):
         if len(texts) > 1:
             say(f"--- {number} of {len(texts)} ---")
-        say(safe_text(text))
+        say(text)
 
 
 def _up_to(ids: list[int], stop_id: int) -> list[int]:

@@ -159,7 +159,7 @@ def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path: Path, 
         path.write_bytes(b"no zip at all")
     else:
         torch.save({"wte.weight": Evil(tmp_path / "touched")} if content == "code" else torch.ones(3), path)
-    with pytest.raises(CheckpointError, match=r"holds more than tensors|holds no state dict"):
+    with pytest.raises(CheckpointError, match=r"holds more than tensors|is no zip archive"):
         load_model(tmp_path)
     assert not (tmp_path / "touched").exists()
 

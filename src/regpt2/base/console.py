@@ -8,8 +8,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-# C0 controls but \n and \t, DEL, C1 controls, and the bidirectional overrides: these could drive a terminal.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# C0 controls but \n and \t, DEL, C1 controls: these could drive a terminal. Bidirectional marks, which show text in
+# another order, and the line and paragraph separators. Half surrogate pairs, which no UTF-8 can hold.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def safe_text(text: str) -> str:
@@ -17,15 +18,25 @@ def safe_text(text: str) -> str:
     return _UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
+def safe_json(text: str) -> str:
+    """JSON text with the same characters as JSON escapes: it stays one line, and reads back as the same value."""
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
 def say(line: str = "") -> None:
     """One line to standard output, at once."""
-    sys.stdout.write(line + "\n")
+    show(line + "\n")
+
+
+def show(text: str) -> None:
+    """Text to standard output, at once, made safe; it may stop within a line."""
+    sys.stdout.write(safe_text(text))
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """One line to standard error, at once."""
-    sys.stderr.write(f"warning: {line}\n")
+    sys.stderr.write(safe_text(f"warning: {line}\n"))
     sys.stderr.flush()
 
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from regpt2.base.console import warn
+from regpt2.base.console import safe_json, warn
 from regpt2.base.errors import DataError
-from regpt2.base.files import describe_os_error, write_atomic
+from regpt2.base.files import SMALL_BYTES, describe_os_error, write_atomic
 
 
 class MetricsLog:
@@ -74,15 +74,14 @@ def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[s
     Raises:
         DataError: another line is not an event, and there is no list `damaged` to put it into.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
+    for number, line in enumerate(_lines(path), start=1):
+        if line == "\n":
             continue
         try:
             event = json.loads(line)
             event["event"], event["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if not line.endswith("\n"):
                 return
             if damaged is not None:
                 damaged.append(line)
@@ -93,9 +92,18 @@ def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[s
         yield event
 
 
+def _lines(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"{path} is missing, or not a plain file.")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while line := file.readline(SMALL_BYTES):
+            if len(line) == SMALL_BYTES:
+                raise DataError(f"{path} has a line of more than {SMALL_BYTES:,} characters: it is no record of a run.")
+            yield line
+
+
 def _line(event: dict[str, Any]) -> str:
-    line = json.dumps(_plain(event), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
-    return line.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair becomes its JSON escape
+    return safe_json(json.dumps(_plain(event), allow_nan=False, ensure_ascii=False, separators=(",", ":"))) + "\n"
 
 
 def _plain(value: Any) -> Any:

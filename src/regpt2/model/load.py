@@ -10,7 +10,7 @@ Also the contract of the shelf model/weights/: each entry there has
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,20 @@ from torch import Tensor
 from regpt2.base import plugins
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
-from regpt2.base.files import sha256_file
+from regpt2.base.files import read_small, sha256_file
 from regpt2.model.gpt import GPT, GPTConfig
 
 SHELF = "model.weights"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_./-]{1,256}")
+MAX_HEADER_BYTES = 1 << 20  # GPT-2 XL's is 54 kB, its optimizer's 176 kB
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # as safetensors calls them
 KINDS = (
     "a run folder (with checkpoints/), a checkpoint or exported folder, a Hugging Face folder, "
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
 _STEP = re.compile(r"step-(\d{8})")
+_HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 _HUB_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", "merges.txt", "tokenizer.json"]
 
 
@@ -92,8 +96,8 @@ def load_model(
     """
     if str(spec).startswith("hf:"):
         name = str(spec).removeprefix("hf:")
-        if not name:
-            raise UsageError(f"MODEL = 'hf:' names no model; give {KINDS}.")
+        if not _HUB_NAME.fullmatch(name) or ".." in name:
+            raise UsageError(f"MODEL = {str(spec)!r:.200} names no model of the hub; give {KINDS}.")
         return _load_folder(_fetch(name), device, dtype, source=f"hf:{_repo_id(name)}")
     folder = Path(spec)
     if not folder.exists():
@@ -127,10 +131,12 @@ def _load_folder(
 ) -> LoadedModel:
     verify_files(folder, (WEIGHTS, CONFIG))
     files = _read(folder)
-    with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
-        model = GPT(files.config)
-    model = model.to(dtype).to_empty(device=device)
     try:
+        _check_sizes(files)
+        with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
+            model = GPT(files.config)
+        check_tensors(model, files.tensors)
+        model = model.to(dtype).to_empty(device=device)
         load_into(model, files.tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
@@ -169,12 +175,21 @@ def verify_files(folder: Path, names: tuple[str, ...]) -> None:
         expected = manifest.get(name) if isinstance(manifest, dict) else None
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
             raise CheckpointError(f"{folder / 'manifest.json'} does not list {name} with its bytes and sha256.")
-        if not path.exists():
+        if not path.is_file():
             raise CheckpointError(f"{path} is missing; {folder / 'manifest.json'} lists it.")
         if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}.")
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected {expected['bytes']!r:.40}.")
         if (got := sha256_file(path)) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is {got}, expected {expected['sha256']}.")
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is {got}, expected {expected['sha256']!s:.64}.")
+
+
+def _check_sizes(files: ModelFiles) -> None:
+    """Refuse sizes that no model with these tensors has, before time and memory go into one of such sizes."""
+    most = max((tensor.numel() for tensor in files.tensors.values()), default=0)
+    limits = {"n_layer": len(files.tensors), "n_embd": most, "block_size": most, "vocab_size": most}
+    for name, limit in (limits | {"vocab_multiple": 65536}).items():
+        if (got := getattr(files.config, name)) > limit:
+            raise CheckpointError(f"{name} = {got} cannot be: by its {len(files.tensors)} tensors at most {limit:,}.")
 
 
 @torch.no_grad()
@@ -187,6 +202,18 @@ def load_into(model: GPT, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: a tensor is missing, is none of GPT's, or has another shape; nothing was copied.
     """
+    check_tensors(model, tensors)
+    for name, place in _unpadded(model):
+        place.copy_(tensors[name])
+    model.wte.weight[model.config.vocab_size :] = 0.0
+
+
+def check_tensors(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Compare names and shapes with the model's; it may be on the device "meta".
+
+    Raises:
+        CheckpointError: a tensor is missing, is none of GPT's, or has another shape.
+    """
     expected = dict(_unpadded(model))
     for name in sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"tensor {name} is missing: got {len(tensors)} tensors, expected {len(expected)}.")
@@ -195,18 +222,18 @@ def load_into(model: GPT, tensors: dict[str, Tensor]) -> None:
     for name, place in expected.items():
         if tensors[name].shape != place.shape:
             raise CheckpointError(f"tensor {name} has shape {list(tensors[name].shape)}, expected {list(place.shape)}.")
-    for name, place in expected.items():
-        place.copy_(tensors[name])
-    model.wte.weight[model.config.vocab_size :] = 0.0
 
 
-def tensors_of(model: GPT) -> dict[str, Tensor]:
-    """Every parameter by name, `wte` without its padding rows: contiguous fp32, a view of the model where it can be."""
-    return {name: p.detach().to(torch.float32).contiguous() for name, p in _unpadded(model)}
+def tensors_of(model: GPT, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Every parameter by name, `wte` without its padding rows: contiguous fp32, a view of the model where it can be.
+
+    `parameters`: a copy of the model's own by name, where those are not at hand whole.
+    """
+    return {name: p.detach().to(torch.float32).contiguous() for name, p in _unpadded(model, parameters)}
 
 
-def _unpadded(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    for name, p in model.named_parameters():
+def _unpadded(model: GPT, parameters: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    for name, p in (parameters or dict(model.named_parameters())).items():
         yield name, p[: model.config.vocab_size] if name == "wte.weight" else p
 
 
@@ -219,24 +246,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a model folder holds {WEIGHTS} beside {CONFIG}.")
     try:
+        _check_header(path)
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file ({error}); copy it again."
         ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what the library lets pass: a long header, odd names, types that no GPT has. It checks sizes and places.
+
+    Raises:
+        ValueError, RecursionError: the header is none.
+    """
+    with open(path, "rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        if n_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {n_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        header = json.loads(file.read(n_bytes).decode(), object_pairs_hook=_unique)
+    for name, value in header.items() if isinstance(header, dict) else ():
+        dtype = value.get("dtype") if isinstance(value, dict) else None
+        if name != "__metadata__" and (not TENSOR_NAME.fullmatch(name) or dtype not in DTYPES):
+            raise ValueError(f"a tensor {name!r:.80} of type {dtype!r:.20}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys differ: readers disagree on which one of two they take."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name twice")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: it is missing, or holds no JSON object.
+        CheckpointError: it is missing, too large, or holds no JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a model folder holds {CONFIG} beside {WEIGHTS}.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(read_small(path, CheckpointError))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")

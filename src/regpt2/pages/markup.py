@@ -27,5 +27,4 @@ def _escaped(value: object) -> Html:
     """Text for a page: markup is spelled out, control characters and half surrogates are shown as escapes."""
     if isinstance(value, Html):
         return value
-    whole = str(value).encode("utf-8", "backslashreplace").decode()
-    return Html(html.escape(safe_text(whole)))
+    return Html(html.escape(safe_text(str(value))))

@@ -5,8 +5,8 @@ prefix `transformer.`, and their Conv1D keeps a weight as (in, out) where nn.Lin
 """
 
 import json
+import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.base.files import sha256_bytes, write_atomic
+from regpt2.base.files import read_small, sha256_bytes, write_atomic
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.load import (
     CONFIG,
@@ -27,11 +27,13 @@ from regpt2.model.load import (
     read_tensors,
     tensors_of,
 )
+from regpt2.model.pickled import read_pickled
 
 INDEX, PICKLE = f"{WEIGHTS}.index.json", "pytorch_model.bin"
 FILES = (CONFIG, WEIGHTS, "generation_config.json", "merges.txt", "vocab.json", "tokenizer_config.json")
 PREFIX = "transformer."
 END_OF_TEXT = "<|endoftext|>"
+_SHARD = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, kept as weights by older versions
 
@@ -142,6 +144,9 @@ def _config(place: Path, document: dict[str, Any]) -> GPTConfig:
         if got not in supported:
             expected = " or ".join(map(repr, supported))
             raise CheckpointError(f"{place}: {key} = {got!r}, expected {expected}: it is another model than GPT-2.")
+    for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        if type(document.get(key, 1)) is not int:
+            raise CheckpointError(f"{place}: {key} = {document[key]!r:.80} must be a whole number.")
     n_embd = document.get("n_embd", 768)
     if document.get("n_inner") not in (None, 4 * n_embd):
         raise CheckpointError(f"{place}: n_inner = {document['n_inner']}, this GPT-2 has 4 x n_embd = {4 * n_embd}.")
@@ -173,7 +178,10 @@ def _tokenizer(folder: Path, ours: Any) -> TokenizerRef | None:
 def _merges(folder: Path) -> list[str] | None:
     """The merges of a byte-pair encoding, "a b" each, from either of the files that can hold them."""
     if (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            lines = read_small(folder / "merges.txt", CheckpointError).split("\n")
+        except ValueError as error:
+            raise CheckpointError(f"{folder / 'merges.txt'} is no text ({error}); copy it again.") from None
         return [line for line in lines if line and not line.startswith("#version")]
     bpe = peek_json(folder / "tokenizer.json").get("model")
     merges = bpe.get("merges") if isinstance(bpe, dict) else None
@@ -189,7 +197,7 @@ def _read_raw(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).exists():
         return _read_shards(folder)
     if (folder / PICKLE).exists():
-        return _read_pickle(folder / PICKLE)
+        return read_pickled(folder / PICKLE)
     raise CheckpointError(f"{folder} holds none of {WEIGHTS}, {INDEX}, {PICKLE}: there are no weights to read.")
 
 
@@ -199,24 +207,14 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder / INDEX} has no object 'weight_map' from tensors to files.")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX} points outside of its folder: {file!r}.")
+        if not _SHARD.fullmatch(file):
+            raise CheckpointError(
+                f"{folder / INDEX} points outside of its folder: {file!r:.100}, expected a file name."
+            )
         tensors |= read_tensors(folder / file)
     if lost := sorted(weight_map.keys() - tensors.keys()):
         raise CheckpointError(f"{folder / INDEX}: tensor {lost[0]} is not in {weight_map[lost[0]]}.")
     return tensors
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A state dict in torch's old format: tensors only, nothing in the file is run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} is damaged, or holds more than tensors ({reason}).") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict: a {type(state).__name__}, expected tensors by name.")
-    return state
 
 
 def _our_tensors(folder: Path, raw: dict[str, Tensor]) -> dict[str, Tensor]:

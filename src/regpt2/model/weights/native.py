@@ -5,6 +5,7 @@ format, its version, the model's shape and its tokenizer. A training checkpoint 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,9 +42,9 @@ class NamedTokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def tensors(model: GPT) -> dict[str, Tensor]:
+def tensors(model: GPT, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The contents of `model.safetensors`: contiguous fp32 by GPT's names, `wte` unpadded; views where they can be."""
-    return tensors_of(model)
+    return tensors_of(model, parameters)
 
 
 def matches(path: Path) -> bool:
