@@ -9,7 +9,7 @@ CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check format gpu-check clean
+.PHONY: help setup demo test check format gpu-check faults faults-full clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +56,13 @@ format: $(TOOLS)
 
 gpu-check: $(TOOLS)
 	$(BIN)/pytest -m gpu -rs
+
+# make faults  real faults, injected one by one: kills, full disks, damage; faults-full: many more of each
+faults: $(TOOLS)
+	$(BIN)/python tests/faults/run.py
+
+faults-full: $(TOOLS)
+	$(BIN)/python tests/faults/run.py --full
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -86,7 +86,7 @@ def write_data(folder: Path, *, n_train: int = 20_000, n_val: int = 2_000, seed:
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         options={},
-        splits={"train": Split(1, n_train, n_train, tuple(train)), "val": Split(1, n_val, n_val, tuple(val))},
+        splits={"train": Split(0, n_train, n_train, tuple(train)), "val": Split(0, n_val, n_val, tuple(val))},
         skipped={},
     ).write(folder)
     return folder

@@ -181,7 +181,7 @@ def read_toml(path: Path) -> RunConfig:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
     try:
         return _from_table(RunConfig, table, "")
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:  # ValueError: a number of too many digits to be shown
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -201,6 +201,8 @@ def _from_table(kind: type[T], table: dict[str, Any], prefix: str) -> T:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """A TOML value as the type of its field; an int may stand for a float, a list for a tuple."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{key} is a number of {value.bit_length():,} bits, expected one of at most 64.")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _from_table(hint, value, f"{key}.")
     origin, args = get_origin(hint), get_args(hint)

@@ -1,6 +1,7 @@
 """A run made ready. In: a `RunConfig` and the ranks; out: a `Job`: data, model, optimizer, record, and its step."""
 
 import dataclasses
+import os
 import platform
 import subprocess
 import sys
@@ -137,6 +138,9 @@ def build(config: RunConfig, world: World, tokens: TokenStream, watchdog: Watchd
 
 
 def _check_folder(config: RunConfig, run: Path) -> None:
+    for folder in (run, run / "checkpoints"):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UsageError(f"{folder} is in the way: it is no folder; move it, or choose another --run.")
     used = (run / "metrics.jsonl").exists() or bool(checkpoint.folders(run / "checkpoints"))
     if config.resume == "never" and used:
         raise UsageError(f"{run} holds a run already and resume is 'never'; choose another --run, or --resume auto.")

@@ -4,6 +4,7 @@ Nothing here may cost a run: a checkpoint comes before anything optional, and wh
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -23,9 +24,10 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def evaluation_due(config: RunConfig, step: int) -> bool:
-    """Evaluations come before the first update too."""
-    return config.eval_every > 0 and (step == 0 or due(step, config.eval_every, config.max_steps))
+def evals_due(config: RunConfig, step: int) -> tuple[str, ...]:
+    """The evaluations of this step. They come before the first update too."""
+    is_due = config.eval_every > 0 and (step == 0 or due(step, config.eval_every, config.max_steps))
+    return config.evals.names if is_due else ()
 
 
 def sample_due(config: RunConfig, step: int) -> bool:
@@ -35,21 +37,26 @@ def sample_due(config: RunConfig, step: int) -> bool:
 
 def anything_due(config: RunConfig, step: int) -> bool:
     """Is there something to observe at this step?"""
-    return due(step, config.save_every, config.max_steps) or evaluation_due(config, step) or sample_due(config, step)
+    saving = due(step, config.save_every, config.max_steps)
+    return saving or bool(evals_due(config, step)) or sample_due(config, step)
 
 
-def observe(job: Job, step: int, *, saving: bool = True) -> None:
-    """All that happens between updates, each at its own rhythm. Never changes a weight or the order of the data."""
+def observe(job: Job, step: int, *, done: Sequence[str] = ()) -> None:
+    """All that happens between updates, each at its own rhythm. Never changes a weight or the order of the data.
+
+    `done`: what an earlier start has recorded of this step, by name, as `MetricsLog.observed` says it.
+    """
     config = job.config
-    if saving and due(step, config.save_every, config.max_steps):
+    if step and due(step, config.save_every, config.max_steps):
         save(job, step)  # first: nothing optional comes before the model is safe
-    if not (evaluation_due(config, step) or sample_due(config, step)):
+    names = [name for name in evals_due(config, step) if name not in done]
+    sampling = sample_due(config, step) and "sample" not in done
+    if not (names or sampling):
         return
     model = whole_model(job.model, job.world)
-    if evaluation_due(config, step):
-        for name in config.evals.names:
-            evaluate(job, model, step, name)
-    if sample_due(config, step) and job.world.is_main:
+    for name in names:
+        evaluate(job, model, step, name)
+    if sampling and job.world.is_main:
         sample(job, model, step)
     job.watchdog.beat(f"step {step}, observed")
 
@@ -98,7 +105,7 @@ def sample(job: Job, model: GPT, step: int) -> None:
             temperature=options.temperature,
             top_k=options.top_k,
             generator=torch.Generator(device).manual_seed(random_seed(job.config.seed, step, 0)),
-            on_token=lambda _: job.watchdog.beat(f"step {step}, sample"),
+            on_token=lambda _: job.watchdog.beat(f"step {step}, sample", counted=False),  # rank 0 alone
         )
     except Exception as error:
         note(job, step, f"sampling failed at step {step} ({type(error).__name__}: {error}); training goes on")

@@ -12,7 +12,7 @@ import tyro
 from numpy.typing import NDArray
 
 from regpt2.base.console import duration, say
-from regpt2.base.device import peak_bytes, pick_device
+from regpt2.base.device import is_out_of_memory, peak_bytes, pick_device, seed_dropout
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.signals import StopSignals
@@ -71,8 +71,7 @@ def run(job: Job) -> Summary:
     rehearse(job, first + 1)
     check_replicas(job.model, job.world, first)
     open_records(job, first)
-    if not job.world.from_main(job.metrics.has("eval", first) or job.metrics.has("sample", first)):
-        observe(job, first, saving=False)
+    observe(job, first, done=job.world.from_main(job.metrics.observed(first)))
     meter, step, stop_signal = Meter(job, first), first, None
     with closing(job.saver), closing(job.loader.batches(first + 1, last)) as batches:
         for step, batch in enumerate(batches, start=first + 1):
@@ -91,7 +90,7 @@ def run(job: Job) -> Summary:
                 stop_signal = agree_to_stop(job)  # an evaluation gives way to a signal
             if stop_signal:
                 break
-    return finish(job, step, stop_signal)
+        return finish(job, step, stop_signal)
 
 
 def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
@@ -116,7 +115,7 @@ def before_micro_step(job: Job, step: int, micro_step: int) -> None:
     job.watchdog.beat(f"update {step}, micro-step {micro_step}")
     if job.config.model.dropout:
         micro_batch = job.world.rank * job.loader.grad_accum_steps + micro_step
-        torch.manual_seed(random_seed(job.config.seed, step, micro_batch))
+        seed_dropout(job.world.device, random_seed(job.config.seed, step, micro_batch))
 
 
 def rehearse(job: Job, step: int) -> None:
@@ -201,10 +200,13 @@ def main(arguments: list[str]) -> int:
     )
     try:
         return train(config).exit_code
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().split("\n")[0] or type(error).__name__
         raise Problem(
-            f"out of memory with micro_batch = {config.batch.micro_batch} x seq_len = {config.batch.seq_len} "
-            f"({str(error).splitlines()[0]}); lower --batch.micro-batch: the update stays the same."
+            f"out of memory with micro_batch = {config.batch.micro_batch} x seq_len = {config.batch.seq_len} ({said}); "
+            "lower --batch.micro-batch: the update stays the same."
         ) from error
 
 

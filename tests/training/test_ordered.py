@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regpt2.base.device import choose_compute
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
 from regpt2.model.gpt import GPT, GPTConfig
@@ -65,6 +66,8 @@ def test_buckets_hold_every_tensor_once_in_order() -> None:
 
 def train_a_little(world: World, *, strategy: str) -> tuple[GPT, list[float]]:
     """A few updates on fixed data, dropout on; each rank computes its block of the micro-batches."""
+    torch.set_num_threads(1)
+    choose_compute("fp32", world.device)  # the same kernels in every process, whatever other tests have set
     model = GPT(CONFIG, seed=3)
     trainable = make_trainable(model, torch.float32, world, ParallelConfig(strategy=strategy), compiled=False)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
@@ -88,7 +91,6 @@ def train_a_little(world: World, *, strategy: str) -> tuple[GPT, list[float]]:
 
 
 def rank_main(rank: int, size: int, port: int, strategy: str, out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     world = World(rank=rank, local_rank=rank, size=size, device=torch.device("cpu"))
     model, losses = train_a_little(world, strategy=strategy)
@@ -107,7 +109,6 @@ def on_ranks(size: int, port: int, strategy: str, out: str) -> tuple[dict[str, T
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ordered_ranks_equal_one_rank_bit_for_bit(size: int, tmp_path: object, unused_port: int) -> None:
-    torch.set_num_threads(1)
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     model, losses = train_a_little(alone, strategy="ordered")
     state, their_losses = on_ranks(size, unused_port, "ordered", str(tmp_path))
@@ -118,7 +119,6 @@ def test_ordered_ranks_equal_one_rank_bit_for_bit(size: int, tmp_path: object, u
 
 def test_without_the_order_four_ranks_differ_from_one_in_some_bits(tmp_path: object, unused_port: int) -> None:
     """Or the test above would prove nothing."""
-    torch.set_num_threads(1)
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     model, losses = train_a_little(alone, strategy="ddp")
     state, their_losses = on_ranks(4, unused_port, "ddp", str(tmp_path))

@@ -15,7 +15,7 @@ from regpt2.base.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.loss import reference_cross_entropy
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import InComputeType, make_trainable
+from regpt2.training.parallel import InComputeType, ParallelConfig, make_trainable, whole
 from regpt2.training.step import LossScale, StepStats, train_step
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -30,21 +30,26 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def gradients_of_step(
-    dtype: torch.dtype, n_micro_steps: int, world: World = ALONE, rows: slice = slice(None)
+    dtype: torch.dtype,
+    n_micro_steps: int,
+    world: World = ALONE,
+    rows: slice = slice(None),
+    parallel: ParallelConfig | None = None,
 ) -> tuple[dict[str, Tensor], StepStats]:
     """The gradients that the optimizer sees, taken by one that only looks."""
     model = GPT(CONFIG, seed=3).to(dtype)
-    trainable = make_trainable(model, dtype, world, compiled=False)
+    trainable = make_trainable(model, dtype, world, parallel, compiled=False)
     seen: dict[str, Tensor] = {}
 
     class Looking(torch.optim.Optimizer):
         def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-            seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            seen.update({name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None})
 
     x, y = (z[rows] for z in batch())
     micro = list(zip(x.chunk(n_micro_steps), y.chunk(n_micro_steps), strict=True))
-    stats = train_step(trainable, Looking(model.parameters(), {}), micro, lr=0.0, grad_clip=0.0, world=world)
-    return seen, stats
+    ordered = parallel is not None and parallel.strategy == "ordered"
+    optimizer = Looking(model.parameters(), {})
+    return seen, train_step(trainable, optimizer, micro, lr=0.0, grad_clip=0.0, world=world, ordered=ordered)
 
 
 def plain_gradients(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -62,12 +67,14 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return float((whole_a - whole_b).norm() / whole_b.norm())
 
 
-def rank_main(rank: int, world_size: int, port: int, dtype: torch.dtype, n_micro_steps: int, out: str) -> None:
+def rank_main(
+    rank: int, world_size: int, port: int, dtype: torch.dtype, n_micro_steps: int, parallel: ParallelConfig, out: str
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     world = World(rank=rank, local_rank=rank, size=world_size, device=torch.device("cpu"))
     rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
-    gradients, stats = gradients_of_step(dtype, n_micro_steps, world, rows)
+    gradients, stats = gradients_of_step(dtype, n_micro_steps, world, rows, parallel)
     torch.save((gradients, float(stats.loss), float(stats.grad_norm)), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -86,19 +93,35 @@ def test_micro_steps_give_the_gradient_of_one_big_batch(dtype: torch.dtype, n_mi
     assert float(stats.grad_norm) == pytest.approx(norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "strategy", "reduce_dtype"),
+    [
+        (torch.float64, "ddp", "fp32"),
+        (torch.float32, "ddp", "fp32"),
+        (torch.float32, "ddp", "bf16"),
+        (torch.float32, "fsdp", "fp32"),
+        (torch.float32, "fsdp", "bf16"),
+        (torch.float64, "ordered", "fp32"),
+    ],
+)
 def test_two_ranks_with_two_micro_steps_give_the_gradient_of_one_big_batch(
-    dtype: torch.dtype, tmp_path: object, unused_port: int
+    dtype: torch.dtype, strategy: str, reduce_dtype: str, tmp_path: object, unused_port: int
 ) -> None:
-    mp.spawn(rank_main, args=(2, unused_port, dtype, 2, str(tmp_path)), nprocs=2)
+    parallel = ParallelConfig(strategy=strategy, reduce_dtype=reduce_dtype)  # type: ignore[arg-type]
+    mp.spawn(rank_main, args=(2, unused_port, dtype, 2, parallel, str(tmp_path)), nprocs=2)
     expected = plain_gradients(dtype)
     alone, stats = gradients_of_step(dtype, 4)
+    if reduce_dtype == "bf16":  # 8 bits of each number; and the norm is that of the rounded gradient
+        tolerance, norm_tolerance = 2**-8, 2**-8
+    else:
+        tolerance, norm_tolerance = TOLERANCE[dtype], 1e-5
     for rank in range(2):
         gradients, loss, norm = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
-        assert difference(gradients, expected) < TOLERANCE[dtype]
-        assert difference(gradients, alone) < TOLERANCE[dtype]
+        assert difference(gradients, expected) < tolerance
+        assert difference(gradients, alone) < tolerance
+        assert (difference(gradients, alone) > 1e-6) == (reduce_dtype == "bf16")
         assert loss == pytest.approx(float(stats.loss), rel=1e-6)
-        assert norm == pytest.approx(float(stats.grad_norm), rel=1e-5)
+        assert norm == pytest.approx(float(stats.grad_norm), rel=norm_tolerance)
 
 
 def test_a_mean_of_means_over_unequal_parts_would_be_caught() -> None:

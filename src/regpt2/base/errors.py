@@ -3,11 +3,18 @@
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 4000  # of a message: what a file holds must not flood a terminal
+
 
 class Problem(Exception):
     """A failure that a user, a file or the machine caused. Shown as its message alone, without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message; of one that quotes too much, its beginning and its end, where the mend stands."""
+        text, half = super().__str__(), MOST_CHARACTERS // 2
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
 
 
 class UsageError(Problem):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import http.client
 import os
 import shutil
 import socket
@@ -144,8 +145,13 @@ def _try_lock(file: IO[bytes]) -> bool:
             import fcntl  # noqa: PLC0415  (exists on Unix only)
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return False
+        raise UsageError(
+            f"{file.name} cannot be locked ({error.strerror}); choose a folder on a file system that has locks "
+            "(Lustre: mounted with -o flock), or two runs could write into one folder."
+        ) from None
     return True
 
 
@@ -199,7 +205,7 @@ def download(url: str, path: Path, sha256: str, *, tries: int = 3) -> None:
             with urllib.request.urlopen(url, timeout=30) as reply:  # fixed https addresses, or a test's loopback
                 data = reply.read()
             break
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             if attempt == tries or isinstance(error, urllib.error.HTTPError):
                 raise DownloadError(
                     f"could not download {url} ({error}); check the network, or put the file at {path} by hand "

@@ -45,11 +45,12 @@ class MetricsLog:
             warn(f"{len(damaged)} damaged lines of the record are left out; {aside} has it as it was.")
         write_atomic(self.path, "".join(_line(event) for event in kept))
 
-    def has(self, event: str, step: int) -> bool:
-        """Is there such an event of this step?"""
+    def observed(self, step: int) -> list[str]:
+        """What is recorded of this step: the names of evaluations, and "sample"."""
         if self.path is None or not self.path.exists():
-            return False
-        return any(e["event"] == event and e["step"] == step for e in read_events(self.path))
+            return []
+        kinds = ("eval", "sample")
+        return [e.get("eval", "sample") for e in read_events(self.path) if e["step"] == step and e["event"] in kinds]
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append one event. A log that cannot be written never stops training: it is said once."""
@@ -79,7 +80,8 @@ def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[s
             continue
         try:
             event = json.loads(line)
-            event["event"], event["step"]
+            if (kinds := (type(event["event"]), type(event["step"]))) != (str, int):
+                raise TypeError(f"its event and step are of types {kinds[0].__name__} and {kinds[1].__name__}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if not line.endswith("\n"):
                 return

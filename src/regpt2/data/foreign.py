@@ -72,6 +72,8 @@ def regular_file_bytes(path: Path) -> int:
         status = path.stat()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {MEND}.") from None
+    except OSError as error:  # a link to itself, a name that is too long
+        raise DataError(f"{path} cannot be opened ({error.strerror}); {MEND}.") from None
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path} is not a plain file; {MEND}.")
     return status.st_size

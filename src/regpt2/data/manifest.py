@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt2.base.errors import DataError
-from regpt2.base.files import sha256_bytes, write_atomic
+from regpt2.base.files import read_small, sha256_bytes, write_atomic
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -77,7 +77,10 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_small(path, DataError))
+            json.dumps(
+                content, ensure_ascii=False
+            ).encode()  # half a surrogate pair could be neither hashed nor written
         except FileNotFoundError:
             raise DataError(f"{path}: there is no manifest; prepare the folder with `regpt2 prepare`.") from None
         except (ValueError, RecursionError) as error:
@@ -117,14 +120,14 @@ class _Strict:
         return DataError(f"{self.path}: {place}: {fault}; prepare the folder again.")
 
     def fields(self, place: str, value: Any, expected: dict[str, type]) -> dict[str, Any]:
-        """`value` as an object with exactly the `expected` keys and types; numbers are whole and not negative."""
+        """`value` as an object with exactly the `expected` keys and types; numbers are whole, not negative and of 64 bits."""
         if not isinstance(value, dict):
             raise self.wrong(place, f"got {type(value).__name__}, expected an object")
         if value.keys() != expected.keys():
             missing, unknown = sorted(expected.keys() - value.keys()), sorted(value.keys() - expected.keys())
             raise self.wrong(place, f"missing keys {missing}, unknown keys {unknown}")
         for key, kind in expected.items():
-            if type(value[key]) is not kind or (kind is int and value[key] < 0):
+            if type(value[key]) is not kind or (kind is int and not 0 <= value[key] < 2**63):
                 raise self.wrong(f"{place}.{key}", f"got {value[key]!r:.80}, expected {kind.__name__}")
         return dict(value)
 
@@ -137,7 +140,7 @@ class _Strict:
 
     def shard(self, place: str, value: Any) -> Shard:
         shard = Shard(**self.fields(place, value, {"file": str, "tokens": int, "bytes": int, "sha256": str}))
-        if Path(shard.file).name != shard.file or "\\" in shard.file:
+        if Path(shard.file).name != shard.file or "\\" in shard.file or not shard.file.isprintable():
             raise self.wrong(f"{place}.file", f"got {shard.file!r}, expected a plain file name")
         if shard.bytes != HEADER_BYTES + TOKEN_BYTES * shard.tokens:
             raise self.wrong(f"{place}.bytes", f"got {shard.bytes:,} for {shard.tokens:,} tokens")

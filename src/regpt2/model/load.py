@@ -35,7 +35,7 @@ KINDS = (
     "a run folder (with checkpoints/), a checkpoint or exported folder, a Hugging Face folder, "
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
-_STEP = re.compile(r"step-(\d{8})")
+_STEP = re.compile(r"step-(\d{8,})")
 _HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 _HUB_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", "merges.txt", "tokenizer.json"]
 
@@ -113,7 +113,7 @@ def load_model(
 def _load_run(run: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
     """The newest checkpoint that is whole; a bad one is named aloud and the one before it tried."""
     folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
-    for folder in sorted(folders, reverse=True):
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         try:
             if not (folder / "manifest.json").exists():
                 raise CheckpointError(f"{folder} has no manifest.json: it was not written to its end.")
@@ -266,7 +266,7 @@ def _check_header(path: Path) -> None:
             raise ValueError(f"a header of {n_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
         header = json.loads(file.read(n_bytes).decode(), object_pairs_hook=_unique)
     for name, value in header.items() if isinstance(header, dict) else ():
-        dtype = value.get("dtype") if isinstance(value, dict) else None
+        dtype = str(value.get("dtype")) if isinstance(value, dict) else None
         if name != "__metadata__" and (not TENSOR_NAME.fullmatch(name) or dtype not in DTYPES):
             raise ValueError(f"a tensor {name!r:.80} of type {dtype!r:.20}")
 
@@ -278,6 +278,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _whole(digits: str) -> int:
+    """A whole number of JSON, of 64 bits or a few more: a larger one is no size, and nothing can be computed with it."""
+    if len(digits) > len(str(2**64)):
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -287,7 +294,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a model folder holds {CONFIG} beside {WEIGHTS}.")
     try:
-        value = json.loads(read_small(path, CheckpointError))
+        value = json.loads(read_small(path, CheckpointError), parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy it again.") from None
     if not isinstance(value, dict):

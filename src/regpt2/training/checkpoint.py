@@ -95,6 +95,8 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
         }
         files = {name: {"bytes": (part / name).stat().st_size, "sha256": hashes[name]} for name in FILES}
         _write_text(part / MANIFEST, json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
+        for name in (MODEL, OPTIMIZER):  # the library makes its files for this user's eyes alone
+            shutil.copymode(part / CONFIG, part / name)
         fsync_dir(part)
         if final.exists():  # of a former run over the same steps, or left by hand
             set_aside(final)
