@@ -9,7 +9,7 @@ CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check format gpu-check faults faults-full clean
+.PHONY: help setup demo test check format gpu-check faults faults-full fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +63,12 @@ faults: $(TOOLS)
 
 faults-full: $(TOOLS)
 	$(BIN)/python tests/faults/run.py --full
+
+# make fuzz  the readers of files, fuzzed by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
+SECONDS ?= 60
+fuzz: $(TOOLS)
+	$(PIP) -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

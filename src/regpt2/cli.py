@@ -11,6 +11,7 @@ from regpt2 import __version__
 from regpt2.base.console import safe_text
 from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
+from regpt2.base.signals import leave_if_one_of_many
 
 VERBS = {
     "prepare": "text -> tokens -> shards: parallel, resumable, verified",
@@ -42,7 +43,14 @@ First steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Every foreseen problem ends as one message on standard error; `--debug` shows the traceback."""
+    """Run one verb and return the exit code; a rank among several leaves its process instead."""
+    code = _main(argv)
+    leave_if_one_of_many(code)
+    return code
+
+
+def _main(argv: list[str] | None) -> int:
+    """Every foreseen problem ends as one message on standard error; `--debug` shows the traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -32,7 +32,7 @@ def test_cutting_back_forgets_later_events_but_no_note(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m")
     for step in range(1, 9):
         log.log("train", step, loss=1.0)
-    log.log("eval", 4, loss=1.0)
+    log.log("eval", 4, eval="val_loss", loss=1.0)
     log.log("note", 8, text="kept")
     with open(tmp_path / "m", "a") as file:
         file.write('{"event":"train","st')

@@ -190,7 +190,8 @@ def flipped_weights(bench: Bench) -> Outcome:
     outcome, every = Outcome(), 4
     for _ in range(bench.planned):
         step, victim = bench.rng.randrange(2, trial.STEPS - every), bench.rng.randrange(2)
-        bit, place = bench.rng.randrange(23), bench.rng.random()  # of the mantissa, so that no loss shows it
+        # Of the mantissa, so that no loss shows it; of its upper half, so that the next update does not round it away.
+        bit, place = bench.rng.randrange(12, 23), bench.rng.random()
 
         def flip(rank: int, step: int = step, victim: int = victim, bit: int = bit, place: float = place) -> None:
             if rank == victim:

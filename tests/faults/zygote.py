@@ -3,6 +3,7 @@
 The parent never computes with torch and has no threads, so a fork of it is as good as a fresh process, in milliseconds.
 """
 
+import faulthandler
 import importlib
 import os
 import signal
@@ -61,8 +62,7 @@ class Trial:
         deadline = time.monotonic() + timeout_s
         while self.running():
             if time.monotonic() > deadline:
-                self.end_group()
-                raise Hung(f"a trial did not end in {timeout_s:.0f} s: {self.said[-1000:]}")
+                raise self.hung(f"a trial did not end in {timeout_s:.0f} s")
             time.sleep(0.002)
         assert self.exit_code is not None
         return self.exit_code
@@ -74,9 +74,15 @@ class Trial:
             if not self.running():
                 return False
             if time.monotonic() > deadline:
-                self.end_group()
-                raise Hung(f"a trial did not come to the point in {timeout_s:.0f} s: {self.said[-1000:]}")
+                raise self.hung(f"a trial did not come to the point in {timeout_s:.0f} s")
         return True
+
+    def hung(self, what: str) -> Hung:
+        """End it, and say where it stood: on SIGABRT it writes its stacks."""
+        os.kill(self.pid, signal.SIGABRT)
+        time.sleep(1.0)
+        self.end_group()
+        return Hung(f"{what}: {self.said[-3000:]}")
 
     def orphans(self) -> bool:
         """Has it ended and left children behind?"""
@@ -106,6 +112,7 @@ def fork(work: Callable[[], int], log: Path) -> Trial:
     try:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        faulthandler.enable(output)
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = work()

@@ -136,6 +136,7 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
     check_exchange(world)
     try:
         yield world
+        world.barrier()  # so that none is gone while another still sends
     except RuntimeError as error:
         if not _LOST_RANK.search(str(error)):
             raise
@@ -143,7 +144,7 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
             f"rank {rank} has lost another rank ({str(error).splitlines()[0]}). What that one met stands above or in "
             "torchrun's log. Checkpoints are whole: the same command goes on from the newest."
         ) from error
-    dist.destroy_process_group()  # not after an error: it would wait for collectives that the others never join
+    # Nothing is destroyed: see `leave_if_one_of_many`.
 
 
 def _meet(rank: int, size: int, device: torch.device, timeout_s: float) -> None:

@@ -78,9 +78,8 @@ class Manifest:
         path = folder / MANIFEST_NAME
         try:
             content = json.loads(read_small(path, DataError))
-            json.dumps(
-                content, ensure_ascii=False
-            ).encode()  # half a surrogate pair could be neither hashed nor written
+            # Half a surrogate pair, which could be neither hashed nor written, is an error here.
+            json.dumps(content, ensure_ascii=False).encode()
         except FileNotFoundError:
             raise DataError(f"{path}: there is no manifest; prepare the folder with `regpt2 prepare`.") from None
         except (ValueError, RecursionError) as error:
@@ -120,7 +119,7 @@ class _Strict:
         return DataError(f"{self.path}: {place}: {fault}; prepare the folder again.")
 
     def fields(self, place: str, value: Any, expected: dict[str, type]) -> dict[str, Any]:
-        """`value` as an object with exactly the `expected` keys and types; numbers are whole, not negative and of 64 bits."""
+        """`value` as an object with exactly the `expected` keys and types; a number is from 0 to 2**63 - 1."""
         if not isinstance(value, dict):
             raise self.wrong(place, f"got {type(value).__name__}, expected an object")
         if value.keys() != expected.keys():

@@ -279,7 +279,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int:
-    """A whole number of JSON, of 64 bits or a few more: a larger one is no size, and nothing can be computed with it."""
+    """A whole number in JSON; one far beyond 64 bits is no size, and overflows where it is divided or shown."""
     if len(digits) > len(str(2**64)):
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
