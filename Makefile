@@ -63,6 +63,7 @@ faults: $(TOOLS)
 
 faults-full: $(TOOLS)
 	$(BIN)/python tests/faults/run.py --full
+	$(BIN)/pytest -m slow -rs
 
 # make fuzz  the readers of files, fuzzed by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
 SECONDS ?= 60

@@ -217,11 +217,10 @@ INCOMPLETE: dict[str, list[dict[str, Any]]] = {
     "enormous": [run_event(), *(train_event(s, loss=10.0**s, grad_norm=10.0**s) for s in range(1, 200))],
     "zeros": [run_event(), *(train_event(s, loss=0.0, grad_norm=0.0, lr=0.0, tokens_per_s=0.0) for s in range(1, 99))],
     "wrong types": [
-        run_event(step=None, n_params=[], max_steps="x", baselines=[1], config=3, time=4),
+        run_event(n_params=[], max_steps="x", baselines=[1], config=3, time=4),
         train_event(1, loss=[], tokens={}, lr=None),
-        val_event(1, loss={"a": 1}, perplexity=None, eval=None) | {"step": "one"},
-        {"event": "sample", "step": [], "prompt": None, "texts": None},
-        {"event": ["x"], "step": 1},
+        val_event(1, loss={"a": 1}, perplexity=None, eval=None),
+        {"event": "sample", "step": 1, "prompt": None, "texts": None},
         {"event": "end", "step": 1, "reason": None, "elapsed_s": "soon"},
     ],
 }

@@ -58,7 +58,7 @@ def refuse_twice(world: World) -> dict[str, object]:
 
 def vanish(world: World) -> dict[str, object]:
     if world.rank == 1:
-        return {"left": True}
+        os._exit(0)
     time.sleep(0.5)
     world.sum(torch.zeros(1))
     return {"left": False}
@@ -92,7 +92,8 @@ def test_each_rank_that_fails_says_what_it_met(tmp_path: Path, unused_port: int)
 
 
 def test_a_lost_rank_is_a_clear_message(tmp_path: Path, unused_port: int) -> None:
-    stays, _ = on_ranks(2, unused_port, "vanish", tmp_path)
+    mp.spawn(rank_main, args=(2, unused_port, "vanish", str(tmp_path)), nprocs=2)
+    stays = json.loads((tmp_path / "vanish-0.json").read_text())
     assert stays["kind"] == "Problem"
     assert "rank 0 has lost another rank" in str(stays["text"])
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -105,11 +105,14 @@ def make_trainable(
     return trainable
 
 
-def _average_in_bf16(world_size: int, bucket: Any) -> Any:
+def _average_in_bf16(
+    world_size: int,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """Half the traffic. (torch's own hook of this kind refuses gloo.)"""
     small = bucket.buffer().to(torch.bfloat16).div_(world_size)
-    done = dist.all_reduce(small, async_op=True).get_future()
-    return done.then(lambda finished: bucket.buffer().copy_(finished.value()[0]))
+    sent: torch.futures.Future[list[Tensor]] = dist.all_reduce(small, async_op=True).get_future()
+    return sent.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 @contextmanager
