@@ -1,5 +1,6 @@
 """The loop: an uninterrupted run equals a killed and resumed one bit for bit; signals, ranks, bad input."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,8 +27,6 @@ from regpt2.train import due, train
 
 
 def run_train(recipe: Path, data: Path, run: Path, **changes: Any) -> RunConfig:
-    import dataclasses
-
     config = dataclasses.replace(load_recipe(str(recipe)), data=str(data), run=str(run), **changes)
     train(config)
     return config
@@ -299,8 +298,6 @@ def test_one_batch_can_be_learned_by_heart(tmp_path: Path) -> None:
 
 
 def test_going_on_as_another_run_is_refused(tmp_path: Path, tiny_data: Path, straight: Path, tiny_recipe: Path) -> None:
-    import dataclasses
-
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     config = dataclasses.replace(load_recipe(str(tiny_recipe)), data=str(tiny_data), run=str(run), max_steps=20)
@@ -414,3 +411,85 @@ def test_the_run_event_says_where_a_result_came_from(straight: Path) -> None:
     assert {"version", "commit", "torch", "device", "precision", "data_fingerprint", "config", "command"} <= run.keys()
     assert run["n_params"] == 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32 + (257 + 32) * 32
     assert set(run["baselines"]) == {"unigram", "gzip"}
+
+
+def test_a_signal_in_an_evaluation_cuts_it_short_and_loses_no_update(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a line of the record every fifth update, and the evaluation between two lines."""
+    from regpt2.evals import val_loss
+
+    reference, stopped = tmp_path / "reference", tmp_path / "stopped"
+    run_train(tiny_recipe, tiny_data, reference, log_every=5)
+    read, calls = val_loss.TokenStream.read, []
+
+    def read_and_be_stopped(self: Any, start: int, count: int) -> Any:
+        calls.append(start)
+        if len(calls) == 20:  # the evaluation before the first update takes 16 windows
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, start, count)
+
+    monkeypatch.setattr(val_loss, "open_tokens", lambda *args: _Counted(tiny_data, read_and_be_stopped))
+    config = dataclasses.replace(load_recipe(str(tiny_recipe)), data=str(tiny_data), run=str(stopped), log_every=5)
+    summary = train(config)
+    assert (summary.step, summary.exit_code) == (6, 128 + signal.SIGTERM)
+    assert sorted(losses(stopped)) == list(range(1, 7))
+    assert len(calls) < 30, "the evaluation went on to its end"
+    state = json.loads((stopped / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert len(state["guard"]["losses"]) == 6
+    monkeypatch.undo()
+    run_train(tiny_recipe, tiny_data, stopped, log_every=5)
+    assert state_of(stopped) == state_of(reference)
+    assert losses(stopped) == losses(reference)
+    assert evals(stopped) == evals(reference)
+
+
+class _Counted:
+    """The validation split, every read of which is seen."""
+
+    def __init__(self, data: Path, read: Any) -> None:
+        from regpt2.data.shards import open_tokens
+
+        self._tokens, self._read = open_tokens(data, "val"), read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokens, name)
+
+    def read(self, start: int, count: int) -> Any:
+        return self._read(self._tokens, start, count)
+
+    def __enter__(self) -> "_Counted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.close()
+
+
+def test_a_run_that_the_guard_ends_says_so_in_its_record(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regpt2.base.errors import Problem
+    from regpt2.model.gpt import GPT
+
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args, **options: forward(*args, **options) * float("nan"))
+    with pytest.raises(Problem, match="3 updates in a row were skipped"):
+        run_train(tiny_recipe, tiny_data, tmp_path / "run")
+    last = list(read_events(tmp_path / "run" / "metrics.jsonl"))[-1]
+    assert last["event"] == "end"
+    assert last["reason"].startswith("failed: 3 updates in a row were skipped")
+
+
+def test_what_cannot_run_fails_before_anything_is_written(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsal: one micro-batch at full size, thrown away."""
+    from regpt2.model.gpt import GPT
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "forward", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_train(tiny_recipe, tiny_data, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}

@@ -20,6 +20,8 @@ class Meter:
 
     def __init__(self, job: Job, first: int) -> None:
         self.job, self.first = job, first
+        self.step = first
+        """The newest update."""
         self._pending: list[tuple[int, StepStats, int]] = []
         self._began_at = time.perf_counter()
         self._busy_s = 0.0
@@ -30,6 +32,7 @@ class Meter:
     def add(self, step: int, stats: StepStats, digest: int) -> None:
         """Remember an update, and the digest of its data, without reading it."""
         self._pending.append((step, stats, digest))
+        self.step = step
 
     def pause(self) -> None:
         """Stop the clock, once the device has done what it was asked."""
@@ -41,12 +44,14 @@ class Meter:
         self._began_at = time.perf_counter()
 
     def log(self) -> None:
-        """Read all pending updates and record them.
+        """Read all pending updates, if there are any, and record them.
 
         Raises:
             Problem: the guard has seen too many bad updates.
         """
         job, config = self.job, self.job.config
+        if not self._pending:
+            return
         rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.accepted]) for _, s, _ in self._pending]).tolist()
         digests = job.world.sum_on_cpu(torch.tensor([_signed(d) for _, _, d in self._pending])).tolist()
         self.pause()

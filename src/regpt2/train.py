@@ -2,7 +2,8 @@
 
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def run(job: Job) -> Summary:
     open_records(job, first)
     observe(job, first, done=job.world.from_main(job.metrics.observed(first)))
     meter, step, stop_signal = Meter(job, first), first, None
-    with closing(job.saver), closing(job.loader.batches(first + 1, last)) as batches:
+    with closing(job.saver), ending_recorded(job, meter), closing(job.loader.batches(first + 1, last)) as batches:
         for step, batch in enumerate(batches, start=first + 1):
             meter.add(step, update(job, step, batch.micro_batches), batch.digest)
             if due(step, config.parallel.check_every, last):
@@ -89,8 +90,19 @@ def run(job: Job) -> Summary:
                 meter.go_on()
                 stop_signal = agree_to_stop(job)  # an evaluation gives way to a signal
             if stop_signal:
+                meter.log()  # what a checkpoint of this step has to know
                 break
         return finish(job, step, stop_signal)
+
+
+@contextmanager
+def ending_recorded(job: Job, meter: Meter) -> Iterator[None]:
+    """A run that ends by a problem says so in its record too."""
+    try:
+        yield
+    except Problem as problem:
+        job.metrics.log("end", meter.step, reason=f"failed: {problem}", peak_bytes=peak_bytes(job.world.device))
+        raise
 
 
 def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
