@@ -161,14 +161,16 @@ def summarize(results: list[dict[str, Any]], seconds: float, options: argparse.N
     def total(key: str) -> int:
         return sum(int(result[key]) for result in results)
 
-    red = [str(result["number"]) for result in results if result["red"]]
+    red = [result for result in results if result["red"]]
     skipped = sum(bool(result["skipped"]) for result in results)
     absent = [f"{fault.number} ({fault.absent})" for fault in FAULTS if fault.inject is None]
     print(
         f"{len(results)} faults: {total('injected')} / {total('planned')} injected, {total('detected')} detected, "
         f"{total('mismatches')} mismatches, {skipped} skipped, {seconds:.0f} s; "
-        + (f"RED: {', '.join(red)}" if red else "all ok")
+        + (f"RED: {', '.join(str(result['number']) for result in red)}" if red else "all ok")
     )
+    for result in red:  # once more, at the end: a long log is read from there
+        show(result)
     if absent and not options.only:
         print(f"not there yet: {', '.join(absent)}")
     if options.json:

@@ -5,9 +5,11 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import points
@@ -33,12 +35,12 @@ def signals(bench: Bench) -> Outcome:
     outcome, slowest = Outcome(), 0.0
     cases = FAST if bench.planned <= len(FAST) + 3 else CASES
     for number, moment, point, step in cases[: bench.planned]:
-        run, what = bench.new("run"), f"{number.name} in {moment}"
-        process = trial.start(bench, run, before=partial(points.arm, point, step, partial(signal.raise_signal, number)))
+        run, what, note = bench.new("run"), f"{number.name} in {moment}", bench.new("note")
+        process = trial.start(bench, run, before=partial(_arm_signal, number, point, step, note))
         wrong = _left_well(process.wait(), process.said, number)
-        stopped_at = trial.newest_step(run)
-        if not step <= stopped_at <= step + 1:
-            wrong.append(f"it came in update {step}, the checkpoint is of {stopped_at}")
+        received_in, stopped_at = int(note.read_text() if note.exists() else -1), trial.newest_step(run)
+        if not (step <= received_in and received_in <= stopped_at <= received_in + 1):
+            wrong.append(f"due in update {step}, received in {received_in}, the checkpoint is of {stopped_at}")
         outcome.fired(not wrong, f"{what}: {'; '.join(wrong)}")
         trial.finish(bench, run)
         outcome.same(trial.digest(run), trial.reference(bench), what)
@@ -48,6 +50,24 @@ def signals(bench: Bench) -> Outcome:
         _twice(bench, outcome)
     outcome.remark = f"the command saved and left within {slowest:.1f} s"
     return outcome
+
+
+def _arm_signal(number: signal.Signals, point: points.Point, step: int, note: Path) -> None:
+    """Raise a signal at a point; write down the update in which the loop received it.
+
+    A save goes on beside the loop, which may have made more updates before the point in it is reached.
+    """
+    points.arm(point, step, partial(signal.raise_signal, number))
+    clock = points.at_step()
+
+    def wrap(receive: Callable[..., Any]) -> Callable[..., Any]:
+        def received(*args: Any) -> Any:
+            note.write_text(str(clock["step"]))
+            return receive(*args)
+
+        return received
+
+    points.patch("regpt2.base.signals:StopSignals._receive", wrap)
 
 
 def _left_well(code: int, said: str, number: signal.Signals) -> list[str]:
