@@ -30,6 +30,7 @@ def rank_main(rank: int, size: int, port: int, scenario: str, out: str) -> None:
     except Problem as problem:
         result = {"kind": type(problem).__name__, "text": str(problem), "exit_code": problem.exit_code}
     Path(out, f"{scenario}-{rank}.json").write_text(json.dumps(result))
+    os._exit(0)  # torch's own end of a group may wait forever, or abort
 
 
 def exchange(world: World) -> dict[str, object]:
