@@ -5,6 +5,7 @@ Three kinds, told apart by content: llm.c / modded-nanogpt `.bin` with a header 
 """
 
 import os
+import re
 import stat
 import struct
 import warnings
@@ -36,6 +37,14 @@ def foreign_files(folder: Path, split: str) -> list[TokenFile]:
     """The token files of a split in a folder without a manifest, sorted by name; empty if there are none."""
     names = sorted(entry.name for entry in os.scandir(folder) if _is_of_split(entry.name, split))
     return [token_file(folder / name) for name in names]
+
+
+def foreign_dataset(files: list[TokenFile]) -> str | None:
+    """What the names say that the text is: "fineweb_edu", "fineweb", "openwebtext", or None."""
+    path = files[0].path
+    name = re.split("_(?:train|val)", path.stem)[0].lower().replace("_", "").replace("-", "")
+    known = {"edufineweb": "fineweb_edu", "finewebedu": "fineweb_edu", "fineweb": "fineweb"}
+    return known.get(name) or ("openwebtext" if "openwebtext" in (name, path.parent.name.lower()) else None)
 
 
 def token_file(path: Path) -> TokenFile:

@@ -18,7 +18,16 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
-from regpt2.data.foreign import MAGIC, VERSION, TokenFile, expect_bytes, foreign_files, regular_file_bytes, token_file
+from regpt2.data.foreign import (
+    MAGIC,
+    VERSION,
+    TokenFile,
+    expect_bytes,
+    foreign_dataset,
+    foreign_files,
+    regular_file_bytes,
+    token_file,
+)
 from regpt2.data.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard, Split
 
 __all__ = [
@@ -62,8 +71,8 @@ def write_shard(path: Path, n_tokens: int, pieces: Iterable[npt.NDArray[np.uint1
 class TokenStream:
     """The tokens of one split, as one long row across its files. Many threads may read from it at once.
 
-    `vocab_size` and `tokenizer_fingerprint` are what the folder says; `note`, unless empty, is what a person should
-    be told about it. Files are read, never memory-mapped: a mapped file that shrinks kills the process.
+    `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder says; `note`, unless empty, is what a
+    person should be told about it. Files are read, never memory-mapped: a mapped file that shrinks kills the process.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class TokenStream:
         tokenizer_name: str,
         tokenizer_fingerprint: str | None,
         vocab_size: int | None,
+        dataset: str | None = None,
         note: str = "",
     ) -> None:
         self.files = files
@@ -81,6 +91,7 @@ class TokenStream:
         self.tokenizer_name = tokenizer_name
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.vocab_size = vocab_size
+        self.dataset = dataset
         self.note = note
         self._ends = list(accumulate(file.n_tokens for file in files))
         self.n_tokens = self._ends[-1]
@@ -190,6 +201,7 @@ def open_tokens(folder: Path, split: str) -> TokenStream:
         tokenizer_name="gpt2",
         tokenizer_fingerprint=None,
         vocab_size=GPT2_VOCAB_SIZE,
+        dataset=foreign_dataset(files),
         note=f"{folder} has no manifest.json: its tokens are taken to be GPT-2's, and its content cannot be verified.",
     )
 
@@ -244,4 +256,5 @@ def _open_native(folder: Path, split: str) -> TokenStream:
         tokenizer_name=manifest.tokenizer,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         vocab_size=manifest.vocab_size,
+        dataset=manifest.dataset,
     )
