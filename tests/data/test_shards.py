@@ -274,6 +274,31 @@ def test_build_nanogpt_npy_shards_are_read(tmp_path: Path) -> None:
             stream.read(0, 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        ("edu_fineweb10B/edu_fineweb_train_000001.bin", "fineweb_edu"),  # llm.c
+        ("finewebedu10B/finewebedu_train_000001.bin", "fineweb_edu"),  # modded-nanogpt
+        ("fineweb10B/fineweb_train_000001.bin", "fineweb"),
+        ("edu_fineweb10B/edufineweb_train_000001.npy", "fineweb_edu"),  # build-nanogpt
+        ("openwebtext/train.bin", "openwebtext"),  # nanoGPT
+        ("mine/train.bin", None),
+    ],
+)
+def test_the_names_of_ready_made_shards_say_what_text_it_is(tmp_path: Path, name: str, dataset: str | None) -> None:
+    path = tmp_path / name
+    path.parent.mkdir()
+    tokens = np.arange(5, dtype=np.uint16)
+    if path.suffix == ".npy":
+        np.save(path, tokens)
+    elif path.stem == "train":
+        tokens.tofile(path)
+    else:
+        write_shard(path, len(tokens), [tokens])
+    with open_tokens(path.parent, "train") as stream:
+        assert stream.dataset == dataset
+
+
 def test_bad_npy_files_are_refused_without_allocation(tmp_path: Path) -> None:
     path = tmp_path / "a_train_0.npy"
     for array, message in (
