@@ -9,17 +9,19 @@ from regpt2.base.errors import UsageError
 
 CONTRACTS = {
     "data.datasets": {"plan": 1, "documents": 2},
-    "model.weights": {"matches": 1, "read": 1, "write": 3},
+    "model.weights": {"matches": 1, "read": 1, "write": 4},
     "training.optim": {"build": 2},
     "evals": {"evaluate": 1},
 }
+ONE_WAY = {("model.weights", "onnx"), ("model.weights", "openai_tf")}  # only written, only read
 ENTRIES = [(shelf, name) for shelf in CONTRACTS for name in plugins.entries(shelf)]
 
 
 @pytest.mark.parametrize(("shelf", "name"), ENTRIES)
 def test_an_entry_has_what_its_shelf_promises(shelf: str, name: str) -> None:
     entry = plugins.load(shelf, name)
-    for function, n_arguments in CONTRACTS[shelf].items():
+    functions = [function for function in CONTRACTS[shelf] if hasattr(entry, function) or (shelf, name) not in ONE_WAY]
+    for function, n_arguments in ((function, CONTRACTS[shelf][function]) for function in functions):
         assert len(inspect.signature(getattr(entry, function)).parameters) == n_arguments
     if shelf in ("data.datasets", "evals"):
         assert entry.DESCRIPTION

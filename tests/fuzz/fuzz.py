@@ -18,7 +18,10 @@ import time
 import warnings
 from pathlib import Path
 
-NAMES = ["shards", "manifest", "weights", "model_config", "recipe", "tokenizer", "vocabulary", "record", "checkpoint"]
+NAMES = [
+    *("shards", "manifest", "weights", "model_file", "model_config"),
+    *("recipe", "tokenizer", "vocabulary", "record", "checkpoint"),
+]
 MOST_INPUT_BYTES = 8192
 ROOM_BYTES = 1 << 30
 HANG_S = 20

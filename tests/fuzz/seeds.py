@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from regpt2.data.manifest import Manifest, Split
 from regpt2.data.shards import write_shard
 from regpt2.data.tokenizer import find_vocab
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.weights import huggingface, native
+from regpt2.model.weights import gguf, huggingface, llmc, native, openai_tf, safetensors
 from regpt2.training import checkpoint
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -50,6 +51,7 @@ def good(target: str) -> list[bytes]:
         "shards": [TRAIN_BYTES, numpy_file(TOKENS), TOKENS.tobytes()],
         "manifest": [data_files()["manifest.json"]],
         "weights": [model_files()["model.safetensors"], hf["model.safetensors"]],
+        "model_file": [one_file(gguf), one_file(safetensors), llmc_files()["model.bin"]],
         "model_config": [model_files()["config.json"], hf["config.json"]],
         "recipe": [to_toml(RunConfig()).encode(), (RECIPES / "demo.toml").read_bytes()],
         "tokenizer": ["Hello, I'm a language model,\n\n  né 中 👍 <|endoftext|> 'll 123".encode(), TOKENS.tobytes()],
@@ -108,6 +110,29 @@ def huggingface_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         huggingface.write(_model(), Path(name), None)
         return _contents(Path(name))
+
+
+def one_file(entry: Any) -> bytes:
+    """The same in a format of one file."""
+    with tempfile.TemporaryDirectory() as name:
+        entry.write(_model(), Path(name) / "model", None)
+        return (Path(name) / "model").read_bytes()
+
+
+@cache
+def llmc_files() -> dict[str, bytes]:
+    """The same as llm.c has it."""
+    with tempfile.TemporaryDirectory() as name:
+        llmc.write(_model(), Path(name), None)
+        return _contents(Path(name))
+
+
+@cache
+def tensorflow_files() -> dict[str, bytes]:
+    """What stands beside the index of such a model (corpus/model_file/tensorflow_index) in TensorFlow's format."""
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 4, "n_ctx": 4, "n_vocab": 5}
+    numbers = sum(p.numel() for p in _model().parameters())
+    return {"hparams.json": json.dumps(sizes).encode(), openai_tf.DATA: bytes(4 * numbers)}
 
 
 @cache

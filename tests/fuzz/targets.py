@@ -29,6 +29,7 @@ from seeds import (
     data_files,
     huggingface_files,
     model_files,
+    tensorflow_files,
     true_tokens,
     vocabulary_bytes,
 )
@@ -42,6 +43,7 @@ from regpt2.data.shards import open_tokens
 from regpt2.data.shards import verify as verify_data
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from regpt2.model.load import load_model, read_tensors
+from regpt2.model.weights import openai_tf
 from regpt2.training import checkpoint as checkpoints
 from regpt2.training.schedule import learning_rate
 
@@ -100,6 +102,18 @@ def weights(data: bytes) -> None:
             assert list(tensor.shape) == header[name]["shape"]
             assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == data[start + a : start + b]
     with may_refuse():
+        _runs(folder)
+
+
+def model_file(data: bytes) -> None:
+    """As a model in one file: GGUF, llm.c, safetensors; and as the index of one of TensorFlow."""
+    path = _folder("model_file", {}) / "model"
+    path.write_bytes(data if data[:2] != b"PK" else b"")  # an archive starts a child, which takes seconds
+    with may_refuse():
+        _runs(path)
+    folder = _folder("tensorflow", tensorflow_files())
+    (folder / openai_tf.INDEX).write_bytes(data)
+    with may_refuse(), mock.patch.object(openai_tf, "masked", return_value=mock.ANY):  # every checksum is right
         _runs(folder)
 
 
@@ -194,7 +208,18 @@ def checkpoint(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (shards, manifest, weights, model_config, recipe, tokenizer, vocabulary, record, checkpoint)
+    for target in (
+        shards,
+        manifest,
+        weights,
+        model_file,
+        model_config,
+        recipe,
+        tokenizer,
+        vocabulary,
+        record,
+        checkpoint,
+    )
 }
 
 

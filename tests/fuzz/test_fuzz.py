@@ -25,11 +25,12 @@ from regpt2.base.metrics import MetricsLog
 from regpt2.config import RunConfig
 from regpt2.data import foreign, shards, tokenizer
 from regpt2.model import load
+from regpt2.model.weights import gguf
 from regpt2.training import checkpoint
 
 FUZZ = Path(__file__).parent / "fuzz.py"
 ROOM_BYTES = 256 << 20
-EXAMPLES = {"weights": 500, "model_config": 500, "vocabulary": 150}
+EXAMPLES = {"weights": 500, "model_file": 500, "model_config": 500, "vocabulary": 150}
 
 every_target = pytest.mark.parametrize("name", targets.TARGETS)
 
@@ -107,6 +108,7 @@ PLANTS: dict[str, tuple[str, object, str, object, type[BaseException]]] = {
     "memory as a header asks for": ("shards", foreign, "_npy", allocate, MemoryError),
     "a shard that is not hashed": ("manifest", shards, "verify_shard", lambda *_: None, AssertionError),
     "half a surrogate pair": ("tokenizer", tokenizer, "valid_text", lambda text: text, UnicodeEncodeError),
+    "weights beyond the file": ("model_file", gguf, "_check_places", lambda *_: None, Exception),
     "a vocabulary by its size": ("vocabulary", tokenizer, "sha256_file", lambda _: tokenizer.VOCAB_SHA256, Exception),
     "a record that is not cut": ("record", MetricsLog, "cut_back", lambda *_: None, Exception),
     "tensors as they come": ("model_config", load, "check_tensors", lambda *_: None, RuntimeError),

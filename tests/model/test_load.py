@@ -135,7 +135,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | Non
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"model\.pt is in no format that is known here \(huggingface, native\)"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.pt is in no format that is known here \(gguf, huggingface, llmc, "
+    ):
         load_model(tmp_path / "model.pt")
 
 

@@ -4,6 +4,7 @@ import io
 import struct
 import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from regpt2.model import pickled
 FILE = "pytorch_model.bin"
 
 
-def read_as_the_child(folder: Path) -> object:
+def read_as_the_child(folder: Path, kind: str = pickled.STATE) -> object:
     """What the child of `read_pickled` does, in this forked process: starting one for each file would take minutes."""
     said, sys.stderr = sys.stderr, io.StringIO()
-    sys.argv = ["pickled", str(folder / FILE), str(folder.parent / "copy")]
+    sys.argv = ["pickled", str(folder / FILE), str(folder.parent / "copy"), kind]
     try:
         code = pickled.main()
         message = sys.stderr.getvalue()
@@ -263,7 +264,9 @@ def pickle_cases(canary: Path) -> list[Case]:
     files |= {f"pickle: {what}": bare(body, four) for what, body in broken().items()}
     files |= {f"state: {what}": saved(state) for what, state in odd_states().items()}
     good = {f"state: {what}": saved(state) for what, state in good_states().items()}
+    as_checkpoint = partial(read_as_the_child, kind=pickled.CHECKPOINT)
     return [
+        *(Case(f"checkpoint: {what}", as_checkpoint, {FILE: bare(body, four)}) for what, body in code(canary).items()),
         *(Case(what, read_as_the_child, {FILE: data}) for what, data in files.items()),
         *(Case(what, read_as_the_child, {FILE: data}, fine=True) for what, data in good.items()),
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import ODD_THINGS, Case, Content
+from cases import ODD_THINGS, Case, Content, sparse
 from safetensors.torch import save
 
 from regpt2.model.gpt import GPT, GPTConfig
@@ -140,6 +140,41 @@ def configurations() -> dict[str, tuple[Any, dict[str, Any]]]:
     return cases
 
 
+def model_files() -> dict[str, Content]:
+    """Models in one file: GGUF and llm.c by their first numbers, and what only begins like one."""
+
+    def gguf(n_tensors: int, n_keys: int, rest: bytes) -> bytes:
+        return struct.pack("<4sIQQ", b"GGUF", 3, n_tensors, n_keys) + rest
+
+    def llmc(*sizes: int) -> bytes:
+        return struct.pack("<8i", 20240326, 3, *sizes).ljust(1024, b"\0")
+
+    key = struct.pack("<Q", 1) + b"a"
+    places = b"".join(struct.pack("<Q4sIQIQ", 4, f"{n:04}".encode(), 1, 1000, 0, 0) for n in range(4000))
+    wide = struct.pack("<Q4sI4QIQ", 4, b"wide", 4, *[2**62] * 4, 0, 2**63)
+    return {
+        "gguf of 2**64 keys": gguf(0, 2**64 - 1, bytes(1000)),
+        "gguf of 2**64 tensors": gguf(2**64 - 1, 0, bytes(1000)),
+        "gguf with a text of 2**63": gguf(0, 1, key + struct.pack("<IQ", 8, 2**63)),
+        "gguf with a list of 2**60 numbers": gguf(0, 1, key + struct.pack("<IIQ", 9, 10, 2**60)),
+        "gguf with a million empty texts": gguf(0, 1, key + struct.pack("<IIQ", 9, 8, 2**60) + bytes(8 << 20)),
+        "gguf with lists in lists": gguf(0, 1, key + struct.pack("<IIQ", 9, 9, 1) * 1000),
+        "gguf with 4,000 tensors in one place": gguf(4000, 0, places + bytes(4096)),
+        "gguf with 2**248 numbers": gguf(1, 0, wide),
+        "gguf with 8 GB of zeros": sparse(8 << 30, gguf(0, 0, b"")),
+        "llm.c of two billion layers": llmc(4, 5, 2**31 - 1, 1, 4, 5),
+        "llm.c of two billion tokens": llmc(4, 2**31 - 1, 1, 1, 4, 2**31 - 1),
+        "llm.c of negative sizes": llmc(-4, -5, -1, -1, -4, -5),
+        "llm.c with 8 GB of zeros": sparse(8 << 30, llmc(4, 5, 1, 1, 4, 5)),
+        "safetensors with a note of no JSON": safetensors(one() | {"__metadata__": {"regpt2": DEEP}}),
+        "safetensors with a note of no model": safetensors(one() | {"__metadata__": {"regpt2": '{"version": 1}'}}),
+        "safetensors with a note of a billion layers": safetensors(
+            one() | {"__metadata__": {"regpt2": json.dumps({"version": 1, "model": SHAPE | {"n_layer": 10**9}})}}
+        ),
+        **{f"that is {what}": thing for what, thing in ODD_THINGS.items() if what != "a folder"},
+    }
+
+
 def texts() -> dict[str, bytes]:
     """JSON that is hardly any: in place of config.json, an index, a manifest, a state."""
     return {
@@ -189,6 +224,10 @@ def manifests() -> dict[str, Any]:
     }
 
 
+def _load_file(folder: Path) -> object:
+    return load_model(folder / "model")
+
+
 def tensor_cases(canary: Path) -> list[Case]:
     """All of them."""
     ours, theirs = written(native), written(huggingface)
@@ -203,6 +242,7 @@ def tensor_cases(canary: Path) -> list[Case]:
     cases += [
         of_model(f"load_model: safetensors, {what}", model__safetensors=d) for what, d in list(headers().items())[:12]
     ]
+    cases += [Case(f"a model {what}", _load_file, {"model": content}) for what, content in model_files().items()]
     for what, (entry, changed) in configurations().items():
         files = ours if entry is native else theirs
         document = json.dumps(json.loads(files["config.json"]) | changed)

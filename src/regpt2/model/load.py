@@ -1,11 +1,22 @@
-"""A model by name. In: a run folder, a checkpoint, a native or Hugging Face folder, or `hf:gpt2`; out: a GPT.
+"""A model by name. In: a run folder, a checkpoint, a file or folder of a known format, or `hf:gpt2`; out: a GPT.
 
-Also the contract of the shelf model/weights/: each entry there has
+Also the contract of the shelf model/weights/. An entry that reads has
 
-    matches(path) -> bool                    is this folder in my format? By content; never raises
-    read(path) -> ModelFiles                 raises CheckpointError for what is damaged or is no GPT-2
-    write(model, folder, vocabulary) -> None into an existing folder, each file atomically
-    FILES                                    names that `write` can leave in a folder
+    matches(path) -> bool      is this file or folder in my format? By content; never raises
+    read(path) -> ModelFiles   raises CheckpointError for what is damaged or is no GPT-2
+
+and one that writes has
+
+    write(model, place, vocabulary, dtype) -> None
+                               into an existing folder, or the file `place`; each file atomically
+    FILES                      names that `write` can leave in a folder; none: the format is one file
+    DTYPES                     types of weights that it can write, the default first
+
+and, where others read the format, may have
+
+    CLIENT                     who they are
+    client_logits(place, ids) -> Tensor | None
+                               their logits (n, vocab_size) after ids (n, T), up to a constant; None: not installed
 """
 
 import json
@@ -30,9 +41,10 @@ SHELF = "model.weights"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_./-]{1,256}")
 MAX_HEADER_BYTES = 1 << 20  # GPT-2 XL's is 54 kB, its optimizer's 176 kB
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # as safetensors calls them
 KINDS = (
-    "a run folder (with checkpoints/), a checkpoint or exported folder, a Hugging Face folder, "
+    "a run folder (with checkpoints/), a checkpoint, a Hugging Face folder, a file or folder of another known format, "
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
 _STEP = re.compile(r"step-(\d{8,})")
@@ -86,7 +98,7 @@ def load_model(
     """The model that `spec` names, in eval mode, on `device`, its weights in `dtype`.
 
     Args:
-        spec: a run folder (its newest whole checkpoint), a checkpoint, a folder of any format on the shelf
+        spec: a run folder (its newest whole checkpoint), a checkpoint, a file or folder of any format on the shelf
             model/weights/, or "hf:gpt2" and the like from the Hugging Face hub.
 
     Raises:
@@ -146,15 +158,17 @@ def _load_folder(
 
 def _read(path: Path) -> ModelFiles:
     """Through the entry of the shelf that recognizes the folder."""
-    for name in plugins.entries(SHELF):
-        entry = plugins.load(SHELF, name)
+    readers = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+    readers = {name: entry for name, entry in readers.items() if hasattr(entry, "read")}
+    for entry in readers.values():
         if entry.matches(path):
             files: ModelFiles = entry.read(path)
             return files
     if path.is_dir():
         read_json(path / CONFIG)  # if that is what is wrong, it says so
+    beside = f" Did you mean its folder, {path.parent}?" if (path.parent / CONFIG).is_file() else ""
     raise CheckpointError(
-        f"{path} is in no format that is known here ({', '.join(plugins.entries(SHELF))}); MODEL is {KINDS}."
+        f"{path} is in no format that is known here ({', '.join(readers)}); MODEL is {KINDS}.{beside}"
     )
 
 
@@ -260,15 +274,28 @@ def _check_header(path: Path) -> None:
     Raises:
         ValueError, RecursionError: the header is none.
     """
-    with open(path, "rb") as file:
-        n_bytes = int.from_bytes(file.read(8), "little")
-        if n_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {n_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
-        header = json.loads(file.read(n_bytes).decode(), object_pairs_hook=_unique)
+    header = _header(path)
     for name, value in header.items() if isinstance(header, dict) else ():
         dtype = str(value.get("dtype")) if isinstance(value, dict) else None
         if name != "__metadata__" and (not TENSOR_NAME.fullmatch(name) or dtype not in DTYPES):
             raise ValueError(f"a tensor {name!r:.80} of type {dtype!r:.20}")
+
+
+def _header(path: Path) -> Any:
+    with open(path, "rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        if n_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {n_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        return json.loads(file.read(n_bytes).decode(), object_pairs_hook=_unique)
+
+
+def peek_metadata(path: Path, key: str) -> str | None:
+    """What a safetensors file says under `key` in its metadata; None if it says nothing, or is no such file."""
+    try:
+        metadata = _header(path)["__metadata__"] if path.is_file() else {}
+        return metadata[key] if isinstance(metadata[key], str) else None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -294,7 +321,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a model folder holds {CONFIG} beside {WEIGHTS}.")
     try:
-        value = json.loads(read_small(path, CheckpointError), parse_int=_whole)
+        return parse_json(path, read_small(path, CheckpointError))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy it again.") from None
+
+
+def parse_json(path: Path, text: str) -> dict[str, Any]:
+    """The object in a JSON text that was read from `path`.
+
+    Raises:
+        CheckpointError: it holds no JSON object.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy it again.") from None
     if not isinstance(value, dict):

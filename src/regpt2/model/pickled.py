@@ -2,9 +2,11 @@
 
 A pickle can hold code, and little of it can fill memory or a disk. So a child does all that looks inside the file:
 with `weights_only=True`, which builds tensors and nothing else, in bounded memory, time and space on disk. It hands
-plain tensors over as safetensors.
+plain tensors over as safetensors. Of a training checkpoint it hands over the model and its settings, which may be an
+object of a class that is not here: a stub takes its attributes, and no code of its own.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 from regpt2.base.console import safe_text
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import require_free_space
-from regpt2.model.load import TENSOR_NAME, WEIGHTS, read_tensors
+from regpt2.model.load import TENSOR_NAME, WEIGHTS, peek_metadata, read_tensors
 
 MAX_MEMBERS = 10_000  # tensors, and files in the archive; GPT-2 XL has 580
 SPARE_BYTES = 512 << 20  # beyond what torch itself takes and three times the file
 SPARE_S = 60.0  # beyond the time at the slowest speed that a disk may have
 SLOWEST_BYTES_PER_S = 20e6
+MOST_SETTINGS = 100_000  # characters; nanoGPT has 200
+STATE, CHECKPOINT, SETTINGS = "state", "checkpoint", "settings"
+_CONFIG_CLASSES = ("__main__.GPTConfig", "model.GPTConfig", "train_gpt2.GPTConfig")  # of build-nanogpt and its forks
 _CAUSE = "WeightsUnpickler error: "
 _MEND = f"get the model as {WEIGHTS} instead."
 DTYPES = {
@@ -37,9 +42,22 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict that `torch.save` wrote. Nothing in the file is run.
 
     Raises:
+        CheckpointError, Problem: as `read_training_checkpoint`.
+    """
+    return _read(path, STATE)[0]
+
+
+def read_training_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of a checkpoint that nanoGPT or a relative wrote. Nothing in the file is run.
+
+    Raises:
         CheckpointError: it is damaged, of an old kind, holds more than tensors, or would take more than its size.
         Problem: there is no room for a copy in the temporary folder.
     """
+    return _read(path, CHECKPOINT)
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, or no plain file.")
     with open(path, "rb") as file:
@@ -51,15 +69,15 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     require_free_space(Path(tempfile.gettempdir()), n_bytes, f"a copy of {path.name}")
     with tempfile.TemporaryDirectory(prefix="regpt2-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / WEIGHTS
-        if reason := _run_child(path.absolute(), copy, SPARE_S + 2 * n_bytes / SLOWEST_BYTES_PER_S):
+        if reason := _run_child(path.absolute(), copy, kind, SPARE_S + 2 * n_bytes / SLOWEST_BYTES_PER_S):
             raise CheckpointError(f"{path} is damaged, or holds more than tensors ({reason}); {_MEND}")
-        return read_tensors(copy)
+        return read_tensors(copy), json.loads(peek_metadata(copy, SETTINGS) or "{}")
 
 
-def _run_child(path: Path, copy: Path, timeout_s: float) -> str:
+def _run_child(path: Path, copy: Path, kind: str, timeout_s: float) -> str:
     """Unpickle in a process of its own, which has no input and none of our open files. Empty, or why it failed."""
     said = copy.with_name("said")
-    command = [sys.executable, "-I", "-m", "regpt2.model.pickled", str(path), str(copy)]
+    command = [sys.executable, "-I", "-m", "regpt2.model.pickled", str(path), str(copy), kind]
     with open(said, "wb") as errors:
         try:
             code = subprocess.run(
@@ -82,11 +100,11 @@ def _run_child(path: Path, copy: Path, timeout_s: float) -> str:
 
 
 def main() -> int:
-    """The child. In: the file and the place of the copy, as arguments; out: the copy, or one line and code 1."""
-    path, copy = map(Path, sys.argv[1:])
+    """The child. In: the file, the place of the copy and the kind; out: the copy, or one line and code 1."""
+    path, copy = map(Path, sys.argv[1:3])
     try:
         limit_this_process(path.stat().st_size)
-        unpickle(path, copy)
+        unpickle(path, copy, sys.argv[3])
     except CheckpointError as refusal:
         sys.stderr.write(f"\n{refusal}\n")
         return 1
@@ -120,12 +138,19 @@ def limit_this_process(n_bytes: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def unpickle(path: Path, copy: Path) -> None:
+class _Settings:
+    """Stands in for the class of a configuration: it takes any attributes."""
+
+
+def unpickle(path: Path, copy: Path, kind: str = STATE) -> None:
     """Write the tensors of `path` to `copy` as safetensors. For the child alone: what it raises is of every kind."""
     n_bytes = path.stat().st_size
     check_archive(path, n_bytes)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    save_file(plain_tensors(state, n_bytes), copy)
+    with torch.serialization.safe_globals([(_Settings, name) for name in _CONFIG_CLASSES if kind == CHECKPOINT]):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    settings = plain_settings(state) if kind == CHECKPOINT else {}
+    tensors = plain_tensors(state["model"] if kind == CHECKPOINT else state, n_bytes)
+    save_file(tensors, copy, metadata={SETTINGS: json.dumps(settings)})
 
 
 def check_archive(path: Path, n_bytes: int) -> None:
@@ -146,6 +171,20 @@ def check_archive(path: Path, n_bytes: int) -> None:
             raise CheckpointError("the archive says that it holds more bytes than it has")
         if bad := archive.testzip():
             raise CheckpointError(f"{bad} in the archive is damaged: its CRC-32 differs")
+
+
+def plain_settings(checkpoint: Any) -> dict[str, Any]:
+    """The numbers and texts that a training checkpoint has beside its model: nanoGPT's `model_args`, or a `config`."""
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise CheckpointError("it is no training checkpoint: it has no 'model'")
+    settings = checkpoint.get("model_args") or checkpoint.get("config")
+    settings = vars(settings) if isinstance(settings, _Settings) else settings
+    if not isinstance(settings, dict):
+        raise CheckpointError("it does not say how large its model is: it has no 'model_args' and no 'config'")
+    plain = {str(k): value for k, value in (checkpoint | settings).items() if type(value) in (int, float, bool, str)}
+    if len(text := json.dumps(plain)) > MOST_SETTINGS:
+        raise CheckpointError(f"{len(text):,} characters of settings, at most {MOST_SETTINGS:,} are read")
+    return plain
 
 
 def plain_tensors(state: Any, n_bytes: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Written so that `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` take the 
 prefix `transformer.`, and their Conv1D keeps a weight as (in, out) where nn.Linear has (out, in).
 """
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.base.files import read_small, sha256_bytes, write_atomic
+from regpt2.base.files import read_small, write_atomic
+from regpt2.model.foreign import END_OF_TEXT, drop_equal_head, gpt2_tokenizer, token_texts
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.load import (
     CONFIG,
+    TORCH_DTYPES,
     WEIGHTS,
     ModelFiles,
     TokenizerRef,
@@ -31,8 +34,9 @@ from regpt2.model.pickled import read_pickled
 
 INDEX, PICKLE = f"{WEIGHTS}.index.json", "pytorch_model.bin"
 FILES = (CONFIG, WEIGHTS, "generation_config.json", "merges.txt", "vocab.json", "tokenizer_config.json")
+DTYPES = ("fp32", "bf16", "fp16")
+CLIENT = "transformers"
 PREFIX = "transformer."
-END_OF_TEXT = "<|endoftext|>"
 _SHARD = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, kept as weights by older versions
@@ -66,10 +70,11 @@ def read(path: Path) -> ModelFiles:
     return ModelFiles(config, _our_tensors(path, _read_raw(path)), _tokenizer(path, document.get("regpt2")))
 
 
-def write(model: GPT, folder: Path, vocabulary: Vocabulary | None) -> None:
+def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write the model into `folder`, the configuration last; with GPT-2's vocabulary, the tokenizer's files too."""
     theirs = {
-        PREFIX + name: (p.T.contiguous() if name.endswith(_CONV1D) else p) for name, p in tensors_of(model).items()
+        PREFIX + name: (p.T if name.endswith(_CONV1D) else p).to(TORCH_DTYPES[dtype]).contiguous()
+        for name, p in tensors_of(model).items()
     }
     write_atomic(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
     eot = None if vocabulary is None else vocabulary.eot
@@ -77,8 +82,21 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None) -> None:
         folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
     )
     if vocabulary is not None and vocabulary.merges is not None:
-        _write_tokenizer(folder, vocabulary.merges, model.config.block_size)
-    _write_json(folder / CONFIG, _their_config(model.config, vocabulary))
+        _write_tokenizer(folder, vocabulary, model.config.block_size)
+    dtype_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    _write_json(folder / CONFIG, _their_config(model.config, vocabulary) | {"dtype": dtype_name})
+
+
+@torch.no_grad()
+def client_logits(folder: Path, ids: Tensor) -> Tensor | None:
+    """What transformers computes with the folder, in fp32."""
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        return None
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    logits: Tensor = model(ids).logits[:, -1]
+    return logits
 
 
 def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
@@ -101,17 +119,16 @@ def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str,
         "bos_token_id": eot,
         "eos_token_id": eot,
         "tie_word_embeddings": True,
-        "dtype": "float32",
     }
     if vocabulary is not None:  # for our own reading; transformers keeps what it does not know
         document["regpt2"] = {"tokenizer": {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint}}
     return document
 
 
-def _write_tokenizer(folder: Path, merges: bytes, block_size: int) -> None:
+def _write_tokenizer(folder: Path, vocabulary: Vocabulary, block_size: int) -> None:
     """The three files from which transformers makes GPT-2's tokenizer."""
-    ids = {token: n for n, token in enumerate(_token_strings(merges.decode()))}
-    write_atomic(folder / "merges.txt", merges)
+    ids = {token: n for n, token in enumerate(token_texts(vocabulary) or ())}
+    write_atomic(folder / "merges.txt", vocabulary.merges or b"")
     write_atomic(folder / "vocab.json", json.dumps(ids))
     _write_json(
         folder / "tokenizer_config.json",
@@ -125,13 +142,6 @@ def _write_tokenizer(folder: Path, merges: bytes, block_size: int) -> None:
             "unk_token": END_OF_TEXT,
         },
     )
-
-
-def _token_strings(merges: str) -> list[str]:
-    """Every token in the order of ids, in GPT-2's printable form: 256 bytes, one token per merge, end of text."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_strings = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
-    return [*byte_strings, *(line.replace(" ", "") for line in merges.split("\n")[1:-1]), END_OF_TEXT]
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -169,10 +179,7 @@ def _tokenizer(folder: Path, ours: Any) -> TokenizerRef | None:
         return TokenizerRef(str(ours["tokenizer"]["name"]), str(ours["tokenizer"]["fingerprint"]))
     except (TypeError, KeyError):
         merges = _merges(folder)
-    if merges is None:
-        return None
-    # As in vocab.bpe, whose SHA-256 is the fingerprint: writers differ in the first line only.
-    return TokenizerRef("gpt2", sha256_bytes("\n".join(["#version: 0.2", *merges, ""]).encode()))
+    return None if merges is None else gpt2_tokenizer(merges)
 
 
 def _merges(folder: Path) -> list[str] | None:
@@ -224,7 +231,5 @@ def _our_tensors(folder: Path, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         name = name.removeprefix(PREFIX)
         if not name.endswith(_BUFFERS):
             tensors[name] = (tensor.T if name.endswith(_CONV1D) else tensor).to(torch.float32)
-    head, wte = tensors.pop("lm_head.weight", None), tensors.get("wte.weight")
-    if head is not None and (wte is None or not torch.equal(head, wte)):
-        raise CheckpointError(f"{folder}: lm_head.weight differs from wte.weight, this GPT-2 has one for both.")
+    drop_equal_head(folder, tensors)
     return tensors

@@ -1,0 +1,149 @@
+"""What formats of others need. In: bytes, an open file, a vocabulary; out: numbers, tensors, a shape, token texts.
+
+Nothing here reads beyond the end of a file, or takes more memory than the file has bytes.
+"""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regpt2.base.errors import CheckpointError, ConfigError
+from regpt2.base.files import sha256_bytes
+from regpt2.model.gpt import GPTConfig
+from regpt2.model.load import TokenizerRef, Vocabulary
+
+END_OF_TEXT = "<|endoftext|>"
+MOST_LAYERS = 1000  # GPT-3 has 96; a header must not make us build millions of empty ones
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+def damaged(path: Path, why: str) -> CheckpointError:
+    """The message for a file that was not copied whole, or not by its own writer."""
+    return CheckpointError(f"{path} is damaged: {why}; copy it again.")
+
+
+def begins_with(path: Path, magic: bytes) -> bool:
+    """Is this a plain file that begins so?"""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
+
+
+class Cursor:
+    """Reads little-endian values one after the other, never beyond the end of its bytes."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def take(self, n_bytes: int) -> bytes:
+        """The next bytes.
+
+        Raises:
+            CheckpointError: there are not so many.
+        """
+        left = len(self.data) - self.at
+        if not 0 <= n_bytes <= left:
+            raise damaged(self.path, f"{n_bytes:,} bytes expected at byte {self.at:,}, {left:,} are there")
+        self.at += n_bytes
+        return self.data[self.at - n_bytes : self.at]
+
+    def value(self, code: str) -> Any:
+        """One number of the `struct` module's kind `code`: "I", "Q", "f"."""
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def varint(self) -> int:
+        """A whole number in groups of seven bits, the lowest first, as protocol buffers have it."""
+        number = 0
+        for shift in range(0, 64, 7):
+            byte = self.take(1)[0]
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+        raise damaged(self.path, f"a number without end at byte {self.at:,}")
+
+    def text(self, n_bytes: int) -> str:
+        """UTF-8."""
+        try:
+            return self.take(n_bytes).decode()
+        except UnicodeDecodeError as error:
+            raise damaged(self.path, f"text that is no UTF-8 before byte {self.at:,} ({error.reason})") from None
+
+
+def read_array(file: IO[bytes], path: Path, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The next numbers of an open file, of numpy's type `dtype`; the caller has compared the size with the file's."""
+    count = int(np.prod(shape, dtype=np.int64))
+    values = np.fromfile(file, dtype, count)
+    if len(values) < count:
+        raise damaged(path, f"it ends {count - len(values):,} numbers too early")
+    return torch.from_numpy(values).view(shape)
+
+
+def config_of(path: Path, sizes: Mapping[str, Any], dropout: float = 0.0) -> GPTConfig:
+    """The shape of a model by what a file says of it.
+
+    Raises:
+        CheckpointError: a size is missing, no whole number, or impossible.
+    """
+    for name in SIZES:
+        if type(sizes.get(name)) is not int:
+            raise CheckpointError(f"{path}: {name} = {sizes.get(name)!r:.80}, expected a whole number.")
+    if sizes["n_layer"] > MOST_LAYERS:
+        raise CheckpointError(f"{path}: n_layer = {sizes['n_layer']:,}, expected at most {MOST_LAYERS:,}.")
+    try:
+        return GPTConfig(**{name: sizes[name] for name in SIZES}, dropout=dropout)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def drop_equal_head(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Leave out a head that only repeats `wte`.
+
+    Raises:
+        CheckpointError: it differs.
+    """
+    head, wte = tensors.pop("lm_head.weight", None), tensors.get("wte.weight")
+    if head is not None and (wte is None or not torch.equal(head, wte)):
+        raise CheckpointError(f"{path}: lm_head.weight differs from wte.weight, this GPT-2 has one for both.")
+
+
+def token_texts(vocabulary: Vocabulary | None) -> list[str] | None:
+    """Every token in the order of ids, in GPT-2's printable form; None if the vocabulary is not at hand."""
+    character = _byte_characters()
+    if vocabulary is not None and vocabulary.merges is not None:
+        merged = (line.replace(" ", "") for line in merges_of(vocabulary))
+        return [*character.values(), *merged, END_OF_TEXT]
+    if vocabulary is not None and vocabulary.name == "bytes" and vocabulary.eot == 256:
+        return [*(character[byte] for byte in range(256)), END_OF_TEXT]
+    return None
+
+
+def text_bytes(text: str) -> bytes:
+    """The bytes that a token in printable form stands for."""
+    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    return bytes(byte_of[character] for character in text)
+
+
+def _byte_characters() -> dict[int, str]:
+    """For each byte one character: itself if it can be printed, else one from U+0100 on; in GPT-2's order of ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = sorted(set(range(256)) - set(printable))
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+
+
+def merges_of(vocabulary: Vocabulary) -> list[str]:
+    """The merges of a byte-pair encoding, "a b" each: the lines of `vocab.bpe` without its head."""
+    return (vocabulary.merges or b"").decode().split("\n")[1:-1]
+
+
+def gpt2_tokenizer(merges: list[str]) -> TokenizerRef:
+    """Which tokenizer these merges make: named by the SHA-256 of `vocab.bpe`, which has one line before them."""
+    return TokenizerRef("gpt2", sha256_bytes("\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")))

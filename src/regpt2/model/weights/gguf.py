@@ -1,0 +1,355 @@
+"""GGUF, the format of llama.cpp. In: a file of F32, F16, BF16 or Q8_0 weights; out: a model's files, and back.
+
+Magic, version, keys with values, the list of tensors, and from the next multiple of 32 bytes their numbers. Matrices
+are stored in the chosen type; norms, biases and positions stay F32. The tokenizer is inside.
+"""
+
+import importlib
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regpt2.base.errors import CheckpointError, UsageError
+from regpt2.base.files import atomic_file
+from regpt2.model.foreign import (
+    Cursor,
+    begins_with,
+    config_of,
+    damaged,
+    drop_equal_head,
+    gpt2_tokenizer,
+    merges_of,
+    read_array,
+    token_texts,
+)
+from regpt2.model.gpt import GPT
+from regpt2.model.load import ModelFiles, TokenizerRef, Vocabulary, tensors_of
+
+FILES: tuple[str, ...] = ()
+DTYPES = ("fp32", "fp16", "bf16", "q8_0")
+CLIENT = "llama.cpp"
+MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+MOST_HEADER_BYTES = 16 << 20  # GPT-2's, which holds its vocabulary, has 1.9 MB
+BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: one fp16 scale, 32 int8
+TENSOR_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 8, "bf16": 30}
+FILE_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 7, "bf16": 32}
+MERGES = "tokenizer.ggml.merges"
+NORMAL, CONTROL = 1, 3  # kinds of tokens
+MOST_TOKENS, A_WHOLE_TOKEN = 1 << 20, 64  # 64 is a letter or a sign in both our vocabularies
+
+# Kinds of values: numbers by their code in `struct`, text, and arrays of either.
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_U32, _I32, _F32, _BOOL, _TEXT, _ARRAY = 4, 5, 6, 7, 8, 9
+
+_NAMES = {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f", "output": "lm_head"}
+_BLOCK_NAMES = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's numbers stand: bytes from the start of the data, their type and shape."""
+
+    offset: int
+    kind: int
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        n = math.prod(self.shape)
+        return n // BLOCK * BLOCK_BYTES if self.kind == TENSOR_TYPES["q8_0"] else n * (4 if self.kind == 0 else 2)
+
+
+def matches(path: Path) -> bool:
+    """Does the file begin with the magic number?"""
+    return begins_with(path, MAGIC)
+
+
+def read(path: Path) -> ModelFiles:
+    """The model in the file, its weights as fp32.
+
+    Raises:
+        CheckpointError: it is cut short or damaged, of another architecture, or has weights of another type.
+    """
+    with open(path, "rb") as file:
+        cursor = Cursor(file.read(MOST_HEADER_BYTES), path)
+        cursor.take(len(MAGIC))
+        version, n_tensors, n_keys = cursor.value("I"), cursor.value("Q"), cursor.value("Q")
+        if version not in (2, 3):
+            raise CheckpointError(f"{path} has version {version} of GGUF, expected 2 or 3.")
+        keys = _read_keys(cursor, n_keys)
+        config = _config(path, keys)
+        places = _read_places(cursor, n_tensors)
+        alignment = keys.get("general.alignment", ALIGNMENT)
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 16:
+            raise damaged(path, f"an alignment of {alignment!r:.40}")
+        start = -(-cursor.at // alignment) * alignment
+        _check_places(path, places, path.stat().st_size - start)
+        tensors = {}
+        for name, place in places.items():
+            file.seek(start + place.offset)
+            tensors[_our_name(path, name)] = _read_tensor(file, path, place)
+    drop_equal_head(path, tensors)
+    vocab_size = tensors["wte.weight"].shape[0] if tensors.get("wte.weight", torch.empty(0)).dim() == 2 else 0
+    return ModelFiles(config_of(path, config | {"vocab_size": vocab_size}), tensors, _tokenizer(keys))
+
+
+def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
+    """Write the file.
+
+    Raises:
+        UsageError: Q8_0, and a row is not made of whole blocks.
+    """
+    config = model.config
+    if dtype == "q8_0" and config.n_embd % BLOCK:
+        raise UsageError(f"q8_0 has blocks of {BLOCK} weights, and n_embd = {config.n_embd} is no multiple of it.")
+    keys = _keys(model, vocabulary, dtype)
+    head = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors_of(model)), len(keys)), *keys]
+    places: list[tuple[Tensor, _Place]] = []
+    at = 0
+    for name, tensor in tensors_of(model).items():
+        matrix = tensor.dim() == 2 and name != "wpe.weight"
+        place = _Place(at, TENSOR_TYPES[dtype if matrix else "fp32"], tuple(tensor.shape))
+        at = _aligned(at + place.n_bytes)
+        places.append((tensor, place))
+        shape = struct.pack(f"<I{tensor.dim()}Q", tensor.dim(), *reversed(place.shape))
+        head.append(_text(_their_name(name)) + shape + struct.pack("<IQ", place.kind, place.offset))
+    with atomic_file(path) as file:
+        file.write(b"".join(head))
+        start = _aligned(file.tell())
+        for tensor, place in places:
+            file.write(bytes(start + place.offset - file.tell()))
+            file.write(_encoded(tensor.cpu(), place.kind))
+
+
+def client_logits(path: Path, ids: Tensor) -> Tensor | None:
+    """What llama.cpp computes with the file: the log probabilities of the next token. Without a tokenizer it stops."""
+    with open(path, "rb") as file:
+        has_tokenizer = b"tokenizer.ggml.tokens" in file.read(MOST_HEADER_BYTES)
+    try:
+        xllamacpp: Any = importlib.import_module("xllamacpp")
+    except ImportError:
+        return None
+    if not has_tokenizer:
+        return None
+    params = xllamacpp.CommonParams()
+    params.model.path, params.verbosity, params.warmup = str(path), -1, False
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = ids.shape[1] + 1, 1, 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    rows = []
+    for prompt in ids.tolist():
+        # It leaves out the probabilities of a token that is half a character: so it must choose one that is whole.
+        request = {"prompt": prompt, "max_tokens": 1, "logprobs": MOST_TOKENS, "logit_bias": [[A_WHOLE_TOKEN, 1e4]]}
+        (token,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+        rows.append([found["logprob"] for found in sorted(token["top_logprobs"], key=lambda found: found["id"])])
+    return torch.tensor(rows)
+
+
+def _keys(model: GPT, vocabulary: Vocabulary | None, dtype: str) -> list[bytes]:
+    """What llama.cpp must know of the model and its tokenizer, and our own name of the tokenizer."""
+    config = model.config
+    keys = [
+        _key("general.architecture", _TEXT, "gpt2"),
+        _key("general.name", _TEXT, "GPT-2"),
+        _key("general.file_type", _U32, FILE_TYPES[dtype]),
+        _key("general.alignment", _U32, ALIGNMENT),
+        _key("gpt2.context_length", _U32, config.block_size),
+        _key("gpt2.embedding_length", _U32, config.n_embd),
+        _key("gpt2.block_count", _U32, config.n_layer),
+        _key("gpt2.feed_forward_length", _U32, 4 * config.n_embd),
+        _key("gpt2.attention.head_count", _U32, config.n_head),
+        _key("gpt2.attention.layer_norm_epsilon", _F32, 1e-5),
+        _key("gpt2.vocab_size", _U32, config.vocab_size),
+    ]
+    if vocabulary is not None:
+        keys.append(_key("regpt2.tokenizer.name", _TEXT, vocabulary.name))
+        keys.append(_key("regpt2.tokenizer.fingerprint", _TEXT, vocabulary.fingerprint))
+    texts = token_texts(vocabulary)
+    if vocabulary is None or texts is None or len(texts) != config.vocab_size:
+        return [*keys, _key("tokenizer.ggml.model", _TEXT, "none")]
+    end = len(texts) - 1
+    return [
+        *keys,
+        _key("tokenizer.ggml.model", _TEXT, "gpt2"),
+        _key("tokenizer.ggml.pre", _TEXT, "gpt-2"),
+        _array("tokenizer.ggml.tokens", _TEXT, texts),
+        _array("tokenizer.ggml.token_type", _I32, [NORMAL] * end + [CONTROL]),
+        _array(MERGES, _TEXT, merges_of(vocabulary)),
+        _key("tokenizer.ggml.bos_token_id", _U32, end),
+        _key("tokenizer.ggml.eos_token_id", _U32, end),
+        _key("tokenizer.ggml.unknown_token_id", _U32, end),
+        _key("tokenizer.ggml.add_bos_token", _BOOL, False),
+    ]
+
+
+def _key(name: str, kind: int, value: Any) -> bytes:
+    return _text(name) + struct.pack("<I", kind) + _value(kind, value)
+
+
+def _array(name: str, kind: int, values: list[Any]) -> bytes:
+    head = _text(name) + struct.pack("<IIQ", _ARRAY, kind, len(values))
+    return head + b"".join(_value(kind, value) for value in values)
+
+
+def _value(kind: int, value: Any) -> bytes:
+    return _text(value) if kind == _TEXT else struct.pack("<" + _NUMBERS[kind], value)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _encoded(tensor: Tensor, kind: int) -> bytes:
+    """The numbers of a tensor in a type of GGUF."""
+    if kind == TENSOR_TYPES["q8_0"]:
+        return _quantized(tensor)
+    dtype = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}[kind]
+    return tensor.to(dtype).view(torch.uint8).numpy().tobytes()
+
+
+def _quantized(tensor: Tensor) -> bytes:
+    """Q8_0: of each 32 weights the largest becomes 127 steps, and each weight the nearest whole number of them."""
+    blocks = tensor.reshape(-1, BLOCK).numpy()
+    step = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore"):
+        scaled = blocks * np.where(step == 0, np.float32(0), np.float32(1) / step)
+    whole = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype("<i1")  # halves go away from zero
+    return np.concatenate([step.astype("<f2").view("<i1"), whole], axis=1).tobytes()
+
+
+def _read_tensor(file: IO[bytes], path: Path, place: _Place) -> Tensor:
+    if place.kind == TENSOR_TYPES["q8_0"]:
+        blocks = read_array(file, path, "|u1", (place.n_bytes // BLOCK_BYTES, BLOCK_BYTES))
+        step = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
+        return (step * blocks[:, 2:].contiguous().view(torch.int8)).view(place.shape)
+    if place.kind == TENSOR_TYPES["bf16"]:
+        return read_array(file, path, "<i2", place.shape).view(torch.bfloat16).to(torch.float32)
+    return read_array(file, path, "<f4" if place.kind == 0 else "<f2", place.shape).to(torch.float32)
+
+
+def _read_keys(cursor: Cursor, n_keys: int) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for _ in range(n_keys):  # each takes bytes, so that the header's end ends this
+        name = cursor.text(cursor.value("Q"))
+        if name in keys:
+            raise damaged(cursor.path, f"the key {name!r:.80} twice")
+        kind = cursor.value("I")
+        keys[name] = _read_list(cursor, keep=name == MERGES) if kind == _ARRAY else _read_value(cursor, kind)
+    return keys
+
+
+def _read_list(cursor: Cursor, keep: bool) -> list[str] | None:
+    """A list of texts, if it is to be kept; else only where it ends is found."""
+    kind, n = cursor.value("I"), cursor.value("Q")
+    if kind in _NUMBERS:
+        cursor.take(n * struct.calcsize("<" + _NUMBERS[kind]))
+        return None
+    texts = []
+    for _ in range(n):  # each takes bytes
+        text = _read_value(cursor, kind)
+        if keep:
+            texts.append(text)
+    return texts if keep else None
+
+
+def _read_value(cursor: Cursor, kind: int) -> Any:
+    if kind == _TEXT:
+        return cursor.text(cursor.value("Q"))
+    if kind not in _NUMBERS:
+        raise damaged(cursor.path, f"a value of kind {kind} before byte {cursor.at:,}")
+    return cursor.value(_NUMBERS[kind])
+
+
+def _read_places(cursor: Cursor, n_tensors: int) -> dict[str, _Place]:
+    places: dict[str, _Place] = {}
+    for _ in range(n_tensors):
+        name = cursor.text(cursor.value("Q"))
+        if name in places:
+            raise damaged(cursor.path, f"the tensor {name!r:.80} twice")
+        n_dims = cursor.value("I")
+        if n_dims > 4:
+            raise damaged(cursor.path, f"{n_dims} dimensions of {name!r:.80}")
+        shape = tuple(reversed([cursor.value("Q") for _ in range(n_dims)]))
+        kind, offset = cursor.value("I"), cursor.value("Q")
+        if kind not in TENSOR_TYPES.values():
+            raise CheckpointError(
+                f"{cursor.path}: tensor {name:.80} is of type {kind}, expected F32 (0), F16 (1), Q8_0 (8) or BF16 (30)."
+            )
+        if 0 in shape:
+            raise damaged(cursor.path, f"the tensor {name!r:.80} is empty")
+        if kind == TENSOR_TYPES["q8_0"] and (not shape or shape[-1] % BLOCK):
+            raise damaged(cursor.path, f"the Q8_0 tensor {name!r:.80} has no whole blocks")
+        places[name] = _Place(offset, kind, shape)
+    return places
+
+
+def _check_places(path: Path, places: dict[str, _Place], n_bytes: int) -> None:
+    """Refuse tensors beyond the file's end, and more of them than it has bytes."""
+    for name, place in places.items():
+        if place.offset + place.n_bytes > n_bytes:
+            raise damaged(
+                path, f"the tensor {name!r:.80} ends {place.offset + place.n_bytes - n_bytes:,} bytes too late"
+            )
+    if sum(place.n_bytes for place in places.values()) > n_bytes:
+        raise damaged(path, "its tensors overlap")
+
+
+def _config(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of the model but its vocabulary's, if it is a GPT-2."""
+    if keys.get("general.architecture") != "gpt2":
+        raise CheckpointError(f"{path} holds a {keys.get('general.architecture')!r:.80}, expected a 'gpt2'.")
+    epsilon = keys.get("gpt2.attention.layer_norm_epsilon")
+    if not isinstance(epsilon, float) or not math.isclose(epsilon, 1e-5, rel_tol=1e-6):
+        raise CheckpointError(f"{path}: layer_norm_epsilon = {epsilon!r:.40}, expected 1e-05.")
+    names = {
+        "n_layer": "block_count",
+        "n_head": "attention.head_count",
+        "n_embd": "embedding_length",
+        "block_size": "context_length",
+    }
+    return {ours: keys.get(f"gpt2.{theirs}") for ours, theirs in names.items()}
+
+
+def _tokenizer(keys: dict[str, Any]) -> TokenizerRef | None:
+    """By our own note, else by the merges."""
+    name, fingerprint = keys.get("regpt2.tokenizer.name"), keys.get("regpt2.tokenizer.fingerprint")
+    if isinstance(name, str) and isinstance(fingerprint, str):
+        return TokenizerRef(name, fingerprint)
+    return gpt2_tokenizer(keys[MERGES]) if keys.get(MERGES) else None
+
+
+def _our_name(path: Path, name: str) -> str:
+    """`blk.3.attn_qkv.weight` -> `h.3.attn.c_attn.weight`."""
+    *block, part, kind = name.split(".") if "." in name else ["", ""]
+    names = _BLOCK_NAMES if len(block) == 2 and block[0] == "blk" else _NAMES
+    if part not in names or kind not in ("weight", "bias") or (block and names is _NAMES):
+        raise CheckpointError(f"{path}: tensor {name!r:.80} belongs to no GPT-2.")
+    return ".".join([*(("h", block[1]) if block else ()), names[part], kind])
+
+
+def _their_name(name: str) -> str:
+    """`h.3.attn.c_attn.weight` -> `blk.3.attn_qkv.weight`."""
+    theirs = {ours: part for part, ours in (_NAMES | _BLOCK_NAMES).items()}
+    part, _, kind = name.rpartition(".")
+    if not part.startswith("h."):
+        return f"{theirs[part]}.{kind}"
+    _, layer, part = part.split(".", 2)
+    return f"blk.{layer}.{theirs[part]}.{kind}"

@@ -1,0 +1,47 @@
+"""One safetensors file. In: the file; out: a model's files, and back.
+
+Tensors have GPT's own names and orientation, and the metadata holds what a native folder has in `config.json`.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from regpt2.base.files import write_atomic
+from regpt2.model.description import FORMAT, describe, parse
+from regpt2.model.gpt import GPT
+from regpt2.model.load import (
+    TORCH_DTYPES,
+    ModelFiles,
+    Vocabulary,
+    parse_json,
+    peek_metadata,
+    read_tensors,
+    tensors_of,
+)
+
+FILES: tuple[str, ...] = ()
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def matches(path: Path) -> bool:
+    """Does the file's metadata describe a model?"""
+    return peek_metadata(path, FORMAT) is not None
+
+
+def read(path: Path) -> ModelFiles:
+    """The model in the file, 16-bit weights as fp32.
+
+    Raises:
+        CheckpointError: it is damaged, or from a later version of the format.
+    """
+    tensors = {name: tensor.to(torch.float32) for name, tensor in read_tensors(path).items()}
+    config, tokenizer = parse(path, parse_json(path, peek_metadata(path, FORMAT) or ""))
+    return ModelFiles(config, tensors, tokenizer)
+
+
+def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
+    """Write the file."""
+    tensors = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in tensors_of(model).items()}
+    write_atomic(path, save(tensors, metadata={"format": "pt", FORMAT: describe(model.config, vocabulary)}))

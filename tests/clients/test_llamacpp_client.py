@@ -1,0 +1,117 @@
+"""What we write as GGUF, in the hands of llama.cpp and of its own Python reader."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from regpt2.base.errors import CheckpointError
+from regpt2.convert import ConvertOptions, convert
+from regpt2.data.tokenizer import find_vocab, load_tokenizer
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.load import Vocabulary, load_model, tensors_of
+from regpt2.model.weights import gguf as our_gguf
+from regpt2.model.weights import native
+
+pytestmark = pytest.mark.clients
+TEXT = "Hello, I'm a language model — naïve 日本語 🙂\n\n  12345"
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+
+
+def vocabulary(name: str) -> Vocabulary:
+    tokenizer = load_tokenizer(name)
+    merges = find_vocab().read_bytes() if name == "gpt2" else None
+    return Vocabulary(name, tokenizer.fingerprint, tokenizer.eot, merges)
+
+
+@torch.no_grad()
+def random_model(vocab_size: int) -> GPT:
+    """Every tensor is another."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=vocab_size))
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        p.normal_(mean=1.0 if "ln" in name and name.endswith("weight") else 0.0, std=0.15, generator=generator)
+    model.wte.weight[vocab_size:] = 0.0
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_reader_of_the_gguf_package_finds_the_same_numbers(tmp_path: Path, dtype: str) -> None:
+    """And its quantizer writes the same bytes."""
+    gguf: Any = pytest.importorskip("gguf")
+    model, kind = random_model(257), gguf.GGMLQuantizationType[TYPES[dtype]]
+    our_gguf.write(model, tmp_path / "a.gguf", vocabulary("bytes"), dtype)
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    for name, p in tensors_of(model).items():
+        tensor = found.pop(names.get_name(f"transformer.{name}", (".weight", ".bias")))
+        matrix = p.dim() == 2 and name != "wpe.weight"
+        expected = gguf.quants.quantize(p.numpy(), kind) if matrix else p.numpy()
+        assert tensor.tensor_type == (kind if matrix else gguf.GGMLQuantizationType.F32)
+        assert tensor.data.tobytes() == expected.tobytes(), name
+    assert not found
+    assert reader.get_field("general.architecture").contents() == "gpt2"
+
+
+def test_we_read_what_the_gguf_package_writes(tmp_path: Path) -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    model = random_model(257)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gpt2")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_token_list(["a"] * 257)
+    writer.add_token_types([1] * 257)
+    for name, p in tensors_of(model).items():
+        writer.add_tensor(names.get_name(f"transformer.{name}", (".weight", ".bias")), p.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert all(map(torch.equal, model.parameters(), load_model(tmp_path / "a.gguf").model.parameters()))
+
+
+def served(path: Path) -> Any:
+    xllamacpp: Any = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity, params.warmup = str(path), 64, 1, -1, False
+    return xllamacpp.Server(params)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gpt2", "fp32"), ("gpt2", "q8_0"), ("bytes", "bf16"), ("bytes", "fp16")])
+def test_convert_asks_llamacpp(tmp_path: Path, name: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "a").mkdir()
+    native.write(random_model(load_tokenizer(name).vocab_size), tmp_path / "a", vocabulary(name))
+    convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "a.gguf", to="gguf", dtype=dtype))
+    assert "llama.cpp computes the same log probabilities within" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_llamacpp_makes_our_ids_of_a_text(tmp_path: Path, name: str) -> None:
+    """It has no call for ids alone: it counts them, and text and ids give the same next token."""
+    tokenizer = load_tokenizer(name)
+    our_gguf.write(random_model(tokenizer.vocab_size), tmp_path / "a.gguf", vocabulary(name))
+    server = served(tmp_path / "a.gguf")
+    text = TEXT[:40]
+    asked: dict[str, Any] = {"max_tokens": 1, "logprobs": 5, "cache_prompt": False, "logit_bias": [[64, 1e4]]}
+    by_text, by_ids = (server.handle_completions({"prompt": p} | asked) for p in (text, tokenizer.encode(text)))
+    assert by_text["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
+    assert by_text["choices"][0]["logprobs"]["content"] == by_ids["choices"][0]["logprobs"]["content"]
+
+
+def test_a_file_that_only_llamacpp_finds_wrong_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: reader and writer share a mistake, norms in each other's place, so that reading back shows nothing."""
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "a").mkdir()
+    native.write(random_model(257), tmp_path / "a", vocabulary("bytes"))
+    names = our_gguf._BLOCK_NAMES | {"attn_norm": "ln_2", "ffn_norm": "ln_1"}
+    monkeypatch.setattr(our_gguf, "_BLOCK_NAMES", names)
+    with pytest.raises(CheckpointError, match=r"llama\.cpp computes log probabilities that differ by"):
+        convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "a.gguf", to="gguf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

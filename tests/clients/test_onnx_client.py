@@ -1,0 +1,37 @@
+"""What we write as ONNX, in the hands of onnxruntime."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from regpt2.convert import ConvertOptions, convert
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.weights import native, onnx
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=300, vocab_size=257)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_onnxruntime_computes_our_logits_for_every_batch_and_length(
+    tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weights in the file, and beside it as for a large model. Lengths on both sides of attention's block."""
+    pytest.importorskip("onnx")
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = GPT(CONFIG).eval()
+    (tmp_path / "a").mkdir()
+    native.write(model, tmp_path / "a", None)
+    if beside:
+        monkeypatch.setattr(onnx, "MOST_BYTES", 0)
+    convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "b", to="onnx"))
+    assert (tmp_path / "b" / "model.onnx.data").exists() == beside
+    session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx")
+    for shape in ((1, 1), (1, 300), (5, 17), (2, 256)):
+        ids = torch.randint(257, shape, generator=torch.Generator().manual_seed(2))
+        (logits,) = session.run(None, {"ids": ids.numpy()})
+        with torch.no_grad():
+            assert (torch.from_numpy(logits) - model(ids)).abs().max() < 1e-5  # sums in another order
