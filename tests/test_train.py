@@ -64,6 +64,7 @@ def test_a_run_leaves_what_it_should(straight: Path) -> None:
         "metrics.jsonl",
         "checkpoints",
         "report.html",
+        "report.md",
         "report.png",
     }
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (4, 8, 12)]

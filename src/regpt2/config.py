@@ -17,6 +17,7 @@ from regpt2.base.errors import ConfigError, UsageError, did_you_mean
 from regpt2.base.files import read_small
 from regpt2.data.loader import BatchConfig
 from regpt2.model.gpt import GPTConfig
+from regpt2.references.curves import names as curve_names
 from regpt2.training.guard import GuardConfig
 from regpt2.training.optimizer import OptimConfig
 from regpt2.training.parallel import ParallelConfig
@@ -34,10 +35,24 @@ class EvalConfig:
     """Entries of the shelf evals/."""
     val_tokens: int = 10_485_760
     """Tokens of the validation split that are scored: the same ones every time, for any number of ranks."""
+    files: tuple[str, ...] = ()
+    """Data of evaluations given by hand, each as NAME=PATH; the rest is looked for in the cache, then downloaded."""
+    limit: int = 0
+    """Only the first so many examples of each evaluation; 0 = all. For trying things out: it changes the figures."""
+
+    verdict: str = "auto"
+    """The reference curve that each validation loss is held against: auto = the one for this model and data, if there
+    is one; off; or a curve's name."""
 
     def __post_init__(self) -> None:
         if self.val_tokens < 1:
             raise ConfigError(f"evals.val_tokens = {self.val_tokens} must be at least 1.")
+        if self.limit < 0:
+            raise ConfigError(f"evals.limit = {self.limit} must be at least 0 (0 = all examples).")
+        if self.verdict not in (choices := ["auto", "off", *curve_names()]):
+            raise ConfigError(
+                f"evals.verdict = {self.verdict!r}{did_you_mean(self.verdict, choices)} There is: {', '.join(choices)}."
+            )
         for name in self.names:
             if name not in plugins.entries("evals"):
                 plugins.load("evals", name)  # raises, with the names that there are
@@ -88,6 +103,8 @@ class RunConfig:
     """Updates between checkpoints, and after the last and on Ctrl-C or SIGTERM; 0 = never, not even then."""
     keep_checkpoints: int = 3
     """The newest so many are kept; 0 = all."""
+    track: tuple[str, ...] = ()
+    """Where the record also goes: tensorboard, wandb."""
     verify_data: bool = True
     """Check the SHA-256 of every shard before the first update."""
     device: str = "auto"

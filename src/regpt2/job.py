@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from regpt2 import __version__
+from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, count, say, warn
 from regpt2.base.device import Compute, be_deterministic, can_compile, choose_compute, device_name, peak_flops
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.metrics import MetricsLog
 from regpt2.base.signals import StopSignals
+from regpt2.base.sinks import open_sinks
 from regpt2.base.watchdog import Watchdog
 from regpt2.base.world import World
 from regpt2.config import RunConfig, differences, read_toml, to_toml
@@ -31,6 +33,8 @@ from regpt2.data.tokenizer import Tokenizer, load_tokenizer
 from regpt2.model.gpt import GPT
 from regpt2.model.load import TokenizerRef
 from regpt2.model.weights import native
+from regpt2.references.verdict import Verdict
+from regpt2.scoring.assets import files_by_name, find
 from regpt2.training import checkpoint
 from regpt2.training.guard import Guard
 from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
@@ -42,7 +46,7 @@ from regpt2.training.step import LossScale
 _DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
 _MAY_CHANGE_SILENTLY = (
     "run", "data", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints", "verify_data",
-    "sample.", "parallel.check_every", "parallel.timeout_s",
+    "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
 
 
@@ -76,8 +80,12 @@ class Job:
     """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
     saved_at: int | None = None
     """The step of the newest checkpoint."""
+    without_data: dict[str, str] = field(default_factory=dict)
+    """Evaluations whose data could not be had, and why: they are left out."""
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """The newest figures of each evaluation."""
+    verdict: Verdict | None = None
+    """Where the newest validation loss stands beside its reference; rank 0 alone has it."""
 
     @property
     def tokenizer_ref(self) -> TokenizerRef:
@@ -107,8 +115,10 @@ def build(config: RunConfig, world: World, tokens: TokenStream, watchdog: Watchd
         tokenizer = _matching_tokenizer(config, tokens)
         loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
         config.parallel.check(world.size, loader.grad_accum_steps)
-        if config.eval_every:
+        if config.eval_every and "val_loss" in config.evals.names:
             _check_evals(data)
+        files = files_by_name(config.evals.files, plugins.entries("evals"))
+        sinks = open_sinks(config.track, run)
         if config.verify_data:
             _verify_data(data, tokens.n_tokens, world, watchdog)
         model = GPT(config.model, seed=config.seed).to(world.device)
@@ -129,12 +139,25 @@ def build(config: RunConfig, world: World, tokens: TokenStream, watchdog: Watchd
         optimizer=build_optimizer(model, config.optim),
         guard=Guard(config.guard),
         scale=LossScale(factor=2.0**16) if compute.needs_scaler else None,
-        metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None),
+        metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None, sinks),
         saver=checkpoint.Saver(run / "checkpoints", config.keep_checkpoints),
         watchdog=watchdog,
         stop=stop,
         peak_flops=peak_flops(world.device, compute.precision),
+        without_data=_fetch_assets(config.evals.names if config.eval_every else (), files, world),
     )
+
+
+def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) -> dict[str, str]:
+    """Bring what evaluations need to every machine, before the first step; what cannot be had, and why."""
+    missing: dict[str, str] = {}
+    for name in names if world.local_rank == 0 else ():
+        try:
+            for asset in plugins.load("evals", name).ASSETS:
+                find(asset, name, files)
+        except (Problem, OSError) as error:
+            missing[name] = str(error)
+    return {name: why for found in world.everyones(missing) for name, why in found.items()}
 
 
 def _check_folder(config: RunConfig, run: Path) -> None:
@@ -274,6 +297,7 @@ def open_records(job: Job, first: int) -> None:
         "n_params": job.model.n_params(),
         "tokenizer": job.tokenizer.name,
         "tokenizer_fingerprint": job.tokenizer.fingerprint,
+        "dataset": job.tokens.dataset,
         "data_fingerprint": job.tokens.fingerprint,
         "train_tokens": job.tokens.n_tokens,
         "val_tokens": config.evals.val_tokens,
@@ -282,9 +306,10 @@ def open_records(job: Job, first: int) -> None:
         "baselines": job.baselines,
     }
     job.metrics.log("run", first, **event)
-    if job.tokens.note:
-        job.metrics.log("note", first, text=job.tokens.note)
-        warn(job.tokens.note)
+    notes = [f"evaluation {name} is left out: {why}" for name, why in job.without_data.items()]
+    for text in [job.tokens.note, *notes] if job.tokens.note else notes:
+        job.metrics.log("note", first, text=text)
+        warn(text)
     say(
         f"{job.run}: {count(job.model.n_params())} parameters, {event['device']}, {job.compute.precision}, "
         f"{world.size} rank(s) x {job.loader.grad_accum_steps} micro-steps x {config.batch.micro_batch} x "

@@ -10,12 +10,15 @@ import torch
 
 from regpt2.base import plugins
 from regpt2.base.console import say, warn
+from regpt2.base.metrics import read_events
 from regpt2.base.signals import Stopped
 from regpt2.config import RunConfig
 from regpt2.evals import EvalContext
 from regpt2.job import Job, save
 from regpt2.model.generate import generate
 from regpt2.model.gpt import GPT
+from regpt2.references.verdict import of_record
+from regpt2.scoring.assets import files_by_name
 from regpt2.training.parallel import in_compute_type, whole_model
 
 
@@ -49,7 +52,7 @@ def observe(job: Job, step: int, *, done: Sequence[str] = ()) -> None:
     config = job.config
     if step and due(step, config.save_every, config.max_steps):
         save(job, step)  # first: nothing optional comes before the model is safe
-    names = [name for name in evals_due(config, step) if name not in done]
+    names = [name for name in evals_due(config, step) if name not in done and name not in job.without_data]
     sampling = sample_due(config, step) and "sample" not in done
     if not (names or sampling):
         return
@@ -79,6 +82,10 @@ def evaluate(job: Job, model: GPT, step: int, name: str) -> None:
         batch=config.batch.micro_batch,
         val_tokens=config.evals.val_tokens,
         on_batch=on_batch,
+        tokenizer=job.tokenizer,
+        files=files_by_name(config.evals.files, plugins.entries("evals")),
+        limit=config.evals.limit,
+        brief=True,
     )
     try:
         figures = plugins.load("evals", name).evaluate(context)
@@ -90,6 +97,25 @@ def evaluate(job: Job, model: GPT, step: int, name: str) -> None:
     if job.world.is_main:
         shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if value is not None)
         say(f"step {step:>6,} | {name}: {shown}")
+        if name == "val_loss":
+            judge(job, step)
+
+
+def judge(job: Job, step: int) -> None:
+    """Where the run stands now, by its record: so a resumed run knows what came before. Its end is said at the end."""
+    if job.metrics.path is None:
+        return
+    try:
+        verdict = of_record(read_events(job.metrics.path), job.config.evals.verdict)
+    except Exception as error:  # as with evaluations: none may cost the run
+        note(job, step, f"no verdict at step {step} ({type(error).__name__}: {error}); training goes on")
+        return
+    job.verdict = verdict
+    if verdict is None or not verdict.worth_saying:
+        return
+    job.metrics.log("verdict", step, **verdict.event())
+    if not verdict.finished:
+        say(f"step {step:>6,} | verdict: {verdict.line()}")
 
 
 def sample(job: Job, model: GPT, step: int) -> None:

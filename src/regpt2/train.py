@@ -174,6 +174,10 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
         if bits is not None:
             others = "".join(f"; {name} {value:.3f}" for name, value in job.baselines.items())
             say(f"bits per byte on the validation split: this model {bits:.3f}{others}")
+        if job.verdict is not None and job.verdict.finished:
+            say(f"verdict: {job.verdict.line()}")
+            for check in job.verdict.checks[1:]:
+                say(f"  then: {check}")
         report(job, step)
         if stop_signal and failure is None:
             saved = (

@@ -1,0 +1,124 @@
+"""What a run says of itself. In: the events of its record, of any age; out: `Facts`, each of which may be unknown."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Event = dict[str, Any]
+Column = NDArray[np.float64]
+
+# Longest first: "fineweb" is a part of the other's names ("edu_fineweb10B", "finewebedu", "fineweb-edu").
+_DATASETS = {"fineweb_edu": r"fineweb.?edu|edu.?fineweb", "fineweb": "fineweb", "openwebtext": r"openwebtext|\bowt"}
+
+
+def _nothing() -> Column:
+    return np.empty(0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Facts:
+    """None, or an empty column, is what nobody knows."""
+
+    dataset: str | None = None
+    """As scores.toml and the curves call it."""
+    n_params: float | None = None
+    vocab_size: float | None = None
+    tokenizer: str | None = None
+    batch_tokens: float | None = None
+    max_steps: float | None = None
+    lr: float | None = None
+    warmup_steps: float | None = None
+    final_lr_fraction: float | None = None
+    schedule: str | None = None
+    weight_decay: float | None = None
+    order: str | None = None
+    precision: str | None = None
+    gzip_bits: float | None = None
+    """Bits per byte of gzip on the validation split."""
+    skipped: int = 0
+    """Updates that were not made."""
+    train_steps: Column = field(default_factory=_nothing)
+    train_losses: Column = field(default_factory=_nothing)
+    eval_steps: Column = field(default_factory=_nothing)
+    eval_losses: Column = field(default_factory=_nothing)
+    eval_bits: Column = field(default_factory=_nothing)
+
+
+def facts_of(events: Iterable[Event]) -> Facts:
+    """Everything that bears on a verdict. A record is not trusted: what is no finite number is unknown."""
+    start: Event = {}
+    train: dict[float, tuple[float, ...]] = {}
+    evals: dict[float, tuple[float, ...]] = {}
+    skipped = 0
+    for event in events:
+        kind, step, loss = event.get("event"), number(event.get("step")), number(event.get("loss"))
+        if kind == "run":
+            start = {**start, **event}
+        elif kind == "train" and step >= 0:
+            skipped += event.get("skipped") is True
+            train[step] = (step, loss)
+        elif kind == "eval" and event.get("eval") == "val_loss" and step >= 0 and math.isfinite(loss):
+            evals[step] = (step, loss, number(event.get("bits_per_byte")))
+    trained = np.array([train[step] for step in sorted(train)]).reshape(-1, 2).T
+    evaluated = np.array([evals[step] for step in sorted(evals)]).reshape(-1, 3).T
+    return Facts(
+        **_of_the_start(start),
+        skipped=skipped,
+        train_steps=trained[0],
+        train_losses=trained[1],
+        eval_steps=evaluated[0],
+        eval_losses=evaluated[1],
+        eval_bits=evaluated[2],
+    )
+
+
+def _of_the_start(start: Event) -> dict[str, Any]:
+    """What the `run` event says."""
+    config = _table(start, "config")
+    model, batch, optim, schedule = (_table(config, name) for name in ("model", "batch", "optim", "schedule"))
+    return {
+        "dataset": dataset_of(f"{start.get('dataset')} {config.get('data')}"),
+        "n_params": known(start.get("n_params")),
+        "vocab_size": known(model.get("vocab_size")),
+        "tokenizer": _text(start.get("tokenizer")),
+        "batch_tokens": known(start.get("batch_tokens")),
+        "max_steps": known(start.get("max_steps")),
+        "lr": known(optim.get("lr")),
+        "warmup_steps": known(schedule.get("warmup_steps")),
+        "final_lr_fraction": known(schedule.get("min_lr_fraction")),
+        "schedule": _text(schedule.get("kind")),
+        "weight_decay": known(optim.get("weight_decay")),
+        "order": "one batch" if batch.get("one_batch") is True else _text(batch.get("order")),
+        "precision": _text(start.get("precision")),
+        "gzip_bits": known(_table(start, "baselines").get("gzip")),
+    }
+
+
+def dataset_of(text: str) -> str | None:
+    """The data set that a name or a path speaks of, as the references call it."""
+    return next((name for name, pattern in _DATASETS.items() if re.search(pattern, text.lower())), None)
+
+
+def number(value: object) -> float:
+    """A recorded value as a float; NaN for what is none, or too large for any of these."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    return float(value) if usable else math.nan  # type: ignore[arg-type]
+
+
+def known(value: object) -> float | None:
+    """The same, or None."""
+    return None if math.isnan(number(value)) else number(value)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _table(of: Event, key: str) -> Event:
+    value = of.get(key)
+    return value if isinstance(value, dict) else {}
