@@ -1,53 +1,112 @@
-"""A run on one page. In: its folder with `metrics.jsonl`; out: `report.html`, which opens offline, and `report.png`.
+"""Runs on one page. In: their folders with `metrics.jsonl`; out: `report.html`, which opens offline, a PNG, Markdown.
 
 regpt2 report runs/demo
-regpt2 report runs/demo --out demo.html        also writes demo.png
+regpt2 report runs/demo --results results.json          with what regpt2 evaluate measured
+regpt2 report runs/a runs/b --out compared.html         side by side; also writes compared.png and compared.md
 """
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from regpt2.base.console import say
-from regpt2.base.errors import UsageError
-from regpt2.base.files import write_atomic
-from regpt2.pages.curves import picture
-from regpt2.pages.page import headline, page, summary
-from regpt2.pages.record import read_record
+from regpt2.base.errors import DataError, UsageError
+from regpt2.base.files import read_small, write_atomic
+from regpt2.base.metrics import read_events
+from regpt2.pages.drawing import picture
+from regpt2.pages.markdown import markdown
+from regpt2.pages.page import page, subtitle, title
+from regpt2.pages.panels import MOST_RUNS, panels
+from regpt2.pages.record import Record, read_record
+from regpt2.pages.results import headline
+from regpt2.references.verdict import of_record
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Make the report of a run: a page that opens offline, and a picture for a README."""
+    """Make the report of a run, or of several side by side: a page that opens offline, a picture, and Markdown."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder, as `regpt2 train` wrote it."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """The runs' folders, as `regpt2 train` wrote them."""
     out: Path | None = None
-    """The page to write; the picture gets the same name with .png. By default report.html in the run's folder."""
+    """The page to write; beside it come .png and .md. By default report.html in the folder of the only run."""
+    results: Path | None = None
+    """The file that `regpt2 evaluate --out` wrote of the only run's model: its figures join those of the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb `regpt2 report`."""
     options = tyro.cli(ReportOptions, prog="regpt2 report", args=argv)
-    path = write_report(options.run, options.out)
-    say(f"{path} and {path.with_suffix('.png').name} are written.")
+    path = write_report(options.runs, options.out, options.results)
+    say(f"{path}, {path.with_suffix('.png').name} and {path.with_suffix('.md').name} are written.")
     return 0
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page and, beside it, the picture; returns the page's path. The same record gives the same bytes.
+def write_report(runs: Path | Sequence[Path], out: Path | None = None, results: Path | None = None) -> Path:
+    """Write the page and, beside it, picture and Markdown; returns the page's path. Same records, same bytes.
 
     Raises:
-        UsageError: `run` is not the folder of a run, or `out` is not a page's name.
-        DataError: the record is damaged.
+        UsageError: one is not the folder of a run, there are too many, or `out` is not a page's name.
+        DataError: a record or the results are damaged.
     """
-    path = run / "report.html" if out is None else out
-    if path.suffix != ".html" or path.is_dir():
-        raise UsageError(f"--out = {path} must be a file that ends in .html; the picture goes beside it as .png.")
-    record = read_record(run)
-    write_atomic(path.with_suffix(".png"), picture(record, f"{record.recipe}: {headline(record)}", summary(record)))
-    write_atomic(path, page(record))
+    runs = [runs] if isinstance(runs, Path) else list(runs)
+    path = _out(runs, out)
+    records = _named([_judged(read_record(run), run) for run in runs], runs)
+    if results is not None:
+        if len(records) > 1:
+            raise UsageError("--results belongs to one run; give only that run.")
+        records = [_with_results(records[0], results)]
+    said = f"{title(records)}: {headline(records[0]) if len(records) == 1 else 'side by side'}"
+    image = path.with_suffix(".png")
+    write_atomic(image, picture(panels(records), said, subtitle(records)))
+    write_atomic(path.with_suffix(".md"), markdown(records, image.name))
+    write_atomic(path, page(records))
     return path
+
+
+def _out(runs: Sequence[Path], out: Path | None) -> Path:
+    if not 1 <= len(runs) <= MOST_RUNS:
+        raise UsageError(f"{len(runs)} runs were given; a report shows 1 to {MOST_RUNS} of them, told apart by color.")
+    if out is None and len(runs) > 1:
+        raise UsageError("a report of several runs needs a name: --out compared.html.")
+    path = runs[0] / "report.html" if out is None else out
+    if path.suffix != ".html" or path.is_dir():
+        raise UsageError(f"--out = {path} must be a file that ends in .html; .png and .md go beside it.")
+    return path
+
+
+def _judged(record: Record, run: Path) -> Record:
+    """The record with a verdict, also where none was given while it was made."""
+    if record.verdicts:
+        return record
+    verdict = of_record(read_events(run / "metrics.jsonl"))
+    if verdict is None:
+        return record
+    return replace(record, verdicts=[{**verdict.event(), "step": record.validations[-1].get("step")}])
+
+
+def _named(records: list[Record], runs: Sequence[Path]) -> list[Record]:
+    """Runs whose folders have one name are called by their paths."""
+    times = Counter(record.name for record in records)
+    return [
+        record if times[record.name] == 1 else replace(record, name=str(run))
+        for record, run in zip(records, runs, strict=True)
+    ]
+
+
+def _with_results(record: Record, path: Path) -> Record:
+    """The record, with the figures of `regpt2 evaluate` beside its own."""
+    try:
+        told = json.loads(read_small(path, DataError))
+        events = [{**figures, "eval": name} for name, figures in told["results"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} holds no results of evaluations ({type(error).__name__}: {error}); "
+            "give the file that `regpt2 evaluate MODEL --out FILE.json` wrote."
+        ) from None
+    return replace(record, measured=events)

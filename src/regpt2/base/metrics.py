@@ -5,6 +5,7 @@ Every event has `event` and `step` (updates made so far). The kinds:
   train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far), skipped, data (a digest of the
               tokens of this update in their order: the same for any number of ranks)
   eval        eval (its name) and its figures
+  verdict     where a validation loss stands beside a reference curve: state, difference, band, checks, text, ...
   sample      prompt, texts
   note        text: what a reader of the record should know (a skipped step, a failed evaluation, a fallback)
   end         reason, elapsed_s, peak_bytes
@@ -14,20 +15,22 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from regpt2.base.console import safe_json, warn
 from regpt2.base.errors import DataError
 from regpt2.base.files import SMALL_BYTES, describe_os_error, write_atomic
+from regpt2.base.sinks import Sink
 
 
 class MetricsLog:
-    """Appends events to a file. Only rank 0 has one that writes; with `path=None` nothing is kept."""
+    """Appends events to a file, and hands them to `sinks`. Only rank 0 has one that writes; others have no path."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, sinks: Iterable[Sink] = ()) -> None:
         self.path = path
+        self._sinks = list(sinks)
         self._warned = False
 
     def cut_back(self, step: int) -> None:
@@ -57,7 +60,14 @@ class MetricsLog:
         """Append one event. A log that cannot be written never stops training: it is said once."""
         if self.path is None:
             return
-        line = _line({"event": event, "step": step, **values}).encode()
+        told = {"event": event, "step": step, **values}
+        self._append(_line(told).encode())
+        for sink in list(self._sinks):
+            self._hand(sink, told)
+
+    def _append(self, line: bytes) -> None:
+        if self.path is None:
+            return
         try:
             with open(self.path, "ab", buffering=0) as file:
                 size = file.tell()
@@ -68,6 +78,17 @@ class MetricsLog:
             if not self._warned:
                 warn(f"the record is not being written: {describe_os_error(error)} Training goes on.")
             self._warned = True
+
+    def _hand(self, sink: Sink, event: dict[str, Any]) -> None:
+        """One event to a sink, and the last one closes it. One that fails is said once and gets no more."""
+        try:
+            sink.write(event)
+            if event["event"] == "end":
+                sink.close()
+                self._sinks.remove(sink)
+        except Exception as error:  # theirs to raise: a network, a service, a full disk
+            self._sinks.remove(sink)
+            warn(f"{type(sink).__name__} takes no more of the record ({type(error).__name__}: {error}); it goes on.")
 
 
 def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""A run, on paper: its record read (`record`), drawn (`curves`), set as a page (`page`, `markup`, `page.css`)."""
+"""Runs on paper: read (`record`), drawn (`panels`, `drawing`), told (`results` ...), set (`page`, `markdown`)."""

@@ -1,20 +1,20 @@
-"""The page of a run. In: a `Record`; out: one HTML document that opens offline, in light and dark, and on paper."""
+"""The page of one run or several. In: `Record`s; out: one HTML document that opens offline, in light and dark."""
 
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from regpt2.base.console import count, duration
-from regpt2.pages.curves import charts
+from regpt2.pages.against import Sources
+from regpt2.pages.drawing import svg
+from regpt2.pages.figures import table
 from regpt2.pages.markup import Html, fill, join
-from regpt2.pages.provenance import provenance
-from regpt2.pages.record import Event, Record, number, smooth, spread
-
-# A page stays small whatever the length of the run; the record keeps the rest.
-MOST_ROWS = 100
-MOST_SAMPLES = 24
-MOST_TEXTS = 4
-MOST_CHARACTERS = 2000
+from regpt2.pages.panels import Panel, compared_on, panels
+from regpt2.pages.provenance import notes, provenance
+from regpt2.pages.record import Record
+from regpt2.pages.results import column, headline, results, summary
+from regpt2.pages.samples import sample, samples
+from regpt2.pages.scores import evaluations
+from regpt2.pages.verdicts import verdicts
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -23,155 +23,141 @@ _PAGE = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
-<title>{recipe}: {headline}</title>
+<title>{title}: {headline}</title>
 <style>
 {css}</style>
 </head>
 <body>
 <header>
-<p class="kicker">regpt2 · report of a run</p>
-<h1>{recipe}</h1>
+<p class="kicker">regpt2 · {kind}</p>
+<h1>{title}</h1>
 <p class="faint">{summary}</p>
 </header>
 <main>
 {main}
 </main>
-<footer>Made from metrics.jsonl with SHA-256 <span class="hash">{sha256}</span></footer>
+<footer>{made}</footer>
 </body>
 </html>
 """
+_MADE = '<p>Made from metrics.jsonl of {name} with SHA-256 <span class="hash">{sha256}</span></p>'
 
 
-def page(record: Record) -> Html:
-    """The whole document."""
-    parts = (results(record), curves(record), samples(record), evaluations(record), provenance(record), config(record))
+def page(records: Sequence[Record]) -> Html:
+    """The whole document. Several runs lie over one another in each curve and beside one another in a table."""
+    sources = Sources()
+    parts = _of_one(records[0], sources) if len(records) == 1 else _of_several(records, sources)
     return fill(
         _PAGE,
-        recipe=record.recipe,
-        headline=headline(record),
+        title=title(records),
+        headline=headline(records[0]) if len(records) == 1 else "side by side",
+        kind="report of a run" if len(records) == 1 else "runs side by side",
         css=Html(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
-        summary=summary(record),
+        summary=subtitle(records),
         main=join(part for part in parts if part),
-        sha256=record.sha256,
+        made=join(fill(_MADE, name=record.name, sha256=record.sha256) for record in records),
     )
 
 
-def headline(record: Record) -> str:
-    """The run's result in a line: the last validation, else the last training loss."""
-    if not record.validations:
-        loss = _final_training_loss(record)
-        return f"training loss {loss:.3f}" if math.isfinite(loss) else "no result yet"
-    last = record.validations[-1]
-    bits = number(last.get("bits_per_byte"))
-    val_loss, perplexity = (_figure(key, last.get(key)) for key in ("loss", "perplexity"))
-    said = f"validation loss {val_loss}, perplexity {perplexity}"
-    return f"{said}, {bits:.3f} bits per byte" if math.isfinite(bits) else said
+def title(records: Sequence[Record]) -> str:
+    """The recipe of one run; how many there are of several."""
+    return records[0].recipe if len(records) == 1 else f"{len(records)} runs"
 
 
-def summary(record: Record) -> str:
-    """What was run, and how far: 1,200 of 1,200 steps · 1.84M tokens · 10.3M parameters · finished."""
-    steps, max_steps = record.last_step, number(record.start.get("max_steps"))
-    planned = f" of {max_steps:,.0f}" if math.isfinite(max_steps) else ""
-    said = [f"{steps:,.0f}{planned} {'step' if steps == 1 and not planned else 'steps'}"]
-    said += [f"{count(record.tokens)} tokens"] if record.tokens else []
-    n_params = number(record.start.get("n_params"))
-    said += [f"{count(n_params)} parameters"] if math.isfinite(n_params) else []
-    return " · ".join([*said, record.status])
+def subtitle(records: Sequence[Record]) -> str:
+    """What was run, and how far; the names of several."""
+    return summary(records[0]) if len(records) == 1 else " · ".join(record.name for record in records)
 
 
-def results(record: Record) -> Html:
-    """The row of numbers at the head."""
-    last = record.validations[-1] if record.validations else {}
-    training = _final_training_loss(record)
-    best = min((number(event.get("loss")) for event in record.validations), default=math.nan)
-    beside = f"best {best:.3f}" if best < number(last.get("loss")) else ""
-    beside = beside or (f"training {training:.3f}" if math.isfinite(training) else "")
-    compressor = min(record.baselines.items(), key=lambda pair: pair[1], default=None)
-    step_ms, mfu, speed = (record.typical(column) for column in ("step_ms", "mfu", "tokens_per_s"))
-    cells = [
-        ("Validation loss", _figure("loss", last.get("loss")), "nats" if last else "", beside),
-        ("Perplexity", _figure("perplexity", last.get("perplexity")), "", "per token"),
-        (
-            "Bits per byte",
-            _figure("bits_per_byte", last.get("bits_per_byte")),
-            "",
-            f"{compressor[0][:40]}: {compressor[1]:.2f}" if compressor else "",
-        ),
-        (
-            "Time",
-            duration(record.elapsed_s) if math.isfinite(record.elapsed_s) else "–",
-            "",
-            f"{step_ms:,.0f} ms a step" if math.isfinite(step_ms) else "",
-        ),
-        (
-            "Tokens/s",
-            count(speed) if math.isfinite(speed) else "–",
-            "",
-            f"{100 * mfu:.0f} % of the peak (MFU)" if math.isfinite(mfu) else "median",
-        ),
+def _of_one(record: Record, sources: Sources) -> list[Html]:
+    return [
+        results(record),
+        _section("Verdict", verdicts(record, sources)),
+        _section("Curves", curves([record], sources)),
+        _section("Samples", samples(record)),
+        _section("Evaluations", evaluations(record, sources)),
+        _section("Certificate", provenance(record, sources.named)),
+        _section("Notes", notes(record)),
+        _section("Configuration", config(record)),
+        _section("Sources", listed(sources)),
     ]
-    cell = (
-        '<div><dt>{name}</dt><dd><span class="value">{value}</span> <span class="unit">{unit}</span>'
-        '<div class="remark">{remark}</div></dd></div>'
+
+
+def _of_several(records: Sequence[Record], sources: Sources) -> list[Html]:
+    columns = [column(record) for record in records]
+    rows = [[name, *(values[name] for values in columns)] for name in columns[0]]
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
+    parts = [table("Runs", ["", *(record.name for record in records)], rows, "figures runs")]
+    if not compared_on(records):
+        parts.append(fill('<p class="remark">Their data differ: losses of different data do not compare.</p>'))
+    written = join(sample(record, record.samples[-1], f"{record.name} · ") for record in records if record.samples)
+    parts += [_section("Curves", curves(records, sources)), _section("Samples", written)]
+    for record in records:
+        inner = [
+            _section("Verdict", verdicts(record, sources), inner=True),
+            _section("Evaluations", evaluations(record, sources), inner=True),
+            _section("Certificate", provenance(record, sources.named), inner=True),
+            _section("Notes", notes(record), inner=True),
+        ]
+        whole = "<details>\n<summary>Verdict, evaluations, certificate</summary>\n{inner}\n</details>"
+        parts.append(_section(record.name, fill(whole, inner=join(part for part in inner if part))))
+    return [*parts, _section("Sources", listed(sources))]
+
+
+def _section(name: str, body: Html, *, inner: bool = False) -> Html:
+    """A part of the page below its heading; nothing for nothing."""
+    level = "h3" if inner else "h2"
+    return (
+        fill("<section>\n<{level}>{name}</{level}>\n{body}\n</section>", level=level, name=name, body=body)
+        if body
+        else Html("")
     )
-    shown = (fill(cell, name=name, value=value, unit=unit, remark=remark) for name, value, unit, remark in cells)
-    return fill('<dl class="results">\n{cells}\n</dl>', cells=join(shown))
 
 
-def curves(record: Record) -> Html:
+def curves(records: Sequence[Record], sources: Sources) -> Html:
     """Every chart that there is something to draw for."""
-    figures = []
-    for chart in charts(record):
-        drawing = chart.svg
-        if chart.svg_phone is not None:
-            both = '<div class="on-desk">{desk}</div><div class="on-phone">{phone}</div>'
-            drawing = fill(both, desk=chart.svg, phone=chart.svg_phone)
-        figures.append(
-            fill(
-                '<figure class="{width}">\n<figcaption>{title}</figcaption>\n{drawing}\n</figure>',
-                width="wide" if chart.svg_phone is not None else "half",
-                title=chart.title,
-                drawing=drawing,
-            )
-        )
-    if not figures:
-        return fill('<h2>Curves</h2>\n<p class="faint">No step is recorded yet.</p>')
-    resumed = fill('\n<p class="remark">A dotted line: here the run was resumed.</p>' if len(record.runs) > 1 else "")
-    return fill(
-        '<h2>Curves</h2>\n<div class="curves">\n{figures}\n</div>{resumed}', figures=join(figures), resumed=resumed
+    drawn = panels(records)
+    if not drawn:
+        return fill('<p class="faint">No step is recorded yet.</p>')
+    resumed = fill(
+        '\n<p class="remark">A dotted line: here the run was resumed.</p>' if drawn[0].across.resumes else ""
     )
+    figures = join(_chart(panel, sources) for panel in drawn)
+    return fill('<div class="curves">\n{figures}\n</div>{resumed}', figures=figures, resumed=resumed)
 
 
-def samples(record: Record) -> Html:
-    """What the model wrote as it learned: the first, the middle and the last at once, the others folded between."""
-    chosen = [_sample(event) for event in spread(record.samples, MOST_SAMPLES)]
-    if not chosen:
-        return Html("")
-    middle, last = len(chosen) // 2, len(chosen) - 1
-    parts = [fill("<h2>Samples</h2>"), chosen[0]]
-    for before, at in ((0, middle), (middle, last)):
-        parts += _folded(chosen[before + 1 : at], "between")
-        parts += [chosen[at]] if at > before else []
-    if len(chosen) < len(record.samples):
-        note = '<p class="faint">{shown} of {all} samples; the others are in the record.</p>'
-        parts.append(fill(note, shown=len(chosen), all=len(record.samples)))
-    return join(parts)
-
-
-def evaluations(record: Record) -> Html:
-    """A table for each evaluation, with the figures that it recorded."""
-    by_name: dict[str, list[Event]] = {}
-    for event in record.evals:
-        by_name.setdefault(str(event.get("eval")), []).append(event)
-    parts = [fill("<h2>Evaluations</h2>")] if by_name else []
-    for name, events in list(by_name.items())[:MOST_ROWS]:
-        table = _table(spread(events, MOST_ROWS))
-        parts.append(fill('<h3 class="hash">{name}</h3>', name=name))
-        if len(events) > 12:
-            parts.append(_table(events[-1:]))
-            table = _folded([table], "all", len(events))[0]
-        parts.append(table)
-    return join(parts)
+def _chart(panel: Panel, sources: Sources) -> Html:
+    """A drawing with its title and remarks; the loss comes again at the width of a phone."""
+    if panel.name == "loss":
+        both = '<div class="on-desk">{desk}</div><div class="on-phone">{phone}</div>'
+        drawing = fill(both, desk=svg(panel, (8.4, 3.7)), phone=svg(panel, (4.4, 3.5), "loss-phone"))
+    else:
+        drawing = svg(panel, (4.4, 2.4))
+    remarks = [fill("{note}", note=panel.note)] if panel.note else []
+    told = '{label} {value} <a class="mark" href="#source-{n}">[{n}]</a>'
+    lines = [
+        fill(told, label=rule.label, value=panel.tick(rule.value), n=sources.mark(rule.source))
+        for rule in panel.rules
+        if rule.source
+    ]
+    remarks += [fill("Lines: {lines}.", lines=join(lines, ", "))] if lines else []
+    remarks += [
+        fill(
+            'Reference: {about} <a class="mark" href="#source-{n}">[{n}]</a>.',
+            about=one.about,
+            n=sources.mark(one.source),
+        )
+        for one in panel.traces
+        if one.source
+    ]
+    remark = fill('\n<p class="remark">{all}</p>', all=join(remarks, " ")) if remarks else Html("")
+    return fill(
+        '<figure class="{width}">\n<figcaption>{title}</figcaption>\n{drawing}{remark}\n</figure>',
+        width="wide" if panel.name == "loss" else "half",
+        title=panel.title,
+        drawing=drawing,
+        remark=remark,
+    )
 
 
 def config(record: Record) -> Html:
@@ -180,57 +166,15 @@ def config(record: Record) -> Html:
     if told == "{}":
         return Html("")
     return fill(
-        "<h2>Configuration</h2>\n<details>\n<summary>config.toml, every value resolved</summary>\n"
-        "<pre>{told}</pre>\n</details>",
+        '<details>\n<summary>config.toml, every value resolved</summary>\n<pre tabindex="0">{told}</pre>\n</details>',
         told=told[:100_000],
     )
 
 
-def _sample(event: Event) -> Html:
-    texts = event.get("texts")
-    prompt = str(event.get("prompt") or "")[:MOST_CHARACTERS]
-    shown = []
-    for text in (texts if isinstance(texts, list) else [texts])[:MOST_TEXTS]:
-        body = str(text)[:MOST_CHARACTERS].removeprefix(prompt)
-        shown.append(fill("<pre><b>{prompt}</b>{body}</pre>", prompt=prompt, body=body))
-    template = '<figure class="sample">\n<figcaption>Step {step}</figcaption>\n{texts}\n</figure>'
-    return fill(template, step=_figure("step", event.get("step")), texts=join(shown))
-
-
-def _folded(parts: list[Html], kind: str, n: int = 0) -> list[Html]:
-    """The parts below a line that opens them; nothing for no parts."""
-    if not parts:
-        return []
-    line = f"All {n:,} evaluations" if kind == "all" else f"{len(parts)} more in between"
-    return [fill("<details>\n<summary>{line}</summary>\n{parts}\n</details>", line=line, parts=join(parts))]
-
-
-def _table(events: list[Event]) -> Html:
-    keys = list(dict.fromkeys(key for event in events for key in event if key not in ("event", "eval", "time")))[:12]
-    head = join(fill("<th>{name}</th>", name=key.replace("_", " ")) for key in keys)
-    rows = []
-    for event in events:
-        cells = (fill("<td>{value}</td>", value=_figure(key, event.get(key))) for key in keys)
-        rows.append(fill("<tr>{cells}</tr>", cells=join(cells, "")))
-    return fill(
-        '<div class="scroll"><table class="figures">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
-        "</table></div>",
-        head=head,
-        rows=join(rows),
-    )
-
-
-def _figure(name: str, value: object) -> str:
-    """A recorded figure with the digits that it deserves; "nan" and "inf" as they are, a dash for nothing."""
-    figure = number(value)
-    if math.isfinite(figure) and not isinstance(value, str):
-        digits = {"loss": 4, "bits_per_byte": 3, "perplexity": 2, "elapsed_s": 1}.get(name, 4)
-        return (
-            f"{figure:,.0f}" if isinstance(value, int) else f"{figure:,.{digits}f}" if figure < 1e9 else f"{figure:.3g}"
-        )
-    return "–" if value is None else str(value)[:200]
-
-
-def _final_training_loss(record: Record) -> float:
-    loss = smooth(record.train["loss"])
-    return float(loss[-1]) if len(loss) else math.nan
+def listed(sources: Sources) -> Html:
+    """Where the numbers of others come from."""
+    if not sources.named:
+        return Html("")
+    item = '<li id="source-{n}">{named}</li>'
+    items = join(fill(item, n=n, named=named) for n, named in enumerate(sources.named, start=1))
+    return fill('<ol class="sources">\n{items}\n</ol>', items=items)

@@ -1,7 +1,10 @@
-"""The certificate of a run. In: a `Record`; out: the table of everything that its numbers depend on."""
+"""The certificate of a run. In: a `Record`; out: everything that its numbers depend on, as a table and as JSON."""
 
+import json
 import math
 
+from regpt2.base.console import count, duration, safe_json
+from regpt2.base.files import sha256_bytes
 from regpt2.pages.markup import Html, fill, join
 from regpt2.pages.record import Event, Record, number
 
@@ -23,30 +26,56 @@ _FACTS = {
     "Parameters": "n_params",
     "Tokenizer": "tokenizer",
     "Tokenizer fingerprint": "tokenizer_fingerprint",
+    "Data set": "dataset",
     "Data fingerprint": "data_fingerprint",
     "Training tokens": "train_tokens",
     "Validation tokens": "val_tokens",
     "Tokens per update": "batch_tokens",
 }
-_HASHES = {"command", "commit", "tokenizer_fingerprint", "data_fingerprint"}
+_HASHES = {"Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Configuration", "Record"}
 
 
-def provenance(record: Record) -> Html:
-    """The section: the facts, then what happened on the way."""
-    rows = [(name, _over_runs(record, key), key in _HASHES) for name, key in _FACTS.items() if _is_told(record, key)]
-    rows += [
-        ("Started", _time(record.start), False),
-        ("Resumed", _named([f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]), False),
-        ("Skipped steps", _named([f"{step:,}" for step in record.skipped_steps]), False),
-        ("Ended", record.status, False),
-    ]
-    row = "<tr><th>{name}</th><td{kind}>{value}</td></tr>"
-    facts = (
-        fill(row, name=name, kind=Html(' class="hash"' if is_hash else ""), value=value)
-        for name, value, is_hash in rows
+def certificate(record: Record) -> dict[str, str]:
+    """The facts by name, in the order of reading."""
+    facts = {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
+    resumed = [f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]
+    facts |= {
+        "Started": _time(record.start),
+        "Resumed": _named(resumed),
+        "Skipped steps": _named([f"{step:,}" for step in record.skipped_steps]),
+        "Ended": record.status,
+        "Steps": f"{record.last_step:,.0f}",
+        "Tokens": f"{record.tokens:,.0f}" if record.tokens < 1e15 else count(record.tokens),
+        "Wall time": duration(record.elapsed_s) if math.isfinite(record.elapsed_s) else "unknown",
+    }
+    if record.config_toml:
+        facts["Configuration"] = f"SHA-256 {sha256_bytes(record.config_toml.encode(errors='surrogatepass'))}"
+    return facts | {"Record": f"SHA-256 {record.sha256}"}
+
+
+def certificate_json(record: Record, sources: list[str]) -> str:
+    """The same with the sources of all other numbers, as JSON that no page can take for markup."""
+    said = {name.lower().replace(" ", "_"): value for name, value in certificate(record).items()}
+    text = json.dumps({**said, "sources": sources}, indent=2, ensure_ascii=False)
+    return safe_json(text).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def provenance(record: Record, sources: list[str]) -> Html:
+    """The section: the facts, and the same to copy."""
+    row = '<tr><th scope="row">{name}</th><td{kind}>{value}</td></tr>'
+    rows = join(
+        fill(row, name=name, kind=Html(' class="hash"' if name in _HASHES else ""), value=value)
+        for name, value in certificate(record).items()
     )
-    table = fill('<table class="facts">\n<tbody>\n{facts}\n</tbody>\n</table>', facts=join(facts))
-    return join([fill("<h2>Provenance</h2>"), table, _notes(record)])
+    told = certificate_json(record, sources)
+    return fill(
+        '<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>\n'
+        '<details>\n<summary>The certificate as JSON, to copy</summary>\n<pre class="copy" tabindex="0">{text}</pre>\n'
+        '</details>\n<script type="application/json">{json}</script>',
+        rows=rows,
+        text=told,
+        json=Html(told),
+    )
 
 
 def _is_told(record: Record, key: str) -> bool:
@@ -68,16 +97,17 @@ def _over_runs(record: Record, key: str) -> str:
     return "; ".join([first[1], *(f"from step {step}: {shown}" for step, shown in others)])
 
 
-def _notes(record: Record) -> Html:
+def notes(record: Record) -> Html:
+    """What happened on the way, in the run's own words."""
     if not record.notes:
         return Html("")
-    row = "<tr><th>step {step}</th><td>{text}</td></tr>"
+    row = '<tr><th scope="row">step {step}</th><td>{text}</td></tr>'
     rows = [
         fill(row, step=_whole(note.get("step")), text=str(note.get("text", ""))[:1000]) for note in record.notes[:100]
     ]
     if len(record.notes) > len(rows):
         rows.append(fill("<tr><th></th><td>and {n} more, in the record</td></tr>", n=len(record.notes) - len(rows)))
-    return fill('<h3>Notes</h3>\n<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=join(rows))
+    return fill('<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=join(rows))
 
 
 def _named(items: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 # Beyond this a value is drawn as a gap: the run has diverged, and a running sum would lose its digits.
 LIMIT = 1e9
+BEYOND_TOKENS = 1e18
 
 TRAIN_COLUMNS = ("step", "loss", "grad_norm", "lr", "step_ms", "tokens_per_s", "mfu", "tokens")
 
@@ -32,11 +33,14 @@ class Record:
     train: dict[str, Column]
     skipped_steps: list[int]
     evals: list[Event]
+    verdicts: list[Event]
     samples: list[Event]
     notes: list[Event]
     end: Event | None
     config_toml: str
     sha256: str
+    measured: list[Event] = field(default_factory=list)
+    """What was measured of its model later, by `regpt2 evaluate`: told in the tables, never drawn in the curves."""
 
     @property
     def start(self) -> Event:
@@ -65,9 +69,27 @@ class Record:
         return float(np.max(self.train["tokens"], initial=0.0, where=np.isfinite(self.train["tokens"])))
 
     @property
+    def dataset(self) -> str:
+        """The name of the data set, or nothing where it is not known: then no loss of others is beside its own."""
+        return str(self.start.get("dataset") or "")
+
+    @property
     def validations(self) -> list[Event]:
         """The evaluations of the validation loss, in order."""
-        return [event for event in self.evals if event.get("eval") == "val_loss"]
+        return self.evals_of("val_loss")
+
+    def evals_of(self, name: str) -> list[Event]:
+        """The evaluations of one name, in order."""
+        return [event for event in self.evals if event.get("eval") == name]
+
+    def tokens_at(self, steps: Column) -> Column:
+        """Tokens trained on after so many steps, as recorded: batches may grow."""
+        made, tokens = self.train["step"], self.train["tokens"]
+        known = np.isfinite(made) & (np.abs(tokens) < BEYOND_TOKENS)
+        if not known.any():
+            return steps * number(self.start.get("batch_tokens"))
+        at: Column = np.interp(steps, np.append(0.0, made[known]), np.append(0.0, tokens[known]))
+        return at
 
     @property
     def baselines(self) -> dict[str, float]:
@@ -101,7 +123,7 @@ def read_record(run: Path) -> Record:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UsageError(_not_a_run(run))
-    kinds: dict[str, list[Event]] = {kind: [] for kind in ("run", "eval", "sample", "note", "end")}
+    kinds: dict[str, list[Event]] = {kind: [] for kind in ("run", "eval", "verdict", "sample", "note", "end")}
     rows: list[list[float]] = []
     skipped_steps: list[int] = []
     end_is_last = False
@@ -121,6 +143,7 @@ def read_record(run: Path) -> Record:
         train={column: table[:, index] for index, column in enumerate(TRAIN_COLUMNS)},
         skipped_steps=skipped_steps,
         evals=kinds["eval"],
+        verdicts=kinds["verdict"],
         samples=kinds["sample"],
         notes=kinds["note"],
         end=kinds["end"][-1] if end_is_last else None,
@@ -169,6 +192,15 @@ def thin(x: Column, y: Column, at_most: int = 1000) -> tuple[Column, Column]:
         return x, np.where(np.abs(y) < LIMIT, y, np.nan)
     edges = np.linspace(0, len(x), at_most, endpoint=False).astype(np.int64)
     return np.add.reduceat(x, edges) / np.diff(edges, append=len(x)), _means(y, edges, np.append(edges[1:], len(x)))
+
+
+def thin_peaks(x: Column, y: Column, at_most: int = 500) -> tuple[Column, Column]:
+    """A curve by the greatest value of each bucket: a single slow step stays to be seen."""
+    y = np.where(np.abs(y) < LIMIT, y, np.nan)
+    if len(x) <= at_most:
+        return x, y
+    edges = np.linspace(0, len(x), at_most, endpoint=False).astype(np.int64)
+    return x[edges], np.fmax.reduceat(y, edges)
 
 
 def smooth(y: Column, share: float = 0.03) -> Column:
