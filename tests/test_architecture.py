@@ -14,9 +14,11 @@ ROOMS = {
     "data": {"base", "data"},
     "model": {"base", "model"},
     "training": {"base", "model", "training"},
-    "evals": {"base", "data", "model", "evals"},
+    "references": {"base", "references"},
+    "scoring": {"base", "data", "model", "scoring"},
+    "evals": {"base", "data", "model", "scoring", "evals"},
     "recipes": set(),
-    "pages": {"base", "pages"},
+    "pages": {"base", "references", "pages"},
 }
 LOWER = set(ROOMS)
 GUARDS = ("__name__", "platform", "TYPE_CHECKING")

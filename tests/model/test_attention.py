@@ -37,6 +37,16 @@ def test_it_is_the_definition_forward_and_backward(T: int, monkeypatch: pytest.M
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("block", [4, 256])  # fewer queries than a block go in blocks, more through torch's kernel
+@pytest.mark.parametrize("T", [1, 2, 9, 20])
+def test_queries_may_be_the_last_of_the_tokens(T: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    q, k, v = qkv(20)
+    assert torch.allclose(causal_attention(q[:, :, -T:], k, v), by_definition(q, k, v)[:, :, -T:], atol=1e-12)
+    blocks = attention._in_blocks(q[:, :, -T:], k, v, 0.0)
+    assert torch.allclose(blocks, by_definition(q, k, v)[:, :, -T:], atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_and_torch_agree(dtype: torch.dtype) -> None:
     q, k, v = qkv(300, dtype)

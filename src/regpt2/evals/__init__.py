@@ -1,32 +1,16 @@
 """SHELF: one file per evaluation; the file name is the name on the command line.
 
-Each entry has `evaluate(context: EvalContext) -> dict[str, float | None]` and a DESCRIPTION of one line. Every rank
-calls it and gets the same figures. It has exactly one reduction over ranks, reached also by a rank that fails, so that
-no rank is left waiting.
+Each entry has
+
+    DESCRIPTION                                what it measures, in a line
+    PROTOCOLS: dict[str, str]                  for each metric how it is measured, in a line
+    ASSETS: tuple[Asset, ...]                  data that it needs beyond the validation split; () = none
+    evaluate(context: EvalContext) -> Figures  every rank calls it and gets the same figures
+
+Its reductions over ranks (`scoring.context.sum_over_ranks`) are the same on every rank, and reached also by one that
+fails, so that none is left waiting. Published numbers beside its metrics are in references/scores.toml, by their names.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from regpt2.scoring.context import EvalContext, Figures
 
-from torch import nn
-
-from regpt2.base.world import World
-
-
-@dataclass(frozen=True)
-class EvalContext:
-    """What an evaluation may use. It changes neither weights nor data order."""
-
-    model: nn.Module
-    """forward(ids, targets=None): logits, or the mean loss in nats; the plain module in the compute type."""
-    world: World
-    data: Path | None
-    """The prepared data folder."""
-    seq_len: int
-    batch: int
-    """Sequences per forward pass."""
-    val_tokens: int
-    """How many target tokens of the validation split to score, from its beginning."""
-    on_batch: Callable[[], None] = lambda: None
-    """To be called at each batch: it tells that the work moves, and raises `Stopped` when a signal asked to leave."""
+__all__ = ["EvalContext", "Figures"]

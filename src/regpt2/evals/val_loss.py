@@ -12,27 +12,27 @@ import torch
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.data.shards import TokenStream, open_tokens
 from regpt2.data.tokenizer import load_tokenizer
-from regpt2.evals import EvalContext
+from regpt2.scoring.assets import Asset
+from regpt2.scoring.context import EvalContext, Figures, scoring, sum_over_ranks
 
 DESCRIPTION = "loss on the validation split of a prepared data folder: nats, perplexity, bits per byte"
+PROTOCOLS = {
+    "loss": "mean nats per token over the first val_tokens of the split, in windows of seq_len that do not overlap",
+    "perplexity": "exp(loss)",
+    "bits_per_byte": "summed bits / bytes of text, <|endoftext|> scored but without bytes",
+}
+ASSETS: tuple[Asset, ...] = ()
 
 
-def evaluate(context: EvalContext) -> dict[str, float | None]:
+def evaluate(context: EvalContext) -> Figures:
     """`loss` (nats per token), `perplexity`, `bits_per_byte` (None where the vocabulary is not at hand), `tokens`.
 
     Raises:
         UsageError: no data folder was given.
         DataError: the validation split is missing or shorter than one window.
     """
-    totals = torch.zeros(4, dtype=torch.float64)  # nats, bytes, targets, failures
-    error: Exception | None = None
-    try:
-        totals[:3] = _score_mine(context)
-    except Exception as e:  # the other ranks are on their way to the sum: this one has to come too
-        totals[3], error = 1.0, e
-    nats, n_bytes, n_targets, failures = context.world.sum_on_cpu(totals).tolist()
-    if failures:
-        raise error or Problem(f"val_loss failed on {int(failures)} other rank(s)")
+    sums = sum_over_ranks(context, "val_loss", lambda: _score_mine(context), torch.zeros(3))
+    nats, n_bytes, n_targets = sums.tolist()
     loss = nats / n_targets
     return {
         "loss": loss,
@@ -57,30 +57,24 @@ def n_val_windows(context: EvalContext, tokens: TokenStream) -> int:
     return n_windows
 
 
-@torch.no_grad()
 def _score_mine(context: EvalContext) -> torch.Tensor:
     """Summed nats, summed bytes and number of the target tokens in this rank's windows."""
     if context.data is None:
         raise UsageError("val_loss needs a prepared data folder: --data DIR.")
     world, T = context.world, context.seq_len
     sums = torch.zeros(3, dtype=torch.float64)
-    was_training = context.model.training
-    context.model.eval()
-    try:
-        with open_tokens(context.data, "val") as tokens:
-            byte_lengths = _byte_lengths(tokens)
-            windows = range(n_val_windows(context, tokens))
-            # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
-            for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
-                context.on_batch()
-                rows = np.stack([tokens.read(w * T, T + 1) for w in windows[first : first + context.batch]])
-                window = torch.from_numpy(rows.astype(np.int64)).to(world.device)  # (B, T + 1)
-                loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
-                sums[0] += loss.cpu().double() * rows[:, 1:].size
-                sums[1] += 0 if byte_lengths is None else int(byte_lengths[rows[:, 1:]].sum())
-                sums[2] += rows[:, 1:].size
-    finally:
-        context.model.train(was_training)
+    with scoring(context), open_tokens(context.data, "val") as tokens:
+        byte_lengths = _byte_lengths(tokens)
+        windows = range(n_val_windows(context, tokens))
+        # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
+        for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
+            context.on_batch()
+            rows = np.stack([tokens.read(w * T, T + 1) for w in windows[first : first + context.batch]])
+            window = torch.from_numpy(rows.astype(np.int64)).to(world.device)  # (B, T + 1)
+            loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
+            sums[0] += loss.cpu().double() * rows[:, 1:].size
+            sums[1] += 0 if byte_lengths is None else int(byte_lengths[rows[:, 1:]].sum())
+            sums[2] += rows[:, 1:].size
     return sums
 
 

@@ -1,0 +1,39 @@
+"""COPA. In: a model and premises; out: how often it finds the right one of two causes or effects likelier."""
+
+from regpt2.scoring.assets import Asset, find
+from regpt2.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.scoring.context import EvalContext, Figures
+
+DESCRIPTION = "COPA, validation: 100 premises, each with two causes or effects"
+PROTOCOLS = {"acc": f"{ACC}; 'PREMISE because' or 'PREMISE therefore', then the choice after two spaces, as there"}
+ASSETS = (
+    Asset(
+        "COPA.zip",
+        "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/COPA.zip",
+        "405906cddac74bc1e1ce8220f1107d1025b66a25ef10149d91b10bb30651125f",
+        licence="BSD 2-clause",
+        other_names=("val.jsonl", "copa.jsonl"),
+    ),
+)
+MEMBER = "COPA/val.jsonl"
+FIELDS = "premise, choice1, choice2, question, label (or query, choices, gold)"
+CONNECTORS = {"cause": "because", "effect": "therefore"}
+
+
+def evaluate(context: EvalContext) -> Figures:
+    """`acc` with its standard error, and `count`."""
+
+    def read() -> list[Example]:
+        path = find(ASSETS[0], "copa", context.files)
+        return read_examples(path, _example, FIELDS, limit=context.limit, member=MEMBER)
+
+    return evaluate_choices(context, "copa", read, norm=False)
+
+
+def _example(record: Record) -> Example:
+    if example := simple(record):
+        return example
+    premise = record["premise"].strip()[:-1]  # without its full stop
+    choices = [record["choice1"], record["choice2"]]
+    lowered = [f" {choice[0].lower()}{choice[1:]}" for choice in choices]  # the harness puts a space of its own before
+    return Example(f"{premise} {CONNECTORS[record['question']]}", lowered, int(record["label"]))

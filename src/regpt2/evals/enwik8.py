@@ -1,0 +1,35 @@
+"""enwik8. In: a model and 100,000,000 bytes of Wikipedia's XML; out: bits per byte of the last 5,000,000."""
+
+from collections.abc import Sequence
+
+from regpt2.scoring.assets import Asset, find
+from regpt2.scoring.context import EvalContext, Figures
+from regpt2.scoring.corpora import last_bytes, read_member
+from regpt2.scoring.texts import Text, score_texts
+
+N_TEST_BYTES = 5_000_000
+
+DESCRIPTION = "enwik8, its last 5,000,000 bytes (Wikipedia with markup): bits per byte, as in the GPT-2 paper's table"
+PROTOCOLS = {
+    "bits_per_byte": "bits / bytes of the last 5,000,000 bytes as they are, characters cut in two left out of both",
+}
+ASSETS = (
+    Asset(
+        "enwik8.zip",
+        "https://mattmahoney.net/dc/enwik8.zip",
+        "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+        licence="CC BY-SA 3.0",
+        other_names=("enwik8",),
+    ),
+)
+
+
+def evaluate(context: EvalContext) -> Figures:
+    """`bits_per_byte`, and how many `tokens` and `bytes` it is of. `limit` counts windows."""
+
+    def read() -> Sequence[Text]:
+        data = read_member(find(ASSETS[0], "enwik8", context.files), "enwik8")
+        return [last_bytes(data, N_TEST_BYTES, context.need_tokenizer(), context.limit * context.seq_len)]
+
+    (score,) = score_texts(context, "enwik8", 1, read)
+    return {"bits_per_byte": score.bits, "tokens": score.n_tokens, "bytes": score.n_units}

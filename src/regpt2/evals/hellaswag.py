@@ -1,0 +1,90 @@
+"""HellaSwag. In: a model, scenes with four endings; out: how often the true one is likeliest, in three protocols."""
+
+import re
+from dataclasses import dataclass
+
+from regpt2.base.console import warn
+from regpt2.scoring.assets import Asset, find
+from regpt2.scoring.choices import Example, Record, accuracy, predictions, read_examples
+from regpt2.scoring.context import EvalContext, Figures
+from regpt2.scoring.endings import Question, Scored, score_endings
+from regpt2.scoring.questions import question, read_on_all_ranks
+
+DESCRIPTION = "HellaSwag, validation: 10,042 scenes with four endings"
+PROTOCOLS = {
+    "acc_norm": "completion, mean token loss (the lecture's): the raw context, then each ending after a space",
+    "acc": "completion, sum of loss: the same tokens",
+    "harness_acc": "EleutherAI harness 0.4, acc: 'ACTIVITY: context' cleaned of [tags], sum of loss",
+    "harness_acc_norm": "EleutherAI harness 0.4, acc_norm: the same, loss / characters of the ending",
+    "processed_text": "1: the file's text had already been cleaned of [tags], so no figure is exactly comparable",
+}
+ASSETS = (
+    Asset(
+        "hellaswag_val.jsonl",
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        licence="MIT",
+        other_names=("hellaswag_val.processed.jsonl.xz",),
+    ),
+)
+FIELDS = "activity_label, ctx_a, ctx_b, ctx, endings, label"
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """As each protocol words it."""
+
+    completion: Example
+    harness: Example
+    processed: bool
+
+
+def evaluate(context: EvalContext) -> Figures:
+    """Four accuracies with their standard errors, and `count`; with context.brief only the completion's two."""
+
+    def read() -> list[_Scene]:
+        path = find(ASSETS[0], "hellaswag", context.files)
+        return read_examples(path, _scene, FIELDS, limit=context.limit)
+
+    scenes = read_on_all_ranks(context, "hellaswag", read)
+    if any(scene.processed for scene in scenes) and context.world.is_main:
+        warn("hellaswag: this file's text is processed; published figures are of the raw text, hellaswag_val.jsonl.")
+    tokenizer = context.need_tokenizer()
+    questions = []
+    for scene in scenes:
+        endings = tuple(tokenizer.encode(f" {ending}") for ending in scene.completion.choices)
+        questions.append(Question(tokenizer.encode(scene.completion.context) or [tokenizer.eot], endings))
+    if not context.brief:
+        harness = (scene.harness for scene in scenes)
+        questions += [question(tokenizer, one.context, [f" {ending}" for ending in one.choices]) for one in harness]
+    scored = score_endings(context, "hellaswag", questions)
+    figures = _figures(scenes, scored, brief=context.brief)
+    figures["count"] = len(scenes)
+    return figures | ({"processed_text": 1} if any(scene.processed for scene in scenes) else {})
+
+
+def _figures(scenes: list[_Scene], scored: Scored, *, brief: bool) -> Figures:
+    N, gold = len(scenes), [scene.completion.gold for scene in scenes]
+    by_sum, by_mean = predictions(scored.nats), predictions(scored.nats, scored.n_tokens.tolist())
+    figures = accuracy("acc_norm", by_mean[:N], gold) | accuracy("acc", by_sum[:N], gold)
+    if not brief:
+        n_characters = [[len(ending) for ending in scene.harness.choices] for scene in scenes]
+        by_characters = predictions(scored.nats[N:], n_characters)
+        figures |= accuracy("harness_acc", by_sum[N:], gold) | accuracy("harness_acc_norm", by_characters, gold)
+    return figures
+
+
+def _scene(record: Record) -> _Scene:
+    endings, label = record["endings"], int(record["label"])
+    completion = Example(record["ctx"], endings, label)
+    if "ctx_a" not in record and "query" in record:
+        return _Scene(completion, Example(record["query"], endings, label), processed=True)
+    prompt = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    cleaned = Example(_cleaned(prompt), [_cleaned(ending) for ending in endings], label)
+    return _Scene(completion, cleaned, processed=False)
+
+
+def _cleaned(text: str) -> str:
+    """As the harness cleans it: WikiHow's scenes hold tags, [title] between heading and text and others."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")

@@ -1,0 +1,29 @@
+"""One Billion Word Benchmark. In: a model and the first held-out part; out: perplexity per original word."""
+
+from collections.abc import Sequence
+
+from regpt2.scoring.assets import Asset, find
+from regpt2.scoring.context import EvalContext, Figures
+from regpt2.scoring.corpora import read_text, sentences
+from regpt2.scoring.texts import Text, score_texts
+
+_FOLDER = "1-billion-word-language-modeling-benchmark-r13output"
+_MEMBER = f"{_FOLDER}/heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
+
+DESCRIPTION = "One Billion Word Benchmark, held-out part 0: perplexity per original word, as in the GPT-2 paper's table"
+PROTOCOLS = {
+    "perplexity": "exp(nats of the sentences, detokenized, as one text / original words); line ends are no words",
+}
+# Served only within 1.8 GB (statmt.org/lm-benchmark), of which this is 1 MB: given by hand, the archive or the file.
+ASSETS = (Asset("news.en.heldout-00000-of-00050", "", "", other_names=(f"{_FOLDER}.tar.gz", _MEMBER)),)
+
+
+def evaluate(context: EvalContext) -> Figures:
+    """`perplexity`, and how many `tokens` and `words` it is of. `limit` counts sentences."""
+
+    def read() -> Sequence[Text]:
+        text = read_text(find(ASSETS[0], "one_billion_words", context.files), _MEMBER)
+        return [sentences(text, context.need_tokenizer(), context.limit)]
+
+    (score,) = score_texts(context, "one_billion_words", 1, read)
+    return {"perplexity": score.perplexity, "tokens": score.n_tokens, "words": score.n_units}

