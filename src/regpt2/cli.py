@@ -16,11 +16,12 @@ from regpt2.base.signals import leave_if_one_of_many
 VERBS = {
     "prepare": "text -> tokens -> shards: parallel, resumable, verified",
     "train": "train a model by a recipe, or go on with a run",
-    "evaluate": "measure a model",
+    "evaluate": "measure a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table, beside published figures",
+    "harness": "measure a model by tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",
-    "explore": "look inside a model: names, shapes, statistics, pictures",
+    "explore": "look inside a model: tensors, nearest tokens, attention, pictures",
     "convert": "weights from and to other formats, each conversion verified",
-    "report": "a run as a page that opens offline, and a picture",
+    "report": "runs as a page that opens offline, a picture and Markdown: curves, verdict, certificate",
     "verify": "check runs, checkpoints and data folders by their hashes and shapes",
 }
 

@@ -52,7 +52,7 @@ class ExploreOptions:
     """Look inside a model: its tensors, the tokens that it holds alike, what its heads look at."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run folder, a checkpoint, an exported or Hugging Face folder, or hf:gpt2."""
+    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
     out: Path | None = None
     """A folder for explore.html, which opens offline, and its pictures: wpe, wte and attention maps, as PNG."""
     tokens: tuple[str, ...] | None = None

@@ -26,7 +26,7 @@ class SampleOptions:
     """Continue a prompt, token by token."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run folder, a checkpoint, an exported or Hugging Face folder, or hf:gpt2."""
+    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = ""
     """The text to continue; empty begins a new document."""
     max_new_tokens: int | None = None
