@@ -7,9 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
+CLIENTS := $(VENV)/.clients-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check format gpu-check faults faults-full fuzz clean
+.PHONY: help setup demo test check format gpu-check faults faults-full clients fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,7 +38,7 @@ demo: $(CORE)
 	$(BIN)/regpt2 evaluate runs/demo --data data/python_library_bytes
 	$(BIN)/regpt2 sample runs/demo "def " --max-new-tokens 120 --temperature 0.7
 	@echo
-	@echo "The page of this run: runs/demo/report.html (opens offline), its picture: runs/demo/report.png"
+	@echo "The page of this run: runs/demo/report.html (opens offline); as Markdown and a picture: report.md, report.png"
 	@echo "Next: $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"
 	@echo "      $(BIN)/regpt2 prepare text_files --input YOUR_FOLDER --tokenizer bytes --out data/mine && $(BIN)/regpt2 train demo --data data/mine --run runs/mine"
 	@echo "      on a GPU, with ten billion tokens in DIR: $(BIN)/regpt2 train gpt2_124m --data DIR"
@@ -64,6 +65,14 @@ faults: $(TOOLS)
 faults-full: $(TOOLS)
 	$(BIN)/python tests/faults/run.py --full
 	$(BIN)/pytest -m slow -rs
+
+# make clients  our exports run by llama.cpp, onnxruntime, CTranslate2, transformers; our scores beside lm-evaluation-harness's
+clients: $(CLIENTS)
+	$(BIN)/pytest -m clients -rs
+
+$(CLIENTS): $(TOOLS)
+	$(PIP) -e '.[test,clients]'
+	@touch $@
 
 # make fuzz  the readers of files, fuzzed by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
 SECONDS ?= 60

@@ -265,6 +265,26 @@ def test_an_evaluation_that_breaks_does_not_end_the_run(
     assert state_of(tmp_path / "run") == state_of(straight)
 
 
+def test_an_evaluation_without_its_data_is_left_out_and_said(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked for before the first update, not in the middle of the run; with the file it is measured."""
+    monkeypatch.setenv("REGPT2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    names = dataclasses.replace(load_recipe(str(tiny_recipe)).evals, names=("val_loss", "lambada"))
+    run_train(tiny_recipe, tiny_data, tmp_path / "without", evals=names)
+    events = list(read_events(tmp_path / "without" / "metrics.jsonl"))
+    assert {e["eval"] for e in events if e["event"] == "eval"} == {"val_loss"}
+    (note,) = [e["text"] for e in events if e["event"] == "note" and "lambada" in e["text"]]
+    assert "evaluation lambada is left out" in note and "--files lambada=PATH" in note
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat and the dog and the cat"}\n')
+    given = dataclasses.replace(names, files=(f"lambada={tmp_path / 'a.jsonl'}",))
+    run_train(tiny_recipe, tiny_data, tmp_path / "with", evals=given)
+    events = list(read_events(tmp_path / "with" / "metrics.jsonl"))
+    measured = [(e["step"], e["count"]) for e in events if e.get("eval") == "lambada"]
+    assert measured == [(0, 1), (6, 1), (12, 1)]
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_training_agrees_with_eager(tmp_path: Path, tiny_data: Path) -> None:
     recipe = tmp_path / "tiny.toml"

@@ -294,7 +294,7 @@ def test_what_is_missing_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UsageError, match="--batch 0 must be at least 1"):
         run("--tasks", "nothing", "--batch", "0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(Problem, match="pip install lm_eval"):
+    with pytest.raises(Problem, match=r"pip install 'regpt2\[harness\]'"):
         run("--tasks", "nothing")
 
 

@@ -33,7 +33,7 @@ class PackedGPT(GPT):
         self.config = model.config
         self.wte, self.wpe, self.ln_f = model.wte, model.wpe, model.ln_f
         self.h = nn.ModuleList(_packed_block(block) for block in model.h if isinstance(block, Block))
-        self.lm_head = PackedLinear(model.wte.weight)
+        self.lm_head = PackedLinear(model.wte.weight.to(torch.bfloat16))
 
     def head(self, x: Tensor) -> Tensor:
         """As GPT.head."""
@@ -51,7 +51,7 @@ def _packed_block(block: Block) -> Block:
 
 def packed_if_faster(model: GPT, n_tokens: int) -> GPT:
     """A packed twin where it will be faster for generating `n_tokens`, else the model itself."""
-    weight = model.wte.weight
+    weight = model.ln_f.weight  # of the type of the blocks' matrices, which the embeddings need not be
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or n_tokens < 50:
         return model
     try:

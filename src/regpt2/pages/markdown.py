@@ -58,7 +58,8 @@ def _verdict(record: Record, sources: Sources) -> list[str]:
         return []
     last = record.verdicts[-1]
     source = f" [{sources.mark(str(last['source']))}]" if last.get("source") else ""
-    parts = [f"**{_text(state_of(last))}**{_text(after_state(last) + source)}"]
+    rest = after_state(last) + source
+    parts = [f"**{_text(state_of(last))}**{' ' * rest.startswith(' ')}{_text(rest)}"]
     checks = [f"{n}. {_text(check)}" for n, check in enumerate(checks_of(last), 1)]
     return [*parts, "\n".join(checks)] if checks else parts
 

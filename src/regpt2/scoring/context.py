@@ -1,5 +1,6 @@
 """What an evaluation may use. In: a model, the ranks, where data lies; out: sums over ranks, also if one has failed."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from regpt2.base.errors import Problem, UsageError
 from regpt2.base.world import World
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.gpt import GPT
+from regpt2.model.packed import packed_if_faster
 
 Figures = dict[str, float | None]
 """A metric's name and value; beside `<metric>` its standard error `<metric>_stderr`; `count` examples or tokens."""
@@ -51,6 +53,21 @@ class EvalContext:
     def dtype(self) -> torch.dtype:
         """The type it computes in."""
         return getattr(self.model, "dtype", None) or next(self.model.parameters()).dtype
+
+    def scoring_gpt(self) -> GPT:
+        """The GPT for many passes: its matrices are rounded to the compute type and packed once, not in every pass.
+
+        A copy, where they are of another type or packing pays; embeddings, which are summed as they are, stay shared.
+        """
+        gpt, dtype = self.gpt, self.dtype
+        if gpt.ln_f.weight.dtype != dtype:
+            embeddings = (gpt.wte.weight, gpt.wpe.weight)
+            memo = {
+                id(p): p if any(p is e for e in embeddings) else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+                for p in gpt.parameters()
+            }
+            gpt = copy.deepcopy(gpt, memo)
+        return packed_if_faster(gpt, n_tokens=1000)  # or any larger number
 
     def need_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.

@@ -20,10 +20,10 @@ from regpt2.scoring.context import EvalContext, scoring, sum_over_ranks
 
 # N questions, E endings of one; Q contexts of c tokens, R endings of T tokens in a pass; n scored tokens, C = n_embd
 
-_MOST_TOKENS = 8192  # in a batch; more are no faster, and their keys and values take memory
-_ENOUGH_TOKENS = 512  # in a pass: with fewer the matmuls become slow, rather a little padding
-_SHORTEST = 0.85  # of the longest ending in a pass, once there are enough tokens
-_LOGITS_BYTES = 1 << 26  # alive at once, as if in fp32
+_MOST_TOKENS = {"cpu": 8192}  # in a batch; more are no faster there, and their keys and values take memory
+_ENOUGH_TOKENS = 256  # in a pass: with fewer the matmuls become slow, rather a little padding
+_SHORTEST = 0.9  # of the longest ending in a pass, once there are enough tokens
+_LOGITS_BYTES = 1 << 27  # alive at once, as if in fp32
 _BLOCK_BYTES = 1 << 22  # of fp32 logits on a CPU: they stay in its cache from the first look to the last
 
 
@@ -83,14 +83,15 @@ def score_endings(context: EvalContext, name: str, questions: Sequence[Question]
 
 def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], E: int) -> Tensor:
     """(3, N, E): nats, tokens and likeliest tokens of the endings in this rank's batches; 0 for those of others."""
-    world, gpt = context.world, context.gpt
-    block_size = gpt.config.block_size
+    world, block_size = context.world, context.gpt.config.block_size
     too_long = sum(len(ending) > block_size for question in questions for ending in question.endings)
     if too_long and world.is_main:
         warn(f"{name}: {too_long:,} endings have more than block_size = {block_size} tokens; their last ones count.")
     sums = torch.zeros(3, len(questions), E, dtype=torch.float64)
-    batches = _batches(questions, block_size, min(context.batch * context.seq_len, _MOST_TOKENS))
+    most_tokens = context.batch * context.seq_len
+    batches = _batches(questions, block_size, min(most_tokens, _MOST_TOKENS.get(world.device.type, most_tokens)))
     with scoring(context):
+        gpt = context.scoring_gpt()
         # Ranks take whole batches in turn: the score of a batch is the same bits wherever it is computed.
         for batch in batches[world.rank :: world.size]:
             for ending, score in _score_batch(context, gpt, batch):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regpt2.base.errors import Problem
+from regpt2.model.gpt import GPT
 from regpt2.scoring.context import EvalContext, scoring, sum_over_ranks
 
 # B windows, T = seq_len tokens, n scored positions, C = n_embd, V = vocab_size
@@ -73,7 +74,8 @@ def score_texts(
     def score_mine() -> Tensor:
         texts = read()
         with scoring(context):
-            rows = [(*_score_mine(context, text), *_sizes(context, text)) for text in texts]
+            gpt = context.scoring_gpt()
+            rows = [(*_score_mine(context, gpt, text), *_sizes(context, text)) for text in texts]
         return torch.tensor(rows, dtype=torch.float64)
 
     sums = sum_over_ranks(context, name, score_mine, torch.zeros(n_texts, 4))
@@ -88,7 +90,7 @@ def _sizes(context: EvalContext, text: Text) -> tuple[int, int]:
     return (sum(map(len, text.documents)), text.n_units) if context.world.is_main else (0, 0)
 
 
-def _score_mine(context: EvalContext, text: Text) -> tuple[float, int]:
+def _score_mine(context: EvalContext, gpt: GPT, text: Text) -> tuple[float, int]:
     """Summed nats and number of the tokens in this rank's windows."""
     world, eot = context.world, context.need_tokenizer().eot
     windows = [window for ids in text.documents for window in _windows(ids, eot, context.seq_len)]
@@ -97,7 +99,7 @@ def _score_mine(context: EvalContext, text: Text) -> tuple[float, int]:
     for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
         context.on_batch()
         batch = windows[first : first + context.batch]
-        nats += _batch_nats(context, batch)
+        nats += _batch_nats(context, gpt, batch)
         n_tokens += sum(n_new for _, n_new in batch)
     return nats, n_tokens
 
@@ -110,7 +112,7 @@ def _windows(ids: Ids, eot: int, seq_len: int) -> Iterator[tuple[Ids, int]]:
         yield stream[max(0, end - seq_len) : end + 1], end - start
 
 
-def _batch_nats(context: EvalContext, batch: Sequence[tuple[Ids, int]]) -> float:
+def _batch_nats(context: EvalContext, gpt: GPT, batch: Sequence[tuple[Ids, int]]) -> float:
     """Summed nats of the scored tokens of a batch; logits exist only for those, and only some at a time."""
     longest = max(len(window) for window, _ in batch)
     rows = np.zeros((len(batch), longest), dtype=np.int64)  # shorter windows end in padding, which is never looked at
@@ -119,12 +121,12 @@ def _batch_nats(context: EvalContext, batch: Sequence[tuple[Ids, int]]) -> float
         rows[row, : len(window)] = window
         is_scored[row, len(window) - 1 - n_new : len(window) - 1] = True
     ids, where = (torch.from_numpy(array).to(context.world.device) for array in (rows, is_scored))
-    hidden = context.gpt.hidden(ids[:, :-1], dtype=context.dtype)[where]  # (B, T, C) -> (n, C)
+    hidden = gpt.hidden(ids[:, :-1], dtype=context.dtype)[where]  # (B, T, C) -> (n, C)
     targets = ids[:, 1:][where]  # (n,)
-    chunk = max(1, _LOGIT_BYTES // (4 * context.gpt.config.vocab_size))
+    chunk = max(1, _LOGIT_BYTES // (4 * gpt.config.vocab_size))
     nats = 0.0
     for x, y in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
-        logits = context.gpt.head(x)  # (chunk, V)
+        logits = gpt.head(x)  # (chunk, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nats += float(F.cross_entropy(logits, y, reduction="none").cpu().double().sum())
     return nats
