@@ -17,10 +17,20 @@ PART_BYTES = 2 << 20  # of text, about: a worker's task, 0.2 s of work
 
 @dataclass(frozen=True)
 class Source:
-    """What the user asks for: an input file or folder, and the field that holds the text of a record."""
+    """What the user asks for. Every entry has its own idea of what is left out."""
 
     input: Path | None = None
     field: str = "text"
+    repo: str = ""
+    """A data set's id on the Hugging Face hub, "owner/name"."""
+    config: str = ""
+    """Which of its configurations."""
+    split: str = ""
+    """Which of its splits."""
+    revision: str = ""
+    """Branch, tag or commit."""
+    first: int | None = None
+    """Only so many of its files."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +38,13 @@ class InputFile:
     """A file as it was when the work was planned. `name` is relative to the input and says nothing of the machine."""
 
     path: str
+    """Empty for a file that is elsewhere: a worker fetches it from `url` for as long as it reads it."""
     name: str
     n_bytes: int
     mtime_ns: int
+    url: str = ""
+    digest: str = ""
+    """What the publisher says of its content: SHA-256 (64 hex digits) or git's blob SHA-1 (40); empty if nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,10 @@ class Plan:
     source: str
     revision: str
     skipped: dict[str, int] = field(default_factory=dict)
+    n_tokens: int = 0
+    """GPT-2 tokens by the publisher's own count; 0 if unknown."""
+    val_tokens: int = 0
+    """So many first tokens are the validation split, where the user says nothing; 0: a share of the documents."""
 
     @property
     def n_bytes(self) -> int:
@@ -71,7 +89,8 @@ class Plan:
         digest = hashlib.sha256(f"{self.source}\n{self.revision}\n".encode())
         for number, part in enumerate(self.parts):
             for s in part.slices:
-                line = f"{number} {part.field} {s.file.name} {s.file.n_bytes} {s.file.mtime_ns} {s.start} {s.stop}\n"
+                f = s.file
+                line = f"{number} {part.field} {f.name} {f.n_bytes} {f.digest or f.mtime_ns} {s.start} {s.stop}\n"
                 digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
