@@ -212,7 +212,7 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-def _die(task: int) -> None:
+def _die(task: int, report: object) -> None:
     if task == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -221,7 +221,7 @@ def _start_mortal() -> object:
     return _die
 
 
-def _run_out_of_memory(task: int) -> None:
+def _run_out_of_memory(task: int, report: object) -> None:
     raise MemoryError
 
 

@@ -9,26 +9,33 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
 import tyro
 
 from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, count, duration, say
 from regpt2.base.errors import DataError, UsageError
-from regpt2.base.files import folder_lock, require_free_space
+from regpt2.base.files import folder_lock, free_bytes, require_free_space
 from regpt2.data.documents import Plan, Source
-from regpt2.data.manifest import MANIFEST_NAME, TOKEN_BYTES, Manifest, Split
-from regpt2.data.packing import Ledger, Packer, discard
-from regpt2.data.parts import PARTS_NAME, Job, PartResult
+from regpt2.data.encoders import EncoderName
+from regpt2.data.filters import Filters
+from regpt2.data.manifest import MANIFEST_NAME, Manifest, Split
+from regpt2.data.packing import Ledger, Packer, Packing, discard
+from regpt2.data.parts import PARTS_NAME, Job, PartResult, forget_copies
+from regpt2.data.ready import collect
 from regpt2.data.shards import LEDGER_NAME
+from regpt2.data.space import Space, within
 from regpt2.data.tokenizer import Tokenizer, find_vocab, load_tokenizer
 from regpt2.data.workers import run_tasks
 
 SHELF = "data.datasets"
-TOKENS_PER_BYTE = {"gpt2": 0.5, "bytes": 1.0}  # for the disk estimate: English has 0.22, Python code 0.45
 DEFAULT_SHARD_TOKENS = 100_000_000  # as in llm.c
+DEFAULT_VAL_FRACTION = 0.05
+ENCODER = "encoder"  # among the options in the manifest
 
 
 def _cores() -> int:
@@ -47,16 +54,41 @@ class PrepareOptions:
     """Your file or folder, for text_files; or a local copy of a data set that is downloaded."""
     field: str = "text"
     """The field or column that holds the text in .jsonl and .parquet."""
+    repo: str = ""
+    """For hub: the data set's id there, owner/name."""
+    config: str = ""
+    """Which configuration of a published data set; see its line above."""
+    split: str = ""
+    """For hub: which split, train if not given."""
+    revision: str = ""
+    """Another branch, tag or commit of a published data set than the pinned one."""
+    first: int | None = None
+    """Only the first so many files of a published data set, to try it."""
     tokenizer: str = "gpt2"
     """gpt2 (50,257 ids) or bytes (257)."""
     vocab: Path | None = None
     """A vocab.bpe of your own for gpt2; it must be GPT-2's."""
+    encoder: EncoderName = "auto"
+    """What computes gpt2's ids: auto takes gigatoken where it is installed and proves equal, else tiktoken."""
     workers: int = dataclasses.field(default_factory=_cores)
     """Processes; the result is the same for any number."""
-    val_fraction: float = 0.05
-    """About this share of the documents goes to the validation split."""
+    val_fraction: float | None = None
+    """About this share of the documents goes to the validation split; 0.05 if nothing else is said."""
+    val_tokens: int | None = None
+    """The first so many tokens are the validation split, as in the lecture."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     """Tokens per shard; the last of each split is shorter."""
+    dedup: bool = False
+    """Leave out documents that are equal to an earlier one."""
+    filters: Annotated[Filters, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Filters)
+    disk_limit: float | None = None
+    """Use at most so many GB of disk at any time, the shards included: fewer files at once."""
+
+    @property
+    def source(self) -> Source:
+        """What is asked of the data set's entry."""
+        asked = (self.input, self.field, self.repo, self.config, self.split, self.revision, self.first)
+        return Source(*asked)
 
 
 def main(argv: list[str]) -> int:
@@ -75,21 +107,26 @@ def prepare(options: PrepareOptions) -> Manifest:
     Raises:
         UsageError: an impossible option, or `options.out` holds something else.
         DataError: the input cannot be read, has changed, or gives an empty split.
+        DownloadError: the input is elsewhere and cannot be fetched.
     """
     started_at = time.monotonic()
     _check(options)
     entry = plugins.load(SHELF, options.dataset)
+    if hasattr(entry, "shards"):
+        manifest = _collect(entry, options)
+        _summarize(manifest, options, time.monotonic() - started_at)
+        return manifest
     vocab = find_vocab(options.vocab) if options.tokenizer == "gpt2" else options.vocab
     tokenizer = load_tokenizer(options.tokenizer, vocab)
-    plan: Plan = entry.plan(Source(options.input, options.field))
+    plan: Plan = entry.plan(options.source)
     settings = _settings(options, plan, tokenizer)
     with folder_lock(options.out):
         if (options.out / MANIFEST_NAME).exists():
             return _already_complete(options.out, settings)
-        ledger = _begin_or_go_on(options, plan, settings)
-        job = Job(options.dataset, options.tokenizer, vocab, options.val_fraction, options.out / PARTS_NAME)
-        packer = Packer(options.out, options.dataset, options.shard_tokens, ledger)
-        _encode_and_pack(plan, job, packer, options.workers)
+        space = Space(plan, options.tokenizer, options.shard_tokens, options.workers)
+        ledger = _begin_or_go_on(options, plan, settings, space)
+        packer = Packer(options.out, _packing(options, plan, tokenizer), ledger)
+        _encode_and_pack(plan, _job(options, plan, vocab), packer, space, options)
         if _plan_again(entry, options) != plan.fingerprint:
             raise _changed(options.out)
         manifest = _finish(options, plan, tokenizer, packer)
@@ -98,16 +135,63 @@ def prepare(options: PrepareOptions) -> Manifest:
 
 
 def _check(options: PrepareOptions) -> None:
-    if not 0 < options.val_fraction <= 0.5:
+    if options.val_fraction is not None and options.val_tokens is not None:
+        raise UsageError("--val-fraction and --val-tokens both say what validation is; leave one out.")
+    if options.val_fraction is not None and not 0 < options.val_fraction <= 0.5:
         raise UsageError(f"--val-fraction {options.val_fraction} must be above 0 and at most 0.5; the usual is 0.05.")
+    if options.val_tokens is not None and options.val_tokens < 1:
+        raise UsageError(f"--val-tokens {options.val_tokens} must be at least 1; the lecture has 100000000.")
     if not 1 <= options.shard_tokens < 2**31:
         raise UsageError(
             f"--shard-tokens {options.shard_tokens} must be from 1 to 2,147,483,647; the usual is 100000000."
         )
     if options.workers < 1:
         raise UsageError(f"--workers {options.workers} must be at least 1; this machine has {_cores()} cores.")
+    if options.first is not None and options.first < 1:
+        raise UsageError(f"--first {options.first} must be at least 1.")
     if options.input is not None and options.out.resolve().is_relative_to(options.input.resolve()):
         raise UsageError(f"--out {options.out} must not lie inside --input {options.input}; choose a folder beside it.")
+
+
+def _collect(entry: ModuleType, options: PrepareOptions) -> Manifest:
+    """Get shards that are ready: nothing shapes them any more."""
+    usual = PrepareOptions(options.dataset, options.out)
+    for name in ("field", "tokenizer", "val_fraction", "val_tokens", "shard_tokens", "dedup", "filters", "disk_limit"):
+        if getattr(options, name) != getattr(usual, name):
+            raise UsageError(f"{options.dataset} has shards as they are; leave out --{name.replace('_', '-')}.")
+    with folder_lock(options.out):
+        return collect(entry.shards(options.source), options.out, options.vocab, options.workers)
+
+
+def _val_tokens(options: PrepareOptions, plan: Plan) -> int:
+    """So many first tokens are for validation; 0: a share of the documents is."""
+    if options.val_fraction is not None:
+        return 0
+    return plan.val_tokens if options.val_tokens is None else options.val_tokens
+
+
+def _job(options: PrepareOptions, plan: Plan, vocab: Path | None) -> Job:
+    return Job(
+        dataset=options.dataset,
+        tokenizer=options.tokenizer,
+        vocab=vocab,
+        encoder=options.encoder,
+        val_fraction=None if _val_tokens(options, plan) else options.val_fraction or DEFAULT_VAL_FRACTION,
+        filters=options.filters,
+        dedup=options.dedup,
+        folder=options.out / PARTS_NAME,
+    )
+
+
+def _packing(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer) -> Packing:
+    return Packing(
+        dataset=options.dataset,
+        shard_tokens=options.shard_tokens,
+        val_tokens=_val_tokens(options, plan),
+        dedup=options.dedup,
+        eot=tokenizer.eot,
+        token_bytes=tokenizer.token_bytes(),
+    )
 
 
 def _settings(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer) -> dict[str, str]:
@@ -118,24 +202,35 @@ def _settings(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer) -> dict
         "revision": plan.revision,
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-    } | _shaping(options)
+    } | _shaping(options, plan)
 
 
-def _shaping(options: PrepareOptions) -> dict[str, str]:
-    names = ("field", "val_fraction", "shard_tokens")
-    return {name: str(getattr(options, name)) for name in names}
+def _shaping(options: PrepareOptions, plan: Plan) -> dict[str, str]:
+    """The options that decide what the shards hold, where they are not as usual."""
+    val_tokens = _val_tokens(options, plan)
+    shaping = {"field": options.field, "shard_tokens": str(options.shard_tokens)}
+    shaping |= (
+        {"val_tokens": str(val_tokens)}
+        if val_tokens
+        else {"val_fraction": str(options.val_fraction or DEFAULT_VAL_FRACTION)}
+    )
+    rules = dataclasses.asdict(options.filters) | {"dedup": options.dedup}
+    usual = dataclasses.asdict(Filters()) | {"dedup": False}
+    return shaping | {name: str(value) for name, value in rules.items() if value != usual[name]}
 
 
 def _already_complete(folder: Path, settings: dict[str, str]) -> Manifest:
     manifest = Manifest.read(folder)
     names = ("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint")
-    _require_same(folder, {name: getattr(manifest, name) for name in names} | manifest.options, settings)
+    there = {name: getattr(manifest, name) for name in names} | manifest.options
+    there.pop(ENCODER, None)  # another one gives the same ids
+    _require_same(folder, there, settings)
     _clear(folder)
     say(f"{folder} is complete already; nothing to do.")
     return manifest
 
 
-def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str]) -> Ledger:
+def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str], space: Space) -> Ledger:
     folder = options.out
     ledger = Ledger.read(folder)
     if ledger is None:
@@ -146,24 +241,43 @@ def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str
         _require_same(folder, ledger.settings, settings)
         if ledger.plan != plan.fingerprint:
             raise _changed(folder)
-    shards_bytes = sum(shard.bytes for progress in ledger.progress.values() for shard in progress.shards)
-    total_bytes = int(plan.n_bytes * TOKENS_PER_BYTE[options.tokenizer] * TOKEN_BYTES)
-    waiting_bytes = min(total_bytes, 2 * options.shard_tokens * TOKEN_BYTES)  # parts that are in no shard yet
-    what = f"preparing {plan.n_bytes / 1e6:,.1f} MB of text"
-    require_free_space(folder, max(0, total_bytes + waiting_bytes - shards_bytes), what)
     (folder / PARTS_NAME).mkdir(exist_ok=True)
     for place in (folder, folder / PARTS_NAME):
         for left_by_a_kill in place.glob(".*.tmp"):
             left_by_a_kill.unlink()
+    _require_space(options, plan, space)
     return ledger
 
 
-def _require_same(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
-    for name, value in here.items():
-        if there.get(name) != value:
+def _require_space(options: PrepareOptions, plan: Plan, space: Space) -> None:
+    """Say what the preparation needs, and refuse to begin what cannot be finished."""
+    need_bytes = space.usual_bytes
+    if options.disk_limit is not None:
+        limit_bytes = int(options.disk_limit * 1e9)
+        if limit_bytes < space.least_bytes:
             raise UsageError(
-                f"{folder} holds another preparation: its {name} is {there.get(name)!r}, this command's is {value!r}; "
-                "choose another --out, or remove the folder."
+                f"--disk-limit {options.disk_limit:g} is too little: {space.shards_bytes / 1e9:.3g} GB of shards and "
+                f"one file at a time need {space.least_bytes / 1e9:.3g} GB."
+            )
+        need_bytes = min(need_bytes, limit_bytes)
+    there_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    if space.download_bytes:
+        files = (
+            f"{sum(len(part.slices) for part in plan.parts):,} files, {space.download_bytes / 1e9:.3g} GB to download"
+        )
+        tokens = f"about {count(space.tokens)} tokens, {space.shards_bytes / 1e9:.3g} GB of shards"
+        most = f"at most {need_bytes / 1e9:.3g} GB of disk while it works ({free_bytes(options.out) / 1e9:.3g} GB free)"
+        say(f"{plan.source}: {files}; {tokens}; {most}.")
+    what = f"preparing {plan.n_bytes / 1e6:,.1f} MB of text"
+    require_free_space(options.out, max(0, need_bytes - there_bytes), what)
+
+
+def _require_same(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
+    for name in dict.fromkeys([*here, *there]):
+        if there.get(name) != here.get(name):
+            raise UsageError(
+                f"{folder} holds another preparation: its {name} is {there.get(name)!r}, this command's is "
+                f"{here.get(name)!r}; choose another --out, or remove the folder."
             )
 
 
@@ -174,27 +288,35 @@ def _changed(folder: Path) -> DataError:
     )
 
 
-def _encode_and_pack(plan: Plan, job: Job, packer: Packer, workers: int) -> None:
+def _encode_and_pack(plan: Plan, job: Job, packer: Packer, space: Space, options: PrepareOptions) -> None:
     """Have every unfinished part encoded, and pack the finished ones in the order of the plan."""
     upcoming = packer.ledger.folded
     done = {n for n in range(upcoming, len(plan.parts)) if PartResult.read(job.folder, n) is not None}
     tasks = [(n, plan.parts[n]) for n in range(upcoming, len(plan.parts)) if n not in done]
     if done or upcoming:
         say(f"Going on: {upcoming + len(done):,} of {len(plan.parts):,} parts are done.")
+        forget_copies(job.folder, lambda n: n < packer.ledger.folded or n in done)
+    limit_bytes = space.usual_bytes if options.disk_limit is None else int(options.disk_limit * 1e9)
+    may_begin = within(space, limit_bytes, lambda: packer.ledger.folded)
+    workers = max(1, min(options.workers, len(tasks)))
     with ProgressLine("prepare", sum(part.n_bytes for _, part in tasks) / 1e6, "MB") as line:
         while upcoming in done:
             packer.take(upcoming)
             upcoming += 1
-        for index, part in run_tasks(tasks, job.start, max(1, min(workers, len(tasks)))):
-            line.advance(part.n_bytes / 1e6)
+        advance = partial(_advance, line)
+        for index, _ in run_tasks(tasks, job.start, workers, may_begin=may_begin, on_progress=advance):
             done.add(index)
             while upcoming in done:
                 packer.take(upcoming)
                 upcoming += 1
 
 
+def _advance(line: ProgressLine, n_bytes: int) -> None:
+    line.advance(n_bytes / 1e6)
+
+
 def _plan_again(entry: ModuleType, options: PrepareOptions) -> str:
-    plan: Plan = entry.plan(Source(options.input, options.field))
+    plan: Plan = entry.plan(options.source)
     return plan.fingerprint
 
 
@@ -213,7 +335,7 @@ def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: P
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        options=_shaping(options),
+        options=_shaping(options, plan) | {ENCODER: packer.encoders},
         splits={
             name: Split(tally.documents, tally.tokens, tally.text_bytes, tuple(progress[name].shards))
             for name, tally in tallies.items()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from regpt2.base import plugins
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.data import documents as documents_module
+from regpt2.data import records
 from regpt2.data.datasets import python_library, text_files, tiny_shakespeare
 from regpt2.data.documents import Document, Source
 
@@ -37,6 +38,10 @@ def read_all(entry: ModuleType, source: Source) -> tuple[list[Document], dict[st
 def texts(path: Path, field: str = "text") -> list[str]:
     found, _ = read_all(text_files, Source(path, field))
     return [document.text for document in found]
+
+
+def split_of(document: Document, val_fraction: float) -> str:
+    return document.split_for(val_fraction, hashlib.sha256(document.text.encode()).digest())
 
 
 def compress(path: Path, kind: str) -> Path:
@@ -94,9 +99,9 @@ def test_jsonl_cut_anywhere_gives_every_line_once(
     lines = [json.dumps({"text": word}) for word in words]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "PART_BYTES", part_bytes)
+        patch.setattr(records, "PART_BYTES", part_bytes)
         patch.setattr(documents_module, "PART_BYTES", part_bytes)
-        patch.setattr(text_files, "LINE_BYTES", line_bytes)
+        patch.setattr(records, "LINE_BYTES", line_bytes)
         found, skipped = read_all(text_files, Source(path))
     fitting = [word for word, line in zip(words, lines, strict=True) if len(line) < line_bytes]
     assert [document.text for document in found] == fitting
@@ -165,16 +170,16 @@ def test_long_text_is_cut_into_pieces_that_join_to_the_whole(tmp_path: Path, kin
     assert all(16_000 < len(document.text.encode()) < 50_000 for document in found[:-1])
     ends = {"A paragraph of text.\n\n": "\n\n", "A line of text.\r\n": "\r\n"}.get(unit, "")
     assert all(document.text.endswith(ends) for document in found)
-    splits = [document.split_for(0.05) for document in found]
+    splits = [split_of(document, 0.05) for document in found]
     assert [n for n, split in enumerate(splits) if split == "val"] == list(range(5, len(found), 20))
 
 
 def test_split_follows_the_content_and_the_fraction() -> None:
-    splits = Counter(Document(f"text {n}").split_for(0.1) for n in range(5000))
+    splits = Counter(split_of(Document(f"text {n}"), 0.1) for n in range(5000))
     assert 420 < splits["val"] < 580  # four standard deviations of a binomial with p = 0.1
-    assert Document("x").split_for(0.1) == Document("x").split_for(0.1)
-    assert Document("x", split="val").split_for(0.0001) == "val"
-    assert [Document("", piece=n).split_for(0.5) for n in range(4)] == ["train", "val", "train", "val"]
+    assert split_of(Document("x"), 0.1) == split_of(Document("x"), 0.1)
+    assert split_of(Document("x", split="val"), 0.0001) == "val"
+    assert [split_of(Document("", piece=n), 0.5) for n in range(4)] == ["train", "val", "train", "val"]
 
 
 def test_folders_are_read_in_order_and_the_rest_is_counted(tmp_path: Path) -> None:
@@ -245,7 +250,7 @@ def test_tiny_shakespeare_accepts_only_the_pinned_text(tmp_path: Path, monkeypat
     monkeypatch.setattr(tiny_shakespeare, "SHA256", hashlib.sha256(text.encode()).hexdigest())
     found, _ = read_all(tiny_shakespeare, Source(copy))
     assert "".join(document.text for document in found) == text
-    assert {document.split_for(0.05) for document in found} == {"train", "val"}
+    assert {split_of(document, 0.05) for document in found} == {"train", "val"}
 
 
 @pytest.mark.network

@@ -2,7 +2,8 @@
 
 An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
 `plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
-`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves out.
+`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves out. Files that
+are elsewhere (`InputFile.url`) have been fetched by then.
 """
 
 import hashlib
@@ -103,19 +104,18 @@ class Document:
     split: str | None = None
     piece: int | None = None
 
-    def split_for(self, val_fraction: float) -> str:
+    def split_for(self, val_fraction: float, digest: bytes) -> str:
         """ "train" or "val": as the data set says, else by the number of the piece, else by the content.
 
         Of every k = round(1 / val_fraction) pieces the sixth goes to validation (the last, where k is below six).
-        By content means by hash, so that equal documents are never on both sides.
+        By content means by `digest`, the SHA-256 of the text, so that equal documents are never on both sides.
         """
         if self.split is not None:
             return self.split
         if self.piece is not None:
             every = round(1 / val_fraction)
             return "val" if self.piece % every == min(5, every - 1) else "train"
-        first_8_bytes = hashlib.sha256(self.text.encode()).digest()[:8]
-        return "val" if int.from_bytes(first_8_bytes, "big") / 2**64 < val_fraction else "train"
+        return "val" if int.from_bytes(digest[:8], "big") / 2**64 < val_fraction else "train"
 
 
 def input_file(path: Path, name: str) -> InputFile:

@@ -1,5 +1,8 @@
 """Finished parts in, shards of a fixed size out, in the order of the plan; a ledger remembers how far that is.
 
+Each split has parts and shards of its own; or, with `val_tokens`, all documents are one stream, of which so many first
+tokens are the validation split, as in the lecture. Copies of an earlier document can be left out on the way.
+
 The ledger is replaced after every shard, and a part is deleted only when the ledger no longer needs it. So after a
 kill at any point the same calls go on from the last shard and write the same bytes.
 """
@@ -8,7 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,15 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import write_atomic
+from regpt2.data.filters import Seen
 from regpt2.data.manifest import SPLITS, TOKEN_BYTES, Shard
-from regpt2.data.parts import PARTS_NAME, PartResult, Tally, part_file
+from regpt2.data.parts import DOCUMENT_TABLE, PARTS_NAME, PartResult, Tally, part_file, table_file
 from regpt2.data.shards import LEDGER_NAME, shard_name, write_shard
 
 READ_TOKENS = 1 << 20
+COPIES = "documents left out as copies of earlier ones"
+
+Tokens = npt.NDArray[np.uint16]
 
 
 @dataclass
@@ -43,6 +50,7 @@ class Ledger:
     tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in SPLITS})
     skipped: dict[str, int] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=lambda: {name: Progress() for name in SPLITS})
+    encoders: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Replace the ledger in `folder`, atomically."""
@@ -69,26 +77,45 @@ class Ledger:
             raise DataError(f"{path} cannot be read ({error}); remove {folder} and prepare it again.") from None
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How parts become shards."""
+
+    dataset: str
+    shard_tokens: int
+    val_tokens: int
+    """0: the parts say what is for validation."""
+    dedup: bool
+    eot: int
+    token_bytes: npt.NDArray[np.int32]
+
+
 class Packer:
     """Takes parts in the order of the plan and writes a shard as soon as there are tokens for one."""
 
-    def __init__(self, folder: Path, dataset: str, shard_tokens: int, ledger: Ledger) -> None:
-        self.folder, self.dataset, self.shard_tokens, self.ledger = folder, dataset, shard_tokens, ledger
+    def __init__(self, folder: Path, packing: Packing, ledger: Ledger) -> None:
+        self.folder, self.packing, self.ledger = folder, packing, ledger
         self.parts_folder = folder / PARTS_NAME
         self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
+        self._kept: dict[tuple[int, str], Stretches] = {}
         self._waiting = dict.fromkeys(SPLITS, 0)  # their tokens that are in no shard yet
+        self._seen = Seen()
+        if packing.dedup:
+            for index in range(ledger.folded):
+                self._seen.first(self._table(index)["hash"])
         self._fold()
 
     def take(self, index: int) -> None:
         """Take the next part, which must be finished; parts are taken in order, from `ledger.folded` on."""
         result = PartResult.read(self.parts_folder, index)
         assert result is not None, f"part {index} is not finished"
-        self._results[index] = result
+        self._results[index] = self._without_copies(index, result) if self.packing.dedup else result
         for name in SPLITS:
-            self._waiting[name] += self._unpacked(name, index)
+            progress = self.ledger.progress[name]
+            begun = progress.offset if index == progress.part else 0
+            self._waiting[name] += self._results[index].splits[name].tokens - begun if index >= progress.part else 0
         for name in SPLITS:
-            while self._waiting[name] >= self.shard_tokens:
-                self._write_shard(name, self.shard_tokens)
+            self._write_full_shards(name)
 
     def finish(self) -> tuple[dict[str, Tally], dict[str, int]]:
         """Write what is left to a last, shorter shard of each split; the amounts of everything and the skips.
@@ -102,37 +129,82 @@ class Packer:
             skipped.update(result.skipped)
             for name in SPLITS:
                 tallies[name].add(result.splits[name])
-        _require_documents(tallies, skipped)
+        if self.packing.val_tokens:
+            _require_tokens(tallies["train"].tokens, self.packing.val_tokens, skipped)
+            tallies["train"].subtract(tallies["val"])
+        else:
+            _require_documents(tallies, skipped)
         for name in SPLITS:
             if self._waiting[name]:
                 self._write_shard(name, self._waiting[name])
         return tallies, dict(sorted(skipped.items()))
 
-    def _unpacked(self, name: str, index: int) -> int:
-        progress = self.ledger.progress[name]
-        if index < progress.part:
-            return 0
-        return self._results[index].splits[name].tokens - (progress.offset if index == progress.part else 0)
+    @property
+    def encoders(self) -> str:
+        """What made the ids."""
+        return ", ".join(sorted({*self.ledger.encoders, *(result.encoder for result in self._results.values())}))
+
+    def _table(self, index: int) -> npt.NDArray[np.void]:
+        return np.fromfile(table_file(self.parts_folder, index), dtype=DOCUMENT_TABLE)
+
+    def _without_copies(self, index: int, result: PartResult) -> PartResult:
+        """The result without documents that came before; what is left of each token file is noted."""
+        table = self._table(index)
+        is_new = self._seen.first(table["hash"])
+        tallies = {}
+        for name in SPLITS:
+            of_split = table["is_val"] == (name == "val")
+            rows, kept = table[of_split], is_new[of_split]
+            self._kept[index, name] = Stretches.of(rows["tokens"], kept)
+            amounts = (rows[column][kept].sum(dtype=np.int64) for column in ("tokens", "text_bytes"))
+            tallies[name] = Tally(int(kept.sum()), *map(int, amounts))
+        copies = {COPIES: int(len(table) - is_new.sum())} if not is_new.all() else {}
+        return replace(result, splits=tallies, skipped=result.skipped | copies)
+
+    def _write_full_shards(self, name: str) -> None:
+        size = self.packing.shard_tokens
+        if self.packing.val_tokens and name == "train":  # the one stream: its head is for validation
+            while head := min(self._missing_val_tokens(), size):
+                if self._waiting[name] < head:
+                    return
+                self._write_shard("val", head)
+        while self._waiting[name] >= size:
+            self._write_shard(name, size)
+
+    def _missing_val_tokens(self) -> int:
+        return self.packing.val_tokens - sum(shard.tokens for shard in self.ledger.progress["val"].shards)
 
     def _write_shard(self, name: str, n_tokens: int) -> None:
-        progress = self.ledger.progress[name]
-        file_name = shard_name(self.dataset, name, len(progress.shards))
-        cursor = _Cursor(progress.part, progress.offset)
-        shard = write_shard(self.folder / file_name, n_tokens, self._tokens(name, cursor, n_tokens))
-        progress.part, progress.offset = cursor.part, cursor.offset
-        progress.shards.append(shard)
-        self._waiting[name] -= n_tokens
+        stream = "train" if self.packing.val_tokens else name
+        place, shards = self.ledger.progress[stream], self.ledger.progress[name].shards
+        path = self.folder / shard_name(self.packing.dataset, name, len(shards))
+        cursor, tally = _Cursor(place.part, place.offset), Tally()
+        pieces = self._tokens(stream, cursor, n_tokens)
+        shards.append(write_shard(path, n_tokens, self._counted(pieces, tally) if name != stream else pieces))
+        self.ledger.tallies[name].add(tally)
+        place.part, place.offset = cursor.part, cursor.offset
+        self._waiting[stream] -= n_tokens
         self._fold()
 
-    def _tokens(self, name: str, cursor: "_Cursor", count: int) -> Iterator[npt.NDArray[np.uint16]]:
-        """The next `count` tokens of a split; `cursor` moves along."""
+    def _counted(self, pieces: Iterator[Tokens], tally: Tally) -> Iterator[Tokens]:
+        """The same tokens; `tally` has their amounts in the end. A document counts where it begins."""
+        for piece in pieces:
+            text_bytes = self.packing.token_bytes[piece].sum(dtype=np.int64)
+            tally.add(Tally(int((piece == self.packing.eot).sum()), len(piece), int(text_bytes)))
+            yield piece
+
+    def _tokens(self, stream: str, cursor: "_Cursor", count: int) -> Iterator[Tokens]:
+        """The next `count` tokens of a stream; `cursor` moves along."""
         while count:
-            path = part_file(self.parts_folder, cursor.part, name)
-            wanted = min(count, READ_TOKENS, self._results[cursor.part].splits[name].tokens - cursor.offset)
-            if not wanted:
+            n_tokens = self._results[cursor.part].splits[stream].tokens
+            if cursor.offset == n_tokens:
                 cursor.part, cursor.offset = cursor.part + 1, 0
                 continue
-            tokens = np.fromfile(path, dtype="<u2", count=wanted, offset=TOKEN_BYTES * cursor.offset)
+            kept = self._kept.get((cursor.part, stream)) or Stretches.whole(n_tokens)
+            start, length = kept.at(cursor.offset)
+            wanted = min(count, READ_TOKENS, length)
+            path = part_file(self.parts_folder, cursor.part, stream)
+            tokens = np.fromfile(path, dtype="<u2", count=wanted, offset=TOKEN_BYTES * start)
             if len(tokens) != wanted:
                 raise DataError(f"{path} is truncated; remove {self.folder} and prepare it again.")
             yield tokens
@@ -142,18 +214,48 @@ class Packer:
     def _fold(self) -> None:
         """Count the parts that no shard will need again into the ledger, write it, and only then delete them."""
         ledger = self.ledger
+        if self.packing.val_tokens:
+            ledger.progress["val"].part = ledger.progress["train"].part
         needed = min(progress.part for progress in ledger.progress.values())
         while ledger.folded < needed:
             result = self._results.pop(ledger.folded)
             ledger.skipped = dict(Counter(ledger.skipped) + Counter(result.skipped))
+            ledger.encoders = sorted({*ledger.encoders, result.encoder})
             for name in SPLITS:
                 ledger.tallies[name].add(result.splits[name])
+                self._kept.pop((ledger.folded, name), None)
             ledger.folded += 1
         ledger.write(self.folder)
         for path in self.parts_folder.glob("[0-9]*.*"):
             index, kind = path.name.split(".")[:2]
-            if int(index) < (ledger.progress[kind].part if kind in SPLITS else ledger.folded):
+            if kind != "documents" and int(index) < (ledger.progress[kind].part if kind in SPLITS else ledger.folded):
                 path.unlink()
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """What is kept of a token file: [starts[i], ...) of lengths that add up to ends[i]."""
+
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+    @classmethod
+    def whole(cls, n_tokens: int) -> "Stretches":
+        """All of it."""
+        return cls(np.zeros(1, np.int64), np.array([n_tokens]))
+
+    @classmethod
+    def of(cls, tokens: npt.NDArray[np.uint32], kept: npt.NDArray[np.bool_]) -> "Stretches":
+        """Of documents with so many tokens each, those that are kept; neighbors make one stretch."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], kept.astype(np.int8), [0]])))
+        bounds = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])[edges].reshape(-1, 2)
+        return cls(bounds[:, 0], np.cumsum(bounds[:, 1] - bounds[:, 0]))
+
+    def at(self, offset: int) -> tuple[int, int]:
+        """Where the kept token number `offset` lies in the file, and how many follow without a gap."""
+        n = int(np.searchsorted(self.ends, offset, side="right"))
+        before = int(self.ends[n - 1]) if n else 0
+        return int(self.starts[n]) + offset - before, int(self.ends[n]) - offset
 
 
 @dataclass
@@ -171,15 +273,26 @@ def discard(folder: Path, dataset: str) -> None:
             path.unlink()
 
 
+def _require_tokens(n_tokens: int, val_tokens: int, skipped: Counter[str]) -> None:
+    if n_tokens <= val_tokens:
+        raise DataError(
+            f"there are {n_tokens:,} tokens, no more than the {val_tokens:,} for validation ({_reasons(skipped)}); "
+            "choose a smaller --val-tokens, or add documents."
+        )
+
+
+def _reasons(skipped: Counter[str]) -> str:
+    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted(skipped.items())) or "nothing was skipped"
+
+
 def _require_documents(tallies: dict[str, Tally], skipped: Counter[str]) -> None:
-    reasons = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(skipped.items())) or "nothing was skipped"
     if not any(tally.documents for tally in tallies.values()):
-        raise DataError(f"there is no document in the input ({reasons}).")
+        raise DataError(f"there is no document in the input ({_reasons(skipped)}).")
     for name, tally in tallies.items():
         if not tally.documents:
             total = sum(each.documents for each in tallies.values())
             direction = "larger" if name == "val" else "smaller"
             raise DataError(
                 f"none of the {total:,} documents fell to the {name} split; choose a {direction} --val-fraction, "
-                f"or add documents ({reasons})."
+                f"or add documents ({_reasons(skipped)})."
             )

@@ -3,10 +3,13 @@
 The JSON is written last, so a part is there completely or not at all, whenever the process is killed.
 """
 
+import hashlib
 import json
 import multiprocessing
+import os
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -15,14 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from regpt2.base import plugins
+from regpt2.base.download import fetch
+from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, write_atomic
-from regpt2.data.documents import Part
+from regpt2.data.documents import Document, InputFile, Part
+from regpt2.data.encoders import EncoderName, fast_tokenizer
+from regpt2.data.filters import Filters
+from regpt2.data.inputs import COMPRESSED
 from regpt2.data.manifest import SPLITS
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer, valid_text
-
-BUFFER_TOKENS = 1 << 20
+from regpt2.data.workers import Report
 
 PARTS_NAME = ".parts"
+BUFFER_TOKENS = 1 << 20
+REPORT_BYTES = 8 << 20  # progress within a part is told this often
+
+DOCUMENT_TABLE = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("is_val", "?")])
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,17 @@ class Job:
     dataset: str
     tokenizer: str
     vocab: Path | None
-    val_fraction: float
-    folder: Path  # where the parts go
+    encoder: EncoderName
+    val_fraction: float | None
+    """None: one stream of documents, whose first tokens become the validation split later."""
+    filters: Filters
+    dedup: bool
+    folder: Path
+    """Where the parts go."""
 
     def start(self) -> "PartEncoder":
         """Make ready to work: load the entry and the tokenizer, once per process."""
-        return PartEncoder(self, load_tokenizer(self.tokenizer, self.vocab))
+        return PartEncoder(self, fast_tokenizer(self.encoder, load_tokenizer(self.tokenizer, self.vocab)))
 
 
 @dataclass
@@ -54,20 +70,26 @@ class Tally:
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
 
+    def subtract(self, other: "Tally") -> None:
+        """Take the other's amounts off these."""
+        self.add(Tally(-other.documents, -other.tokens, -other.text_bytes))
+
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a finished part holds."""
+    """What a finished part holds, and which encoder made its ids."""
 
     splits: dict[str, Tally]
     skipped: dict[str, int]
+    encoder: str
 
     @classmethod
     def read(cls, folder: Path, index: int) -> "PartResult | None":
         """The result of a part; None while it is not finished."""
         try:
             content = json.loads((folder / f"{index:06d}.json").read_text(encoding="utf-8"))
-            return cls({name: Tally(**content["splits"][name]) for name in SPLITS}, content["skipped"])
+            tallies = {name: Tally(**content["splits"][name]) for name in SPLITS}
+            return cls(tallies, content["skipped"], content["encoder"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -79,27 +101,121 @@ class PartEncoder:
         self.job, self.tokenizer = job, tokenizer
         self.entry = plugins.load("data.datasets", job.dataset)
 
-    def __call__(self, task: tuple[int, Part]) -> None:
-        index, part = task
-        skipped: Counter[str] = Counter()
-        with ExitStack() as stack:
+    def __call__(self, task: tuple[int, Part], report: Report) -> None:
+        index, planned = task
+        folder, skipped = self.job.folder, Counter[str]()
+        progress = _Progress(planned, report)
+        self.tokenizer.new_part()
+        with local_copies(planned, folder, index, progress.downloaded) as part, ExitStack() as stack:
             outputs = {
-                name: _TokenFileWriter(stack.enter_context(atomic_file(part_file(self.job.folder, index, name))))
+                name: _TokenFileWriter(stack.enter_context(atomic_file(part_file(folder, index, name))))
                 for name in SPLITS
             }
+            rows: list[tuple[int, int, int, bool]] = []
             for document in self.entry.documents(part, skipped):
-                text = valid_text(document.text)
-                if text != document.text:
-                    skipped["documents kept with half surrogate pairs replaced"] += 1
-                if not text.strip():
-                    skipped["documents empty"] += 1
+                text, data = _valid(document.text, skipped)
+                if (reason := "documents empty" if not text.strip() else self.job.filters.reason(text)) is not None:
+                    skipped[reason] += 1
                     continue
-                output = outputs[replace(document, text=text).split_for(self.job.val_fraction)]
-                output.add(self.tokenizer.eot, self.tokenizer.encode_to_numpy(text), len(text.encode()))
+                digest, split = self._digest_and_split(document, data)
+                ids = self.tokenizer.encode_to_numpy(text)
+                outputs[split].add(self.tokenizer.eot, ids, len(data))
+                progress.encoded(len(data))
+                if self.job.dedup:
+                    rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
             for output in outputs.values():
                 output.flush()
-        result = PartResult({name: output.tally for name, output in outputs.items()}, dict(sorted(skipped.items())))
-        write_atomic(self.job.folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
+        if self.job.dedup:
+            write_atomic(table_file(folder, index), np.array(rows, dtype=DOCUMENT_TABLE).tobytes())
+        tallies = {name: output.tally for name, output in outputs.items()}
+        result = PartResult(tallies, dict(sorted(skipped.items())), self.tokenizer.encoder)
+        write_atomic(folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
+        progress.finished()
+
+    def _digest_and_split(self, document: Document, data: bytes) -> tuple[bytes, str]:
+        val_fraction = self.job.val_fraction
+        by_content = val_fraction is not None and document.split is None and document.piece is None
+        digest = hashlib.sha256(data).digest() if self.job.dedup or by_content else b""
+        if val_fraction is not None:
+            return digest, document.split_for(val_fraction, digest)
+        if document.split is not None:
+            raise DataError(f"{self.job.dataset} has a validation split of its own; leave out --val-tokens.")
+        return digest, "train"
+
+
+@contextmanager
+def local_copies(part: Part, folder: Path, index: int, on_bytes: Report) -> Iterator[Part]:
+    """The part with its files that are elsewhere fetched; they are gone from the disk when it has been read."""
+    copies: dict[str, InputFile] = {}
+    for n, file in enumerate({piece.file.name: piece.file for piece in part.slices}.values()):
+        if not file.path:
+            path = raw_file(folder, index, n, file.name)
+            fetch(file.url, path, n_bytes=file.n_bytes, digest=file.digest, on_bytes=on_bytes)
+            copies[file.name] = replace(file, path=str(path), mtime_ns=path.stat().st_mtime_ns)
+    slices = tuple(replace(piece, file=copies.get(piece.file.name, piece.file)) for piece in part.slices)
+    yield replace(part, slices=slices)
+    for copy in copies.values():
+        os.unlink(copy.path)
+
+
+def forget_copies(folder: Path, is_finished: Callable[[int], bool]) -> None:
+    """Remove what a kill left of fetched files whose parts are finished."""
+    for path in folder.glob("raw-*"):
+        if is_finished(int(path.name.split("-")[1])):
+            path.unlink()
+
+
+def part_file(folder: Path, index: int, split: str) -> Path:
+    """Where the tokens of one split of a part lie: plain uint16, no header."""
+    return folder / f"{index:06d}.{split}.bin"
+
+
+def table_file(folder: Path, index: int) -> Path:
+    """Where a row for each document of a part lies (DOCUMENT_TABLE), if copies are to be left out."""
+    return folder / f"{index:06d}.documents"
+
+
+def raw_file(folder: Path, index: int, n: int, name: str) -> Path:
+    """Where the n-th fetched file of a part lies while it is read."""
+    packed = next((suffix for suffix in COMPRESSED if name.lower().endswith(suffix)), "")
+    return folder / f"raw-{index:06d}-{n}{packed}"
+
+
+def _valid(text: str, skipped: Counter[str]) -> tuple[str, bytes]:
+    """The text and its UTF-8, repaired and counted where it is none."""
+    try:
+        return text, text.encode()
+    except UnicodeEncodeError:
+        skipped["documents kept with half surrogate pairs replaced"] += 1
+        text = valid_text(text)
+        return text, text.encode()
+
+
+class _Progress:
+    """Of one part, in its planned bytes. Half of those of files from elsewhere are their way here."""
+
+    def __init__(self, part: Part, report: Report) -> None:
+        files = {piece.file.name: piece.file for piece in part.slices}.values()
+        to_download = sum(file.n_bytes for file in files if not file.path)
+        self._per_downloaded = part.n_bytes / 2 / max(1, to_download)
+        self._per_encoded = 0.5 if to_download else 1.0
+        self._planned, self._done, self._told, self._report = part.n_bytes, 0.0, 0, report
+
+    def downloaded(self, n_bytes: int) -> None:
+        self._advance(n_bytes * self._per_downloaded)
+
+    def encoded(self, n_bytes: int) -> None:
+        self._advance(n_bytes * self._per_encoded)
+
+    def finished(self) -> None:
+        """What was planned is what was done, whatever the text turned out to be."""
+        self._report(self._planned - self._told)
+
+    def _advance(self, amount: float) -> None:
+        self._done = min(self._done + amount, self._planned)
+        if abs(self._done - self._told) >= REPORT_BYTES:
+            self._report(int(self._done) - self._told)
+            self._told = int(self._done)
 
 
 class _TokenFileWriter:
@@ -108,26 +224,28 @@ class _TokenFileWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self.tally = Tally()
         self._file = file
-        self._pieces: list[npt.NDArray[np.uint16]] = []
-        self._n_waiting = 0
+        self._buffer = np.empty(BUFFER_TOKENS, dtype="<u2")
+        self._filled = 0
 
-    def add(self, eot: int, tokens: npt.NDArray[np.uint16], text_bytes: int) -> None:
-        self._pieces += [np.array([eot], dtype=np.uint16), tokens]
-        self._n_waiting += 1 + len(tokens)
-        self.tally.add(Tally(1, 1 + len(tokens), text_bytes))
-        if self._n_waiting >= BUFFER_TOKENS:
+    def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int) -> None:
+        if self._filled + 1 + len(ids) > BUFFER_TOKENS:
             self.flush()
             _stop_if_orphaned()
+        if 1 + len(ids) > BUFFER_TOKENS:
+            self._file.write(np.array([eot], dtype="<u2").tobytes())
+            self._file.write(ids.astype("<u2", copy=False).tobytes())
+        else:
+            end = self._filled + 1 + len(ids)
+            self._buffer[self._filled] = eot
+            self._buffer[self._filled + 1 : end] = ids
+            self._filled = end
+        self.tally.documents += 1
+        self.tally.tokens += 1 + len(ids)
+        self.tally.text_bytes += text_bytes
 
     def flush(self) -> None:
-        if self._pieces:
-            self._file.write(np.concatenate(self._pieces).astype("<u2", copy=False).tobytes())
-        self._pieces, self._n_waiting = [], 0
-
-
-def part_file(folder: Path, index: int, split: str) -> Path:
-    """Where the tokens of one split of a part lie: plain uint16, no header."""
-    return folder / f"{index:06d}.{split}.bin"
+        self._file.write(self._buffer[: self._filled].tobytes())
+        self._filled = 0
 
 
 def _stop_if_orphaned() -> None:

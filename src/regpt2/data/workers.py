@@ -6,6 +6,7 @@ nothing else: when this process ends, however it ends, the worker reads the end 
 
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -17,10 +18,22 @@ from regpt2.base.files import describe_os_error
 Task = TypeVar("Task")
 
 
-def run_tasks(tasks: Iterable[Task], start: Callable[[], Callable[[Task], None]], workers: int) -> Iterator[Task]:
+Report = Callable[[int], object]  # told of progress within a task, in the task's own unit
+Work = Callable[[Any, Report], None]
+
+
+def run_tasks(
+    tasks: Iterable[Task],
+    start: Callable[[], Work],
+    workers: int,
+    *,
+    may_begin: Callable[[Task], bool] = lambda task: True,
+    on_progress: Report = lambda amount: None,
+) -> Iterator[Task]:
     """Do every task, in order of beginning; yield each when it is done. With one worker, in this process.
 
-    `start()` is called once in each process and returns what does a task; it and the tasks must be picklable.
+    `start()` is called once in each process and returns what does a task; it and the tasks must be picklable. A task
+    waits while `may_begin` says no, which is asked again whenever another one is done.
 
     Raises:
         Problem: a task failed, or a worker was killed. The other workers are ended then, and also when the
@@ -29,26 +42,32 @@ def run_tasks(tasks: Iterable[Task], start: Callable[[], Callable[[Task], None]]
     if workers == 1:
         work = start()
         for task in tasks:
-            work(task)
+            work(task, on_progress)
             yield task
         return
-    pool = [_Worker(start) for _ in range(workers)]
+    idle = [_Worker(start) for _ in range(workers)]
+    pool, waiting = list(idle), deque(tasks)
+    busy: dict[Any, _Worker] = {}
     try:
-        waiting = iter(tasks)
-        busy = {worker.connection: worker for worker in pool if worker.give(next(waiting, None))}
-        while busy:
+        while waiting or busy:
+            while idle and waiting and (not busy or may_begin(waiting[0])):
+                worker = idle.pop()
+                worker.give(waiting.popleft())
+                busy[worker.connection] = worker
             for connection in wait(list(busy)):
-                worker = busy.pop(connection)  # type: ignore[call-overload]
-                yield worker.finished()
-                if worker.give(next(waiting, None)):
-                    busy[worker.connection] = worker
+                worker = busy[connection]
+                if (amount := worker.receive()) is not None:
+                    on_progress(amount)
+                    continue
+                idle.append(busy.pop(worker.connection))
+                yield worker.task
     finally:
         for worker in pool:
             worker.end()
 
 
 class _Worker:
-    def __init__(self, start: Callable[[], Callable[[Any], None]]) -> None:
+    def __init__(self, start: Callable[[], Work]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, start), daemon=True)
@@ -56,22 +75,20 @@ class _Worker:
         theirs.close()
         self.task: Any = None
 
-    def give(self, task: Any) -> bool:
-        """Begin a task; False if there is none."""
+    def give(self, task: Any) -> None:
+        """Begin a task."""
         self.task = task
-        if task is not None:
-            with suppress(OSError):  # the process is gone: `finished` will say so
-                self.connection.send(task)
-        return task is not None
+        with suppress(OSError):  # the process is gone: `receive` will say so
+            self.connection.send(task)
 
-    def finished(self) -> Any:
-        """The task that has just ended.
+    def receive(self) -> int | None:
+        """How much further the task is; None when it is done.
 
         Raises:
             Problem: it failed, or the process is gone.
         """
         try:
-            error = self.connection.recv()
+            message = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(timeout=5)
             code = self.process.exitcode
@@ -82,9 +99,9 @@ class _Worker:
             raise Problem(
                 f"a worker process ended by itself (exit code {code}): {cause}. Run the same command again to go on."
             ) from None
-        if error is not None:
-            raise error
-        return self.task
+        if isinstance(message, Problem):
+            raise message
+        return message if message is None else int(message)
 
     def end(self) -> None:
         self.connection.close()
@@ -93,13 +110,13 @@ class _Worker:
         self.process.close()
 
 
-def _serve(connection: Connection, start: Callable[[], Callable[[Any], None]]) -> None:
+def _serve(connection: Connection, start: Callable[[], Work]) -> None:
     """A worker's life: one task after the other, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command ends its workers
     try:
         work = start()
         while True:
-            work(connection.recv())
+            work(connection.recv(), connection.send)
             connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
