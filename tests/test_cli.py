@@ -37,3 +37,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_debug_shows_the_traceback(regpt2: Run) -> None:
     assert "Traceback" not in regpt2("sample", "nowhere", "x").stderr
     assert "Traceback" in regpt2("sample", "nowhere", "x", "--debug").stderr
+
+
+def test_output_that_is_not_utf8_shows_escapes(regpt2: Run) -> None:
+    done = regpt2("sample", "nowhere—é", "x", PYTHONIOENCODING="ascii")
+    assert "nowhere\\u2014\\xe9" in done.stderr
+    assert "Traceback" not in done.stderr

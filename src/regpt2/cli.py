@@ -4,6 +4,7 @@
 """
 
 import importlib
+import io
 import os
 import sys
 
@@ -15,6 +16,8 @@ from regpt2.base.signals import leave_if_one_of_many
 
 VERBS = {
     "prepare": "text -> tokens -> shards: parallel, resumable, verified",
+    "inspect": "look inside a data folder: counts, lengths, tokens, text anywhere, where two differ",
+    "reshard": "token folders from and to other formats: llm.c, nanoGPT, Megatron, datatrove, each compared",
     "train": "train a model by a recipe, or go on with a run",
     "evaluate": "measure a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table, beside published figures",
     "harness": "measure a model by tasks of EleutherAI's lm-evaluation-harness",
@@ -52,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     """Every foreseen problem ends as one message on standard error; `--debug` shows the traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 gets escapes, not a crash
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
