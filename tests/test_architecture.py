@@ -22,7 +22,7 @@ ROOMS = {
 }
 LOWER = set(ROOMS)
 GUARDS = ("__name__", "platform", "TYPE_CHECKING")
-SHELVES = ("data/datasets", "model/weights", "training/optim", "evals")
+SHELVES = ("data/datasets", "data/token_formats", "model/weights", "training/optim", "evals")
 
 
 def imported(file: Path) -> set[str]:

@@ -21,6 +21,7 @@ from regpt2.base.metrics import read_events
 from regpt2.config import read_toml
 from regpt2.data.foreign import foreign_files
 from regpt2.data.manifest import MANIFEST_NAME, SPLITS, Manifest
+from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.shards import LEDGER_NAME, Shard, open_tokens, verify_shard
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.load import read_json, verify_files
@@ -100,7 +101,7 @@ def _kind(folder: Path) -> Callable[[Path, Findings], None]:
         return check_run
     if any((folder / name).exists() for name in checkpoint.FILES):
         return check_checkpoint
-    if (folder / MANIFEST_NAME).exists() or any(folder.glob("*.bin")) or any(folder.glob("*.npy")):
+    if (folder / MANIFEST_NAME).exists() or any(path.suffix in (".bin", ".npy", ".ds") for path in folder.iterdir()):
         return check_data
     raise UsageError(f"{folder} holds no run, no checkpoint and no token files; give one that does.")
 
@@ -164,23 +165,23 @@ def _check_checkpoint(folder: Path, findings: Findings) -> bool:
 
 def _check_data_of_run(run: Path, newest: Path, findings: Findings) -> None:
     try:
-        data = Path(read_toml(run / "config.toml").data)
+        config = read_toml(run / "config.toml")
+        shares = read_shares(config.data, config.mix)
     except Problem:  # it was said above
         return
-    if not data.is_dir():
-        findings.add(data, "note", "not here: not compared with what the run was trained on")
+    folders = " ".join(str(share.folder) for share in shares)
+    if not all(share.folder.is_dir() for share in shares):
+        findings.add(folders, "note", "not here: not compared with what the run was trained on")
         return
     expected = str(read_json(newest / checkpoint.STATE).get("data_fingerprint"))
 
     def compare() -> str:
-        with open_tokens(data, "train") as tokens:
-            if tokens.fingerprint != expected:
-                raise DataError(
-                    f"it has fingerprint {tokens.fingerprint[:16]}, the run was trained on {expected[:16]}."
-                )
-        return f"the data that the run was trained on; regpt2 verify {data} checks its content"
+        with open_mixture(shares) as data:
+            if data.fingerprint != expected:
+                raise DataError(f"it has fingerprint {data.fingerprint[:16]}, the run was trained on {expected[:16]}.")
+        return f"the data that the run was trained on; regpt2 verify {folders} checks its content"
 
-    findings.check(data, compare)
+    findings.check(folders, compare)
 
 
 def check_data(data: Path, findings: Findings) -> None:

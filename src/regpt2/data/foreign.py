@@ -1,7 +1,9 @@
 """Token folders that other projects made, to be read as they are: a folder and a split in, its token files out.
 
-Three kinds, told apart by content: llm.c / modded-nanogpt `.bin` with a header (the native format), build-nanogpt
-`.npy`, and nanoGPT's raw `train.bin` and `val.bin`. All of them are uint16 tokens at some offset of a file.
+Three kinds are told apart by content: llm.c / modded-nanogpt `.bin` with a header (the native format), build-nanogpt
+`.npy`, and nanoGPT's raw `train.bin` and `val.bin`. Two have an index of documents beside the tokens, which is checked
+from end to end: Megatron's `.bin` and `.idx`, and datatrove's `.ds` and `.ds.index`. Each is tokens at some offset of a
+file.
 """
 
 import os
@@ -12,9 +14,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.data.manifest import HEADER_BYTES, TOKEN_BYTES
@@ -23,20 +26,45 @@ MAGIC = 20240520
 VERSION = 1
 MEND = "prepare or download it again"
 
+MEGATRON_MAGIC = b"MMIDIDX\0\0"
+MEGATRON_HEAD = struct.Struct("<9sQBQQ")  # magic, version, type of the tokens, sequences, length of the document index
+MEGATRON_UINT16 = 8
+MEGATRON_WIDTHS = {4: 4, MEGATRON_UINT16: 2}  # int32, uint16
+INDEX_SUFFIX = ".index"  # datatrove: after the whole name
+_AT_ONCE = 1 << 16  # numbers of an index
+
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file that holds `n_tokens` little-endian uint16 from byte `offset` to its end."""
+    """A file that holds `n_tokens` little-endian integers of `width` bytes from byte `offset` to its end."""
 
     path: Path
     offset: int
     n_tokens: int
+    width: int = TOKEN_BYTES
+    whole_documents: bool = False
+    """An index beside it says where its documents end, and the last of them ends with it."""
+
+    def last_token(self) -> int | None:
+        """Its last token; None if it has none."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset + self.width * max(0, self.n_tokens - 1))
+            data = file.read(self.width)
+        return int.from_bytes(data, "little") if data else None
 
 
 def foreign_files(folder: Path, split: str) -> list[TokenFile]:
     """The token files of a split in a folder without a manifest, sorted by name; empty if there are none."""
-    names = sorted(entry.name for entry in os.scandir(folder) if _is_of_split(entry.name, split))
-    return [token_file(folder / name) for name in names]
+    names = {entry.name for entry in os.scandir(folder)}
+    files = []
+    for name in sorted(names):
+        stem, suffix = os.path.splitext(name)
+        if suffix in (".idx", ".ds"):
+            if _split_of(stem) == split:
+                files.append(_megatron(folder / name) if suffix == ".idx" else _datatrove(folder / name))
+        elif f"{stem}.idx" not in names and _is_of_split(name, split):
+            files.append(token_file(folder / name))
+    return files
 
 
 def foreign_dataset(files: list[TokenFile]) -> str | None:
@@ -95,6 +123,14 @@ def _is_of_split(name: str, split: str) -> bool:
     return suffix == ".npy" and split in stem
 
 
+def _split_of(stem: str) -> str:
+    """The split of a file with an index, by the words of its name; one that says nothing is for training."""
+    words = set(re.split("[^a-z]+", stem.lower()))
+    if words & {"val", "valid", "validation"}:
+        return "val"
+    return "test" if "test" in words and "train" not in words else "train"
+
+
 def _with_header(path: Path, head: bytes, size: int) -> TokenFile:
     if len(head) < HEADER_BYTES:
         raise DataError(f"{path} has {size:,} bytes, less than the header's {HEADER_BYTES:,}: truncated; {MEND}.")
@@ -105,13 +141,13 @@ def _with_header(path: Path, head: bytes, size: int) -> TokenFile:
     return TokenFile(path, HEADER_BYTES, n_tokens)
 
 
-def expect_bytes(path: Path, size: int, offset: int, n_tokens: int) -> None:
+def expect_bytes(path: Path, size: int, offset: int, n_tokens: int, width: int = TOKEN_BYTES) -> None:
     """Refuse a file that is not exactly `n_tokens` after `offset` bytes.
 
     Raises:
         DataError: truncated or grown.
     """
-    expected = offset + TOKEN_BYTES * n_tokens
+    expected = offset + width * n_tokens
     if n_tokens < 0 or size != expected:
         fault = "truncated" if size < expected else "grown"
         raise DataError(
@@ -134,3 +170,81 @@ def _npy(path: Path, file: IO[bytes], size: int) -> TokenFile:
         raise DataError(f"{path} holds {dtype} of shape {shape}, expected one row of uint16; {MEND}.")
     expect_bytes(path, size, file.tell(), shape[0])
     return TokenFile(path, file.tell(), shape[0])
+
+
+def _megatron(index: Path) -> TokenFile:
+    """A `.bin` by its `.idx`: sequences that lie in the file one after another, from its beginning to its end."""
+    path = index.with_suffix(".bin")
+    size, index_size = regular_file_bytes(path), regular_file_bytes(index)
+    with open(index, "rb") as file:
+        head = file.read(MEGATRON_HEAD.size)
+        if len(head) < MEGATRON_HEAD.size:
+            raise DataError(f"{index} has {index_size:,} bytes, less than its head: truncated; {MEND}.")
+        magic, version, code, n_sequences, n_documents = MEGATRON_HEAD.unpack(head)
+        if (magic, version) != (MEGATRON_MAGIC, 1) or code not in MEGATRON_WIDTHS:
+            raise DataError(
+                f"{index} begins with {magic!r}, version {version}, type {code}; expected Megatron's "
+                f"{MEGATRON_MAGIC!r}, version 1, type 8 (uint16) or 4 (int32); {MEND}."
+            )
+        expected = MEGATRON_HEAD.size + 12 * n_sequences + 8 * n_documents
+        if index_size != expected or not n_documents:
+            raise DataError(
+                f"{index} has {index_size:,} bytes, expected {expected:,} for {n_sequences:,} sequences and "
+                f"{n_documents:,} entries of documents; {MEND}."
+            )
+        width = MEGATRON_WIDTHS[code]
+        n_bytes = _end_of_sequences(index, file, n_sequences, width)
+        file.seek(-8, os.SEEK_END)
+        if (last := int.from_bytes(file.read(8), "little", signed=True)) != n_sequences:
+            raise DataError(f"{index}: its documents end at sequence {last:,}, expected {n_sequences:,}; {MEND}.")
+    expect_bytes(path, size, 0, n_bytes // width, width)
+    return TokenFile(path, 0, n_bytes // width, width, whole_documents=True)
+
+
+def _end_of_sequences(index: Path, file: IO[bytes], n_sequences: int, width: int) -> int:
+    """The byte at which the last sequence of a Megatron index ends, each beginning where the one before it ends."""
+    end, offsets_at = 0, MEGATRON_HEAD.size + 4 * n_sequences
+    for first in range(0, n_sequences, _AT_ONCE):
+        n = min(_AT_ONCE, n_sequences - first)
+        lengths = _numbers(index, file, "<i4", MEGATRON_HEAD.size + 4 * first, n)
+        offsets = _numbers(index, file, "<i8", offsets_at + 8 * first, n)
+        ends = end + width * np.cumsum(lengths, dtype=np.int64)
+        bad = (lengths < 0) | (offsets != np.concatenate([[end], ends[:-1]]))
+        if bad.any():
+            at = int(bad.argmax())
+            raise DataError(
+                f"{index}: sequence {first + at:,} has {lengths[at]:,} tokens at byte {offsets[at]:,}, expected byte "
+                f"{ends[at - 1] if at else end:,}, where the one before it ends; {MEND}."
+            )
+        end = int(ends[-1])
+    return end
+
+
+def _datatrove(path: Path) -> TokenFile:
+    """A `.ds` by its `.ds.index`: the document ends, in tokens, say how wide a token is."""
+    index = path.with_name(path.name + INDEX_SUFFIX)
+    size, index_size = regular_file_bytes(path), regular_file_bytes(index)
+    if index_size % 8 or index_size // 8 > size // TOKEN_BYTES:
+        raise DataError(
+            f"{index} has {index_size:,} bytes, expected 8 for each document of {path.name}, which has {size:,} bytes "
+            f"of tokens; {MEND}."
+        )
+    n_tokens = 0
+    with open(index, "rb") as file:
+        for first in range(0, index_size // 8, _AT_ONCE):
+            ends = _numbers(index, file, "<u8", 8 * first, min(_AT_ONCE, index_size // 8 - first))
+            if ends[0] < n_tokens or (ends[1:] < ends[:-1]).any():
+                raise DataError(f"{index}: a document ends before it begins; {MEND}.")
+            n_tokens = int(ends[-1])
+    width = 4 if size == 4 * n_tokens else TOKEN_BYTES
+    expect_bytes(path, size, 0, n_tokens, width)
+    return TokenFile(path, 0, n_tokens, width, whole_documents=True)
+
+
+def _numbers(path: Path, file: IO[bytes], kind: str, offset: int, count: int) -> npt.NDArray[Any]:
+    """`count` numbers at byte `offset` of a file that is known to hold them."""
+    file.seek(offset)
+    numbers = np.fromfile(file, dtype=kind, count=count)
+    if len(numbers) != count:
+        raise DataError(f"{path} became shorter while it was read; {MEND}.")
+    return numbers

@@ -44,7 +44,7 @@ __all__ = [
 
 LEDGER_NAME = ".prepare.json"  # there while a preparation is unfinished
 MAX_OPEN_FILES = 128  # shells allow 256 (macOS) or 1024; further files are opened for each read
-GPT2_VOCAB_SIZE = 50257  # what a foreign folder is taken to hold
+GPT2_VOCAB_SIZE, GPT2_EOT = 50257, 50256  # what a foreign folder is taken to hold
 
 
 def shard_name(dataset: str, split: str, index: int) -> str:
@@ -131,20 +131,21 @@ class TokenStream:
 
     def _read_file(self, index: int, first: int, count: int) -> npt.NDArray[np.uint16]:
         file = self.files[index]
-        data = self._read_bytes(index, file.offset + TOKEN_BYTES * first, TOKEN_BYTES * count)
-        if len(data) != TOKEN_BYTES * count:
+        data = self._read_bytes(index, file.offset + file.width * first, file.width * count)
+        if len(data) != file.width * count:
             raise DataError(
-                f"{file.path} ended {TOKEN_BYTES * count - len(data):,} bytes early, at token "
-                f"{first + len(data) // TOKEN_BYTES:,} of {file.n_tokens:,}: truncated; prepare the folder again."
+                f"{file.path} ended {file.width * count - len(data):,} bytes early, at token "
+                f"{first + len(data) // file.width:,} of {file.n_tokens:,}: truncated; prepare the folder again."
             )
-        tokens: npt.NDArray[np.uint16] = np.frombuffer(data, dtype="<u2")
-        if self.vocab_size is not None and count and tokens.max() >= self.vocab_size:
-            bad = int(np.argmax(tokens >= self.vocab_size))
+        tokens = np.frombuffer(data, dtype=f"<u{file.width}")
+        n_ids = self.vocab_size or 1 << 16
+        if count and tokens.max() >= n_ids:
+            bad = int(np.argmax(tokens >= n_ids))
             raise DataError(
                 f"{file.path} holds id {tokens[bad]} at token {first + bad:,}, outside the vocabulary of "
-                f"{self.vocab_size:,} ({self.tokenizer_name}); prepare the folder again."
+                f"{n_ids:,} ({self.tokenizer_name}); prepare the folder again."
             )
-        return tokens
+        return tokens.astype(np.uint16, copy=False)
 
     def _read_bytes(self, index: int, offset: int, count: int) -> bytes:
         with self._lock:
@@ -188,13 +189,23 @@ def open_tokens(folder: Path, split: str) -> TokenStream:
         return _open_native(folder, split)
     if (folder / LEDGER_NAME).exists():
         raise DataError(f"{folder}: its preparation is not finished; run the same `regpt2 prepare` command again.")
+    return _open_foreign(folder, split)
+
+
+def _open_foreign(folder: Path, split: str) -> TokenStream:
     files = foreign_files(folder, split)
     if not sum(file.n_tokens for file in files):
+        mend = f"make them with `regpt2 prepare DATASET --out {folder}`"
+        if split == "val" and foreign_files(folder, "train"):
+            mend = f"`regpt2 reshard {folder} OUT --to native --val-tokens N` takes them from the beginning of train"
         raise DataError(
-            f"{folder}: no {split} tokens here (no manifest.json, no *_{split}_*.bin, *{split}*.npy or {split}.bin); "
-            f"make them with `regpt2 prepare DATASET --out {folder}`."
+            f"{folder}: no {split} tokens here (no manifest.json, no *_{split}_*.bin, *{split}*.npy, {split}.bin, "
+            f"*{split}*.idx or *{split}*.ds); {mend}."
         )
     names = "\n".join(f"{file.path.name} {file.n_tokens}" for file in files)
+    note = f"{folder} has no manifest.json: its tokens are taken to be GPT-2's, and its content cannot be verified."
+    if files[-1].whole_documents and files[-1].last_token() not in (GPT2_EOT, None):
+        note += " No end of text stands between its documents: they run together."
     return TokenStream(
         files,
         fingerprint=sha256_bytes(names.encode()),
@@ -202,7 +213,7 @@ def open_tokens(folder: Path, split: str) -> TokenStream:
         tokenizer_fingerprint=None,
         vocab_size=GPT2_VOCAB_SIZE,
         dataset=foreign_dataset(files),
-        note=f"{folder} has no manifest.json: its tokens are taken to be GPT-2's, and its content cannot be verified.",
+        note=note,
     )
 
 

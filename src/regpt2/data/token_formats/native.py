@@ -1,0 +1,51 @@
+"""Our own: llm.c's shards with a `manifest.json`. In: tokens; out: a folder whose content can be verified."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from regpt2.data.manifest import Manifest, Split
+from regpt2.data.outgoing import Piece, SplitTokens, TokenData
+from regpt2.data.shards import shard_name, write_shard
+from regpt2.data.tokenizer import Tokenizer
+
+SHARDED = True
+END_OF_TEXT_LAST = False
+
+
+def write(folder: Path, data: TokenData) -> None:
+    """Write the shards of all splits, and then the manifest."""
+    Manifest(
+        dataset=data.dataset,
+        source=data.source,
+        revision=data.revision,
+        tokenizer=data.tokenizer.name,
+        tokenizer_fingerprint=data.tokenizer.fingerprint,
+        vocab_size=data.tokenizer.vocab_size,
+        options=data.options,
+        splits={split.name: _write_split(folder, data, split) for split in data.splits},
+        skipped={},
+    ).write(folder)
+
+
+def _write_split(folder: Path, data: TokenData, split: SplitTokens) -> Split:
+    counts, shards = _Counts(data.tokenizer), []
+    for index, (n_tokens, pieces) in enumerate(split.shards(data.shard_tokens)):
+        path = folder / shard_name(data.dataset, split.name, index)
+        shards.append(write_shard(path, n_tokens, counts.counted(pieces)))
+    return Split(counts.documents, split.n_tokens, counts.text_bytes, tuple(shards))
+
+
+class _Counts:
+    """Documents, by their end of text, and bytes of text in the tokens that pass."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.documents = self.text_bytes = 0
+        self._eot, self._token_bytes = tokenizer.eot, tokenizer.token_bytes()
+
+    def counted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self.documents += int(np.count_nonzero(piece == self._eot))
+            self.text_bytes += int(self._token_bytes[piece].sum(dtype=np.int64))
+            yield piece
