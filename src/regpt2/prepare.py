@@ -6,29 +6,31 @@ of workers and interruptions. `docs/data.md` tells how.
 
 import dataclasses
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, count, duration, say
 from regpt2.base.errors import DataError, UsageError
-from regpt2.base.files import folder_lock, free_bytes, require_free_space
-from regpt2.data.documents import Plan, Source
+from regpt2.base.files import folder_lock
+from regpt2.data.documents import Part, Plan, Source
 from regpt2.data.encoders import EncoderName
+from regpt2.data.engine import Engine, check_options, encode
 from regpt2.data.filters import Filters
 from regpt2.data.manifest import MANIFEST_NAME, Manifest, Split
 from regpt2.data.packing import Ledger, Packer, Packing, discard
 from regpt2.data.parts import PARTS_NAME, Job, PartResult, forget_copies
 from regpt2.data.ready import collect
 from regpt2.data.shards import LEDGER_NAME
-from regpt2.data.space import Space, within
+from regpt2.data.space import Space
 from regpt2.data.tokenizer import Tokenizer, find_vocab, load_tokenizer
 from regpt2.data.workers import run_tasks
 
@@ -72,6 +74,12 @@ class PrepareOptions:
     """What computes gpt2's ids: auto takes gigatoken where it is installed and proves equal, else tiktoken."""
     workers: int = dataclasses.field(default_factory=_cores)
     """Processes; the result is the same for any number."""
+    engine: Literal["processes", Engine] = "processes"
+    """Who encodes: our own processes, or datatrove's executors on this machine, on Slurm or on Ray."""
+    tasks: int | None = None
+    """For an engine: into how many tasks the files are dealt; by default one for each."""
+    engine_options: tuple[str, ...] = ()
+    """For an engine: its options as NAME=VALUE, such as partition=cpu time=04:00:00 for slurm."""
     val_fraction: float | None = None
     """About this share of the documents goes to the validation split; 0.05 if nothing else is said."""
     val_tokens: int | None = None
@@ -123,11 +131,12 @@ def prepare(options: PrepareOptions) -> Manifest:
     with folder_lock(options.out):
         if (options.out / MANIFEST_NAME).exists():
             return _already_complete(options.out, settings)
-        space = Space(plan, options.tokenizer, options.shard_tokens, options.workers)
+        limit_bytes = None if options.disk_limit is None else int(options.disk_limit * 1e9)
+        space = Space(plan, options.tokenizer, options.shard_tokens, options.workers, limit_bytes)
         ledger = _begin_or_go_on(options, plan, settings, space)
         packer = Packer(options.out, _packing(options, plan, tokenizer), ledger)
         _encode_and_pack(plan, _job(options, plan, vocab), packer, space, options)
-        if _plan_again(entry, options) != plan.fingerprint:
+        if plan.is_local and entry.plan(options.source).fingerprint != plan.fingerprint:
             raise _changed(options.out)
         manifest = _finish(options, plan, tokenizer, packer)
     _summarize(manifest, options, time.monotonic() - started_at)
@@ -151,6 +160,16 @@ def _check(options: PrepareOptions) -> None:
         raise UsageError(f"--first {options.first} must be at least 1.")
     if options.input is not None and options.out.resolve().is_relative_to(options.input.resolve()):
         raise UsageError(f"--out {options.out} must not lie inside --input {options.input}; choose a folder beside it.")
+    _check_engine(options)
+
+
+def _check_engine(options: PrepareOptions) -> None:
+    if options.engine != "processes":
+        check_options(options.engine, _engine_options(options))
+    elif options.engine_options or options.tasks is not None:
+        raise UsageError("--tasks and --engine-options are for an --engine; choose one, or leave them out.")
+    if options.tasks is not None and options.tasks < 1:
+        raise UsageError(f"--tasks {options.tasks} must be at least 1.")
 
 
 def _collect(entry: ModuleType, options: PrepareOptions) -> Manifest:
@@ -234,7 +253,7 @@ def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str
     folder = options.out
     ledger = Ledger.read(folder)
     if ledger is None:
-        if strangers := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".npy")):
+        if strangers := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".npy", ".ds")):
             raise UsageError(f"{folder} holds tokens from elsewhere already ({strangers[0]}); choose another --out.")
         ledger = Ledger(settings, plan.fingerprint)
     else:
@@ -245,39 +264,18 @@ def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str
     for place in (folder, folder / PARTS_NAME):
         for left_by_a_kill in place.glob(".*.tmp"):
             left_by_a_kill.unlink()
-    _require_space(options, plan, space)
+    space.require(folder)
     return ledger
-
-
-def _require_space(options: PrepareOptions, plan: Plan, space: Space) -> None:
-    """Say what the preparation needs, and refuse to begin what cannot be finished."""
-    need_bytes = space.usual_bytes
-    if options.disk_limit is not None:
-        limit_bytes = int(options.disk_limit * 1e9)
-        if limit_bytes < space.least_bytes:
-            raise UsageError(
-                f"--disk-limit {options.disk_limit:g} is too little: {space.shards_bytes / 1e9:.3g} GB of shards and "
-                f"one file at a time need {space.least_bytes / 1e9:.3g} GB."
-            )
-        need_bytes = min(need_bytes, limit_bytes)
-    there_bytes = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
-    if space.download_bytes:
-        files = (
-            f"{sum(len(part.slices) for part in plan.parts):,} files, {space.download_bytes / 1e9:.3g} GB to download"
-        )
-        tokens = f"about {count(space.tokens)} tokens, {space.shards_bytes / 1e9:.3g} GB of shards"
-        most = f"at most {need_bytes / 1e9:.3g} GB of disk while it works ({free_bytes(options.out) / 1e9:.3g} GB free)"
-        say(f"{plan.source}: {files}; {tokens}; {most}.")
-    what = f"preparing {plan.n_bytes / 1e6:,.1f} MB of text"
-    require_free_space(options.out, max(0, need_bytes - there_bytes), what)
 
 
 def _require_same(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
     for name in dict.fromkeys([*here, *there]):
         if there.get(name) != here.get(name):
+            is_commit = name == "revision" and re.fullmatch("[0-9a-f]{40}", there.get(name, ""))
+            go_on = f"go on with --revision {there[name]}, " if is_commit else ""
             raise UsageError(
                 f"{folder} holds another preparation: its {name} is {there.get(name)!r}, this command's is "
-                f"{here.get(name)!r}; choose another --out, or remove the folder."
+                f"{here.get(name)!r}; {go_on}choose another --out, or remove the folder."
             )
 
 
@@ -289,35 +287,51 @@ def _changed(folder: Path) -> DataError:
 
 
 def _encode_and_pack(plan: Plan, job: Job, packer: Packer, space: Space, options: PrepareOptions) -> None:
-    """Have every unfinished part encoded, and pack the finished ones in the order of the plan."""
-    upcoming = packer.ledger.folded
-    done = {n for n in range(upcoming, len(plan.parts)) if PartResult.read(job.folder, n) is not None}
-    tasks = [(n, plan.parts[n]) for n in range(upcoming, len(plan.parts)) if n not in done]
-    if done or upcoming:
-        say(f"Going on: {upcoming + len(done):,} of {len(plan.parts):,} parts are done.")
-        forget_copies(job.folder, lambda n: n < packer.ledger.folded or n in done)
-    limit_bytes = space.usual_bytes if options.disk_limit is None else int(options.disk_limit * 1e9)
-    may_begin = within(space, limit_bytes, lambda: packer.ledger.folded)
-    workers = max(1, min(options.workers, len(tasks)))
+    """Have every unfinished part encoded; the packer puts them into the order of the plan."""
+    folded = packer.ledger.folded
+    done = {n for n in range(folded, len(plan.parts)) if PartResult.read(job.folder, n) is not None}
+    tasks = [(n, plan.parts[n]) for n in range(folded, len(plan.parts)) if n not in done]
+    if done or folded:
+        say(f"Going on: {folded + len(done):,} of {len(plan.parts):,} parts are done.")
+        forget_copies(job.folder, lambda n: n < folded or n in done)
+    for index in sorted(done):
+        packer.add(index)
     with ProgressLine("prepare", sum(part.n_bytes for _, part in tasks) / 1e6, "MB") as line:
-        while upcoming in done:
-            packer.take(upcoming)
-            upcoming += 1
+        if options.engine != "processes":
+            _encode_by_engine(tasks, job, packer, options, line)
+            return
+        may_begin = space.admission(lambda: packer.ledger.folded)
+        workers = max(1, min(options.workers, len(tasks)))
         advance = partial(_advance, line)
         for index, _ in run_tasks(tasks, job.start, workers, may_begin=may_begin, on_progress=advance):
-            done.add(index)
-            while upcoming in done:
-                packer.take(upcoming)
-                upcoming += 1
+            packer.add(index)
+
+
+def _encode_by_engine(
+    tasks: list[tuple[int, Part]], job: Job, packer: Packer, options: PrepareOptions, line: ProgressLine
+) -> None:
+    sizes = {index: part.n_bytes for index, part in tasks}
+
+    def on_done(index: int) -> None:
+        line.advance(sizes[index] / 1e6)
+        packer.add(index)
+
+    assert options.engine != "processes"
+    n_tasks, given = options.tasks or len(tasks), _engine_options(options)
+    if tasks:
+        encode(options.engine, job, tasks, n_tasks=n_tasks, workers=options.workers, options=given, on_done=on_done)
+
+
+def _engine_options(options: PrepareOptions) -> dict[str, str]:
+    """`("partition=cpu", ...)` by name."""
+    pairs = [item.partition("=") for item in options.engine_options]
+    if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise UsageError(f"--engine-options {wrong[0]!r}: expected NAME=VALUE, as in partition=cpu.")
+    return {name: value for name, _, value in pairs}
 
 
 def _advance(line: ProgressLine, n_bytes: int) -> None:
     line.advance(n_bytes / 1e6)
-
-
-def _plan_again(entry: ModuleType, options: PrepareOptions) -> str:
-    plan: Plan = entry.plan(options.source)
-    return plan.fingerprint
 
 
 def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: Packer) -> Manifest:

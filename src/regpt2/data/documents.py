@@ -2,8 +2,9 @@
 
 An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
 `plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
-`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves out. Files that
-are elsewhere (`InputFile.url`) have been fetched by then.
+`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves
+out. Files that are elsewhere (`InputFile.url`) have been fetched by then. `ready` has shards and no text: instead of the
+two, `shards(source) -> ReadyPlan` (data/ready.py).
 """
 
 import hashlib
@@ -83,6 +84,11 @@ class Plan:
     def n_bytes(self) -> int:
         """The amount of text, as far as sizes tell."""
         return sum(part.n_bytes for part in self.parts)
+
+    @property
+    def is_local(self) -> bool:
+        """Its files are on this machine, where somebody may change them; published ones have digests."""
+        return any(piece.file.path for part in self.parts for piece in part.slices)
 
     @property
     def fingerprint(self) -> str:

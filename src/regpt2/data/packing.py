@@ -99,23 +99,19 @@ class Packer:
         self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
         self._kept: dict[tuple[int, str], Stretches] = {}
         self._waiting = dict.fromkeys(SPLITS, 0)  # their tokens that are in no shard yet
+        self._upcoming, self._finished = ledger.folded, set[int]()
         self._seen = Seen()
         if packing.dedup:
             for index in range(ledger.folded):
                 self._seen.first(self._table(index)["hash"])
         self._fold()
 
-    def take(self, index: int) -> None:
-        """Take the next part, which must be finished; parts are taken in order, from `ledger.folded` on."""
-        result = PartResult.read(self.parts_folder, index)
-        assert result is not None, f"part {index} is not finished"
-        self._results[index] = self._without_copies(index, result) if self.packing.dedup else result
-        for name in SPLITS:
-            progress = self.ledger.progress[name]
-            begun = progress.offset if index == progress.part else 0
-            self._waiting[name] += self._results[index].splits[name].tokens - begun if index >= progress.part else 0
-        for name in SPLITS:
-            self._write_full_shards(name)
+    def add(self, index: int) -> None:
+        """A part is finished; it is taken as soon as all parts before it have been."""
+        self._finished.add(index)
+        while self._upcoming in self._finished:
+            self._take(self._upcoming)
+            self._upcoming += 1
 
     def finish(self) -> tuple[dict[str, Tally], dict[str, int]]:
         """Write what is left to a last, shorter shard of each split; the amounts of everything and the skips.
@@ -143,6 +139,17 @@ class Packer:
     def encoders(self) -> str:
         """What made the ids."""
         return ", ".join(sorted({*self.ledger.encoders, *(result.encoder for result in self._results.values())}))
+
+    def _take(self, index: int) -> None:
+        result = PartResult.read(self.parts_folder, index)
+        assert result is not None, f"part {index} is not finished"
+        self._results[index] = self._without_copies(index, result) if self.packing.dedup else result
+        for name in SPLITS:
+            progress = self.ledger.progress[name]
+            begun = progress.offset if index == progress.part else 0
+            self._waiting[name] += self._results[index].splits[name].tokens - begun if index >= progress.part else 0
+        for name in SPLITS:
+            self._write_full_shards(name)
 
     def _table(self, index: int) -> npt.NDArray[np.void]:
         return np.fromfile(table_file(self.parts_folder, index), dtype=DOCUMENT_TABLE)

@@ -1,9 +1,14 @@
-"""How much disk a preparation takes. In: its plan; out: bytes, and which parts may be begun within a limit."""
+"""How much disk a preparation takes. In: its plan; out: bytes, what to say beforehand, which parts may be begun."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
 
+from regpt2.base.console import count, say
+from regpt2.base.errors import UsageError
+from regpt2.base.files import free_bytes, require_free_space
 from regpt2.data.documents import Part, Plan
 from regpt2.data.manifest import TOKEN_BYTES
 
@@ -19,6 +24,8 @@ class Space:
     tokenizer: str
     shard_tokens: int
     workers: int
+    limit_bytes: int | None
+    """At most so many at any time; None: as many as usual."""
 
     @cached_property
     def download_bytes(self) -> int:
@@ -42,33 +49,59 @@ class Space:
         return _remote_bytes(part) + int(self.shards_bytes * part.n_bytes / max(1, self.plan.n_bytes))
 
     @cached_property
+    def largest_bytes(self) -> int:
+        """Of the largest part."""
+        return max(map(self.part_bytes, self.plan.parts), default=0)
+
+    @cached_property
     def least_bytes(self) -> int:
         """With one part at a time, and what waits for a whole shard."""
         waiting = min(self.shards_bytes, 2 * self.shard_tokens * TOKEN_BYTES)
-        return self.shards_bytes + waiting + max(map(self.part_bytes, self.plan.parts), default=0)
+        return self.shards_bytes + waiting + self.largest_bytes
 
     @cached_property
-    def usual_bytes(self) -> int:
-        """With all workers busy with the largest parts."""
-        largest = sorted(map(self.part_bytes, self.plan.parts), reverse=True)[: self.workers]
-        return self.least_bytes + sum(largest[1:])
+    def most_bytes(self) -> int:
+        """With all workers busy with the largest parts, or the limit."""
+        largest = sorted(map(self.part_bytes, self.plan.parts), reverse=True)[1 : self.workers]
+        usual_bytes = self.least_bytes + sum(largest)
+        return usual_bytes if self.limit_bytes is None else min(usual_bytes, self.limit_bytes)
 
+    def require(self, folder: Path) -> None:
+        """Say what the preparation needs, and refuse to begin what cannot be finished.
 
-def within(space: Space, limit_bytes: int, folded: Callable[[], int]) -> Callable[[tuple[int, Part]], bool]:
-    """Whether a part may be begun: are those from `folded()` on, which are in no shard yet, within the limit with it?
+        Raises:
+            UsageError: the limit is too low for one part at a time.
+            Problem: the disk has less room than that.
+        """
+        if self.limit_bytes is not None and self.limit_bytes < self.least_bytes:
+            raise UsageError(
+                f"--disk-limit {self.limit_bytes / 1e9:g} is too little: {self.shards_bytes / 1e9:.3g} GB of shards "
+                f"and one file at a time need {self.least_bytes / 1e9:.3g} GB."
+            )
+        if self.download_bytes:
+            n_files = sum(len(part.slices) for part in self.plan.parts)
+            say(
+                f"{self.plan.source}: {n_files:,} files, {self.download_bytes / 1e9:.3g} GB to download; about "
+                f"{count(self.tokens)} tokens, {self.shards_bytes / 1e9:.3g} GB of shards; at most "
+                f"{self.most_bytes / 1e9:.3g} GB of disk while it works ({free_bytes(folder) / 1e9:.3g} GB free)."
+            )
+        there_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        what = f"preparing {self.plan.n_bytes / 1e6:,.1f} MB of text"
+        require_free_space(folder, max(0, self.most_bytes - there_bytes), what)
 
-    Parts are asked for in their order, and the first that is in no shard may always be begun.
-    """
-    allowance = limit_bytes - space.least_bytes + max(map(space.part_bytes, space.plan.parts), default=0)
-    ends = [0]
-    for part in space.plan.parts:
-        ends.append(ends[-1] + space.part_bytes(part))
+    def admission(self, folded: Callable[[], int]) -> Callable[[tuple[int, Part]], bool]:
+        """Whether a part may be begun: with it, are those from `folded()` on, not yet wholly in shards, within bounds?
 
-    def may_begin(task: tuple[int, Part]) -> bool:
-        index = task[0]
-        return index <= folded() or ends[index + 1] - ends[folded()] <= allowance
+        Parts are asked for in their order, and the first of those may always be begun.
+        """
+        allowance = self.most_bytes - self.shards_bytes
+        ends = [0, *accumulate(map(self.part_bytes, self.plan.parts))]
 
-    return may_begin
+        def may_begin(task: tuple[int, Part]) -> bool:
+            index, begun = task[0], folded()
+            return index <= begun or ends[index + 1] - ends[begun] <= allowance
+
+        return may_begin
 
 
 def _remote_bytes(part: Part) -> int:
