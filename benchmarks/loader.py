@@ -1,38 +1,73 @@
-"""How fast batches come from shards. In: a prepared data folder; out: tokens/s in both orders, and the slowest batch.
+"""How fast batches come from shards. In: a prepared data folder; out: tokens/s in both orders, and the slowest batches.
 
     python benchmarks/loader.py DIR [--steps 100]
+    python benchmarks/loader.py --stalls [--steps 1000]
 
-Batches of 524,288 tokens in windows of 1,024, as gpt2_124m reads them, in one thread and without a model.
+Batches of 524,288 tokens in windows of 1,024, as gpt2_124m reads them, in one thread and without a model. `--stalls`
+needs no folder: the same 200M tokens as one shard and as shards of 1 MB, more than the files that are kept open, batch
+by batch in turn, so that what a shard's end costs stands beside a run without ends.
 """
 
 import argparse
 import json
-import statistics
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from regpt2.data.loader import BatchConfig, Loader
-from regpt2.data.shards import open_tokens
+from regpt2.data.shards import open_tokens, write_shard
+
+STALL_TOKENS, SMALL_SHARD = 200_000_000, 500_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--stalls", action="store_true")
+    parser.add_argument("--steps", type=int)
     options = parser.parse_args()
+    if not options.stalls and options.data is None:
+        parser.error("give a prepared data folder, or --stalls")
+    if options.data is not None:
+        compare({"": options.data}, options.steps or 100)
+    if options.stalls:
+        with tempfile.TemporaryDirectory() as folder:
+            one, many = Path(folder, "one"), Path(folder, "many")
+            write(one, STALL_TOKENS)
+            write(many, SMALL_SHARD)
+            compare({"one shard": one, f"{STALL_TOKENS // SMALL_SHARD} shards": many}, options.steps or 1000)
+
+
+def write(folder: Path, shard_tokens: int) -> None:
+    """Random tokens in shards of this size."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(STALL_TOKENS // shard_tokens):
+        pieces = [rng.integers(0, 50257, SMALL_SHARD, dtype=np.uint16) for _ in range(shard_tokens // SMALL_SHARD)]
+        write_shard(folder / f"random_train_{index:06d}.bin", shard_tokens, pieces)
+
+
+def compare(folders: dict[str, Path], steps: int) -> None:
+    """A line for each order and folder; the folders take turns."""
     for order in ("sequential", "shuffled"):
-        config = BatchConfig(order=order)
-        with open_tokens(options.data, "train") as tokens:
-            loader = Loader(tokens, config, seed=0)
-            loader.batch(1)
-            seconds = []
-            for step in range(2, options.steps + 2):
+        loaders = {
+            name: Loader(open_tokens(folder, "train"), BatchConfig(order=order), seed=0)  # type: ignore[arg-type]
+            for name, folder in folders.items()
+        }
+        batch_ms: dict[str, list[float]] = {name: [] for name in loaders}
+        for step in range(1, steps + 2):
+            for name, loader in loaders.items():
                 began_at = time.perf_counter()
                 loader.batch(step)
-                seconds.append(time.perf_counter() - began_at)
-        median_s = statistics.median(seconds)
-        result = {"order": order, "tokens_per_s": config.batch_tokens / median_s, "slowest_ms": 1e3 * max(seconds)}
-        print(json.dumps(result))
+                batch_ms[name].append(1e3 * (time.perf_counter() - began_at))
+        for name, loader in loaders.items():
+            loader.streams[0].close()  # type: ignore[attr-defined]
+            p50, p99, slowest = np.quantile(batch_ms[name][1:], [0.5, 0.99, 1.0])  # the first warms up
+            figures = {"tokens_per_s": round(1e3 * loader.config.batch_tokens / p50)}
+            figures |= {"p50_ms": round(p50, 2), "p99_ms": round(p99, 2), "slowest_ms": round(slowest, 2)}
+            print(json.dumps({"order": order, **({"data": name} if name else {}), **figures}), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from regpt2.base.device import Precision
 from regpt2.base.errors import ConfigError, UsageError, did_you_mean
 from regpt2.base.files import read_small
 from regpt2.data.loader import BatchConfig
+from regpt2.data.mixture import read_shares
 from regpt2.model.gpt import GPTConfig
 from regpt2.references.curves import names as curve_names
 from regpt2.training.guard import GuardConfig
@@ -87,6 +88,8 @@ class RunConfig:
     """The run folder; by default runs/RECIPE."""
     data: str = ""
     """The prepared data folder (regpt2 prepare ... --out DIR)."""
+    mix: tuple[str, ...] = ()
+    """Instead of `data`: several folders, each as DIR=WEIGHT, its share of the tokens of every update."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on where the run folder stands; never: refuse a used folder; must: refuse an unused one."""
     seed: int = 1337
@@ -123,6 +126,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        if self.mix:
+            read_shares(self.data, self.mix)  # raises what is wrong with them
         if self.max_steps < 1:
             raise ConfigError(f"max_steps = {self.max_steps} must be at least 1.")
         if not 0 <= self.seed < 2**63:

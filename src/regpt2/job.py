@@ -28,7 +28,8 @@ from regpt2.base.world import World
 from regpt2.config import RunConfig, differences, read_toml, to_toml
 from regpt2.data.baselines import baselines
 from regpt2.data.loader import Loader
-from regpt2.data.shards import TokenStream, open_tokens, verify
+from regpt2.data.mixture import Mixture, open_mixture, read_shares
+from regpt2.data.shards import verify
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
 from regpt2.model.gpt import GPT
 from regpt2.model.load import TokenizerRef
@@ -45,8 +46,8 @@ from regpt2.training.step import LossScale
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
 _DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
 _MAY_CHANGE_SILENTLY = (
-    "run", "data", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints", "verify_data",
-    "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
+    "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints",
+    "verify_data", "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
 
 
@@ -58,8 +59,7 @@ class Job:
     world: World
     compute: Compute
     run: Path
-    data: Path
-    tokens: TokenStream
+    data: Mixture
     loader: Loader
     tokenizer: Tokenizer
     model: GPT
@@ -93,34 +93,34 @@ class Job:
         return TokenizerRef(self.tokenizer.name, self.tokenizer.fingerprint)
 
 
-def open_data(config: RunConfig) -> TokenStream:
+def open_data(config: RunConfig) -> Mixture:
     """The training split."""
-    if not config.data:
-        raise UsageError("no data folder: --data DIR, made by regpt2 prepare DATASET --out DIR.")
-    return open_tokens(Path(config.data), "train")
+    return open_mixture(read_shares(config.data, config.mix))
 
 
-def build(config: RunConfig, world: World, tokens: TokenStream, watchdog: Watchdog, stop: StopSignals) -> Job:
+def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, stop: StopSignals) -> Job:
     """Check everything that can be checked, then make model and optimizer. Nothing is written yet.
 
     Raises:
         Problem: something does not fit, on this rank or another.
     """
-    run, data = Path(config.run), Path(config.data)
+    run = Path(config.run)
     with world.together():
         compute = choose_compute(config.precision, world.device)
         if config.parallel.strategy == "ordered":
             be_deterministic(world.device)
         _check_folder(config, run)
-        tokenizer = _matching_tokenizer(config, tokens)
-        loader = Loader(tokens, config.batch, seed=config.seed, rank=world.rank, world_size=world.size)
+        tokenizer = _matching_tokenizer(config, data)
+        loader = Loader(
+            data.streams, config.batch, seed=config.seed, parts=data.parts, rank=world.rank, world_size=world.size
+        )
         config.parallel.check(world.size, loader.grad_accum_steps)
         if config.eval_every and "val_loss" in config.evals.names:
             _check_evals(data)
         files = files_by_name(config.evals.files, plugins.entries("evals"))
         sinks = open_sinks(config.track, run)
         if config.verify_data:
-            _verify_data(data, tokens.n_tokens, world, watchdog)
+            _verify_data(data, world, watchdog)
         model = GPT(config.model, seed=config.seed).to(world.device)
 
     compiled = config.compile == "on" or (config.compile == "auto" and can_compile(world.device))
@@ -131,7 +131,6 @@ def build(config: RunConfig, world: World, tokens: TokenStream, watchdog: Watchd
         compute=compute,
         run=run,
         data=data,
-        tokens=tokens,
         loader=loader,
         tokenizer=tokenizer,
         model=model,
@@ -171,43 +170,45 @@ def _check_folder(config: RunConfig, run: Path) -> None:
         raise UsageError(f"{run} has no checkpoint to go on from and resume is 'must'; --resume auto starts afresh.")
 
 
-def _matching_tokenizer(config: RunConfig, tokens: TokenStream) -> Tokenizer:
+def _matching_tokenizer(config: RunConfig, data: Mixture) -> Tokenizer:
     """The tokenizer that made the data, if the model has its vocabulary."""
-    tokenizer = load_tokenizer(tokens.tokenizer_name)
-    if tokens.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-        raise DataError(
-            f"{config.data} was made with a {tokenizer.name!r} vocabulary of fingerprint "
-            f"{tokens.tokenizer_fingerprint}, this one is {tokenizer.fingerprint}; prepare the data again."
-        )
+    tokenizer = load_tokenizer(data.tokenizer_name)
+    for share, stream in zip(data.shares, data.streams, strict=True):
+        if stream.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+            raise DataError(
+                f"{share.folder} was made with a {tokenizer.name!r} vocabulary of fingerprint "
+                f"{stream.tokenizer_fingerprint}, this one is {tokenizer.fingerprint}; prepare the data again."
+            )
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size:,}, but {config.data} was made with the tokenizer "
+            f"model.vocab_size = {config.model.vocab_size:,}, but {data} was made with the tokenizer "
             f"{tokenizer.name!r} of {tokenizer.vocab_size:,} tokens; set --model.vocab-size {tokenizer.vocab_size} "
             "or prepare the data with the other tokenizer."
         )
     return tokenizer
 
 
-def _check_evals(data: Path) -> None:
+def _check_evals(data: Mixture) -> None:
     """What evaluations need is looked for before the first step, not in the middle of the run."""
     try:
-        open_tokens(data, "val").close()
+        open_mixture(data.shares, "val").close()
     except DataError as error:
         raise DataError(f"{error} (--eval-every 0 trains without evaluation.)") from None
 
 
-def _verify_data(data: Path, n_tokens: int, world: World, watchdog: Watchdog) -> None:
+def _verify_data(data: Mixture, world: World, watchdog: Watchdog) -> None:
     """Each rank checks its share of the shards."""
-    megabytes = 2e-6 * n_tokens / world.size
+    megabytes = 2e-6 * data.n_tokens / world.size
     with ProgressLine("checking shards", megabytes, "MB", shown=world.is_main) as progress:
 
         def on_bytes(n_bytes: int) -> None:
             progress.advance(n_bytes / 1e6)
             watchdog.beat("checking shards")
 
-        bad = verify(data, on_bytes, part=world.rank, of=world.size)
-    if bad:
-        raise DataError(f"{len(bad)} damaged shards in {data}: {bad[0]} Prepare the data again.")
+        for share in data.shares:
+            bad = verify(share.folder, on_bytes, part=world.rank, of=world.size)
+            if bad:
+                raise DataError(f"{len(bad)} damaged shards in {share.folder}: {bad[0]} Prepare the data again.")
 
 
 def restore(job: Job) -> int:
@@ -241,10 +242,10 @@ def _check_same_run(job: Job, found: checkpoint.Checkpoint) -> None:
                 f"{found.folder} holds a model with {key} = {value}, the recipe has {shape.get(key)}; "
                 "use the recipe of that run, or another --run folder."
             )
-    if found.state["data_fingerprint"] != job.tokens.fingerprint:
+    if found.state["data_fingerprint"] != job.data.fingerprint:
         raise CheckpointError(
             f"{job.run} was trained on data with fingerprint {found.state['data_fingerprint'][:16]}, {job.data} has "
-            f"{job.tokens.fingerprint[:16]}; give the --data of that run, or another --run folder."
+            f"{job.data.fingerprint[:16]}; give the --data or --mix of that run, or another --run folder."
         )
     if not (job.run / "config.toml").is_file():
         raise CheckpointError(f"{job.run / 'config.toml'} is missing; put it back, or use another --run folder.")
@@ -277,6 +278,7 @@ def open_records(job: Job, first: int) -> None:
     if not job.world.is_main:
         return
     config, world = job.config, job.world
+    n_tokens = config.max_steps * config.batch.batch_tokens
     write_atomic(job.run / "config.toml", to_toml(config))
     job.metrics.cut_back(first)
     job.baselines = _baselines(job)
@@ -297,9 +299,10 @@ def open_records(job: Job, first: int) -> None:
         "n_params": job.model.n_params(),
         "tokenizer": job.tokenizer.name,
         "tokenizer_fingerprint": job.tokenizer.fingerprint,
-        "dataset": job.tokens.dataset,
-        "data_fingerprint": job.tokens.fingerprint,
-        "train_tokens": job.tokens.n_tokens,
+        "dataset": job.data.dataset,
+        "data_fingerprint": job.data.fingerprint,
+        "train_tokens": job.data.n_tokens,
+        "data_sets": job.data.described(n_tokens),
         "val_tokens": config.evals.val_tokens,
         "batch_tokens": config.batch.batch_tokens,
         "max_steps": config.max_steps,
@@ -307,21 +310,23 @@ def open_records(job: Job, first: int) -> None:
     }
     job.metrics.log("run", first, **event)
     notes = [f"evaluation {name} is left out: {why}" for name, why in job.without_data.items()]
-    for text in [job.tokens.note, *notes] if job.tokens.note else notes:
+    for text in [*job.data.notes, *job.data.repeated(n_tokens), *notes]:
         job.metrics.log("note", first, text=text)
         warn(text)
     say(
         f"{job.run}: {count(job.model.n_params())} parameters, {event['device']}, {job.compute.precision}, "
         f"{world.size} rank(s) x {job.loader.grad_accum_steps} micro-steps x {config.batch.micro_batch} x "
         f"{config.batch.seq_len} = {config.batch.batch_tokens:,} tokens per update; {config.max_steps:,} updates are "
-        f"{config.max_steps * config.batch.batch_tokens / max(1, job.tokens.n_tokens):.2f} epochs of "
-        f"{count(job.tokens.n_tokens)} tokens" + (f"; going on from step {first:,}" if first else "")
+        + job.data.plan(n_tokens)
+        + (f"; going on from step {first:,}" if first else "")
     )
 
 
 def _baselines(job: Job) -> dict[str, float]:
+    if len(job.data.shares) > 1:
+        return {}
     try:
-        return baselines(job.data, job.tokenizer)
+        return baselines(job.data.shares[0].folder, job.tokenizer)
     except Problem:  # no validation split: nothing to compare with
         return {}
 
@@ -363,7 +368,7 @@ def save(job: Job, step: int) -> None:
         "seed": config.seed,
         "val_tokens": config.evals.val_tokens,
         "batch_tokens": config.batch.batch_tokens,
-        "data_fingerprint": job.tokens.fingerprint,
+        "data_fingerprint": job.data.fingerprint,
         "guard": job.guard.state(),
         "loss_scale": dataclasses.asdict(job.scale) if job.scale else None,
         "elapsed_s": job.elapsed_s + time.monotonic() - job.started_at,

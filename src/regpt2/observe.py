@@ -77,7 +77,8 @@ def evaluate(job: Job, model: GPT, step: int, name: str) -> None:
     context = EvalContext(
         model=in_compute_type(model, job.compute.dtype),
         world=job.world,
-        data=job.data,
+        data=None,
+        mix=job.data.shares,
         seq_len=config.batch.seq_len,
         batch=config.batch.micro_batch,
         val_tokens=config.evals.val_tokens,

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,9 @@ def train(config: RunConfig) -> Summary:
         ExitStack() as held,
     ):
         with world.together():
-            tokens = held.enter_context(open_data(config))
+            data = held.enter_context(open_data(config))
         watchdog = Watchdog(run_folder / "ranks", world.rank, world.size, hang_s)
-        job = build(config, world, tokens, watchdog, stop)  # checks everything; nothing is written before this is done
+        job = build(config, world, data, watchdog, stop)  # checks everything; nothing is written before this is done
         with world.together():
             if world.is_main:
                 held.enter_context(folder_lock(run_folder))
@@ -206,6 +206,11 @@ def main(arguments: list[str]) -> int:
     if spec.startswith("-"):
         raise UsageError(f"the recipe comes first: regpt2 train RECIPE {' '.join(arguments)}. {usage()}")
     defaults = load_recipe(spec)
+    given = {option.partition("=")[0] for option in options}
+    if "--mix" in given:  # it takes the place of the recipe's data, and the other way about
+        defaults = replace(defaults, data="")
+    elif "--data" in given:
+        defaults = replace(defaults, mix=())
     # `--data DIR` and the like are fields of RunConfig: one parser, and help that shows the recipe's own values.
     config = tyro.cli(
         RunConfig,
@@ -231,8 +236,9 @@ def usage() -> str:
     rows = [f"  {name:<18} {recipe_head(find_recipe(name)).splitlines()[0]}" for name in recipe_names()]
     return "\n".join(
         [
-            "usage: regpt2 train RECIPE [--run DIR] [--data DIR] [--max-steps N] [--seed N] [--resume auto|never|must]",
-            "                           [--save-every N] [--eval-every N] [--sample-every N] [--section.key VALUE ...]",
+            "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] [--max-steps N] [--seed N]",
+            "                           [--resume auto|never|must] [--save-every N] [--eval-every N]",
+            "                           [--sample-every N] [--section.key VALUE ...]",
             "       regpt2 train RECIPE --help    every option, with the recipe's values",
             "       torchrun --standalone --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
             "",

@@ -99,13 +99,13 @@ class Shards:
 def test_the_digest_tells_tokens_and_places() -> None:
     """A changed token, two windows exchanged, another step: each is another digest; the split over ranks is not."""
     one = loader(order="sequential")
-    read = one.tokens.read
+    read = one.streams[0].read
     before = one.batch(1).digest
     assert before == one.batch(1).digest
     assert before != one.batch(2).digest
-    one.tokens.read = lambda start, count: read(start, count) + (start == 8)  # type: ignore[method-assign]
+    one.streams[0].read = lambda start, count: read(start, count) + (start == 8)  # type: ignore[method-assign]
     assert one.batch(1).digest != before
-    one.tokens.read = lambda start, count: read({0: 8, 8: 0}.get(start, start), count)  # type: ignore[method-assign]
+    one.streams[0].read = lambda start, count: read({0: 8, 8: 0}.get(start, start), count)  # type: ignore[method-assign]
     assert one.batch(1).digest != before
 
 
@@ -213,7 +213,7 @@ def test_an_error_of_the_reading_thread_reaches_the_loop() -> None:
     def broken(start: int, count: int) -> np.ndarray:
         raise DataError("shard 7 is damaged")
 
-    one.tokens.read = broken  # type: ignore[method-assign]
+    one.streams[0].read = broken  # type: ignore[method-assign]
     with pytest.raises(DataError, match="shard 7"):
         next(one.batches(1, 5))
 

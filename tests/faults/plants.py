@@ -56,7 +56,7 @@ def per_rank_shard_boundary() -> None:
     def batch(self: Loader, step: int) -> Batch:
         B, T, W = self.config.micro_batch, self.config.seq_len, self.world_size
         shard, position = 0, B * T * self.rank
-        sizes = [file.n_tokens for file in self.tokens.files]  # type: ignore[attr-defined]
+        sizes = [file.n_tokens for file in self.streams[0].files]  # type: ignore[attr-defined]
         found = []
         for _ in range(step * self.grad_accum_steps):
             start = sum(sizes[:shard]) + position
@@ -64,7 +64,7 @@ def per_rank_shard_boundary() -> None:
             position += B * T * W
             if position + B * T * W + 1 > sizes[shard]:
                 shard, position = (shard + 1) % len(sizes), B * T * self.rank
-        rows = [self.tokens.read(start, B * T + 1).astype("int64") for start in found[-self.grad_accum_steps :]]
+        rows = [self.streams[0].read(start, B * T + 1).astype("int64") for start in found[-self.grad_accum_steps :]]
         return Batch([(row[:-1].reshape(B, T), row[1:].reshape(B, T)) for row in rows], digest=0)
 
     Loader.batch = batch  # type: ignore[method-assign]

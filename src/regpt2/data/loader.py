@@ -1,17 +1,18 @@
-"""Shards to batches. In: a token stream and a global step; out: that step's windows for this rank, (B, T) at a time.
+"""Shards to batches. In: token streams and a global step; out: that step's windows for this rank, (B, T) at a time.
 
-One global step defines everything: the windows of step s are a pure function of (seed, s, data), the same for every
-world size and micro-batch; ranks take slices of them. So a resume needs no loader state beyond the step.
+One global step defines everything: the windows of step s are a pure function of (seed, s, data, weights), the same for
+every world size and micro-batch; ranks take slices of them. So a resume needs no loader state beyond the step.
 
 A window is `seq_len` tokens and the one after them; the targets are the window shifted by one. The windows of an epoch
 follow each other without gap or overlap, so every token is a target once per epoch, except the first token and one
-tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam.
+tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam. Of several
+data sets each has its own windows and epochs; whose turn it is says data/mixture.py.
 """
 
 import hashlib
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regpt2.base.errors import ConfigError, DataError
+from regpt2.data.mixture import deal
 
 # B = micro_batch sequences, T = seq_len tokens
 
@@ -84,29 +86,48 @@ class BatchConfig:
 class Loader:
     """The batches of one rank."""
 
-    def __init__(self, tokens: Tokens, config: BatchConfig, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.tokens, self.config, self.seed, self.rank, self.world_size = tokens, config, seed, rank, world_size
+    def __init__(
+        self,
+        tokens: Tokens | Sequence[Tokens],
+        config: BatchConfig,
+        *,
+        seed: int,
+        parts: Sequence[int] = (1,),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.streams = tokens if isinstance(tokens, Sequence) else (tokens,)
+        assert len(parts) == len(self.streams), f"{len(self.streams)} data sets with {len(parts)} weights"
+        self.config, self.seed, self.parts, self.rank, self.world_size = config, seed, parts, rank, world_size
         self.grad_accum_steps = config.grad_accum_steps(world_size)
         self.windows_per_step = config.batch_tokens // config.seq_len
-        self.n_windows = (tokens.n_tokens - 1) // config.seq_len
-        if self.n_windows < 1:
+        self.n_windows = [(stream.n_tokens - 1) // config.seq_len for stream in self.streams]
+        if min(self.n_windows) < 1:
+            least = min(stream.n_tokens for stream in self.streams)
+            whose = "the data" if len(self.streams) == 1 else "the smallest data set of the mixture"
             raise DataError(
-                f"the data has {tokens.n_tokens:,} tokens; one window needs seq_len + 1 = {config.seq_len + 1:,}. "
+                f"{whose} has {least:,} tokens; one window needs seq_len + 1 = {config.seq_len + 1:,}. "
                 "Prepare more text or lower batch.seq_len."
             )
 
     def windows(self, step: int) -> NDArray[np.int64]:
-        """Numbers of the windows of update `step` (from 1), over all ranks, in order."""
+        """The windows of update `step` (from 1), over all ranks, in order: a row (data set, its window) for each."""
         first = 0 if self.config.one_batch else (step - 1) * self.windows_per_step
-        flat = np.arange(first, first + self.windows_per_step, dtype=np.int64)
+        whose, windows = deal(np.arange(first, first + self.windows_per_step, dtype=np.int64), self.parts)
+        for k, n in enumerate(self.n_windows):
+            windows[whose == k] = self._in_order(windows[whose == k], n)
+        return np.stack([whose, windows], axis=1)
+
+    def _in_order(self, places: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        """The windows of a data set of `n` at these places of its epochs, one epoch after the other."""
         if self.config.order == "sequential":
-            return flat % self.n_windows
-        epochs, places = np.divmod(flat, self.n_windows)
-        chosen = np.empty_like(flat)
+            return places % n
+        epochs, within = np.divmod(places, n)
+        windows = np.empty_like(places)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
-            chosen[mine] = permute(places[mine], self.n_windows, seed=self.seed, epoch=int(epoch))
-        return chosen
+            windows[mine] = permute(within[mine], n, seed=self.seed, epoch=int(epoch))
+        return windows
 
     def batch(self, step: int) -> Batch:
         """This rank's part of update `step` (from 1).
@@ -116,8 +137,8 @@ class Loader:
         """
         B, T, n = self.config.micro_batch, self.config.seq_len, self.grad_accum_steps
         first = self.rank * n * B  # the place of this rank's first window in the update
-        mine = self.windows(step)[first : first + n * B]
-        windows = np.stack([self.tokens.read(int(w) * T, T + 1) for w in mine])  # (n * B, T + 1)
+        mine = self.windows(step)[first : first + n * B].tolist()
+        windows = np.stack([self.streams[k].read(w * T, T + 1) for k, w in mine])  # (n * B, T + 1)
         digest = sum(_window_digest(first + i, window) for i, window in enumerate(windows)) % 2**64
         groups = windows.astype(np.int64).reshape(n, B, T + 1)
         return Batch([(group[:, :-1], group[:, 1:]) for group in groups], digest)

@@ -2,14 +2,17 @@
 
 The set is the first `val_tokens` tokens of the validation split in windows of `seq_len`, the same for every batch size
 and number of ranks. The sum over all its tokens is divided once, so that a short last batch weighs what it should.
+Of a mixture every data set is scored so; the figures are the mean by its weights, and the loss of each stands beside.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from regpt2.base.errors import DataError, Problem, UsageError
+from regpt2.data.mixture import read_shares
 from regpt2.data.shards import TokenStream, open_tokens
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.scoring.assets import Asset
@@ -27,22 +30,35 @@ ASSETS: tuple[Asset, ...] = ()
 def evaluate(context: EvalContext) -> Figures:
     """`loss` (nats per token), `perplexity`, `bits_per_byte` (None where the vocabulary is not at hand), `tokens`.
 
+    Of a mixture also `loss_NAME` of each data set.
+
     Raises:
         UsageError: no data folder was given.
         DataError: the validation split is missing or shorter than one window.
     """
-    sums = sum_over_ranks(context, "val_loss", lambda: _score_mine(context), torch.zeros(3))
-    nats, n_bytes, n_targets = sums.tolist()
-    loss = nats / n_targets
+    if context.data is None and not context.mix:
+        raise UsageError("val_loss needs a prepared data folder: --data DIR.")
+    shares = context.mix or read_shares(str(context.data), ())
+    sums = sum_over_ranks(
+        context,
+        "val_loss",
+        lambda: torch.stack([_score_mine(context, share.folder) for share in shares]),
+        torch.zeros(len(shares), 3),
+    )
+    per_token = sums[:, :2] / sums[:, 2:]  # nats and bytes, a row for each data set
+    weights = torch.tensor([share.parts for share in shares], dtype=torch.float64)
+    nats, n_bytes = (weights / weights.sum() @ per_token).tolist()
+    own = {f"loss_{share.name}": loss for share, loss in zip(shares, per_token[:, 0].tolist(), strict=True)}
     return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700.0)),
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
-        "tokens": int(n_targets),
+        "tokens": int(sums[:, 2].sum()),
+        **(own if len(own) > 1 else {}),
     }
 
 
-def n_val_windows(context: EvalContext, tokens: TokenStream) -> int:
+def n_val_windows(context: EvalContext, folder: Path, tokens: TokenStream) -> int:
     """How many windows are scored, over all ranks.
 
     Raises:
@@ -51,21 +67,19 @@ def n_val_windows(context: EvalContext, tokens: TokenStream) -> int:
     n_windows = min(max(1, context.val_tokens // context.seq_len), (tokens.n_tokens - 1) // context.seq_len)
     if n_windows < 1:
         raise DataError(
-            f"{context.data}: the validation split has {tokens.n_tokens:,} tokens, one window needs "
+            f"{folder}: the validation split has {tokens.n_tokens:,} tokens, one window needs "
             f"{context.seq_len + 1:,}; prepare with a larger --val-fraction or lower the sequence length."
         )
     return n_windows
 
 
-def _score_mine(context: EvalContext) -> torch.Tensor:
+def _score_mine(context: EvalContext, folder: Path) -> torch.Tensor:
     """Summed nats, summed bytes and number of the target tokens in this rank's windows."""
-    if context.data is None:
-        raise UsageError("val_loss needs a prepared data folder: --data DIR.")
     world, T = context.world, context.seq_len
     sums = torch.zeros(3, dtype=torch.float64)
-    with scoring(context), open_tokens(context.data, "val") as tokens:
+    with scoring(context), open_tokens(folder, "val") as tokens:
         byte_lengths = _byte_lengths(tokens)
-        windows = range(n_val_windows(context, tokens))
+        windows = range(n_val_windows(context, folder, tokens))
         # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
         for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
             context.on_batch()

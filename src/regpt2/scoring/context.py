@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.world import World
+from regpt2.data.mixture import Share
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.gpt import GPT
 from regpt2.model.packed import packed_if_faster
@@ -39,6 +40,8 @@ class EvalContext:
     """The model's; None where it is not known."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Data given by hand, by name of the evaluation: a file, or a folder for one of several."""
+    mix: tuple[Share, ...] = ()
+    """Instead of `data`: the data sets of a run, and their weights."""
     limit: int = 0
     """Only the first so many examples; 0 = all."""
     brief: bool = False
