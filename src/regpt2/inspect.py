@@ -21,11 +21,11 @@ from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.data.counts import STRETCH_TOKENS, Counts, count_tokens
 from regpt2.data.excerpts import Excerpt, excerpt, find_parting
+from regpt2.data.findings import Findings, check_data
 from regpt2.data.foreign import foreign_files
 from regpt2.data.manifest import MANIFEST_NAME, SPLITS, Manifest
 from regpt2.data.shards import TokenStream, open_tokens
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
-from regpt2.verify import Findings, check_data
 
 COLUMNS = 100
 MOST_COUNTED = 1_000_000_000  # tokens of a split; of a larger one, a sample

@@ -7,7 +7,7 @@ Everything is read to its end and compared with its hashes, its shape and its ne
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,18 +16,14 @@ import tyro
 
 from regpt2.base.console import ProgressLine, say
 from regpt2.base.errors import CheckpointError, DataError, Problem, UsageError
-from regpt2.base.files import describe_os_error, write_atomic
+from regpt2.base.files import write_atomic
 from regpt2.base.metrics import read_events
 from regpt2.config import read_toml
-from regpt2.data.foreign import foreign_files
-from regpt2.data.manifest import MANIFEST_NAME, SPLITS, Manifest
+from regpt2.data.findings import Findings, check_data
+from regpt2.data.manifest import MANIFEST_NAME
 from regpt2.data.mixture import open_mixture, read_shares
-from regpt2.data.shards import LEDGER_NAME, Shard, open_tokens, verify_shard
-from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.load import read_json, verify_files
 from regpt2.training import checkpoint
-
-_IDS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -38,42 +34,6 @@ class Options:
     """What to check; several may be given."""
     json: Path | None = None
     """Also write the findings to this JSON file."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    what: str
-    status: str
-    """ok, BAD, or note: nothing wrong, but worth knowing."""
-    text: str
-
-
-@dataclass
-class Findings:
-    """Says each finding at once, and keeps it."""
-
-    all: list[Finding] = field(default_factory=list)
-
-    def add(self, what: object, status: str, text: str = "") -> None:
-        """One more."""
-        self.all.append(Finding(str(what), status, text))
-        say(f"{status:<4} {what}" + (f": {text}" if text else ""))
-
-    def check(self, what: object, look: Callable[[], str | None]) -> bool:
-        """Is it good? `look` raises what is bad about it, or returns what there is to say of it."""
-        try:
-            self.add(what, "ok", look() or "")
-        except (Problem, OSError) as error:
-            self.add(what, "BAD", describe_os_error(error) if isinstance(error, OSError) else str(error))
-            return False
-        return True
-
-    @property
-    def n_bad(self) -> int:
-        """How many are bad."""
-        return sum(finding.status == "BAD" for finding in self.all)
 
 
 def main(arguments: list[str]) -> int:
@@ -182,74 +142,3 @@ def _check_data_of_run(run: Path, newest: Path, findings: Findings) -> None:
         return f"the data that the run was trained on; regpt2 verify {folders} checks its content"
 
     findings.check(folders, compare)
-
-
-def check_data(data: Path, findings: Findings) -> None:
-    """Every shard against the manifest, where there is one, and every id against the vocabulary."""
-    if not (data / MANIFEST_NAME).exists():
-        _check_foreign_data(data, findings)
-        return
-    if not findings.check(data / MANIFEST_NAME, lambda: f"fingerprint {Manifest.read(data).fingerprint[:16]}"):
-        return
-    manifest = Manifest.read(data)
-    whole = dict.fromkeys(manifest.splits, True)
-    with ProgressLine("checking shards", sum(shard.bytes for shard in manifest.shards) / 1e6, "MB") as progress:
-        for name, split in manifest.splits.items():
-            for shard in split.shards:
-                whole[name] &= findings.check(data / shard.file, partial(_shard, data, shard, progress))
-    for name in manifest.splits:
-        if whole[name]:
-            _check_ids(data, name, manifest, findings)
-
-
-def _shard(data: Path, shard: Shard, progress: ProgressLine) -> None:
-    verify_shard(data, shard, lambda n_bytes: progress.advance(n_bytes / 1e6))
-
-
-def _sizes(data: Path, split: str) -> str:
-    return f"{len(foreign_files(data, split))} of the right size"
-
-
-def _check_foreign_data(data: Path, findings: Findings) -> None:
-    if (data / LEDGER_NAME).exists():
-        findings.add(data, "BAD", "its preparation is not finished; run the same `regpt2 prepare` command again.")
-        return
-    findings.add(data, "note", "no manifest.json: made by another project; only sizes and ids can be checked")
-    for split in SPLITS:
-        whole = findings.check(f"{data}, {split} files", partial(_sizes, data, split))
-        if whole and foreign_files(data, split):
-            _check_ids(data, split, None, findings)
-
-
-def _check_ids(data: Path, split: str, manifest: Manifest | None, findings: Findings) -> None:
-    """Read all ids of a split; with a manifest, count its documents too: each begins with an end of text."""
-    eot = _end_of_text(manifest, findings)
-
-    def look() -> str:
-        documents = 0
-        with (
-            open_tokens(data, split) as tokens,
-            ProgressLine(f"reading {split}", tokens.n_tokens, "tokens") as progress,
-        ):
-            for start in range(0, tokens.n_tokens, _IDS_AT_ONCE):
-                ids = tokens.read(start, min(_IDS_AT_ONCE, tokens.n_tokens - start))  # refuses ids that no token has
-                documents += int((ids == eot).sum())
-                progress.advance(len(ids))
-            n_tokens = tokens.n_tokens
-        if manifest is None or eot is None:
-            return f"{n_tokens:,} tokens, all in the vocabulary"
-        if documents != (expected := manifest.splits[split].documents):
-            raise DataError(f"{documents:,} documents, expected {expected:,} by the manifest.")
-        return f"{n_tokens:,} tokens in {documents:,} documents, all in the vocabulary"
-
-    findings.check(f"{data}, {split} split", look)
-
-
-def _end_of_text(manifest: Manifest | None, findings: Findings) -> int | None:
-    if manifest is None:
-        return None
-    try:
-        return load_tokenizer(manifest.tokenizer).eot
-    except Problem as error:
-        findings.add(manifest.tokenizer, "note", f"the documents are not counted: {error}")
-        return None
