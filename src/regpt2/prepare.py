@@ -22,7 +22,7 @@ from regpt2.base.console import ProgressLine, count, duration, say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.data.documents import Part, Plan, Source
-from regpt2.data.encoders import EncoderName
+from regpt2.data.encoders import EncoderName, fast_tokenizer
 from regpt2.data.engine import Engine, check_options, encode
 from regpt2.data.filters import Filters
 from regpt2.data.manifest import MANIFEST_NAME, Manifest, Split
@@ -125,7 +125,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         _summarize(manifest, options, time.monotonic() - started_at)
         return manifest
     vocab = find_vocab(options.vocab) if options.tokenizer == "gpt2" else options.vocab
-    tokenizer = load_tokenizer(options.tokenizer, vocab)
+    tokenizer = fast_tokenizer(options.encoder, load_tokenizer(options.tokenizer, vocab))
     plan: Plan = entry.plan(options.source)
     settings = _settings(options, plan, tokenizer)
     with folder_lock(options.out):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import random
 import time
 from functools import lru_cache
 from itertools import pairwise
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.data import tokenizer as tokenizer_module
@@ -87,6 +90,20 @@ def _gpt2_once() -> Tokenizer:
     return load_tokenizer("gpt2")
 
 
+def test_pattern_splits_as_the_one_that_tiktoken_ships(gpt2: Tokenizer) -> None:
+    theirs = tiktoken.Encoding(
+        "theirs",
+        pat_str=r50k_pat_str,
+        mergeable_ranks={piece: n for n, piece in enumerate(gpt2.id_bytes[: gpt2.eot])},
+        special_tokens={},
+    )
+    rng = random.Random(0)
+    spaces = ("\t", "\n", "\n", " ", " ", "\x85", "\xa0", "\u2003", "\u3000")
+    for _ in range(10_000):
+        text = "".join(rng.choice(spaces if rng.random() < 0.4 else TRICKY) for _ in range(12))
+        assert gpt2.encode(text) == theirs.encode_ordinary(text)
+
+
 def test_known_ids_of_the_lecture(gpt2: Tokenizer) -> None:
     # build-nanogpt's prompt, printed in the lecture
     assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
@@ -117,6 +134,11 @@ def test_decode_gives_the_text_back(text: str, name: str) -> None:
     assert tokenizer.decode(ids) == repaired(text)
     assert sum(tokenizer.token_bytes()[ids]) == len(repaired(text).encode())
     assert tokenizer.encode_to_numpy(text).dtype == np.uint16
+
+
+def test_ids_of_utf8_are_those_of_the_text(either: Tokenizer) -> None:
+    for text in ("", "It's", "naïve 中文 👍🏽\n\n x"):
+        assert np.array_equal(either.encode_utf8(text.encode()), either.encode_to_numpy(text))
 
 
 def test_end_of_text_in_a_document_stays_text(either: Tokenizer) -> None:

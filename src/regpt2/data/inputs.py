@@ -38,12 +38,12 @@ def open_input(file: InputFile) -> Iterator[IO[bytes]]:
         raise DataError(
             f"{file.path} was changed while it was being prepared; remove the output folder and run the command again."
         )
-    if not file.path.lower().endswith(COMPRESSED):
+    if not file.name.lower().endswith(COMPRESSED):
         with open(file.path, "rb") as plain:
             yield plain
         return
     try:
-        with _decompressed(file.path) as stream:
+        with _decompressed(file) as stream:
             yield stream
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -113,10 +113,10 @@ class _Joined:
         return data + self._file.read(count - len(data)) if len(data) < count else data
 
 
-def _decompressed(path: str) -> IO[bytes]:
-    if path.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.open(path, "rb"))
+def _decompressed(file: InputFile) -> IO[bytes]:
+    if file.name.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.open(file.path, "rb"))
     import pyarrow  # noqa: PLC0415  (slow to import, needed for .zst and .parquet only)
 
     # Unlike zstandard's own reader, this one notices a truncated file.
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(file.path, compression="zstd"))

@@ -118,7 +118,7 @@ class PartEncoder:
                     skipped[reason] += 1
                     continue
                 digest, split = self._digest_and_split(document, data)
-                ids = self.tokenizer.encode_to_numpy(text)
+                ids = self.tokenizer.encode_utf8(data)
                 outputs[split].add(self.tokenizer.eot, ids, len(data))
                 progress.encoded(len(data))
                 if self.job.dedup:

