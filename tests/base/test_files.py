@@ -1,21 +1,17 @@
-"""Files are whole or not there; a folder has one owner; a download is what was pinned or an error."""
+"""Files are whole or not there; a folder has one owner."""
 
 import hashlib
-import http.server
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from regpt2.base.errors import DownloadError, Problem, UsageError
+from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import (
     atomic_file,
     cache_dir,
     describe_os_error,
-    download,
     folder_lock,
     require_free_space,
     sha256_file,
@@ -121,38 +117,6 @@ def test_os_errors_are_told_with_their_mend() -> None:
         "/x: No space left on device; free some space or choose a folder on another disk."
     )
     assert "permissions" in describe_os_error(PermissionError(13, "Permission denied", "/x"))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A web server on loopback that serves tmp_path/web."""
-    (tmp_path / "web").mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments, directory=str(tmp_path / "web"))  # type: ignore[arg-type]
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as it:
-        threading.Thread(target=it.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{it.server_port}"
-        it.shutdown()
-
-
-def test_a_download_is_what_was_pinned_or_an_error(tmp_path: Path, server: str) -> None:
-    (tmp_path / "web" / "good").write_bytes(b"good")
-    pinned = hashlib.sha256(b"good").hexdigest()
-    download(f"{server}/good", tmp_path / "got", pinned)
-    assert (tmp_path / "got").read_bytes() == b"good"
-    (tmp_path / "web" / "good").write_bytes(b"evil")
-    download(f"{server}/good", tmp_path / "got", pinned)  # what is there already is kept, and right
-    with pytest.raises(DownloadError, match=r"gave 4 bytes with SHA-256 .* expected"):
-        download(f"{server}/good", tmp_path / "other", pinned)
-    with pytest.raises(DownloadError, match=r"404.*put the file at"):
-        download(f"{server}/missing", tmp_path / "other", pinned)
-    assert not (tmp_path / "other").exists()
 
 
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:

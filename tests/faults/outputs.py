@@ -11,18 +11,16 @@ import shutil
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import points
 import torch
 import trial
 from suite import Bench, Fault, NotHere, Outcome
 
+from regpt2.base.download import download
 from regpt2.base.errors import DownloadError
-from regpt2.base.files import download, sha256_bytes
+from regpt2.base.files import sha256_bytes
 from regpt2.data.tokenizer import load_tokenizer
 
 HOSTILE = (
@@ -242,8 +240,6 @@ def poisoned_download(bench: Bench) -> Outcome:
 
 def _download_all(folder: Path, ways: tuple[str, ...]) -> dict[str, str]:
     """What is wrong with how each was met."""
-    urlopen: Callable[..., Any] = urllib.request.urlopen
-    urllib.request.urlopen = lambda url, timeout: urlopen(url, timeout=0.5)  # type: ignore[assignment]
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Poisoned)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -263,9 +259,9 @@ def _refused(url: str, path: Path, former: bytes | None = None) -> str:
     if former is not None:
         path.write_bytes(former)
     try:
-        download(url, path, SHA256, tries=1)
+        download(url, path, SHA256, tries=1, timeout_s=0.5)
     except DownloadError:
-        left = sorted(other.name for other in path.parent.iterdir())
+        left = sorted(other.name for other in path.parent.iterdir() if other.suffix != ".part")  # to be continued
         kept = path.read_bytes() if path.exists() else None
         return "" if kept == former and left == ([path.name] if former else []) else f"left behind: {left}"
     except Exception as error:

@@ -1,23 +1,19 @@
-"""Files that are whole or not there: atomic writes, SHA-256, a lock on a folder, checked downloads, free space."""
+"""Files that are whole or not there: atomic writes, SHA-256, locks, free space."""
 
 import errno
 import hashlib
-import http.client
 import os
 import shutil
 import socket
 import stat
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from regpt2.base.errors import DownloadError, Problem, UsageError
+from regpt2.base.errors import Problem, UsageError
 
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 16 << 20  # JSON can take thirty times its size in memory
@@ -122,7 +118,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     make_dir(folder)
     with open(folder / ".lock", "a+b") as file:
-        if not _try_lock(file):
+        if not try_lock(file):
             file.seek(0)
             owner = file.read(400).decode(errors="replace").strip() or "another process"
             raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
@@ -134,7 +130,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def try_lock(file: IO[bytes]) -> bool:
+    """Whether this process holds `file` now; the system frees it when the file is closed.
+
+    Raises:
+        UsageError: its file system has no locks.
+    """
     try:
         if sys.platform == "win32":
             import msvcrt  # noqa: PLC0415  (exists on Windows only)
@@ -190,29 +191,3 @@ def describe_os_error(error: OSError) -> str:
     }
     mend = next((text for name, text in mends.items() if error.errno == getattr(errno, name, None)), "")
     return f"{place}{error.strerror or error}{'; ' + mend if mend else ''}."
-
-
-def download(url: str, path: Path, sha256: str, *, tries: int = 3) -> None:
-    """Fetch `url` to `path`, which appears only when its SHA-256 is as pinned. An existing right file is kept.
-
-    Raises:
-        DownloadError: no network, a refusal, or other content than pinned.
-    """
-    if path.exists() and sha256_file(path) == sha256:
-        return
-    for attempt in range(1, tries + 1):
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply:  # fixed https addresses, or a test's loopback
-                data = reply.read()
-            break
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            if attempt == tries or isinstance(error, urllib.error.HTTPError):
-                raise DownloadError(
-                    f"could not download {url} ({error}); check the network, or put the file at {path} by hand "
-                    f"(SHA-256 {sha256})."
-                ) from error
-            time.sleep(0.5 * 2**attempt)
-    got = sha256_bytes(data)
-    if got != sha256:
-        raise DownloadError(f"{url} gave {len(data):,} bytes with SHA-256 {got}, expected {sha256}; nothing was kept.")
-    write_atomic(path, data)

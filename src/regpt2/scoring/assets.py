@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from regpt2.base.download import download
 from regpt2.base.errors import DataError, DownloadError, UsageError, did_you_mean
-from regpt2.base.files import cache_dir, download
+from regpt2.base.files import cache_dir
 
 
 @dataclass(frozen=True)

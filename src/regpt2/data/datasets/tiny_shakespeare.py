@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from regpt2.base.download import download
 from regpt2.base.errors import DataError
-from regpt2.base.files import cache_dir, download, sha256_file
+from regpt2.base.files import cache_dir, sha256_file
 from regpt2.data.documents import Document, Part, Plan, Slice, Source, group, input_file
 from regpt2.data.inputs import open_input, text_documents
 
