@@ -77,7 +77,7 @@ class PrepareOptions:
     engine: Literal["processes", Engine] = "processes"
     """Who encodes: our own processes, or datatrove's executors on this machine, on Slurm or on Ray."""
     tasks: int | None = None
-    """For an engine: into how many tasks the files are dealt; by default one for each."""
+    """For an engine: into how many tasks the files are dealt; by default four for each of --workers."""
     engine_options: tuple[str, ...] = ()
     """For an engine: its options as NAME=VALUE, such as partition=cpu time=04:00:00 for slurm."""
     val_fraction: float | None = None
@@ -166,6 +166,10 @@ def _check(options: PrepareOptions) -> None:
 def _check_engine(options: PrepareOptions) -> None:
     if options.engine != "processes":
         check_options(options.engine, _engine_options(options))
+        if options.disk_limit is not None:
+            raise UsageError(
+                f"--disk-limit is for our own processes, not for --engine {options.engine}; leave one out."
+            )
     elif options.engine_options or options.tasks is not None:
         raise UsageError("--tasks and --engine-options are for an --engine; choose one, or leave them out.")
     if options.tasks is not None and options.tasks < 1:
@@ -261,7 +265,8 @@ def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str
         if ledger.plan != plan.fingerprint:
             raise _changed(folder)
     (folder / PARTS_NAME).mkdir(exist_ok=True)
-    for place in (folder, folder / PARTS_NAME):
+    # A Slurm job of an earlier call may be writing parts; the engine tidies up when it starts a new one.
+    for place in [folder] if options.engine == "slurm" else [folder, folder / PARTS_NAME]:
         for left_by_a_kill in place.glob(".*.tmp"):
             left_by_a_kill.unlink()
     space.require(folder)
@@ -317,7 +322,7 @@ def _encode_by_engine(
         packer.add(index)
 
     assert options.engine != "processes"
-    n_tasks, given = options.tasks or len(tasks), _engine_options(options)
+    n_tasks, given = options.tasks or 4 * options.workers, _engine_options(options)
     if tasks:
         encode(options.engine, job, tasks, n_tasks=n_tasks, workers=options.workers, options=given, on_done=on_done)
 
