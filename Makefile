@@ -41,7 +41,7 @@ demo: $(CORE)
 	@echo "The page of this run: runs/demo/report.html (opens offline); as Markdown and a picture: report.md, report.png"
 	@echo "Next: $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"
 	@echo "      $(BIN)/regpt2 prepare text_files --input YOUR_FOLDER --tokenizer bytes --out data/mine && $(BIN)/regpt2 train demo --data data/mine --run runs/mine"
-	@echo "      on a GPU, with ten billion tokens in DIR: $(BIN)/regpt2 train gpt2_124m --data DIR"
+	@echo "      on a GPU: $(BIN)/regpt2 prepare fineweb_edu --out data/fineweb_edu_10B && $(BIN)/regpt2 train gpt2_124m"
 
 check: test
 

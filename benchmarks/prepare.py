@@ -24,7 +24,7 @@ def prepare(parquet: Path, encoder: str, workers: int) -> dict[str, float | str]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "shards")
         command = [sys.executable, "-m", "regpt2", "prepare", "text_files", "--input", str(parquet), "--out", str(out)]
-        command += ["--encoder", encoder, "--workers", str(workers)]
+        command += ["--encoder", encoder, "--workers", str(workers), "--val-tokens", "10000000"]
         began_at = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # with its workers: it has waited for them

@@ -305,7 +305,7 @@ def _encode_and_pack(plan: Plan, job: Job, packer: Packer, space: Space, options
         if options.engine != "processes":
             _encode_by_engine(tasks, job, packer, options, line)
             return
-        may_begin = space.admission(lambda: packer.ledger.folded)
+        may_begin = space.admission(lambda: packer.upcoming, lambda: packer.waiting_bytes)
         workers = max(1, min(options.workers, len(tasks)))
         advance = partial(_advance, line)
         for index, _ in run_tasks(tasks, job.start, workers, may_begin=may_begin, on_progress=advance):

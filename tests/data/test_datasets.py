@@ -275,3 +275,16 @@ def test_python_library_is_megabytes_of_clean_text_in_one_order() -> None:
     assert "json/decoder.py" in names
     assert not [name for name in names if "/test/" in name or "site-packages" in name or name.endswith(".pyc")]
     assert any(document.text.startswith('The "assert" statement') for document in found), "a topic of help(), as text"
+
+
+def test_neighboring_slices_of_a_file_are_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (documents_module.InputFile(f"/{name}", name, 9, 0) for name in "ab")
+    cut = [(documents_module.Slice(a, 0, 3), 3), (documents_module.Slice(a, 3, 6), 3)]
+    cut += [(documents_module.Slice(b, 6, 9), 3), (documents_module.Slice(b, 0, 3), 3)]
+    monkeypatch.setattr(documents_module, "PART_BYTES", 9)
+    first, second = documents_module.group(cut)
+    assert first.slices == (documents_module.Slice(a, 0, 6), documents_module.Slice(b, 6, 9))
+    assert (second.slices, second.n_bytes) == ((documents_module.Slice(b, 0, 3),), 3)
+    monkeypatch.setattr(documents_module, "LARGE_BYTES", 12)
+    monkeypatch.setattr(documents_module, "LARGE_PART_BYTES", 12)
+    assert len(documents_module.group(cut)) == 1

@@ -3,18 +3,19 @@
 An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
 `plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
 `documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves
-out. Files that are elsewhere (`InputFile.url`) have been fetched by then. `ready` has shards and no text: instead of the
-two, `shards(source) -> ReadyPlan` (data/ready.py).
+out. Files that are elsewhere (`InputFile.url`) have been fetched by then. `ready` has shards and no text: instead of
+the two, `shards(source) -> ReadyPlan` (data/ready.py).
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from regpt2.base.files import sha256_bytes
 
-PART_BYTES = 2 << 20  # of text, about: a worker's task, 0.2 s of work
+PART_BYTES = 2 << 20  # of text, about: a worker's task, 0.1 s of work with tiktoken
+LARGE_BYTES, LARGE_PART_BYTES = 1 << 30, 8 << 20  # so much text makes enough larger tasks, which cost less each
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,18 @@ def revision_of(files: Iterable[InputFile]) -> str:
 
 def group(sized_slices: Iterable[tuple[Slice, int]], field: str = "text") -> tuple[Part, ...]:
     """Slices with their bytes of text to parts of about PART_BYTES: many small files make one part."""
+    sized = list(sized_slices)
+    part_bytes = LARGE_PART_BYTES if sum(n_bytes for _, n_bytes in sized) >= LARGE_BYTES else PART_BYTES
     parts: list[Part] = []
     slices: list[Slice] = []
     n_bytes = 0
-    for piece, piece_bytes in sized_slices:
-        slices.append(piece)
+    for piece, piece_bytes in sized:
+        if slices and (slices[-1].file, slices[-1].stop) == (piece.file, piece.start):
+            slices[-1] = replace(slices[-1], stop=piece.stop)
+        else:
+            slices.append(piece)
         n_bytes += piece_bytes
-        if n_bytes >= PART_BYTES:
+        if n_bytes >= part_bytes:
             parts.append(Part(tuple(slices), n_bytes, field))
             slices, n_bytes = [], 0
     if slices:

@@ -99,7 +99,9 @@ class Packer:
         self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
         self._kept: dict[tuple[int, str], Stretches] = {}
         self._waiting = dict.fromkeys(SPLITS, 0)  # their tokens that are in no shard yet
-        self._upcoming, self._finished = ledger.folded, set[int]()
+        self.upcoming = ledger.folded
+        """The first part that has not been taken."""
+        self._finished: set[int] = set()
         self._seen = Seen()
         if packing.dedup:
             for index in range(ledger.folded):
@@ -109,9 +111,9 @@ class Packer:
     def add(self, index: int) -> None:
         """A part is finished; it is taken as soon as all parts before it have been."""
         self._finished.add(index)
-        while self._upcoming in self._finished:
-            self._take(self._upcoming)
-            self._upcoming += 1
+        while self.upcoming in self._finished:
+            self._take(self.upcoming)
+            self.upcoming += 1
 
     def finish(self) -> tuple[dict[str, Tally], dict[str, int]]:
         """Write what is left to a last, shorter shard of each split; the amounts of everything and the skips.
@@ -134,6 +136,11 @@ class Packer:
             if self._waiting[name]:
                 self._write_shard(name, self._waiting[name])
         return tallies, dict(sorted(skipped.items()))
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of tokens that have been taken and are in no shard yet."""
+        return TOKEN_BYTES * sum(self._waiting.values())
 
     @property
     def encoders(self) -> str:

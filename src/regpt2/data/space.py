@@ -89,17 +89,20 @@ class Space:
         what = f"preparing {self.plan.n_bytes / 1e6:,.1f} MB of text"
         require_free_space(folder, max(0, self.most_bytes - there_bytes), what)
 
-    def admission(self, folded: Callable[[], int]) -> Callable[[tuple[int, Part]], bool]:
-        """Whether a part may be begun: with it, are those from `folded()` on, not yet wholly in shards, within bounds?
+    def admission(
+        self, upcoming: Callable[[], int], waiting_bytes: Callable[[], int]
+    ) -> Callable[[tuple[int, Part]], bool]:
+        """Whether a part may be begun, so that all that is not in shards yet stays within bounds.
 
-        Parts are asked for in their order, and the first of those may always be begun.
+        Parts are asked for in their order. `upcoming()` is the first that is not packed and may always be begun;
+        `waiting_bytes()` of tokens wait for a whole shard.
         """
         allowance = self.most_bytes - self.shards_bytes
         ends = [0, *accumulate(map(self.part_bytes, self.plan.parts))]
 
         def may_begin(task: tuple[int, Part]) -> bool:
-            index, begun = task[0], folded()
-            return index <= begun or ends[index + 1] - ends[begun] <= allowance
+            index, first = task[0], upcoming()
+            return index <= first or waiting_bytes() + ends[index + 1] - ends[first] <= allowance
 
         return may_begin
 
