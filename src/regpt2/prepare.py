@@ -182,8 +182,9 @@ def _collect(entry: ModuleType, options: PrepareOptions) -> Manifest:
     for name in ("field", "tokenizer", "val_fraction", "val_tokens", "shard_tokens", "dedup", "filters", "disk_limit"):
         if getattr(options, name) != getattr(usual, name):
             raise UsageError(f"{options.dataset} has shards as they are; leave out --{name.replace('_', '-')}.")
+    plan = entry.shards(options.source)
     with folder_lock(options.out):
-        return collect(entry.shards(options.source), options.out, options.vocab, options.workers)
+        return collect(plan, options.out, options.vocab, options.workers)
 
 
 def _val_tokens(options: PrepareOptions, plan: Plan) -> int:
@@ -212,8 +213,7 @@ def _packing(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer) -> Packi
         shard_tokens=options.shard_tokens,
         val_tokens=_val_tokens(options, plan),
         dedup=options.dedup,
-        eot=tokenizer.eot,
-        token_bytes=tokenizer.token_bytes(),
+        tokenizer=tokenizer,
     )
 
 

@@ -24,6 +24,7 @@ from regpt2.data.filters import Seen
 from regpt2.data.manifest import SPLITS, TOKEN_BYTES, Shard
 from regpt2.data.parts import DOCUMENT_TABLE, PARTS_NAME, PartResult, Tally, part_file, table_file
 from regpt2.data.shards import LEDGER_NAME, shard_name, write_shard
+from regpt2.data.tokenizer import Tokenizer
 
 READ_TOKENS = 1 << 20
 COPIES = "documents left out as copies of earlier ones"
@@ -86,8 +87,7 @@ class Packing:
     val_tokens: int
     """0: the parts say what is for validation."""
     dedup: bool
-    eot: int
-    token_bytes: npt.NDArray[np.int32]
+    tokenizer: Tokenizer
 
 
 class Packer:
@@ -203,8 +203,8 @@ class Packer:
     def _counted(self, pieces: Iterator[Tokens], tally: Tally) -> Iterator[Tokens]:
         """The same tokens; `tally` has their amounts in the end. A document counts where it begins."""
         for piece in pieces:
-            text_bytes = self.packing.token_bytes[piece].sum(dtype=np.int64)
-            tally.add(Tally(int((piece == self.packing.eot).sum()), len(piece), int(text_bytes)))
+            documents, text_bytes = self.packing.tokenizer.count(piece)
+            tally.add(Tally(documents, len(piece), text_bytes))
             yield piece
 
     def _tokens(self, stream: str, cursor: "_Cursor", count: int) -> Iterator[Tokens]:

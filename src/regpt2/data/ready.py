@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from regpt2.base.console import ProgressLine, say
 from regpt2.base.download import fetch
@@ -25,8 +24,8 @@ from regpt2.data.documents import InputFile
 from regpt2.data.foreign import token_file
 from regpt2.data.manifest import HEADER_BYTES, MANIFEST_NAME, Manifest, Shard, Split
 from regpt2.data.parts import PARTS_NAME
-from regpt2.data.shards import GPT2_EOT, LEDGER_NAME
-from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.shards import LEDGER_NAME
+from regpt2.data.tokenizer import Tokenizer, load_tokenizer
 from regpt2.data.workers import Report, Work, run_tasks
 
 
@@ -123,49 +122,48 @@ class Job:
 
     def start(self) -> Work:
         """Make ready to work: what each id stands for, once per process."""
-        return partial(_get, self.folder, load_tokenizer("gpt2", self.vocab).token_bytes())
+        return partial(_get, self.folder, load_tokenizer("gpt2", self.vocab))
 
 
-def _get(folder: Path, token_bytes: npt.NDArray[np.int32], file: InputFile, report: Report) -> None:
+def _get(folder: Path, tokenizer: Tokenizer, file: InputFile, report: Report) -> None:
     """A worker's task: one shard into its place, and its count beside it."""
     place = folder / file.name
     if file.path:
-        counted = _count(Path(file.path), file, token_bytes)
+        counted = _count(Path(file.path), file, tokenizer)
         _link_or_copy(Path(file.path), place)
         report(file.n_bytes)
     else:
         fetch(file.url, place, n_bytes=file.n_bytes, digest=file.digest, on_bytes=report)
-        counted = _count(place, file, token_bytes)
+        counted = _count(place, file, tokenizer)
     write_atomic(_count_file(folder, file), json.dumps(asdict(counted)))
 
 
-def _count(path: Path, file: InputFile, token_bytes: npt.NDArray[np.int32]) -> Counted:
+def _count(path: Path, file: InputFile, tokenizer: Tokenizer) -> Counted:
     """Read a shard from end to end."""
     tokens = token_file(path)
     if tokens.offset != HEADER_BYTES:
         raise DataError(f"{path} has no header of llm.c's; it cannot be used as a ready-made shard.")
-    digest, position, documents, text_bytes = hashlib.sha256(), 0, 0, 0
+    digest, position, counts = hashlib.sha256(), 0, np.zeros(2, dtype=np.int64)
     with open(path, "rb") as opened:
         digest.update(opened.read(HEADER_BYTES))
         while data := opened.read(CHUNK_BYTES):
             digest.update(data)
             ids = np.frombuffer(data, dtype="<u2")
-            if ids.max() >= len(token_bytes):
-                bad = int(np.argmax(ids >= len(token_bytes)))
+            if ids.max() >= tokenizer.vocab_size:
+                bad = int(np.argmax(ids >= tokenizer.vocab_size))
                 raise DataError(
                     f"{path} holds id {ids[bad]} at token {position + bad:,}, outside the vocabulary of "
-                    f"{len(token_bytes):,}: it was not made with GPT-2's tokenizer."
+                    f"{tokenizer.vocab_size:,}: it was not made with GPT-2's tokenizer."
                 )
             position += len(ids)
-            documents += int(np.count_nonzero(ids == GPT2_EOT))
-            text_bytes += int(token_bytes[ids].sum(dtype=np.int64))
+            counts += tokenizer.count(ids)
     if len(file.digest) == 64 and digest.hexdigest() != file.digest:
         raise DataError(
             f"{path} has SHA-256 {digest.hexdigest()}, its publisher says {file.digest}; get the file again, or leave "
             "out --input to download it."
         )
     shard = Shard(file.name, tokens.n_tokens, file.n_bytes, digest.hexdigest())
-    return Counted(shard, documents, text_bytes)
+    return Counted(shard, *counts.tolist())
 
 
 def _already_complete(plan: ReadyPlan, folder: Path) -> Manifest:

@@ -52,6 +52,8 @@ class Tokenizer(ABC):
 
     def __init__(self, id_bytes: list[bytes]) -> None:
         self.id_bytes = id_bytes
+        self._sizes = np.array([len(piece) for piece in id_bytes], dtype=np.int32)
+        self._sizes[self.eot] = 0
 
     @abstractmethod
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
@@ -83,9 +85,11 @@ class Tokenizer(ABC):
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Bytes of text that each id stands for; 0 for end of text, which is no text."""
-        sizes = np.array([len(piece) for piece in self.id_bytes], dtype=np.int32)
-        sizes[self.eot] = 0
-        return sizes
+        return self._sizes
+
+    def count(self, ids: npt.NDArray[np.uint16]) -> tuple[int, int]:
+        """How many documents begin in `ids`, by their ends of text, and the bytes of text that they stand for."""
+        return int(np.count_nonzero(ids == self.eot)), int(self._sizes[ids].sum(dtype=np.int64))
 
 
 class StreamDecoder:

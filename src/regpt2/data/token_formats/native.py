@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from regpt2.data.manifest import Manifest, Split
 from regpt2.data.outgoing import Piece, SplitTokens, TokenData
 from regpt2.data.shards import shard_name, write_shard
@@ -42,10 +40,11 @@ class _Counts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.documents = self.text_bytes = 0
-        self._eot, self._token_bytes = tokenizer.eot, tokenizer.token_bytes()
+        self._tokenizer = tokenizer
 
     def counted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:
-            self.documents += int(np.count_nonzero(piece == self._eot))
-            self.text_bytes += int(self._token_bytes[piece].sum(dtype=np.int64))
+            documents, text_bytes = self._tokenizer.count(piece)
+            self.documents += documents
+            self.text_bytes += text_bytes
             yield piece
