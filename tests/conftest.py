@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,3 +133,19 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a prepared folder but its lock."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+def shard_tokens(folder: Path, split: str) -> list[int]:
+    """All tokens of a split's shards, from the description of the format alone."""
+    tokens: list[int] = []
+    for path in sorted(folder.glob(f"*_{split}_*.bin")):
+        data = path.read_bytes()
+        magic, version, count = struct.unpack_from("<3i", data)
+        assert (magic, version, len(data)) == (20240520, 1, 1024 + 2 * count)
+        tokens += struct.unpack_from(f"<{count}H", data, 1024)
+    return tokens

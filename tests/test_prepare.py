@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import folder_bytes
 from regpt2 import prepare as prepare_module
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import folder_lock
@@ -52,11 +53,6 @@ def options_for(corpus: Path, out: Path, **changes: object) -> PrepareOptions:
 def command_for(corpus: Path, out: Path, workers: int) -> list[str]:
     sizes = ["--shard-tokens", str(SHARD_TOKENS), "--workers", str(workers)]
     return [*COMMAND, "text_files", "--input", str(corpus), "--out", str(out), *sizes]
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but the lock."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import json
 import random
-import struct
 from pathlib import Path
 
 import pytest
 
+from conftest import folder_bytes, shard_tokens
 from regpt2 import prepare as prepare_module
 from regpt2.base.errors import DataError, UsageError
 from regpt2.data import packing, parts
@@ -49,29 +49,16 @@ def options_for(corpus: Path, out: Path, **changes: object) -> PrepareOptions:
     return PrepareOptions(dataset="text_files", out=out, input=corpus, **values)  # type: ignore[arg-type]
 
 
-def tokens_of(folder: Path, split: str) -> list[int]:
-    """By the description of the format alone."""
-    tokens: list[int] = []
-    for path in sorted(folder.glob(f"*_{split}_*.bin")):
-        data = path.read_bytes()
-        tokens += struct.unpack_from(f"<{struct.unpack_from('<3i', data)[2]}H", data, 1024)
-    return tokens
-
-
 def stream(texts: list[str]) -> list[int]:
     return [token for text in texts for token in (EOT, *text.encode())]
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 @pytest.mark.parametrize("val_tokens", [1, 30_000, 77_777])
 def test_the_first_tokens_are_validation_as_in_the_lecture(corpus: Path, tmp_path: Path, val_tokens: int) -> None:
     manifest = prepare(options_for(corpus, tmp_path / "out", val_tokens=val_tokens))
     expected = stream(texts_of(corpus))
-    assert tokens_of(tmp_path / "out", "val") == expected[:val_tokens]
-    assert tokens_of(tmp_path / "out", "train") == expected[val_tokens:]
+    assert shard_tokens(tmp_path / "out", "val") == expected[:val_tokens]
+    assert shard_tokens(tmp_path / "out", "train") == expected[val_tokens:]
     for name, tokens in (("val", expected[:val_tokens]), ("train", expected[val_tokens:])):
         split = manifest.splits[name]
         assert split.documents == tokens.count(EOT)
@@ -96,14 +83,14 @@ def test_copies_are_left_out_in_order_and_counted(corpus: Path, tmp_path: Path, 
     assert len(kept) < 0.8 * len(texts)
     assert manifest.skipped == {packing.COPIES: len(texts) - len(kept)}
     assert sum(split.documents for split in manifest.splits.values()) == len(kept)
-    got = {name: tokens_of(tmp_path / "out", name) for name in ("train", "val")}
+    got = {name: shard_tokens(tmp_path / "out", name) for name in ("train", "val")}
     if "val_tokens" in validation:
         assert got["val"] + got["train"] == stream(kept)
     else:
         plain = prepare(options_for(corpus, tmp_path / "plain", **validation))
         assert plain.skipped == {}
         for name, tokens in got.items():
-            documents = _documents(tokens_of(tmp_path / "plain", name))
+            documents = _documents(shard_tokens(tmp_path / "plain", name))
             assert _documents(tokens) == list(dict.fromkeys(documents))
 
 

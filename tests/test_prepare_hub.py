@@ -4,7 +4,6 @@ import io
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import folder_bytes, shard_tokens
 from hub_server import FakeHub
 from regpt2.base.errors import DownloadError, UsageError
 from regpt2.data.datasets import fineweb_edu
@@ -66,26 +66,14 @@ def command_for(out: Path, workers: int) -> list[str]:
     return [sys.executable, "-m", "regpt2", "prepare", "fineweb_edu", "--out", str(out), *choices]
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
-
-
-def tokens_of(folder: Path, split: str) -> list[int]:
-    tokens: list[int] = []
-    for path in sorted(folder.glob(f"*_{split}_*.bin")):
-        data = path.read_bytes()
-        tokens += struct.unpack_from(f"<{struct.unpack_from('<3i', data)[2]}H", data, 1024)
-    return tokens
-
-
 def test_every_document_is_there_in_the_order_of_the_files(
     hub: FakeHub, texts: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, gpt2 = tmp_path / "out", load_tokenizer("gpt2")
     manifest = prepare(options_for(out))
     expected = [token for each in texts for text in each if text.strip() for token in (50256, *gpt2.encode(text))]
-    assert tokens_of(out, "val") == expected[:20_000]
-    assert tokens_of(out, "train") == expected[20_000:]
+    assert shard_tokens(out, "val") == expected[:20_000]
+    assert shard_tokens(out, "train") == expected[20_000:]
     assert (manifest.revision, manifest.source) == (COMMIT, f"{REPO}, sample-10BT")
     told = capsys.readouterr().out
     assert f"{N_FILES} files, " in told and "GB to download; about " in told and " GB free)" in told

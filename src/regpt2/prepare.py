@@ -7,7 +7,6 @@ of workers and interruptions. `docs/data.md` tells how.
 import dataclasses
 import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +25,9 @@ from regpt2.data.encoders import EncoderName, fast_tokenizer
 from regpt2.data.engine import Engine, check_options, encode
 from regpt2.data.filters import Filters
 from regpt2.data.manifest import MANIFEST_NAME, Manifest, Split
-from regpt2.data.packing import Ledger, Packer, Packing, discard
+from regpt2.data.packing import Ledger, Packer, Packing, clear, discard
 from regpt2.data.parts import PARTS_NAME, Job, PartResult, forget_copies
 from regpt2.data.ready import collect
-from regpt2.data.shards import LEDGER_NAME
 from regpt2.data.space import Space
 from regpt2.data.tokenizer import Tokenizer, find_vocab, load_tokenizer
 from regpt2.data.workers import run_tasks
@@ -248,7 +246,7 @@ def _already_complete(folder: Path, settings: dict[str, str]) -> Manifest:
     there = {name: getattr(manifest, name) for name in names} | manifest.options
     there.pop(ENCODER, None)  # another one gives the same ids
     _require_same(folder, there, settings)
-    _clear(folder)
+    clear(folder)
     say(f"{folder} is complete already; nothing to do.")
     return manifest
 
@@ -362,13 +360,8 @@ def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: P
         skipped=dict(sorted((plan.skipped | skipped).items())),
     )
     manifest.write(options.out)
-    _clear(options.out)
+    clear(options.out)
     return manifest
-
-
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder / PARTS_NAME, ignore_errors=True)
-    (folder / LEDGER_NAME).unlink(missing_ok=True)
 
 
 def _summarize(manifest: Manifest, options: PrepareOptions, elapsed_s: float) -> None:

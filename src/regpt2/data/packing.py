@@ -278,10 +278,16 @@ class _Cursor:
     offset: int
 
 
+def clear(folder: Path) -> None:
+    """Remove what only an unfinished preparation needs."""
+    shutil.rmtree(folder / PARTS_NAME, ignore_errors=True)
+    (folder / LEDGER_NAME).unlink(missing_ok=True)
+
+
 def discard(folder: Path, dataset: str) -> None:
     """Remove everything that an unfinished preparation wrote, the ledger first of all."""
     (folder / LEDGER_NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS_NAME, ignore_errors=True)
+    clear(folder)
     for name in SPLITS:
         for path in folder.glob(f"{dataset}_{name}_*.bin"):
             path.unlink()

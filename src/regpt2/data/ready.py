@@ -23,6 +23,7 @@ from regpt2.base.files import CHUNK_BYTES, atomic_file, require_free_space, sha2
 from regpt2.data.documents import InputFile
 from regpt2.data.foreign import token_file
 from regpt2.data.manifest import HEADER_BYTES, MANIFEST_NAME, Manifest, Shard, Split
+from regpt2.data.packing import clear
 from regpt2.data.parts import PARTS_NAME
 from regpt2.data.shards import LEDGER_NAME
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +110,7 @@ def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> 
         skipped={},
     )
     manifest.write(folder)
-    _clear(folder)
+    clear(folder)
     return manifest
 
 
@@ -174,7 +175,7 @@ def _already_complete(plan: ReadyPlan, folder: Path) -> Manifest:
                 f"{folder} holds another preparation: its {name} is {there!r}, this command's is {here!r}; "
                 "choose another --out, or remove the folder."
             )
-    _clear(folder)
+    clear(folder)
     say(f"{folder} is complete already; nothing to do.")
     return manifest
 
@@ -227,8 +228,3 @@ def _split(folder: Path, files: tuple[InputFile, ...]) -> Split:
 
 def _count_file(folder: Path, file: InputFile) -> Path:
     return folder / PARTS_NAME / f"{file.name}.json"
-
-
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder / PARTS_NAME, ignore_errors=True)
-    (folder / LEDGER_NAME).unlink(missing_ok=True)
