@@ -22,6 +22,8 @@ from regpt2.data.mixture import read_shares
 from regpt2.data.shards import open_tokens
 from regpt2.evals.val_loss import evaluate
 from regpt2.model.load import load_model
+from regpt2.pages.provenance import certificate
+from regpt2.pages.record import read_record
 from regpt2.references.facts import facts_of
 from regpt2.scoring.context import EvalContext
 from regpt2.train import main, train
@@ -74,6 +76,7 @@ def test_the_record_says_what_the_run_saw(straight: Path, folders: tuple[Path, P
     (note,) = [event["text"] for event in events if event["event"] == "note"]
     assert note.startswith("this run goes 4.6 times through code; beyond 4 times")
     assert read_toml(straight / "config.toml").mix == mix(folders, 0.7, 0.3)
+    assert certificate(read_record(straight))["Mixture"] == "0.7 of fineweb_edu, 0.3 of code"
 
 
 def test_every_update_reads_the_mixture(straight: Path, folders: tuple[Path, Path]) -> None:

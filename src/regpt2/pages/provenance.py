@@ -38,6 +38,8 @@ _HASHES = {"Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Co
 def certificate(record: Record) -> dict[str, str]:
     """The facts by name, in the order of reading."""
     facts = {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
+    if mixture := _mixture(record.start):
+        facts["Mixture"] = _named(mixture)
     resumed = [f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]
     facts |= {
         "Started": _time(record.start),
@@ -76,6 +78,14 @@ def provenance(record: Record, sources: list[str]) -> Html:
         text=told,
         json=Html(told),
     )
+
+
+def _mixture(run: Event) -> list[str]:
+    """The data sets with their shares, where there are several."""
+    sets = run.get("data_sets")
+    known = [one for one in sets if isinstance(one, dict)] if isinstance(sets, list) else []
+    shares = [f"{number(one.get('weight')):.4g} of {str(one.get('name'))[:100]}" for one in known]
+    return shares if len(shares) > 1 else []
 
 
 def _is_told(record: Record, key: str) -> bool:
