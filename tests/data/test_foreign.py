@@ -171,3 +171,13 @@ def test_any_change_of_a_byte_of_an_index_is_tokens_or_a_data_error(tmp_path: Pa
                     stream.read(0, stream.n_tokens)
             except DataError:
                 pass
+
+
+def test_a_split_in_two_formats_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens_train_000001.npy", np.arange(9, dtype="<u2"))
+    np.arange(9, dtype="<u2").tofile(tmp_path / "val.bin")
+    with open_tokens(tmp_path, "train") as tokens:
+        assert tokens.n_tokens == 9
+    np.arange(9, dtype="<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=r"holds train tokens in several formats \(\.bin, \.npy\), perhaps the same"):
+        open_tokens(tmp_path, "train")

@@ -54,16 +54,29 @@ class TokenFile:
 
 
 def foreign_files(folder: Path, split: str) -> list[TokenFile]:
-    """The token files of a split in a folder without a manifest, sorted by name; empty if there are none."""
+    """The token files of a split in a folder without a manifest, sorted by name; empty if there are none.
+
+    Raises:
+        DataError: one cannot be what its name says, or the same split is there in several formats.
+    """
     names = {entry.name for entry in os.scandir(folder)}
-    files = []
+    files, suffixes = [], set()
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
         if suffix in (".idx", ".ds"):
-            if _split_of(stem) == split:
-                files.append(_megatron(folder / name) if suffix == ".idx" else _datatrove(folder / name))
+            if _split_of(stem) != split:
+                continue
+            files.append(_megatron(folder / name) if suffix == ".idx" else _datatrove(folder / name))
         elif f"{stem}.idx" not in names and _is_of_split(name, split):
             files.append(token_file(folder / name))
+        else:
+            continue
+        suffixes.add(suffix)
+    if len(suffixes) > 1:
+        raise DataError(
+            f"{folder} holds {split} tokens in several formats ({', '.join(sorted(suffixes))}), perhaps the same "
+            "twice; move all but one elsewhere."
+        )
     return files
 
 
