@@ -68,7 +68,7 @@ faults-full: $(TOOLS)
 
 # make clients  our exports run by llama.cpp, onnxruntime, CTranslate2, transformers; our scores beside lm-evaluation-harness's
 clients: $(CLIENTS)
-	$(BIN)/pytest -m clients -rs
+	$(BIN)/pytest -m clients -rs -n 2
 
 $(CLIENTS): $(TOOLS)
 	$(PIP) -e '.[test,clients]'
