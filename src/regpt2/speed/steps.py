@@ -1,0 +1,217 @@
+"""How long a training step takes here. In: a `StepWork`; out: its `StepTimes`, measured in a process of its own.
+
+The step is training's own `train_step`, on random tokens. A fresh process for each, so that nothing that ran before
+(compiled code, cached memory, threads) counts; its peak memory is then that of the step too.
+
+    python -m regpt2.speed.steps < work.json      the process that measures; `measure` starts it
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from regpt2.base.console import say
+from regpt2.base.device import (
+    Precision,
+    can_compile,
+    choose_compute,
+    device_name,
+    is_out_of_memory,
+    peak_bytes,
+    pick_device,
+    synchronize,
+)
+from regpt2.base.errors import Problem
+from regpt2.base.world import World
+from regpt2.model.flops import flops_per_token
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.parallel import make_trainable
+from regpt2.training.step import train_step
+
+LecturePart = Literal["plain_attention", "whole_logits", "autocast", "adamw_loop"]
+
+
+class DoesNotFit(Problem):
+    """The step needs more memory than there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """A training step on one device, and how often it is timed."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    micro_batch: int = 4
+    seq_len: int = 1024
+    grad_accum_steps: int = 1
+    device: str = "auto"
+    precision: Precision = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    as_lecture: tuple[LecturePart, ...] = ()
+    """Parts done as the lecture did them at first, for the lower rungs of the ladder (see speed/lecture.py)."""
+    warmup_steps: int = 2
+    """Not timed: the first holds the compiler's work, and the allocator's."""
+    steps: int = 5
+    """Timed, at least; more until `seconds` are full."""
+    seconds: float = 0.0
+    seed: int = 1337
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.micro_batch * self.seq_len * self.grad_accum_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """What was measured."""
+
+    step_s: list[float]
+    """Of each timed step."""
+    losses: list[float]
+    """Of every step, warm-up included, in nats: that the work was done, and right."""
+    tokens: int
+    """Of one step."""
+    flops_per_token: float
+    setup_s: float
+    """From the start of the process to the first timed step: imports, weights, compiling, warm-up."""
+    peak_bytes: int
+    device: str
+    precision: str
+    compiled: bool
+    torch: str
+
+    @property
+    def median_s(self) -> float:
+        """The step time that counts."""
+        return statistics.median(self.step_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """By the median."""
+        return self.tokens / self.median_s
+
+
+def measure(work: StepWork, *, timeout_s: float = 3600.0, on_step: Callable[[int], None] | None = None) -> StepTimes:
+    """Time a step in a fresh process; `on_step` is told how many steps are done.
+
+    Raises:
+        DoesNotFit: there is too little memory for it.
+        Problem: it failed otherwise, or took longer than `timeout_s`.
+    """
+    command = [sys.executable, "-m", "regpt2.speed.steps"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    alarm = threading.Timer(timeout_s, process.kill)
+    alarm.start()
+    answer: dict[str, Any] = {}
+    try:
+        process.stdin.write(json.dumps(dataclasses.asdict(work)))
+        process.stdin.close()
+        for line in process.stdout:
+            answer = json.loads(line)
+            if on_step is not None and "done" in answer:
+                on_step(answer["done"])
+        code = process.wait()
+        late = not alarm.is_alive()
+    finally:
+        alarm.cancel()
+        process.kill()
+        process.wait()
+    if "step_s" in answer:
+        return StepTimes(**answer)
+    if late:
+        raise Problem(f"the step was not timed within {timeout_s:.0f} s.")
+    if answer.get("does_not_fit") or code == -9:  # the system ends what takes all memory
+        raise DoesNotFit(str(answer.get("failed", "the system ended it, as it does with what takes all memory")))
+    raise Problem(str(answer.get("failed", f"the process that measures ended with code {code}")))
+
+
+def read_work(table: dict[str, Any]) -> StepWork:
+    """A `StepWork` from what `dataclasses.asdict` made of it, JSON between them."""
+    optim = {**table["optim"], "betas": tuple(table["optim"]["betas"])}
+    parts = {"model": GPTConfig(**table["model"]), "optim": OptimConfig(**optim)}
+    return StepWork(**{**table, **parts, "as_lecture": tuple(table["as_lecture"])})
+
+
+def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None]) -> StepTimes:
+    """Build model and optimizer, take warm-up steps, then time steps, here and now."""
+    device = pick_device(work.device)
+    compute = choose_compute(work.precision, device)
+    world = World(rank=0, local_rank=0, size=1, device=device)
+    compiled = work.compile == "on" or (work.compile == "auto" and can_compile(device))
+    model = GPT(work.model, seed=work.seed).to(device)
+    trainable = make_trainable(model, compute.dtype, world, compiled=compiled)
+    optimizer = build_optimizer(model, work.optim)
+    batches = _random_batches(work, device)
+    losses: list[float] = []
+    step_s: list[float] = []
+    setup_s = 0.0
+    while len(losses) < work.warmup_steps + work.steps or sum(step_s) < work.seconds:
+        if len(losses) == work.warmup_steps:
+            setup_s = time.time() - began_at
+        synchronize(device)
+        started_at = time.perf_counter()
+        stats = train_step(trainable, optimizer, batches, lr=work.optim.lr, grad_clip=work.optim.grad_clip, world=world)
+        synchronize(device)
+        elapsed_s = time.perf_counter() - started_at
+        losses.append(float(stats.loss))
+        if len(losses) > work.warmup_steps:
+            step_s.append(elapsed_s)
+        on_step(len(losses))
+    return StepTimes(
+        step_s=step_s,
+        losses=losses,
+        tokens=work.tokens,
+        flops_per_token=flops_per_token(work.model, work.seq_len),
+        setup_s=setup_s,
+        peak_bytes=peak_bytes(device),
+        device=device_name(device),
+        precision=compute.precision,
+        compiled=compiled,
+        torch=torch.__version__,
+    )
+
+
+def _random_batches(work: StepWork, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(B, T) inputs and targets for each micro-step: random ids, the same for the same seed."""
+    generator = torch.Generator().manual_seed(work.seed)
+    size = (work.grad_accum_steps, work.micro_batch, work.seq_len + 1)
+    ids = torch.randint(0, work.model.vocab_size, size, generator=generator).to(device)
+    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
+
+
+def main() -> int:
+    """The process that measures: a line of JSON for each step, and the times on the last."""
+    began_at = time.time()
+
+    def tell(answer: dict[str, Any]) -> None:
+        say(json.dumps(answer))
+
+    try:
+        work = read_work(json.load(sys.stdin))
+        times = time_steps(work, began_at=began_at, on_step=lambda done: tell({"done": done}))
+    except Problem as problem:
+        tell({"failed": str(problem)})
+        return problem.exit_code
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        tell({"failed": said, "does_not_fit": is_out_of_memory(error)})
+        return 1
+    tell(dataclasses.asdict(times))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
