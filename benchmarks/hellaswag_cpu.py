@@ -51,7 +51,7 @@ def one_at_a_time(context: EvalContext, questions: list[Question]) -> list[int]:
     for question in questions:
         rows = [[*question.context, *ending] for ending in question.endings]
         longest = max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])  # (4, T)
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=context.world.device)  # (4, T)
         logits = context.model(ids)[:, :-1].float()  # (4, T - 1, V)
         nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(4, -1)
         start = len(question.context) - 1

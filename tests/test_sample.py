@@ -87,6 +87,20 @@ def test_end_of_text_ends_it_and_is_not_shown(tmp_path: Path, capsys: pytest.Cap
     assert err.startswith("9 tokens in ")
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no int8 instructions")
+def test_int8_weights_on_a_cpu(tmp_path: Path) -> None:
+    write_parrot(tmp_path, b"so it is")
+    options = SampleOptions(str(tmp_path), "", temperature=0, max_new_tokens=60, dtype="int8", device="cpu")
+    assert sample(options) == ["so it is"]
+
+
+def test_int8_weights_are_refused_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(UsageError, match="int8 needs a processor with AVX512-VNNI, which this one lacks; use bf16 or"):
+        sample(SampleOptions(str(tmp_path), "", dtype="int8", device="cpu"))
+
+
 def test_characters_are_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parrot(tmp_path, "a👍é".encode())
     spy = Spy()

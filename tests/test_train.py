@@ -514,3 +514,22 @@ def test_what_cannot_run_fails_before_anything_is_written(
     with pytest.raises(torch.OutOfMemoryError):
         run_train(tiny_recipe, tiny_data, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
+
+
+def test_the_garbage_collector_leaves_alone_what_stays_and_only_while_the_run_lasts(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+
+    from regpt2 import train
+
+    update, left_alone = train.update, []
+
+    def looking(*arguments: Any) -> Any:
+        left_alone.append(gc.get_freeze_count())
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", looking)
+    run_train(tiny_recipe, tiny_data, tmp_path / "run")
+    assert min(left_alone) > 10_000
+    assert gc.get_freeze_count() == 0

@@ -15,10 +15,13 @@ from regpt2.base.files import describe_os_error
 from regpt2.base.signals import leave_if_one_of_many
 
 VERBS = {
+    "doctor": "is this machine ready, right and fast: device, kernels, gradients, disks, data",
+    "plan": "hours, money, memory and disk of a run before it starts, and the micro-batch to take",
     "prepare": "text -> tokens -> shards: parallel, resumable, verified",
     "inspect": "look inside a data folder: counts, lengths, tokens, text anywhere, where two differ",
     "reshard": "token folders from and to other formats: llm.c, nanoGPT, Megatron, datatrove, each compared",
     "train": "train a model by a recipe, or go on with a run",
+    "ladder": "the lecture's speed ladder on this machine, rung by rung, and ours on top",
     "evaluate": "measure a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table, beside published figures",
     "harness": "measure a model by tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",

@@ -19,6 +19,7 @@ from regpt2.data.loader import BatchConfig
 from regpt2.data.mixture import read_shares
 from regpt2.model.gpt import GPTConfig
 from regpt2.references.curves import names as curve_names
+from regpt2.speed.memory import Setup
 from regpt2.training.guard import GuardConfig
 from regpt2.training.optimizer import OptimConfig
 from regpt2.training.parallel import ParallelConfig
@@ -110,6 +111,8 @@ class RunConfig:
     """Where the record also goes: tensorboard, wandb."""
     verify_data: bool = True
     """Check the SHA-256 of every shard before the first update."""
+    check_memory: bool = True
+    """Refuse, before the first update, what would surely run out of memory."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "auto"
@@ -142,6 +145,25 @@ class RunConfig:
                 f"batch.seq_len = {self.batch.seq_len} is longer than model.block_size = {self.model.block_size}; "
                 f"the most is {self.model.block_size}."
             )
+
+
+def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, compiled: bool) -> Setup:
+    """How each of so many ranks trains, for what is known of memory and time.
+
+    Raises:
+        ConfigError: an update is not a whole number of passes.
+    """
+    return Setup(
+        model=config.model,
+        micro_batch=config.batch.micro_batch,
+        seq_len=config.batch.seq_len,
+        grad_accum_steps=config.batch.grad_accum_steps(ranks),
+        precision=precision,
+        device=device,
+        compiled=compiled,
+        strategy=config.parallel.strategy,
+        ranks=ranks,
+    )
 
 
 def recipe_names() -> list[str]:

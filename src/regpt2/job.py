@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,12 +19,14 @@ from regpt2.base.console import ProgressLine, count, say, warn
 from regpt2.base.device import Compute, be_deterministic, can_compile, choose_compute, device_name, peak_flops
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
+from regpt2.base.memory import free_bytes
 from regpt2.base.metrics import MetricsLog
 from regpt2.base.signals import StopSignals
 from regpt2.base.sinks import open_sinks
+from regpt2.base.source import commit
 from regpt2.base.watchdog import Watchdog
 from regpt2.base.world import World
-from regpt2.config import RunConfig, differences, read_toml, to_toml
+from regpt2.config import RunConfig, differences, read_toml, setup_of, to_toml
 from regpt2.data.baselines import baselines
 from regpt2.data.loader import Loader
 from regpt2.data.mixture import Mixture, open_mixture, read_shares
@@ -36,6 +37,7 @@ from regpt2.model.load import TokenizerRef
 from regpt2.model.weights import native
 from regpt2.references.verdict import Verdict
 from regpt2.scoring.assets import files_by_name, find
+from regpt2.speed.memory import require_memory
 from regpt2.training import checkpoint
 from regpt2.training.guard import Guard
 from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
@@ -47,7 +49,7 @@ from regpt2.training.step import LossScale
 _DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
 _MAY_CHANGE_SILENTLY = (
     "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints",
-    "verify_data", "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
+    "verify_data", "check_memory", "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
 
 
@@ -115,6 +117,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
             data.streams, config.batch, seed=config.seed, parts=data.parts, rank=world.rank, world_size=world.size
         )
         config.parallel.check(world.size, loader.grad_accum_steps)
+        _check_memory(config, world, compute)
         if config.eval_every and "val_loss" in config.evals.names:
             _check_evals(data)
         files = files_by_name(config.evals.files, plugins.entries("evals"))
@@ -123,8 +126,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
             _verify_data(data, world, watchdog)
         model = GPT(config.model, seed=config.seed).to(world.device)
 
-    compiled = config.compile == "on" or (config.compile == "auto" and can_compile(world.device))
-    trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
+    trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=_compiles(config, world))
     return Job(
         config=config,
         world=world,
@@ -145,6 +147,21 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
         peak_flops=peak_flops(world.device, compute.precision),
         without_data=_fetch_assets(config.evals.names if config.eval_every else (), files, world),
     )
+
+
+def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
+    """Refuse what would run out of memory; say where it may."""
+    if not config.check_memory or world.device.type not in ("cpu", "cuda"):
+        return
+    compiled = _compiles(config, world)
+    setup = setup_of(config, world.size, device=world.device.type, precision=compute.precision, compiled=compiled)
+    warning = require_memory(setup, config.batch.batch_tokens, free_bytes(world.device))
+    if warning and world.is_main:
+        warn(warning)
+
+
+def _compiles(config: RunConfig, world: World) -> bool:
+    return config.compile == "on" or (config.compile == "auto" and can_compile(world.device))
 
 
 def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) -> dict[str, str]:
@@ -287,7 +304,7 @@ def open_records(job: Job, first: int) -> None:
         "recipe": job.run.name,
         "config": dataclasses.asdict(config),
         "version": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["regpt2", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -329,22 +346,6 @@ def _baselines(job: Job) -> dict[str, float]:
         return baselines(job.data.shares[0].folder, job.tokenizer)
     except Problem:  # no validation split: nothing to compare with
         return {}
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, if it is one."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def save(job: Job, step: int) -> None:

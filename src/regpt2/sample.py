@@ -6,7 +6,7 @@ regpt2 sample runs/gpt2_124m "" --n 3 --max-new-tokens 50
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -19,6 +19,7 @@ from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from regpt2.model.generate import generate
 from regpt2.model.load import LoadedModel, load_model
+from regpt2.model.packed import in_int8
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class SampleOptions:
     """The same seed gives the same text on the same machine."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """The type of weights and activations."""
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """The type of weights and activations; int8, on CPUs: of the weights, and of what they are multiplied with."""
     stream: bool = True
     """Show the text of a single continuation as it is written."""
 
@@ -67,7 +68,7 @@ def sample(options: SampleOptions) -> list[str]:
     if not 0 <= options.seed < 2**63:
         raise UsageError(f"seed = {options.seed} must be from 0 to 2**63 - 1.")
     device = pick_device(options.device)
-    loaded = load_model(options.model, device=device, dtype=choose_compute(options.dtype, device).dtype)
+    loaded = _load(options, device)
     tokenizer = tokenizer_of(loaded)
     prompt_ids = tokenizer.encode(options.prompt) or [tokenizer.eot]
     room = max(1, loaded.model.config.block_size - len(prompt_ids))
@@ -95,6 +96,13 @@ def sample(options: SampleOptions) -> list[str]:
     sys.stdout.flush()
     sys.stderr.write(f"{n_tokens:,} tokens in {elapsed_s:.1f} s, {n_tokens / elapsed_s:,.1f} tokens/s\n")
     return texts
+
+
+def _load(options: SampleOptions, device: torch.device) -> LoadedModel:
+    """The model, in the type that is asked for."""
+    compute = choose_compute("fp32" if options.dtype == "int8" else options.dtype, device)
+    loaded = load_model(options.model, device=device, dtype=compute.dtype)
+    return replace(loaded, model=in_int8(loaded.model)) if options.dtype == "int8" else loaded
 
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:

@@ -1,5 +1,6 @@
 """THE LOOP. In: a recipe; out: a run folder with a trained model, its checkpoints, its record and its report."""
 
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> Summary:
     ):
         with world.together():
             data = held.enter_context(open_data(config))
+        held.callback(gc.unfreeze)
         watchdog = Watchdog(run_folder / "ranks", world.rank, world.size, hang_s)
         job = build(config, world, data, watchdog, stop)  # checks everything; nothing is written before this is done
         with world.together():
@@ -70,6 +72,7 @@ def run(job: Job) -> Summary:
         )
     require_room(job, first)
     rehearse(job, first + 1)
+    gc.freeze()  # all that is there by now stays: a collection in the middle of the run would look at 0.3M objects
     check_replicas(job.model, job.world, first)
     open_records(job, first)
     observe(job, first, done=job.world.from_main(job.metrics.observed(first)))

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regpt2.model.flops import flops_per_token, mfu
+from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 from regpt2.model.gpt import GPT, GPTConfig
 
 
@@ -24,6 +24,12 @@ def test_the_formula_counts_what_torch_counts() -> None:
 
 def test_124m_takes_798_mflop_a_token() -> None:
     assert abs(flops_per_token(GPTConfig(), 1024) / 1e6 - 798.0) < 0.5
+
+
+def test_the_other_convention_counts_860_mflop_a_token() -> None:
+    assert abs(palm_flops_per_token(GPTConfig(), 1024) / 1e6 - 860) < 0.5
+    small = GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=128, vocab_size=300)
+    assert palm_flops_per_token(small, 0) == 6 * GPT(small).n_params()
 
 
 def test_mfu_is_unknown_rather_than_wrong() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.generate import KVCache, generate, next_token
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.packed import packed_if_faster
 
 numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reference" / "numpy_gpt2.py")))
 
@@ -189,18 +188,3 @@ def test_a_broken_model_is_refused() -> None:
     torch.nn.init.constant_(model.ln_f.bias, float("nan"))
     with pytest.raises(CheckpointError, match="logits are not finite"):
         generate(model, prompt(1, 2), 3)
-
-
-def test_a_packed_model_gives_the_logits_of_the_plain_one_and_shares_its_mode() -> None:
-    """In bf16, on a processor that has it: the same products, summed in another order."""
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=257), seed=2).bfloat16().eval()
-    packed = packed_if_faster(model, 100)
-    if packed is model:
-        pytest.skip("this processor or torch packs no bf16 matrices")
-    ids = torch.randint(0, 257, (3, 1), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.allclose(packed(ids).float(), model(ids).float(), atol=2**-6)
-    long = generate(model, ids, 100, temperature=0)
-    assert long.shape == (3, 101)
-    assert packed_if_faster(model, 10) is model
-    assert packed_if_faster(model.float(), 100) is model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regpt2.base.errors import ConfigError
+from regpt2.model import attention, recompute
 from regpt2.model.gpt import GPT, MLP, GPTConfig
 from regpt2.model.load import tensors_of
 
@@ -249,3 +250,18 @@ def test_planted_exact_gelu_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, _ = batch(model.config)
     with torch.no_grad():
         assert (model(ids) - twin(ids).logits).abs().max() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiler_gets_one_graph_with_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its code generator, whose work differs by device: what it is given, forward and backward."""
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    monkeypatch.setattr(recompute, "_WORTH", 1)
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)):
+        model = random_gpt(SHAPES[0])
+        loss = wrap(model)(*batch(SHAPES[0]), dtype=torch.bfloat16)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.allclose(plain, compiled, rtol=1e-5, atol=1e-6)

@@ -52,6 +52,18 @@ def test_bf16_loss_is_near_the_exact_one(chunk_tokens: int | None) -> None:
     assert abs(got - exact) < 1e-2 * exact
 
 
+def test_the_gradient_of_fp32_weights_is_not_rounded_to_bf16() -> None:
+    """It is a sum over all tokens, and the largest tensor of a small GPT: the weights' own type is kept."""
+    hidden, weight, targets = inputs(torch.float32, 32)
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    loss = linear_cross_entropy(rounded, weight, targets, VOCAB)
+    d_hidden, d_weight = torch.autograd.grad(loss, (rounded, weight))
+    assert (d_hidden.dtype, d_weight.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(d_weight, d_weight.bfloat16().float())
+    same = torch.autograd.grad(linear_cross_entropy(rounded, w := weight.bfloat16(), targets, VOCAB), w)
+    assert torch.allclose(d_weight, same[0].float(), rtol=2**-8, atol=1e-6)
+
+
 def test_gradient_is_scaled_by_what_comes_after() -> None:
     hidden, weight, targets = inputs(torch.float64, 32)
     one = loss_and_gradients(linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_tokens=5), hidden, weight)

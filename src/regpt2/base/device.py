@@ -91,7 +91,7 @@ class Compute:
         return self.precision == "fp16"
 
 
-def choose_compute(precision: Precision, device: torch.device) -> Compute:
+def choose_compute(precision: Precision, device: torch.device, *, keep_freed_memory: bool = True) -> Compute:
     """The precision asked for, or by "auto" the fastest that the device does in hardware; set up for use.
 
     Raises:
@@ -113,7 +113,8 @@ def choose_compute(precision: Precision, device: torch.device) -> Compute:
         torch.set_float32_matmul_precision("highest" if chosen == "fp32" else "high")
     elif device.type == "cpu":
         _use_fast_exact_fp32_on_cpu()
-        _keep_freed_memory()
+        if keep_freed_memory:
+            _keep_freed_memory()
     return Compute(chosen)  # type: ignore[arg-type]
 
 
@@ -145,6 +146,11 @@ def be_deterministic(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for its deterministic algorithms
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def quiet_profiler() -> None:
+    """Keep torch's profiler, if it has not run yet, from writing lines of its own to standard error."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all of its levels
 
 
 def _cpu_has_bf16() -> bool:
@@ -192,9 +198,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s of one device at this precision by its data sheet; None where no sheet is known (every CPU, fp32)."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    known = _known_name(torch.cuda.get_device_name(device))
+    return sheet_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def sheet_flops(name: str, precision: str) -> float | None:
+    """The same, of a GPU that need not be here, by the name that its maker gives it."""
+    known = None if precision == "fp32" else _known_name(name)
     if known is None:
         return None
     half, tf32 = _PEAK_TFLOPS[known]
@@ -230,5 +239,7 @@ def peak_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with what the parent process held
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])

@@ -9,10 +9,20 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> float:
     """Matmul FLOPs, forward and backward, of one token; causal attention counted once, no recomputation.
 
     72 C^2 L (QKV 18, projection 6, MLP 48) + 6 C T L (scores and values, half of the square) + 6 C V (head).
-    For 124M at T=1024: 798 MFLOP. nanoGPT's convention counts the whole square, 6N + 12 C T L, which gives 860.
+    For 124M at T=1024: 798 MFLOP.
     """
     C, L, T, V = config.n_embd, config.n_layer, seq_len, config.padded_vocab_size
     return float(72 * C * C * L + 6 * C * T * L + 6 * C * V)
+
+
+def palm_flops_per_token(config: GPTConfig, seq_len: int) -> float:
+    """The same by the PaLM paper's convention (arXiv:2204.02311, appendix B), as nanoGPT reports it: 6 N + 12 C T L.
+
+    N is every parameter, positions too, and attention is the whole square. For 124M at T=1024: 860 MFLOP.
+    """
+    C, L, T = config.n_embd, config.n_layer, seq_len
+    n_params = (config.vocab_size + config.block_size) * C + (12 * C * C + 13 * C) * L + 2 * C
+    return float(6 * n_params + 12 * C * T * L)
 
 
 def mfu(tokens_per_s: float, flops: float, peak: float | None, world_size: int) -> float | None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.gpt import GPT, GPTConfig, LayerCache
-from regpt2.model.packed import packed_if_faster
+from regpt2.model.packed import PackedGPT, packed_if_faster
+from regpt2.model.replay import StaticStep, recorded_if_faster
 
 # B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size, K candidates
 
@@ -23,8 +24,8 @@ class KVCache:
         self, config: GPTConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
-        self.v = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D); a masked NaN would count
+        self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
         self.length = 0
         self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(config.n_layer)]
 
@@ -41,10 +42,12 @@ class _LayerView:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, length + T, D)
         start, T = self.cache.length, k.shape[2]
-        assert start == 0 or T == 1, "the prompt comes first and whole: attention masks nothing after it"
-        self.k[:, :, start : start + T] = k
-        self.v[:, :, start : start + T] = v
-        return self.k[:, :, : start + T], self.v[:, :, : start + T]
+        self.k.narrow(2, start, T).copy_(k)
+        self.v.narrow(2, start, T).copy_(v)
+        if start == 0:
+            return k, v
+        assert T == 1, "the prompt comes first and whole: attention masks nothing after it"
+        return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
 
 
 def next_token(
@@ -58,9 +61,10 @@ def next_token(
         top_p: of those, the fewest that together have this probability (nucleus), at least one; above 0, 1 = all.
         generator: on the device of the logits; torch's own if None.
     """
+    logits = logits.float()  # in bf16 torch's argmax takes four times as long on a CPU
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=1)
-    logits = logits.float() / temperature
+    logits = logits / temperature
     if top_k == 0 and top_p == 1:
         return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
     logits, ids = logits.topk(min(top_k, logits.shape[1]) or logits.shape[1], dim=1)  # two of (B, K), likeliest first
@@ -88,7 +92,8 @@ def generate(
 ) -> Tensor:
     """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens.
 
-    A generator in the same state gives the same ids. The model's mode, training or eval, is left as it was.
+    A generator in the same state gives the same ids. The model's mode, training or eval, is left as it was. Whoever
+    generates often from a model in bf16 or int8 on a CPU packs it once (see model/packed.py), and gives the twin.
 
     Args:
         temperature, top_k, top_p, generator: see `next_token`.
@@ -105,16 +110,16 @@ def generate(
     B, T = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
     stopped = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    weight = model.wte.weight
-    cache = KVCache(model.config, B, ids.shape[1], device=weight.device, dtype=weight.dtype) if use_cache else None
+    decoder = packed_if_faster(model, max_new_tokens) if use_cache else model
+    cache = _cache_for(decoder, B, ids.shape[1]) if use_cache else None
+    step: StaticStep | None = None
     was_training = model.training
     model.eval()
-    decoder = model
     try:
         for end in range(T, T + max_new_tokens):
             if cache is not None and end == T + 1:  # the prompt is done: from here on one token at a time
-                decoder = packed_if_faster(model, max_new_tokens)
-            logits = _last_logits(decoder, ids[:, :end], cache)  # (B, V)
+                step = recorded_if_faster(decoder, cache.k, cache.v, T, max_new_tokens)
+            logits = step(ids[:, end - 1], end - 1) if step else _last_logits(decoder, ids[:, :end], cache)  # (B, V)
             if end == T and not logits.isfinite().all():
                 raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
             new = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -129,6 +134,13 @@ def generate(
     finally:
         model.train(was_training)
     return ids
+
+
+def _cache_for(model: GPT, batch: int, capacity: int) -> KVCache:
+    """In the type of the activations; fp32 beside packed matrices: on a CPU bf16 attention takes six times as long."""
+    weight = model.ln_f.weight
+    dtype = torch.float32 if isinstance(model, PackedGPT) else weight.dtype
+    return KVCache(model.config, batch, capacity, device=weight.device, dtype=dtype)
 
 
 def _last_logits(model: GPT, ids: Tensor, cache: KVCache | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from regpt2.base.errors import ConfigError
 from regpt2.model.attention import causal_attention
 from regpt2.model.loss import linear_cross_entropy
+from regpt2.model.recompute import recomputed
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
 
@@ -75,10 +76,13 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm, likewise."""
+    """nn.LayerNorm whose weights are never rounded: bf16 has steps of 1/128 above 1, an update moves them by 1/2000."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if x.device.type == "cpu":  # its kernel takes two types
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        wide = x.to(self.weight.dtype)
+        return F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -111,8 +115,9 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); GPT-2 was trained with the tanh form
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = recomputed(lambda x: self.c_proj(F.gelu(x, approximate="tanh")), x)  # (B, T, C); GPT-2 has the tanh form
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -194,5 +199,4 @@ class GPT(nn.Module):
         x = self.hidden(ids, dtype=dtype)
         if targets is None:
             return self.head(x)
-        weight = self.wte.weight.to(x.dtype)
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size)
+        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)

@@ -19,7 +19,7 @@ _BLOCK_BYTES = 1 << 22  # of fp32 logits on a CPU: they stay in its cache from t
 
 def reference_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """The same loss in one line, with the whole logits: what `linear_cross_entropy` is tested against."""
-    logits = F.linear(hidden, weight)[:, :vocab_size]
+    logits = F.linear(hidden, weight.to(hidden.dtype))[:, :vocab_size]
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
@@ -30,7 +30,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, C), in the compute type.
-        weight: (V, C), in the compute type. Rows from `vocab_size` on are padding: they get probability zero.
+        weight: (V, C), rounded to the compute type here, so that its gradient, which is a sum over all tokens, is not.
+            Rows from `vocab_size` on are padding: they get probability zero.
         targets: (N,) int64, below `vocab_size`.
         chunk_tokens: rows at a time; by default as many as keep the chunk's logits below 256 MiB (CPU), 1 GiB (GPU).
     """
@@ -55,6 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_buffer = hidden.new_empty(min(chunk_tokens, N), V)  # one for all chunks
         d_hidden = torch.empty_like(hidden) if gradient else None
         d_weight = None
+        ctx.n_tokens, ctx.dtype = N, weight.dtype
+        weight = weight.to(hidden.dtype)
         for start in range(0, N, chunk_tokens):
             rows = hidden[start : start + chunk_tokens]  # (n, C)
             logits = torch.mm(rows, weight.T, out=logits_buffer[: len(rows)])  # (n, V)
@@ -64,7 +67,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = logits.T @ rows  # (V, C)
                 d_weight = part.to(wide) if d_weight is None else d_weight.add_(part)
         ctx.gradients = d_hidden, d_weight
-        ctx.n_tokens, ctx.dtype = N, weight.dtype
         return loss_sum / N
 
     @staticmethod

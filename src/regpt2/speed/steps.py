@@ -3,7 +3,7 @@
 The step is training's own `train_step`, on random tokens. A fresh process for each, so that nothing that ran before
 (compiled code, cached memory, threads) counts; its peak memory is then that of the step too.
 
-    python -m regpt2.speed.steps < work.json      the process that measures; `measure` starts it
+    python -m regpt2.speed.steps WORK      the process that measures; `measure` starts it with the work as JSON
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -33,12 +34,12 @@ from regpt2.base.device import (
 from regpt2.base.errors import Problem
 from regpt2.base.world import World
 from regpt2.model.flops import flops_per_token
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.gpt import GPTConfig
+from regpt2.speed.kernels import attention_kernel
+from regpt2.speed.lecture import LecturePart, lecture_model, unfused_adamw
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.parallel import make_trainable
-from regpt2.training.step import train_step
-
-LecturePart = Literal["plain_attention", "whole_logits", "autocast", "adamw_loop"]
+from regpt2.training.step import LossScale, train_step
 
 
 class DoesNotFit(Problem):
@@ -58,7 +59,7 @@ class StepWork:
     compile: Literal["auto", "on", "off"] = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
     as_lecture: tuple[LecturePart, ...] = ()
-    """Parts done as the lecture did them at first, for the lower rungs of the ladder (see speed/lecture.py)."""
+    """Parts done as the lecture did them at first, for the lower rungs of the ladder. None: as `regpt2 train` does."""
     warmup_steps: int = 2
     """Not timed: the first holds the compiler's work, and the allocator's."""
     steps: int = 5
@@ -80,6 +81,8 @@ class StepTimes:
     """Of each timed step."""
     losses: list[float]
     """Of every step, warm-up included, in nats: that the work was done, and right."""
+    grad_norms: list[float]
+    """Likewise."""
     tokens: int
     """Of one step."""
     flops_per_token: float
@@ -89,6 +92,8 @@ class StepTimes:
     device: str
     precision: str
     compiled: bool
+    attention: str
+    """The kernel that did it (see speed/kernels.py)."""
     torch: str
 
     @property
@@ -109,33 +114,36 @@ def measure(work: StepWork, *, timeout_s: float = 3600.0, on_step: Callable[[int
         DoesNotFit: there is too little memory for it.
         Problem: it failed otherwise, or took longer than `timeout_s`.
     """
-    command = [sys.executable, "-m", "regpt2.speed.steps"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    alarm = threading.Timer(timeout_s, process.kill)
-    alarm.start()
+    command = [sys.executable, "-m", "regpt2.speed.steps", json.dumps(dataclasses.asdict(work))]
     answer: dict[str, Any] = {}
-    try:
-        process.stdin.write(json.dumps(dataclasses.asdict(work)))
-        process.stdin.close()
-        for line in process.stdout:
-            answer = json.loads(line)
-            if on_step is not None and "done" in answer:
-                on_step(answer["done"])
-        code = process.wait()
-        late = not alarm.is_alive()
-    finally:
-        alarm.cancel()
-        process.kill()
-        process.wait()
+    with (
+        tempfile.TemporaryFile("w+") as complaints,  # warnings of libraries, and what a crash leaves
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+    ):
+        assert process.stdout is not None
+        alarm = threading.Timer(timeout_s, process.kill)
+        alarm.daemon = True  # Ctrl-C may come at any moment: nothing waits for it
+        try:
+            alarm.start()
+            for line in process.stdout:
+                answer = json.loads(line)
+                if on_step is not None and "done" in answer:
+                    on_step(answer["done"])
+            code = process.wait()
+            late = not alarm.is_alive()
+        finally:
+            alarm.cancel()
+            process.kill()
+            process.wait()
+        complaints.seek(0)
+        last_words = complaints.read().strip().rsplit("\n", 1)[-1][:300]
     if "step_s" in answer:
         return StepTimes(**answer)
     if late:
         raise Problem(f"the step was not timed within {timeout_s:.0f} s.")
     if answer.get("does_not_fit") or code == -9:  # the system ends what takes all memory
         raise DoesNotFit(str(answer.get("failed", "the system ended it, as it does with what takes all memory")))
-    raise Problem(str(answer.get("failed", f"the process that measures ended with code {code}")))
+    raise Problem(str(answer.get("failed", f"the process that measures ended with code {code}. {last_words}")))
 
 
 def read_work(table: dict[str, Any]) -> StepWork:
@@ -147,15 +155,20 @@ def read_work(table: dict[str, Any]) -> StepWork:
 
 def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None]) -> StepTimes:
     """Build model and optimizer, take warm-up steps, then time steps, here and now."""
-    device = pick_device(work.device)
-    compute = choose_compute(work.precision, device)
+    device, parts = pick_device(work.device), work.as_lecture
+    compute = choose_compute(work.precision, device, keep_freed_memory="default_malloc" not in parts)
+    if "default_matmul" in parts:
+        torch.set_float32_matmul_precision("highest")
     world = World(rank=0, local_rank=0, size=1, device=device)
     compiled = work.compile == "on" or (work.compile == "auto" and can_compile(device))
-    model = GPT(work.model, seed=work.seed).to(device)
-    trainable = make_trainable(model, compute.dtype, world, compiled=compiled)
-    optimizer = build_optimizer(model, work.optim)
+    model = lecture_model(work.model, parts, compute.dtype, work.seed).to(device)
+    dtype = torch.float32 if "autocast" in parts else compute.dtype
+    trainable = make_trainable(model, dtype, world, compiled=compiled)
+    optimizer = (unfused_adamw if "unfused_adamw" in parts else build_optimizer)(model, work.optim)
+    scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
     batches = _random_batches(work, device)
     losses: list[float] = []
+    grad_norms: list[float] = []
     step_s: list[float] = []
     setup_s = 0.0
     while len(losses) < work.warmup_steps + work.steps or sum(step_s) < work.seconds:
@@ -163,23 +176,29 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
             setup_s = time.time() - began_at
         synchronize(device)
         started_at = time.perf_counter()
-        stats = train_step(trainable, optimizer, batches, lr=work.optim.lr, grad_clip=work.optim.grad_clip, world=world)
+        stats = train_step(
+            trainable, optimizer, batches, lr=work.optim.lr, grad_clip=work.optim.grad_clip, world=world, scale=scale
+        )
         synchronize(device)
         elapsed_s = time.perf_counter() - started_at
         losses.append(float(stats.loss))
+        grad_norms.append(float(stats.grad_norm))
         if len(losses) > work.warmup_steps:
             step_s.append(elapsed_s)
         on_step(len(losses))
+    most_bytes = peak_bytes(device)
     return StepTimes(
         step_s=step_s,
         losses=losses,
+        grad_norms=grad_norms,
         tokens=work.tokens,
         flops_per_token=flops_per_token(work.model, work.seq_len),
         setup_s=setup_s,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=most_bytes,
         device=device_name(device),
         precision=compute.precision,
         compiled=compiled,
+        attention=attention_kernel(lambda: trainable(*batches[0])),
         torch=torch.__version__,
     )
 
@@ -200,7 +219,7 @@ def main() -> int:
         say(json.dumps(answer))
 
     try:
-        work = read_work(json.load(sys.stdin))
+        work = read_work(json.loads(sys.argv[1]))
         times = time_steps(work, began_at=began_at, on_step=lambda done: tell({"done": done}))
     except Problem as problem:
         tell({"failed": str(problem)})

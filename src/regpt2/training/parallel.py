@@ -96,7 +96,7 @@ def make_trainable(
         _sharded().shard(model, dtype, reduce_dtype, world)
     trainable = in_compute_type(model, dtype)
     if compiled:
-        trainable = torch.compile(trainable)  # type: ignore[assignment]
+        trainable = torch.compile(trainable, dynamic=False)  # type: ignore[assignment]
     if config.strategy == "ddp" and world.size > 1:
         where = [world.device.index] if world.device.type == "cuda" else None
         trainable = DistributedDataParallel(trainable, device_ids=where, gradient_as_bucket_view=True)

@@ -1,0 +1,121 @@
+"""Times on a device. In: something to call, or a training step; out: milliseconds, and the row that shows them."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from gpu_items import Check
+from regpt2.base.device import peak_flops, pick_device, synchronize
+from regpt2.model.flops import mfu, palm_flops_per_token
+from regpt2.model.gpt import GPTConfig
+from regpt2.speed.cost import Place, step_seconds
+from regpt2.speed.machines import recognize
+from regpt2.speed.memory import Setup, step_memory
+from regpt2.speed.steps import DoesNotFit, StepTimes, StepWork, measure, time_steps
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257)
+
+
+def call_times(call: Callable[[], object], device: torch.device, *, calls: int = 20, warmup: int = 5) -> list[float]:
+    """Milliseconds of each call: on a GPU by its own clock, with nothing waiting between calls."""
+    for _ in range(warmup):
+        call()
+    synchronize(device)
+    if device.type != "cuda":
+        return [_by_the_clock(call, device) for _ in range(calls)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) for before, after in pairwise(marks)]
+
+
+def _by_the_clock(call: Callable[[], object], device: torch.device) -> float:
+    started_at = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1000 * (time.perf_counter() - started_at)
+
+
+def spread(times: list[float], name: str = "ms") -> dict[str, float]:
+    """Median, and what nine of ten times lie above and below."""
+    ordered, tenth = sorted(times), len(times) // 10
+    return {name: statistics.median(times), f"{name}_p10": ordered[tenth], f"{name}_p90": ordered[-1 - tenth]}
+
+
+def step_work(check: Check, **settings: Any) -> StepWork:
+    """A training step as asked for; in a smoke run a tiny one."""
+    if check.smoke:
+        settings |= {"model": TINY, "micro_batch": 1, "seq_len": 32, "warmup_steps": 1, "steps": 2, "compile": "off"}
+        settings |= {"grad_accum_steps": min(2, settings.get("grad_accum_steps", 1))}
+    return StepWork(device=check.device, **settings)
+
+
+def keep_step(check: Check, name: str, work: StepWork) -> StepTimes | None:
+    """Time a training step, keep its row; None, and why, where it does not fit."""
+    try:
+        times = time_step(check, work)
+    except DoesNotFit as why:
+        check.keep(name, does_not_fit=str(why)[:200])
+        return None
+    check.keep(name, **figures_of(check, work, times))
+    return times
+
+
+def time_step(check: Check, work: StepWork) -> StepTimes:
+    """In a fresh process; in a smoke run in the item's own, which saves seconds."""
+    if check.smoke:
+        return time_steps(work, began_at=time.time(), on_step=lambda done: None)
+    return measure(work, timeout_s=check.left_s + 60)  # past its end the item is ended anyway
+
+
+def predicted(work: StepWork, times: StepTimes, device: torch.device) -> dict[str, float]:
+    """What `regpt2 plan` would have said of it; a lower rung of the ladder is nothing to plan."""
+    if work.as_lecture or device.type == "mps":
+        return {}
+    setup = Setup(
+        model=work.model,
+        micro_batch=work.micro_batch,
+        seq_len=work.seq_len,
+        grad_accum_steps=work.grad_accum_steps,
+        precision=times.precision,
+        device=device.type,
+        compiled=times.compiled,
+    )
+    planned: dict[str, float] = {"planned_peak_bytes": sum(step_memory(setup).values())}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        machine = recognize(card.name, card.total_memory)
+        if machine is not None and machine.precision == times.precision:
+            planned["planned_step_ms"] = 1000 * sum(step_seconds(setup, Place(machine)).values())
+    return planned
+
+
+def figures_of(check: Check, work: StepWork, times: StepTimes) -> dict[str, Any]:
+    """A row of a training step. MFU with causal attention counted once, and as PaLM and nanoGPT count."""
+    device = pick_device(check.device)
+    flops = {"mfu": times.flops_per_token, "mfu_palm": palm_flops_per_token(work.model, work.seq_len)}
+    peak = peak_flops(device, times.precision)
+    return {
+        "tokens_per_s": times.tokens_per_s,
+        **spread([1000 * s for s in times.step_s], "step_ms"),
+        **{name: mfu(times.tokens_per_s, flop, peak, 1) for name, flop in flops.items()},
+        "peak_bytes": times.peak_bytes,
+        **predicted(work, times, device),
+        "setup_s": times.setup_s,
+        "precision": times.precision,
+        "compiled": times.compiled,
+        "attention": times.attention,
+        "first_loss": times.losses[0],
+        "last_loss": times.losses[-1],
+        "each_step_s": times.step_s,
+        "losses": times.losses,
+        "work": [dataclasses.asdict(work)],
+    }

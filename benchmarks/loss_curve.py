@@ -1,0 +1,121 @@
+"""Is the fast path the same training? In: a prepared data folder; out: its loss curve beside that of plain fp32.
+
+    python benchmarks/loss_curve.py data/python_library_bytes [--build-nanogpt PATH] [--steps 100] [--out FILE]
+
+The same weights, batches and learning rates, GPT-2's width: plain fp32 (a softmax over whole rows, whole logits,
+F.cross_entropy, AdamW not fused), ours in fp32 and bf16, and with PATH build-nanogpt's model under its bf16 autocast.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regpt2.base.device import choose_compute
+from regpt2.base.world import World
+from regpt2.data.loader import BatchConfig, Loader
+from regpt2.data.shards import open_tokens
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.speed.lecture import lecture_model, unfused_adamw
+from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.parallel import make_trainable
+from regpt2.training.step import train_step
+from sides import keep
+from training import build_nanogpt
+from works import Shape, TrainingWork
+
+SHAPE = Shape("2 layers, 768 wide", n_layer=2, block_size=512, vocab_size=320)  # no padding, which theirs would learn
+BATCH = BatchConfig(batch_tokens=1024, micro_batch=2, seq_len=512)
+LR, WARMUP_STEPS, GRAD_CLIP, SEED = 6e-4, 10, 1.0, 1337
+CPU = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+Step = Callable[[list[tuple[Tensor, Tensor]], float], Tensor]
+
+
+def plain() -> Step:
+    """As the lecture does it before it makes anything fast."""
+    torch.set_float32_matmul_precision("highest")
+    parts = ("plain_attention", "kept_gelu", "whole_logits")
+    model = lecture_model(GPTConfig(**SHAPE.sizes()), parts, torch.float32, SEED)
+    optimizer = unfused_adamw(model, OptimConfig())
+    return lambda batches, lr: train_step(model, optimizer, batches, lr=lr, grad_clip=GRAD_CLIP, world=CPU).loss
+
+
+def ours(precision: str) -> Step:
+    """As `regpt2 train` does it."""
+    compute = choose_compute(precision, CPU.device)
+    model = GPT(GPTConfig(**SHAPE.sizes()), seed=SEED)
+    trainable = make_trainable(model, compute.dtype, CPU, compiled=False)
+    optimizer = build_optimizer(model, OptimConfig())
+    return lambda batches, lr: train_step(trainable, optimizer, batches, lr=lr, grad_clip=GRAD_CLIP, world=CPU).loss
+
+
+def theirs(source: Path) -> Step:
+    """build-nanogpt's model and optimizer, its loop's autocast."""
+    work = TrainingWork(model=SHAPE, micro_batch=BATCH.micro_batch, seq_len=BATCH.seq_len)
+    model, optimizer = build_nanogpt(work, source)
+    weights = GPT(GPTConfig(**SHAPE.sizes()), seed=SEED).state_dict()
+    model.load_state_dict({f"transformer.{name}": value for name, value in weights.items()}, strict=False)
+
+    def step(batches: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
+        [(x, y)] = batches
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def tensor(ids: NDArray[np.int64]) -> Tensor:
+    """Contiguous, as build-nanogpt's loss wants it."""
+    return torch.from_numpy(np.ascontiguousarray(ids))
+
+
+def curve(step: Step, data: Path, steps: int) -> list[float]:
+    """The loss of each step."""
+
+    def losses() -> Iterator[float]:
+        with open_tokens(data, "train") as tokens:
+            loader = Loader(tokens, BATCH, seed=SEED)
+            for i in range(1, steps + 1):
+                pairs = [(tensor(x), tensor(y)) for x, y in loader.batch(i).micro_batches]
+                yield float(step(pairs, LR * min(1.0, i / WARMUP_STEPS)))
+
+    return list(losses())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--build-nanogpt", type=Path, help="folder that holds its train_gpt2.py")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="add the result to this JSON file")
+    options = parser.parse_args()
+    sides: dict[str, Callable[[], Step]] = {"ours, fp32": lambda: ours("fp32"), "ours, bf16": lambda: ours("bf16")}
+    if options.build_nanogpt:
+        sides["build-nanogpt, bf16 autocast"] = lambda: theirs(options.build_nanogpt / "train_gpt2.py")
+    expected = curve(plain(), options.data, options.steps)
+    print(f"plain fp32: {expected[0]:.4f} -> {expected[-1]:.4f}", flush=True)
+    result: dict[str, object] = {"plain_fp32": expected}
+    for name, make in sides.items():
+        apart = [abs(a - b) for a, b in zip(curve(make(), options.data, options.steps), expected, strict=True)]
+        result[name] = {"mean": sum(apart) / len(apart), "largest": max(apart), "at_step": 1 + apart.index(max(apart))}
+        print(f"{name}: {json.dumps(result[name])}", flush=True)
+    what = f"loss curve, {SHAPE.name}, {options.steps} steps of {BATCH.batch_tokens} tokens: nats from plain fp32"
+    command = f"python benchmarks/loss_curve.py {options.data} --steps {options.steps}"
+    keep(result, what, command + " --build-nanogpt PATH" * bool(options.build_nanogpt), options.out)
+
+
+if __name__ == "__main__":
+    main()

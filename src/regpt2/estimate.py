@@ -1,0 +1,291 @@
+"""The figures of a plan. In: a configuration, a machine; out: time of a step and of the run, disk, micro-batches."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from regpt2.base.console import ProgressLine
+from regpt2.base.device import can_compile, choose_compute, device_name, pick_device
+from regpt2.base.errors import Problem, UsageError
+from regpt2.base.files import free_bytes as free_disk_bytes
+from regpt2.base.memory import free_bytes
+from regpt2.config import RunConfig, setup_of
+from regpt2.data.documents import InputFile, Part, Plan, Slice
+from regpt2.data.manifest import TOKEN_BYTES
+from regpt2.data.mixture import open_mixture, read_shares
+from regpt2.data.space import Space
+from regpt2.model.flops import flops_per_token
+from regpt2.speed.cost import EVAL_TOKENS, FORWARD, UPDATE_BYTES, Place, exposed_seconds, step_seconds
+from regpt2.speed.machines import find_machine, recognize
+from regpt2.speed.memory import Setup, fits, micro_batches, still_needed
+from regpt2.speed.rates import copy_rate, matmul_rate, model_shapes
+from regpt2.speed.steps import StepTimes, StepWork, measure
+
+COMPILE_S = 90.0  # one to two minutes on the GPUs seen so far
+START_S = 15.0  # imports, weights, the data's first look
+HASH_RATE = 1e9  # bytes/s of SHA-256 on a core
+HOST_COPY_RATE = 3e9  # bytes/s into fresh memory of the machine, for a checkpoint
+FULL_PASS = 4096  # tokens: with more, a CPU is no faster per token
+MEASURE_S = 15.0  # of timed steps, after those that warm up
+OF_MATMULS = (
+    0.6  # of a CPU's rate at the model's matmuls, what a whole step reaches here; others from half to nearly all
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the run shall take place."""
+
+    name: str
+    device: torch.device
+    """Of type cuda also where there is none here: then the machine is a named one."""
+    here: bool
+    place: Place | None
+    """None: a device of which nothing is published."""
+    precision: str
+    compiled: bool
+    free_bytes: int | None
+    """For one rank; None: not known."""
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an update, how far off they may be, and how they are known."""
+
+    parts: dict[str, float]
+    spread: float
+    how: str
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A micro-batch that divides the update."""
+
+    setup: Setup
+    need_bytes: int
+    step_s: float | None
+    fits: bool
+
+
+def find_target(config: RunConfig, machine: str, gpus: int, nodes: int) -> Target:
+    """The named machine, or this one.
+
+    Raises:
+        UsageError: an unknown machine, or a number that makes no sense.
+    """
+    for name, value in (("gpus", gpus), ("nodes", nodes)):
+        if value < 1:
+            raise UsageError(f"--{name} {value} must be at least 1.")
+    many = f"{nodes} x " * (nodes > 1) + f"{gpus} x " * (gpus > 1)
+    if machine and machine.lower() != "cpu":
+        known = find_machine(machine)
+        precision = known.precision if config.precision == "auto" else config.precision
+        place = Place(known, gpus, nodes)
+        cuda, compiled = torch.device("cuda"), config.compile != "off"
+        return Target(many + known.name, cuda, False, place, precision, compiled, known.usable_bytes, place.ranks)
+    return _this_machine(config, "cpu" if machine else config.device, gpus, nodes, many)
+
+
+def _this_machine(config: RunConfig, spec: str, gpus: int, nodes: int, many: str) -> Target:
+    device = pick_device(spec)
+    if device.type != "cuda" and gpus * nodes > 1:
+        raise UsageError("--gpus and --nodes are for GPUs, and there is none here; name one with --machine.")
+    compiled = config.compile == "on" or (config.compile == "auto" and can_compile(device))
+    place = None
+    if device.type == "cuda":
+        seen = recognize(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+        place = Place(seen, gpus, nodes) if seen else None
+    name = f"{many}{device_name(device).partition(': ')[2]}, this machine"
+    precision = choose_compute(config.precision, device).precision
+    return Target(name, device, True, place, precision, compiled, free_bytes(device), gpus * nodes)
+
+
+def setup_at(config: RunConfig, target: Target) -> Setup:
+    """How each rank trains there.
+
+    Raises:
+        ConfigError: an update is not a whole number of passes.
+    """
+    kind = target.device.type
+    return setup_of(config, target.ranks, device=kind, precision=target.precision, compiled=target.compiled)
+
+
+def formula_time(setup: Setup, target: Target) -> StepTime | None:
+    """By published runs and the data sheet, or roughly by this machine's matmuls; None: nothing is known."""
+    if target.place is not None and setup.width_bytes == 2:
+        reached = target.place.machine.reached
+        return StepTime(step_seconds(setup, target.place), reached.spread, reached.source)
+    if target.device.type != "cpu" or target.ranks > 1:
+        return None
+    dtype = torch.bfloat16 if setup.width_bytes == 2 else torch.float32
+    rows = min(setup.n_tokens, 1024)
+    rate = OF_MATMULS * matmul_rate(model_shapes(setup.model, rows), dtype, target.device, at_least_s=1.0)
+    busy_s = setup.grad_accum_steps * setup.n_tokens * flops_per_token(setup.model, setup.seq_len) / rate
+    how = f"roughly, from its matmuls timed for a second, at {OF_MATMULS:.0%} of their rate; --measure times real steps"
+    return StepTime({"forward and backward": busy_s, "update": _update_seconds(setup, target)}, 0.5, how)
+
+
+def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[StepTime, StepTimes, Setup]:
+    """From about half a minute of real steps on this machine's device; also what was measured, and of what.
+
+    A few micro-steps are timed, and the rest is as many more of them.
+
+    Raises:
+        UsageError: the plan is for another machine.
+        Problem: the step does not run.
+    """
+    if not target.here:
+        raise UsageError("--measure times steps on this machine; run it there, without --machine.")
+    on_cpu = target.device.type == "cpu"
+    full = max(1, FULL_PASS // setup.seq_len) if on_cpu else setup.micro_batch
+    micro_batch = min(setup.micro_batch, full)
+    enough = max(1, FULL_PASS // (micro_batch * setup.seq_len)) if on_cpu else 4
+    tried = replace(setup, micro_batch=micro_batch, grad_accum_steps=min(setup.grad_accum_steps, enough))
+    work = StepWork(
+        model=setup.model,
+        micro_batch=micro_batch,
+        seq_len=setup.seq_len,
+        grad_accum_steps=tried.grad_accum_steps,
+        device=str(target.device),
+        precision=config.precision,
+        compile=config.compile,
+        optim=config.optim,
+        warmup_steps=1 if on_cpu else 3,
+        steps=3,
+        seconds=MEASURE_S,
+    )
+    with ProgressLine("measuring", work.warmup_steps + work.steps, "steps") as line:
+        times = measure(work, on_step=lambda _: line.advance(1))
+    update_s = min(_update_seconds(setup, target), times.median_s / 2)
+    per_token_s = (times.median_s - update_s) / times.tokens
+    micro_s = per_token_s * setup.n_tokens
+    parts = {"forward and backward": setup.grad_accum_steps * micro_s, "update": update_s}
+    how = f"measured here: {len(times.step_s)} steps of {tried.grad_accum_steps} x {micro_batch} x {setup.seq_len}"
+    if target.place is not None and target.ranks > 1:
+        parts["exchange"] = exposed_seconds(setup, target.place, micro_s)
+        how += "; the exchange between ranks by formula"
+    return StepTime(parts, 0.10, how), times, tried
+
+
+def _update_seconds(setup: Setup, target: Target) -> float:
+    bandwidth = target.place.machine.bandwidth if target.place else copy_rate(target.device, 1 << 26, at_least_s=0.1)
+    return UPDATE_BYTES * setup.n_params / bandwidth
+
+
+def run_seconds(config: RunConfig, setup: Setup, target: Target, step: StepTime, data_bytes: int) -> dict[str, float]:
+    """The whole run by part."""
+    evaluations = n_evaluations(config)
+    tokens = sum(eval_tokens(config).values())
+    pass_s = step.parts["forward and backward"] / (setup.grad_accum_steps * setup.n_tokens)  # per token of one rank
+    saves = -(-config.max_steps // config.save_every) if config.save_every else 0
+    return {
+        "training": config.max_steps * step.seconds,
+        "evaluations": evaluations * tokens * FORWARD * pass_s / target.ranks,
+        "checkpoints": saves * checkpoint_bytes(setup) / HOST_COPY_RATE,
+        "start": START_S + COMPILE_S * target.compiled + config.verify_data * data_bytes / HASH_RATE / target.ranks,
+    }
+
+
+def n_evaluations(config: RunConfig) -> int:
+    """Of one run: before the first update, every so many, and after the last."""
+    return 1 + -(-config.max_steps // config.eval_every) if config.eval_every else 0
+
+
+def eval_tokens(config: RunConfig) -> dict[str, int]:
+    """Tokens of each evaluation whose size is known."""
+    known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens}
+    return {name: known[name] for name in config.evals.names if name in known}
+
+
+def checkpoint_bytes(setup: Setup) -> int:
+    """Of one: fp32 weights and AdamW's two moments."""
+    return 12 * setup.n_params
+
+
+def checkpoints_bytes(config: RunConfig, setup: Setup) -> tuple[int, int]:
+    """How many lie on the disk at most, and their bytes: a new one is written before an old one goes."""
+    saves = -(-config.max_steps // config.save_every) if config.save_every else 0
+    most = min(saves, config.keep_checkpoints + 1) if config.keep_checkpoints else saves
+    return most, most * checkpoint_bytes(setup)
+
+
+@dataclass(frozen=True)
+class DataNeed:
+    """What the data take on the disk."""
+
+    shards_bytes: int
+    missing_bytes: int
+    """Still to be written, with the working space of a preparation; 0: it is there."""
+    said: str
+
+
+def data_need(config: RunConfig) -> DataNeed:
+    """Of the data folder where it is there, else by the tokens that the run goes through, each used once."""
+    n_tokens = config.max_steps * config.batch.batch_tokens
+    try:
+        with open_mixture(read_shares(config.data, config.mix)) as data:
+            return DataNeed(data.n_tokens * TOKEN_BYTES, 0, f"there: {data.plan(n_tokens)}")
+    except (Problem, OSError):  # not prepared yet, or not here
+        pass
+    if config.batch.one_batch:
+        return DataNeed(config.batch.batch_tokens * TOKEN_BYTES, 0, "one batch of any data")
+    # As FineWeb-Edu comes: files of 2.0 GB with 0.71B tokens each, one worker.
+    n_files = max(1, round(n_tokens / 710e6))
+    share = n_tokens / n_files / 710e6
+    pieces = [InputFile("", f"{i}.parquet", int(2.04e9 * share), 0, url="-") for i in range(n_files)]
+    plan = Plan(tuple(Part((Slice(file),), file.n_bytes) for file in pieces), "", "", n_tokens=int(n_tokens / 1.05))
+    space = Space(plan, "gpt2", 100_000_000, 1, None)
+    shards_bytes = n_tokens * TOKEN_BYTES
+    return DataNeed(shards_bytes, space.most_bytes, "not prepared yet; each token used once, prepared by one worker")
+
+
+def disk_lacks(config: RunConfig, data: DataNeed, checkpoints: int) -> list[str]:
+    """Which disks of this machine have too little room, and how little."""
+    needs: dict[int, list[tuple[Path, int]]] = {}
+    for folder, n_bytes in ((Path(config.data or "."), data.missing_bytes), (Path(config.run), checkpoints)):
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        needs.setdefault(os.stat(there).st_dev, []).append((folder, n_bytes))
+    lacks = []
+    for wanted in needs.values():
+        need, free = sum(n_bytes for _, n_bytes in wanted), free_disk_bytes(wanted[0][0])
+        if need > free:
+            folders = " and ".join(str(folder) for folder, n_bytes in wanted if n_bytes)
+            lacks.append(f"{folders} need {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free")
+    return lacks
+
+
+def choices(config: RunConfig, setup: Setup, target: Target, step: StepTime | None) -> list[Choice]:
+    """Every micro-batch that divides the update; with its step time where a formula gives it."""
+    found = []
+    for one in micro_batches(setup, config.batch.batch_tokens):
+        need = still_needed(one)
+        step_s = None
+        if step is not None and target.place is not None and setup.width_bytes == 2:
+            scale = step.seconds / sum(step_seconds(setup, target.place).values())  # 1, or what measuring has shown
+            step_s = scale * sum(step_seconds(one, target.place).values())
+        room = target.free_bytes is None or fits(need, target.free_bytes, setup.device)
+        found.append(Choice(one, need, step_s, room))
+    return found
+
+
+def best(found: list[Choice], wanted: Setup) -> Choice | None:
+    """What is wanted, if it fits and is as fast as any, within 1 %; else the smallest of those; None: nothing fits."""
+    fitting = [choice for choice in found if choice.fits]
+    if not fitting:
+        return None
+    times = [choice.step_s for choice in fitting if choice.step_s is not None]
+    if times:
+        as_fast = [choice for choice in fitting if choice.step_s is not None and choice.step_s <= 1.01 * min(times)]
+    else:
+        as_fast = [choice for choice in fitting if choice.setup.n_tokens >= FULL_PASS] or fitting[-1:]
+    return next((choice for choice in as_fast if choice.setup == wanted), as_fast[0])

@@ -1,0 +1,104 @@
+"""What a training step costs on a known machine. In: how each rank trains, and where; out: seconds by part.
+
+The formulas of a model that meets published runs within some 10 % (tests/speed/test_cost.py holds it against them).
+M tokens of a micro-batch, C = n_embd, L = n_layer, V = padded_vocab_size, n ranks, P parameters.
+"""
+
+import math
+from dataclasses import dataclass
+
+from regpt2.model.flops import flops_per_token
+from regpt2.speed.machines import LARGE_FLOPS, SMALL_FLOPS, Machine
+from regpt2.speed.memory import FP32, Setup
+
+EAGER = (0.78, 0.92)  # of the compiled speed, at 124M and 1558M: what the kernels between matmuls cost
+TILES = {(256, 128): 1.0, (128, 128): 0.9, (128, 64): 0.75, (64, 64): 0.55}  # of a matmul, and how fast each is
+LARGE_MICRO_BATCH = 65_536  # tokens; with so many the published shares were reached
+KERNEL_S = 3e-6  # the least time of one kernel: a small micro-batch is bound by it
+HIDDEN = 0.6  # of the last micro-step, behind which an all-reduce can hide
+PASS_BYTES = 20  # per parameter and micro-step: weights rounded 6, gradients added up 14
+UPDATE_BYTES = 40  # per parameter, read and written: norm and clipping 12, AdamW 28
+FORWARD = 1 / 3  # of the FLOPs of training: what an evaluation does
+# Tokens of one evaluation, as it is scored here; val_loss has its own setting.
+EVAL_TOKENS = {"hellaswag": 10_042 * 164}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place."""
+
+    machine: Machine
+    gpus: int = 1
+    """In each node."""
+    nodes: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """One for each GPU."""
+        return self.gpus * self.nodes
+
+    @property
+    def link(self) -> float:
+        """Bytes per second and GPU of an all-reduce over all of them."""
+        return self.machine.link if self.nodes == 1 else min(self.machine.link, self.machine.network)
+
+
+def step_seconds(setup: Setup, place: Place) -> dict[str, float]:
+    """Seconds of one update by part: what is computed, what of the exchange cannot hide behind it, the update."""
+    micro_s = micro_step_seconds(setup, place.machine)
+    shards = place.ranks if setup.strategy == "fsdp" else 1
+    return {
+        "forward and backward": setup.grad_accum_steps * micro_s,
+        "exchange": exposed_seconds(setup, place, micro_s),
+        "update": UPDATE_BYTES * setup.n_params / shards / place.machine.bandwidth,
+    }
+
+
+def micro_step_seconds(setup: Setup, machine: Machine) -> float:
+    """One forward and backward pass, on one GPU."""
+    flops = setup.n_tokens * flops_per_token(setup.model, setup.seq_len)
+    busy_s = flops / (machine.peak * share_of_peak(setup, machine))
+    kernels = 28 * setup.model.n_layer + 40
+    return max(busy_s, kernels * KERNEL_S) + PASS_BYTES * setup.n_params / machine.bandwidth
+
+
+def share_of_peak(setup: Setup, machine: Machine) -> float:
+    """The share of the 16-bit peak that a pass reaches: by the model's size, its micro-batch, and if it is compiled."""
+    size = flops_per_token(setup.model, 1024)
+    share = _between(machine.reached.small, machine.reached.large, size)
+    if not setup.compiled:
+        share *= _between(*EAGER, size)
+    full = _filled(LARGE_MICRO_BATCH, setup.model.n_embd, machine.n_sm)
+    return share * min(1.0, _filled(setup.n_tokens, setup.model.n_embd, machine.n_sm) / full)
+
+
+def _between(small: float, large: float, size: float) -> float:
+    """Between the values for 124M and 1558M by the logarithm of the size, and not beyond."""
+    place = math.log(size / SMALL_FLOPS) / math.log(LARGE_FLOPS / SMALL_FLOPS)
+    return small + (large - small) * min(1.0, max(0.0, place))
+
+
+def _filled(rows: int, columns: int, n_sm: int) -> float:
+    """How well the narrowest matmul, (rows, columns), fills all multiprocessors: its tiles come in whole waves."""
+    filled = []
+    for (height, width), speed in TILES.items():
+        waves = math.ceil(rows / height) * math.ceil(columns / width) / n_sm
+        filled.append(speed * waves / math.ceil(waves))
+    return max(filled)
+
+
+def exposed_seconds(setup: Setup, place: Place, micro_s: float) -> float:
+    """What of the ranks' exchange the backward pass does not hide."""
+    n, link = place.ranks, place.link
+    if n == 1:
+        return 0.0
+    gradients = FP32 * setup.n_params
+    hops = (n - 1) / n
+    if setup.strategy == "ordered":  # every rank's gradient goes to every rank, after the backward pass
+        return (n - 1) * gradients / link
+    if setup.strategy == "fsdp":  # weights gathered twice in the compute type, gradients scattered, in each micro-step
+        moved = hops * (2 * setup.width_bytes + FP32) * setup.n_params
+        return setup.grad_accum_steps * max(0.0, moved / link - HIDDEN * micro_s)
+    # The embedding's gradient, whose weights the head shares, is whole only at the end: nothing hides it.
+    tail = 2 * hops * FP32 * setup.model.padded_vocab_size * setup.model.n_embd / link
+    return max(tail, 2 * hops * gradients / link - HIDDEN * micro_s)

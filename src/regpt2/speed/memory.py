@@ -1,0 +1,203 @@
+"""Memory of a training step. In: how a rank trains; out: bytes by part, at the moment when most is held.
+
+Every term is counted from the code of model/, training/ and the optimizer; tests/speed/test_memory.py counts what
+autograd really keeps. P parameters, N = B * T tokens of a micro-batch, C = n_embd, L = n_layer, H = n_head,
+V = padded_vocab_size, b bytes of a number in the compute type.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from regpt2.base.errors import ConfigError
+from regpt2.model.gpt import GPTConfig
+
+FP32 = 4
+MARGIN = 0.10  # a prediction may be so far off, either way
+ALLOCATOR_BYTES = 1 << 30  # on a GPU also this, for fragments and the workspace of libraries
+
+# What the backward pass keeps of a layer, in widths C for each token:
+#   both norms' inputs and outputs 4, queries, keys and values 3, the attended 1, before GELU 4, after it 4.
+# On a CPU what comes after GELU is computed again, in passes so large (model/recompute.py). On a GPU the norms' inputs
+# are kept in fp32. A compiler computes again what is cheap: published runs agree with 12.
+KEPT_WIDTHS = {"cpu": 16, "cuda": 18, "compiled": 12}
+GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
+KEPT_SUMS = 4  # mean and deviation of both norms
+MLP_BACKWARD_WIDTHS = 8  # of the layer that goes backward: the gradients of GELU's output and input
+BLOCK = 256  # queries at a time in the CPU's own attention (model/attention.py); up to so many its weights are kept
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits (model/loss.py)
+BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (there too)
+
+# On a CPU also the process itself (Python, torch, its libraries and kernels), and the holes in glibc's heap and the
+# copies of oneDNN: a share of what comes and goes in a step. Both measured (docs/speed.md).
+PROCESS_BYTES = 355_000_000
+HEAP_SHARE = 0.30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How one rank trains."""
+
+    model: GPTConfig
+    micro_batch: int
+    seq_len: int
+    grad_accum_steps: int = 1
+    precision: str = "bf16"
+    device: str = "cuda"
+    compiled: bool = True
+    strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
+    ranks: int = 1
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in all weights, the padding of the vocabulary included."""
+        C, L = self.model.n_embd, self.model.n_layer
+        return (self.model.padded_vocab_size + self.model.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C
+
+    @property
+    def width_bytes(self) -> int:
+        """Of a number in the compute type."""
+        return 2 if self.precision in ("bf16", "fp16") else FP32
+
+    @property
+    def n_tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.seq_len
+
+
+def step_memory(setup: Setup) -> dict[str, int]:
+    """Bytes by part at the fullest moment of an update, for each rank."""
+    head_bytes = FP32 * setup.model.padded_vocab_size * setup.model.n_embd  # of the embedding's weights
+    shards = setup.ranks if setup.strategy == "fsdp" else 1
+    weights = FP32 * setup.n_params // shards
+    held = _gradients_held(setup)
+    pass_parts = {"rounded weights": _rounded_bytes(setup), "activations": _kept_bytes(setup)}
+    moments = [
+        {"gradients": held * weights, **pass_parts, "head and loss": _head_forward_bytes(setup)},
+        {"gradients": held * weights, **pass_parts, "a layer backward": head_bytes + _layer_backward_bytes(setup)},
+        # The last gradient of a backward pass is the embedding's, which is added to the head's into a new tensor.
+        {"gradients": max(1, held) * weights, "embedding's gradient": (2 + (held > 0)) * head_bytes},
+    ]
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
+    parts = {"weights": weights, "optimizer state": 2 * weights, **fullest}
+    if setup.device == "cpu":
+        parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
+        parts["process"] = PROCESS_BYTES
+    return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
+
+
+def _gradients_held(setup: Setup) -> int:
+    """Whole sets of gradients that are there while a forward pass goes on."""
+    if setup.strategy == "ordered":  # the partial sums of training/ordered.py
+        return max(i.bit_count() for i in range(setup.grad_accum_steps))
+    return int(setup.grad_accum_steps > 1 or (setup.ranks > 1 and setup.strategy == "ddp"))  # ddp: buckets, always
+
+
+def _rounded_bytes(setup: Setup) -> int:
+    """Copies in the compute type that the backward pass needs: of a layer's matrices, but for one computed again."""
+    if setup.width_bytes == FP32:
+        return 0
+    C, b = setup.model.n_embd, setup.width_bytes
+    layer = (12 - 4 * _recomputes(setup)) * C * C * b
+    if setup.strategy == "fsdp" and setup.ranks > 1:  # gathered in the compute type: one layer, and the next one
+        return 2 * layer
+    return setup.model.n_layer * layer
+
+
+def _recomputes(setup: Setup) -> bool:
+    """Is GELU's output computed again instead of kept?"""
+    return setup.device == "cpu" and GELU_WIDTHS * setup.model.n_embd * setup.n_tokens >= RECOMPUTED_NUMBERS
+
+
+def _kept_bytes(setup: Setup) -> int:
+    """Activations that the backward pass needs, of all layers."""
+    model, b = setup.model, setup.width_bytes
+    widths = KEPT_WIDTHS["compiled" if setup.compiled else setup.device] - GELU_WIDTHS * _recomputes(setup)
+    numbers = widths * model.n_embd + KEPT_SUMS
+    bytes_per_token = numbers * b + _attention_bytes(setup)
+    if model.dropout:
+        bytes_per_token += 2 * model.n_embd  # masks, a byte each
+    return model.n_layer * setup.n_tokens * bytes_per_token
+
+
+def _attention_bytes(setup: Setup) -> int:
+    """Kept per token and layer besides queries, keys, values and result."""
+    model, b, T = setup.model, setup.width_bytes, setup.seq_len
+    if setup.device == "cuda" or (T > BLOCK and b == FP32):
+        return FP32 * model.n_head  # flash: the logarithm of each sum
+    if T <= BLOCK:
+        return b * model.n_head * T  # the weights
+    return b * model.n_head * (T + BLOCK) // 2 if model.dropout else 0
+
+
+def _chunk_rows(setup: Setup) -> int:
+    """Tokens whose logits are alive at once."""
+    most = max(1, CHUNK_BYTES[setup.device] // (setup.width_bytes * setup.model.padded_vocab_size))
+    return -(-setup.n_tokens // -(-setup.n_tokens // most))
+
+
+def _head_forward_bytes(setup: Setup) -> int:
+    """At the last chunk of the loss: logits, the head's gradient and its newest part, the hidden state's gradient."""
+    N, C, V, b = setup.n_tokens, setup.model.n_embd, setup.model.padded_vocab_size, setup.width_bytes
+    rows = _chunk_rows(setup)
+    rounded = V * C * b if b < FP32 else 0
+    part = V * C * b if b < FP32 or rows < N else 0
+    wide = rows * V * FP32
+    blocks = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # on a CPU a few rows at a time
+    log_p = wide if setup.device == "cuda" else blocks
+    return rounded + FP32 * V * C + rows * V * b + max(part, log_p) + 2 * N * C * b
+
+
+def _layer_backward_bytes(setup: Setup) -> int:
+    widths = MLP_BACKWARD_WIDTHS + GELU_WIDTHS * _recomputes(setup)
+    return widths * setup.n_tokens * setup.model.n_embd * setup.width_bytes
+
+
+def fits(need_bytes: int, free_bytes: int, device: str) -> bool:
+    """With the margin: the step will surely run."""
+    return need_bytes * (1 + MARGIN) + (ALLOCATOR_BYTES if device == "cuda" else 0) <= free_bytes
+
+
+def cannot_fit(need_bytes: int, free_bytes: int) -> bool:
+    """Even if the prediction is too high by the margin."""
+    return need_bytes * (1 - MARGIN) > free_bytes
+
+
+def micro_batches(setup: Setup, batch_tokens: int) -> list[Setup]:
+    """The same training with every micro-batch that divides the update, the smallest first."""
+    sequences = batch_tokens // (setup.seq_len * setup.ranks)  # of one rank
+    return [
+        replace(setup, micro_batch=n, grad_accum_steps=sequences // n)
+        for n in range(1, sequences + 1)
+        if sequences % n == 0
+    ]
+
+
+def require_memory(setup: Setup, batch_tokens: int, free_bytes: int | None) -> str:
+    """Refuse, before the first step, what would run out of memory; a warning where it may, "" where it will not.
+
+    Args:
+        free_bytes: what this process may still take; None: not known, and nothing is refused.
+
+    Raises:
+        ConfigError: even if the prediction were too high by the margin, there is not enough.
+    """
+    need_bytes = still_needed(setup)
+    if free_bytes is None or fits(need_bytes, free_bytes, setup.device):
+        return ""
+    smaller = [s for s in micro_batches(setup, batch_tokens) if fits(still_needed(s), free_bytes, setup.device)]
+    if smaller:
+        mend = f"--batch.micro-batch {smaller[-1].micro_batch} fits, and the update stays the same"
+    else:
+        mend = "no micro-batch fits: take a smaller model, shorter sequences, or --parallel.strategy fsdp on more GPUs"
+    text = (
+        f"micro_batch = {setup.micro_batch} x seq_len = {setup.seq_len} needs about {need_bytes / 1e9:.2f} GB of "
+        f"memory and {free_bytes / 1e9:.2f} GB are free; {mend}."
+    )
+    if cannot_fit(need_bytes, free_bytes):
+        raise ConfigError(f"{text} (--no-check-memory tries all the same.)")
+    return text
+
+
+def still_needed(setup: Setup) -> int:
+    """Bytes at the fullest moment, without those that a process has taken before it makes the model."""
+    return sum(step_memory(setup).values()) - (PROCESS_BYTES if setup.device == "cpu" else 0)

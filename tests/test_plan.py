@@ -1,0 +1,138 @@
+"""`regpt2 plan`: what it says, what it refuses, its exit codes; and the same check before training."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Run
+from regpt2 import estimate, job, plan
+from regpt2.base.errors import ConfigError, UsageError
+from regpt2.train import main as train
+
+
+def planned(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    out = tmp_path / "plan.json"
+    code = plan.main([*arguments, "--json", str(out)])
+    return code, json.loads(out.read_text())
+
+
+def test_the_lectures_run_on_eight_gpus_that_are_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = planned(tmp_path, "gpt2_124m", "--machine", "h100", "--gpus", "8", "--price", "2.5")
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert found["tokens"] == 19_073 * 524_288
+    assert found["seconds"]["training"] == pytest.approx(45 * 60, rel=0.1)  # llm.c: 45 minutes
+    assert found["money"] == pytest.approx(2.5 * found["gpu_hours"])
+    assert found["disk"]["checkpoints_bytes"] == 4 * 12 * 124_475_904
+    assert sum(found["memory"]["parts"].values()) == found["memory"]["bytes"]
+    for line in ("time ", "training", "llm.c on 8 x H100", "money", "activations", "disk for data", "micro_batch"):
+        assert line in shown
+
+
+def test_what_does_not_fit_ends_with_1_and_the_micro_batch_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planned(tmp_path, "gpt2_1558m", "--machine", "A100-80", "--gpus", "8", "--batch.micro-batch", "64")
+    assert code == 1
+    assert not found["fits"]
+    best = found["best_micro_batch"]
+    assert next(one for one in found["micro_batches"] if one["micro_batch"] == best)["fits"]
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert f"--batch.micro-batch {best}" in shown
+    assert planned(tmp_path, "gpt2_1558m", "--machine", "T4")[1]["best_micro_batch"] is None
+
+
+def test_a_disk_that_is_too_small_ends_with_1(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "free_disk_bytes", lambda folder: 1000)
+    code, found = planned(tmp_path, str(tiny_recipe), "--run", str(tmp_path / "run"))
+    assert code == 1
+    assert "GB are free" in found["disk"]["lacks"][0]
+    assert "TOO LITTLE" in capsys.readouterr().out
+
+
+def test_prepared_data_are_looked_at(tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    found = planned(tmp_path, str(tiny_recipe), "--data", str(tiny_data))[1]
+    assert found["disk"]["data_bytes"] == 2 * 20_000
+    assert found["disk"]["to_prepare_bytes"] == 0
+
+
+def test_measured_steps_tell_the_time(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "MEASURE_S", 0.0)
+    code, found = planned(tmp_path, str(tiny_recipe), "--measure")
+    assert code == 0
+    assert "measured here" in found["step"]["how"]
+    assert 0 < found["step"]["seconds"] < 5
+    assert found["measured"]["peak_bytes"] == pytest.approx(found["measured"]["predicted_bytes"], rel=0.2)
+
+
+def test_a_precision_that_nobody_has_measured_has_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(tmp_path, "gpt2_124m", "--machine", "H100", "--precision", "fp32")[1]
+    assert found["step"] is None
+    assert found["gpu_hours"] is None
+    assert "unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpt2_124m", "--machine", "H10"], "did you mean 'h100'"),
+        (["gpt2_124m", "--machine", "H100", "--gpus", "0"], "--gpus 0 must be at least 1"),
+        (["gpt2_124m", "--machine", "H100", "--gpus", "3"], "must be a multiple"),
+        (["gpt2_124m", "--machine", "H100", "--measure"], "without --machine"),
+        (["gpt2_124m", "--machine", "cpu", "--gpus", "2"], "for GPUs"),
+        (["gpt2_124m", "--price", "-1"], "must be at least 0"),
+        (["gpt2_124", "--machine", "H100"], "did you mean 'gpt2_124m'"),
+        (["--machine", "H100"], "the recipe comes first"),
+    ],
+)
+def test_wrong_usage_is_answered_with_the_mend(arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan.main(arguments)
+
+
+def test_alone_it_lists_the_recipes(regpt2: Run) -> None:
+    done = regpt2("plan")
+    assert done.returncode == 2
+    assert "gpt2_124m" in done.stdout
+
+
+def test_training_refuses_what_the_device_cannot_hold(
+    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    arguments = [str(tiny_recipe), "--data", str(tiny_data), "--run", str(run), "--max-steps", "1"]
+    monkeypatch.setattr(job, "free_bytes", lambda device: 900_000)
+    with pytest.raises(ConfigError, match=r"micro_batch = 2 .* GB are free.*--no-check-memory"):
+        train(arguments)
+    assert not run.exists()
+    assert train([*arguments, "--no-check-memory"]) == 0
+
+
+def test_training_under_a_real_limit_stops_before_its_first_step(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "wide.toml"
+    recipe.write_text(
+        'max_steps = 1\nprecision = "fp32"\ndevice = "cpu"\n'
+        "[model]\nn_layer = 12\nn_head = 8\nn_embd = 2048\nblock_size = 32\n"
+        "vocab_size = 257\n[batch]\nbatch_tokens = 64\nmicro_batch = 2\nseq_len = 32\n"
+    )
+    limit = 6 << 30  # of address space; the states alone would take 9.7 GB
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    command = [sys.executable, "-m", "regpt2", "train", str(recipe), "--data", str(tiny_data), "--run"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run")], capture_output=True, text=True, preexec_fn=limited, timeout=120
+    )
+    assert done.returncode == 2
+    assert "GB are free" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
