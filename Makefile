@@ -55,8 +55,11 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-gpu-check: $(TOOLS)
-	$(BIN)/pytest -m gpu -rs
+# make gpu-check  one GPU, nine minutes: is it right, how fast; OUT=DIR MINUTES=9 ARGS="--only ladder"
+OUT ?= runs/gpu-check
+MINUTES ?= 9
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
 # make faults  real faults, injected one by one: kills, full disks, damage; faults-full: many more of each
 faults: $(TOOLS)

@@ -94,6 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
         device=DEVICE,
         precision="bf16",
         compile=compile,
+        deterministic=True,
     )
     train(config)
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -117,6 +117,8 @@ class RunConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    deterministic: bool = False
+    """On a GPU: the same bits each time, after a resume too, by kernels that may be slower. A CPU gives them anyway."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the training step, not for evaluation and samples. auto: on a GPU, where Triton is."""
     model: GPTConfig = field(default_factory=GPTConfig)

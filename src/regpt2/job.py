@@ -109,7 +109,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
     run = Path(config.run)
     with world.together():
         compute = choose_compute(config.precision, world.device)
-        if config.parallel.strategy == "ordered":
+        if config.deterministic or config.parallel.strategy == "ordered":
             be_deterministic(world.device)
         _check_folder(config, run)
         tokenizer = _matching_tokenizer(config, data)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from regpt2.base.errors import ConfigError
 from regpt2.model.attention import causal_attention
 from regpt2.model.loss import linear_cross_entropy
+from regpt2.model.norm import layer_norm
 from regpt2.model.recompute import recomputed
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
@@ -79,10 +80,7 @@ class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm whose weights are never rounded: bf16 has steps of 1/128 above 1, an update moves them by 1/2000."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        if x.device.type == "cpu":  # its kernel takes two types
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        wide = x.to(self.weight.dtype)
-        return F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class CausalSelfAttention(nn.Module):
