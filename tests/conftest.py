@@ -1,6 +1,7 @@
 """What the tests share: no network but loopback, two small threads, a tiny prepared data folder, a command runner."""
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -48,6 +49,13 @@ prompt = "a"
 n = 2
 max_new_tokens = 8
 """
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard() -> None:
+    """A shell that starts pytest behind an `&` has SIGINT ignored, and so would all processes that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
