@@ -155,6 +155,7 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]", timeou
     raise AssertionError(f"step {step} was not reached in {timeout_s} s")
 
 
+@pytest.mark.slow  # `make faults` does it 40 times
 def test_kill_9_at_random_moments_changes_no_bit(tmp_path: Path, tiny_data: Path) -> None:
     """The real command, killed hard again and again until it gets through."""
     recipe = tmp_path / "tiny.toml"
