@@ -136,3 +136,8 @@ def test_training_under_a_real_limit_stops_before_its_first_step(tiny_data: Path
     assert "GB are free" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_takes_the_place_of_the_recipes_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["gpt2_124m", "--machine", "H100", "--mix", "a=0.7", "b=0.3"]) == 0
+    assert "gpt2_124m on H100" in capsys.readouterr().out

@@ -173,6 +173,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
+def recipe_rows() -> list[str]:
+    """A line for each shipped recipe: its name, and the first line of its head."""
+    return [f"  {name:<18} {recipe_head(find_recipe(name)).splitlines()[0]}" for name in recipe_names()]
+
+
 def recipe_head(path: Path) -> str:
     """The comment at the head of a recipe: what it does, on what hardware, in what time, with what result."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -210,6 +215,15 @@ def load_recipe(spec: str) -> RunConfig:
     path = find_recipe(spec)
     config = read_toml(path)
     return config if config.run else dataclasses.replace(config, run=str(Path("runs") / path.stem))
+
+
+def defaults_for(spec: str, options: list[str]) -> RunConfig:
+    """A recipe as the options find it: `--mix` takes the place of its data, and the other way about."""
+    config = load_recipe(spec)
+    given = {option.partition("=")[0] for option in options}
+    if "--mix" in given:
+        return dataclasses.replace(config, data="")
+    return dataclasses.replace(config, mix=()) if "--data" in given else config
 
 
 def read_toml(path: Path) -> RunConfig:

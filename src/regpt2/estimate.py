@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from regpt2.base.console import ProgressLine
-from regpt2.base.device import can_compile, choose_compute, device_name, pick_device
+from regpt2.base.device import choose_compute, compiles, device_name, pick_device
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import free_bytes as free_disk_bytes
 from regpt2.base.memory import free_bytes
@@ -98,7 +98,7 @@ def _this_machine(config: RunConfig, spec: str, gpus: int, nodes: int, many: str
     device = pick_device(spec)
     if device.type != "cuda" and gpus * nodes > 1:
         raise UsageError("--gpus and --nodes are for GPUs, and there is none here; name one with --machine.")
-    compiled = config.compile == "on" or (config.compile == "auto" and can_compile(device))
+    compiled = compiles(config.compile, device)
     place = None
     if device.type == "cuda":
         seen = recognize(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)

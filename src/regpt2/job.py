@@ -16,7 +16,7 @@ from torch import nn
 from regpt2 import __version__
 from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, count, say, warn
-from regpt2.base.device import Compute, be_deterministic, can_compile, choose_compute, device_name, peak_flops
+from regpt2.base.device import Compute, be_deterministic, choose_compute, compiles, device_name, peak_flops
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.memory import free_bytes
@@ -126,7 +126,9 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
             _verify_data(data, world, watchdog)
         model = GPT(config.model, seed=config.seed).to(world.device)
 
-    trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=_compiles(config, world))
+    trainable = make_trainable(
+        model, compute.dtype, world, config.parallel, compiled=compiles(config.compile, world.device)
+    )
     return Job(
         config=config,
         world=world,
@@ -153,15 +155,11 @@ def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
     """Refuse what would run out of memory; say where it may."""
     if not config.check_memory or world.device.type not in ("cpu", "cuda"):
         return
-    compiled = _compiles(config, world)
+    compiled = compiles(config.compile, world.device)
     setup = setup_of(config, world.size, device=world.device.type, precision=compute.precision, compiled=compiled)
     warning = require_memory(setup, config.batch.batch_tokens, free_bytes(world.device))
     if warning and world.is_main:
         warn(warning)
-
-
-def _compiles(config: RunConfig, world: World) -> bool:
-    return config.compile == "on" or (config.compile == "auto" and can_compile(world.device))
 
 
 def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) -> dict[str, str]:

@@ -18,7 +18,7 @@ import tyro
 from regpt2.base.console import count, duration, say
 from regpt2.base.errors import UsageError
 from regpt2.base.files import write_atomic
-from regpt2.config import RunConfig, find_recipe, load_recipe, recipe_head, recipe_names
+from regpt2.config import RunConfig, defaults_for, recipe_rows
 from regpt2.estimate import (
     Choice,
     DataNeed,
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
     options = tyro.cli(
         PlanOptions,
         prog=f"regpt2 plan {spec}",
-        default=PlanOptions(config=load_recipe(spec)),
+        default=PlanOptions(config=defaults_for(spec, arguments[1:])),
         args=arguments[1:],
     )
     _check(options)
@@ -118,15 +118,14 @@ def main(arguments: list[str]) -> int:
 
 def usage() -> str:
     """What `regpt2 plan --help` prints: the recipes."""
-    rows = [f"  {name:<18} {recipe_head(find_recipe(name)).splitlines()[0]}" for name in recipe_names()]
     return "\n".join(
         [
             "usage: regpt2 plan RECIPE [--machine NAME] [--gpus N] [--nodes N] [--price P] [--measure] [--json FILE]",
-            "                          [--data DIR] [--section.key VALUE ...]",
+            "                          [--data DIR | --mix DIR=WEIGHT ...] [--section.key VALUE ...]",
             "       regpt2 plan RECIPE --help    every option, with the recipe's values",
             "",
             "RECIPE is a TOML file of your own, or one of:",
-            *rows,
+            *recipe_rows(),
         ]
     )
 

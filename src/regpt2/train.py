@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from regpt2.base.files import folder_lock
 from regpt2.base.signals import StopSignals
 from regpt2.base.watchdog import Watchdog
 from regpt2.base.world import start_world
-from regpt2.config import RunConfig, find_recipe, load_recipe, recipe_head, recipe_names
+from regpt2.config import RunConfig, defaults_for, find_recipe, recipe_head, recipe_rows
 from regpt2.data.loader import MicroBatch
 from regpt2.job import Job, build, open_data, open_records, require_room, restore, save
 from regpt2.meter import Meter
@@ -208,18 +208,12 @@ def main(arguments: list[str]) -> int:
     spec, options = arguments[0], arguments[1:]
     if spec.startswith("-"):
         raise UsageError(f"the recipe comes first: regpt2 train RECIPE {' '.join(arguments)}. {usage()}")
-    defaults = load_recipe(spec)
-    given = {option.partition("=")[0] for option in options}
-    if "--mix" in given:  # it takes the place of the recipe's data, and the other way about
-        defaults = replace(defaults, data="")
-    elif "--data" in given:
-        defaults = replace(defaults, mix=())
     # `--data DIR` and the like are fields of RunConfig: one parser, and help that shows the recipe's own values.
     config = tyro.cli(
         RunConfig,
         prog=f"regpt2 train {spec}",
         description="\n\n".join(filter(None, recipe_head(find_recipe(spec)).split("\n"))),  # or lines would be joined
-        default=defaults,
+        default=defaults_for(spec, options),
         args=options,
     )
     try:
@@ -236,7 +230,6 @@ def main(arguments: list[str]) -> int:
 
 def usage() -> str:
     """What `regpt2 train --help` prints: the recipes."""
-    rows = [f"  {name:<18} {recipe_head(find_recipe(name)).splitlines()[0]}" for name in recipe_names()]
     return "\n".join(
         [
             "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] [--max-steps N] [--seed N]",
@@ -246,7 +239,7 @@ def usage() -> str:
             "       torchrun --standalone --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
             "",
             "RECIPE is a TOML file of your own, or one of:",
-            *rows,
+            *recipe_rows(),
         ]
     )
 

@@ -226,6 +226,11 @@ def can_compile(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+def compiles(choice: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Is the training step compiled? By "auto" wherever it can be made for a GPU."""
+    return choice == "on" or (choice == "auto" and can_compile(device))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked, so that a clock may be read."""
     if device.type == "cuda":

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from regpt2 import __version__
 from regpt2.base.console import count
-from regpt2.base.device import Precision, can_compile, choose_compute, device_name, peak_flops
+from regpt2.base.device import Precision, choose_compute, compiles, device_name, peak_flops
 from regpt2.base.errors import UsageError
 from regpt2.base.memory import free_bytes
 from regpt2.base.world import World
@@ -77,7 +77,7 @@ class Patient:
     @property
     def compiles(self) -> bool:
         """Will training compile its step?"""
-        return self.compile == "on" or (self.compile == "auto" and can_compile(self.world.device))
+        return compiles(self.compile, self.world.device)
 
     @property
     def pass_tokens(self) -> int:

@@ -23,8 +23,8 @@ import torch
 from regpt2.base.console import say
 from regpt2.base.device import (
     Precision,
-    can_compile,
     choose_compute,
+    compiles,
     device_name,
     is_out_of_memory,
     peak_bytes,
@@ -160,7 +160,7 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
     if "default_matmul" in parts:
         torch.set_float32_matmul_precision("highest")
     world = World(rank=0, local_rank=0, size=1, device=device)
-    compiled = work.compile == "on" or (work.compile == "auto" and can_compile(device))
+    compiled = compiles(work.compile, device)
     model = lecture_model(work.model, parts, compute.dtype, work.seed).to(device)
     dtype = torch.float32 if "autocast" in parts else compute.dtype
     trainable = make_trainable(model, dtype, world, compiled=compiled)
