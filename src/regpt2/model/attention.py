@@ -17,7 +17,12 @@ _BLOCK = 256  # queries at a time: of 128, 256 and 512 the fastest at T=1024 wit
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
-    """(B, H, T, D) from q (B, H, T, D), k and v (B, H, S, D): the queries are the last T of S tokens."""
+    """(B, H, T, D) from q (B, H, T, D), k and v (B, H, S, D): the queries are the last T of S tokens.
+
+    Keys and values may be of another type than the queries, which is then the type of the mathematics.
+    """
+    if q.dtype != k.dtype:
+        return causal_attention(q.to(k.dtype), k, v, dropout_p=dropout_p).to(q.dtype)
     T, S = q.shape[2], k.shape[2]
     if torch.compiler.is_exporting():  # one graph for every T: its value must decide nothing
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
