@@ -198,6 +198,7 @@ def test_where_no_micro_batch_fits_other_ways_are_named() -> None:
 
 def test_the_models_own_constants_are_meant() -> None:
     assert memory.CHUNK_BYTES == loss._CHUNK_BYTES
+    assert memory.HEAD_PARTS == loss._CPU_PARTS
     assert memory.BLOCK_BYTES == loss._BLOCK_BYTES
     assert memory.BLOCK == attention._BLOCK
     assert memory.RECOMPUTED_NUMBERS == recompute._WORTH

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# N = B * T tokens, n tokens in a chunk, C = n_embd, V = padded_vocab_size
+# N = B * T tokens, n tokens in a chunk, C = n_embd, V = padded_vocab_size, v rows of a part of it
 
 _CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits in the compute type, alive at once
 _BLOCK_BYTES = 1 << 22  # of fp32 logits on a CPU: they stay in its cache from the first pass to the last
+_CPU_PARTS = 8  # of the weight's gradient: before it is added a part is there once in 16 bits and once in 32
 
 
 def reference_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -56,6 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_buffer = hidden.new_empty(min(chunk_tokens, N), V)  # one for all chunks
         d_hidden = torch.empty_like(hidden) if gradient else None
         d_weight = None
+        part_rows = -(-V // _CPU_PARTS) if hidden.device.type == "cpu" else V
         ctx.n_tokens, ctx.dtype = N, weight.dtype
         weight = weight.to(hidden.dtype)
         for start in range(0, N, chunk_tokens):
@@ -64,8 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_sum += _softmax_loss_(logits, targets[start : start + chunk_tokens], vocab_size, wide)
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[start : start + chunk_tokens])
-                part = logits.T @ rows  # (V, C)
-                d_weight = part.to(wide) if d_weight is None else d_weight.add_(part)
+                if d_weight is None:
+                    d_weight = torch.zeros_like(weight, dtype=wide)
+                for sums, of_part in zip(d_weight.split(part_rows), logits.split(part_rows, dim=1), strict=True):
+                    sums += of_part.T @ rows  # (v, C)
         ctx.gradients = d_hidden, d_weight
         return loss_sum / N
 

@@ -26,6 +26,7 @@ MLP_BACKWARD_WIDTHS = 8  # of the layer that goes backward: the gradients of GEL
 BLOCK = 256  # queries at a time in the CPU's own attention (model/attention.py); up to so many its weights are kept
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits (model/loss.py)
 BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (there too)
+HEAD_PARTS = 8  # of the head's gradient on a CPU (there too)
 
 # On a CPU also the process itself (Python, torch, its libraries and kernels), and the holes in glibc's heap and the
 # copies of oneDNN: a share of what comes and goes in a step. Both measured (docs/speed.md).
@@ -140,10 +141,11 @@ def _head_forward_bytes(setup: Setup) -> int:
     N, C, V, b = setup.n_tokens, setup.model.n_embd, setup.model.padded_vocab_size, setup.width_bytes
     rows = _chunk_rows(setup)
     rounded = V * C * b if b < FP32 else 0
-    part = V * C * b if b < FP32 or rows < N else 0
+    on_cpu = setup.device == "cpu"  # which adds a few rows of the vocabulary at a time, once more in fp32
+    part = V * C * (b + FP32 * (b < FP32)) // HEAD_PARTS if on_cpu else V * C * b
     wide = rows * V * FP32
     blocks = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # on a CPU a few rows at a time
-    log_p = wide if setup.device == "cuda" else blocks
+    log_p = blocks if on_cpu else wide
     return rounded + FP32 * V * C + rows * V * b + max(part, log_p) + 2 * N * C * b
 
 
