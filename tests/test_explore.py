@@ -28,8 +28,11 @@ from regpt2.explore import (
     parts,
     write_page,
 )
+from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import LoadedModel, TokenizerRef, Vocabulary, tensors_of
+from regpt2.model.modern import ModernConfig
 from regpt2.model.weights import huggingface, native
 from regpt2.pages.looks import drawable, heads_picture, wpe_picture
 
@@ -38,9 +41,9 @@ BYTES = TokenizerRef("bytes", load_tokenizer("bytes").fingerprint)
 HOSTILE = "<script>alert(1)</script>\"'><img src=x>\u202e\x1b[2J{0}$\\frac$"
 
 
-def sharp(config: GPTConfig = CONFIG) -> GPT:
+def sharp(config: GPTConfig = CONFIG) -> LanguageModel:
     """An untrained model with weights so large that its heads have preferences."""
-    model = GPT(config).eval()
+    model = build_model(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(10.0)
@@ -71,11 +74,11 @@ def test_parts_add_up_to_the_whole(recipe: str) -> None:
     with torch.device("meta"):
         model = GPT(config)
     assert parts(tensors_of(model)) == {
-        "token embeddings = head": 50257 * C,
+        "token embeddings": 50257 * C,
         "position embeddings": 1024 * C,
         "attention": L * (4 * C * C + 4 * C),
         "MLP": L * (8 * C * C + 5 * C),
-        "LayerNorm": (4 * L + 2) * C,
+        "norms": (4 * L + 2) * C,
     }
     assert sum(parts(tensors_of(model)).values()) == model.n_params()
 
@@ -100,6 +103,43 @@ def test_attention_weights_are_those_that_the_model_uses() -> None:
             torch.testing.assert_close(attention_weights(attn, given), weights[layer])
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 4, 20))
     assert not weights.triu(1).any()
+
+
+@pytest.mark.parametrize("switches", [{}, {"rotary": False}, {"qk_norm": False}], ids=str)
+def test_attention_weights_of_a_modern_model_are_those_that_it_uses(switches: dict[str, bool]) -> None:
+    """As above: times v, through c_proj, what each attention gave."""
+    config = ModernConfig(n_layer=2, n_head=4, n_embd=16, block_size=32, vocab_size=257, zero_init=False, **switches)
+    model, ids = sharp(config), torch.randint(257, (20,), generator=torch.Generator().manual_seed(1))
+    weights = all_attention_weights(model, ids)
+    used: list[tuple[Tensor, Tensor]] = []
+    for block in model.h:
+        block.attn.register_forward_hook(lambda _, given, gave: used.append((given[0], gave)))
+    with torch.no_grad():
+        model(ids[None])
+        even = torch.ones(20, 20).tril() / torch.arange(1, 21)[:, None]
+        assert (weights - even).abs().max() > 0.1, "the heads have preferences, or the test could not fail"
+        for layer, (given, gave) in enumerate(used):
+            attn = model.h[layer].attn
+            v = attn.c_attn(given)[0, :, 32:].view(20, 4, 4).transpose(0, 1)  # (H, T, D)
+            gathered = (weights[layer] @ v).transpose(0, 1).reshape(20, 16)
+            torch.testing.assert_close(attn.c_proj(gathered), gave[0], rtol=1e-4, atol=1e-4)  # another order of sums
+
+
+def test_what_a_modern_model_has_not_is_said(tmp_path: Path) -> None:
+    model = build_model(ModernConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257))
+    found = explore(LoadedModel(model, BYTES, "here"))
+    assert sum(found.parts.values()) == model.n_params()
+    assert found.parts["head"] == found.parts["token embeddings"] == 257 * 16
+    text = describe(found)
+    assert "modern GPT with 2 layers, 2 heads" in text.splitlines()[0]
+    assert text.splitlines()[0].endswith("rotary, qk_norm, relu_squared, zero_init, untied_head, rms_norm, softcap")
+    assert "wpe: none. Positions are in attention instead" in text
+    assert "The head has weights of its own" in text
+    write_page(found, tmp_path)
+    html = (tmp_path / "explore.html").read_text()
+    assert "There are none. Positions are in attention" in html
+    assert "last vector into logits" not in html
+    assert not (tmp_path / "wpe.png").exists()
 
 
 def test_the_head_of_each_habit_is_found() -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from regpt2.base import plugins
 from regpt2.base.world import World
 from regpt2.config import load_recipe
+from regpt2.model.architecture import build_model
 from regpt2.model.generate import generate
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.loss import linear_cross_entropy
+from regpt2.model.modern import ModernConfig
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.parallel import make_trainable
 from regpt2.training.step import train_step
@@ -27,6 +30,7 @@ pytestmark = [
 ]
 
 SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=50257)
+MODERN = ModernConfig(n_layer=4, n_head=2, n_embd=256, block_size=256, zero_init=False, document_mask=True)
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +41,17 @@ def compiler_forgets() -> None:
 
 def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(0, SHAPE.vocab_size, (4, 257), generator=torch.Generator().manual_seed(0)).to(device)
+    for row, n_tokens in enumerate((300, 100, 33, 7)):  # of a document; the last id ends one and begins the next
+        ids[row, ::n_tokens] = SHAPE.vocab_size - 1
     return ids[:, :-1], ids[:, 1:]
 
 
-def loss_and_gradients(device: str, dtype: torch.dtype, *, compiled: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    shape: GPTConfig, device: str, dtype: torch.dtype, *, compiled: bool
+) -> tuple[float, dict[str, torch.Tensor]]:
     torch.set_float32_matmul_precision("highest")
     world = World(rank=0, local_rank=0, size=1, device=torch.device(device))
-    model = GPT(SHAPE, seed=1).to(device)
+    model = build_model(shape, seed=1).to(device)
     loss = make_trainable(model, dtype, world, compiled=compiled)(*batch(device))
     loss.backward()
     return loss.item(), {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
@@ -52,9 +60,12 @@ def loss_and_gradients(device: str, dtype: torch.dtype, *, compiled: bool) -> tu
 # fp32: rounding 2**-24 over sums of some thousand terms; bf16: 2**-8 a rounding, some dozen in a row
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_loss_and_gradients_are_those_of_the_cpu_in_fp32(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
-    expected, wanted = loss_and_gradients("cpu", torch.float32, compiled=False)
-    loss, gradients = loss_and_gradients(DEVICE, dtype, compiled=compiled)
+@pytest.mark.parametrize("shape", [SHAPE, MODERN], ids=["gpt2", "modern"])
+def test_loss_and_gradients_are_those_of_the_cpu_in_fp32(
+    shape: GPTConfig, dtype: torch.dtype, tolerance: float, compiled: bool
+) -> None:
+    expected, wanted = loss_and_gradients(shape, "cpu", torch.float32, compiled=False)
+    loss, gradients = loss_and_gradients(shape, DEVICE, dtype, compiled=compiled)
     assert loss == pytest.approx(expected, abs=tolerance)
     for name, g in gradients.items():
         assert float((g - wanted[name]).norm() / wanted[name].norm()) < tolerance, name
@@ -106,27 +117,29 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     assert evals(tmp_path / "a") == evals(tmp_path / "b")
 
 
-def test_a_bad_step_is_skipped_without_asking_the_device() -> None:
+@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+def test_a_bad_step_is_skipped_without_asking_the_device(name: str) -> None:
     world = World(rank=0, local_rank=0, size=1, device=torch.device(DEVICE))
     model = GPT(SHAPE, seed=1).to(DEVICE)
-    before = model.wte.weight.detach().clone()
-    optimizer = build_optimizer(model, OptimConfig())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimConfig(name=name), world)
     handle = model.ln_f.register_forward_hook(lambda *hook: hook[2] * float("nan"))
     stats = train_step(model, optimizer, [batch(DEVICE)], lr=1e-2, grad_clip=1.0, world=world)
     handle.remove()
     assert not bool(stats.accepted)
-    assert torch.equal(model.wte.weight, before)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert bool(train_step(model, optimizer, [batch(DEVICE)], lr=1e-2, grad_clip=1.0, world=world).accepted)
 
 
-def test_a_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+def test_a_step_never_waits_for_the_device(name: str) -> None:
     """CUDA itself raises where the CPU waits for a number in the middle of the step."""
     if DEVICE != "cuda":
         pytest.skip("only CUDA can tell")
     world = World(rank=0, local_rank=0, size=1, device=torch.device(DEVICE))
     model = GPT(SHAPE, seed=1).to(DEVICE)
     trainable = make_trainable(model, torch.bfloat16, world, compiled=False)
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig(name=name), world)
     batches = [batch(DEVICE)] * 2
     train_step(trainable, optimizer, batches, lr=1e-3, grad_clip=1.0, world=world)  # the first one sets up
     torch.cuda.set_sync_debug_mode("error")

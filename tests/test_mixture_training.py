@@ -159,8 +159,9 @@ def test_the_command_line_takes_the_place_of_the_recipes_data(
     assert read_toml(run / "config.toml").data == ""
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "12 updates are 0.08 epochs of fineweb_edu (50 %, 20k tokens), 7.68 epochs of code (50 %, 200 tokens)" in said
-    )
+        "12 updates are 3.07k tokens, 0.08 epochs of fineweb_edu (50 %, 20k tokens), "
+        "7.68 epochs of code (50 %, 200 tokens)"
+    ) in said
     mixed = tmp_path / "with_mix.toml"
     mixed.write_text(f'mix = ["{web}=1", "{code}=1"]\n' + tiny_recipe.read_text())
     assert main([str(mixed), "--run", str(tmp_path / "other"), "--data", str(web)]) == 0

@@ -11,7 +11,7 @@ CONTRACTS = {
     "data.datasets": {"plan": 1, "documents": 2},
     "data.token_formats": {"write": 2},
     "model.weights": {"matches": 1, "read": 1, "write": 4},
-    "training.optim": {"build": 2},
+    "training.optim": {"build": 4},
     "evals": {"evaluate": 1},
 }
 # One is only written, one only read, and `ready` has no text but `shards` (tests/data/test_ready.py).

@@ -8,6 +8,7 @@ import dataclasses
 import tomllib
 import typing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,7 +18,8 @@ from regpt2.base.errors import ConfigError, UsageError, did_you_mean
 from regpt2.base.files import read_small
 from regpt2.data.loader import BatchConfig
 from regpt2.data.mixture import read_shares
-from regpt2.model.gpt import GPTConfig
+from regpt2.model.architecture import config_class
+from regpt2.model.language_model import GPTConfig
 from regpt2.references.curves import names as curve_names
 from regpt2.speed.memory import Setup
 from regpt2.training.guard import GuardConfig
@@ -148,6 +150,15 @@ class RunConfig:
                 f"the most is {self.model.block_size}."
             )
 
+    def check_ranks(self, world_size: int) -> None:
+        """Refuse updates that so many ranks cannot share, of whatever size.
+
+        Raises:
+            ConfigError: not a whole number of passes, or one that the strategy cannot do.
+        """
+        for stretch in self.batch.stretches:
+            self.parallel.check(world_size, self.batch.grad_accum_steps(world_size, stretch.steps_before + 1))
+
 
 def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, compiled: bool) -> Setup:
     """How each of so many ranks trains, for what is known of memory and time.
@@ -165,6 +176,7 @@ def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, comp
         compiled=compiled,
         strategy=config.parallel.strategy,
         ranks=ranks,
+        optimizer=config.optim.name,
     )
 
 
@@ -218,12 +230,28 @@ def load_recipe(spec: str) -> RunConfig:
 
 
 def defaults_for(spec: str, options: list[str]) -> RunConfig:
-    """A recipe as the options find it: `--mix` takes the place of its data, and the other way about."""
+    """A recipe as the options find it: in the architecture that they name; where they give `--mix`, without its data.
+
+    Raises:
+        ConfigError: there is no such architecture.
+    """
     config = load_recipe(spec)
+    for name, value in pairwise(word for option in options for word in option.split("=", 1)):
+        if name == "--model.architecture":
+            config = dataclasses.replace(config, model=_rebuilt(config.model, value))
     given = {option.partition("=")[0] for option in options}
     if "--mix" in given:
         return dataclasses.replace(config, data="")
     return dataclasses.replace(config, mix=()) if "--data" in given else config
+
+
+def _rebuilt(model: GPTConfig, architecture: str) -> GPTConfig:
+    """The same shape in another architecture, whose own switches are as they are by default there."""
+    kind = config_class(architecture)
+    if type(model) is kind:
+        return model
+    common = {field.name for field in dataclasses.fields(GPTConfig)} - {"architecture", "dropout"}  # modern has none
+    return kind(**{name: getattr(model, name) for name in common})
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -263,6 +291,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     """A TOML value as the type of its field; an int may stand for a float, a list for a tuple."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{key} is a number of {value.bit_length():,} bits, expected one of at most 64.")
+    if hint is GPTConfig and isinstance(value, dict):
+        hint = config_class(value.get("architecture", "gpt2"))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _from_table(hint, value, f"{key}.")
     origin, args = get_origin(hint), get_args(hint)
@@ -290,12 +320,16 @@ def _spelled(hint: Any) -> str:
 
 def to_toml(config: RunConfig) -> str:
     """The resolved config, usable as a recipe."""
-    plain = dataclasses.asdict(config)
-    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
-    lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items() if key not in tables]
-    for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_toml_lines(dataclasses.asdict(config), "")) + "\n"
+
+
+def _toml_lines(table: dict[str, Any], name: str) -> list[str]:
+    """A table's own values, then the tables in it."""
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if key not in tables]
+    for key, inner in tables.items():
+        lines += ["", f"[{name}{key}]", *_toml_lines(inner, f"{name}{key}.")]
+    return lines
 
 
 def _toml_value(value: Any) -> str:
@@ -312,7 +346,7 @@ def _toml_value(value: Any) -> str:
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, as `section.key` -> (old, new)."""
     a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

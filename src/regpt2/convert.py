@@ -22,7 +22,9 @@ from regpt2.base.console import say, warn
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import fsync_dir, require_free_space
 from regpt2.data.tokenizer import find_vocab
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.architecture import switches_on
+from regpt2.model.gpt import GPT
+from regpt2.model.language_model import GPTConfig, LanguageModel
 from regpt2.model.load import SHELF, TORCH_DTYPES, LoadedModel, Vocabulary, load_model, tensors_of
 from regpt2.sample import tokenizer_of
 
@@ -65,7 +67,7 @@ def convert(options: ConvertOptions) -> float:
     What is written is checked under a temporary name: it appears whole and proven, or not at all.
 
     Raises:
-        UsageError: no such format or type, or `dst` holds something.
+        UsageError: no such format or type, one that cannot hold this model, or `dst` holds something.
         CheckpointError: the source is no readable GPT-2, or what was written is not the same model.
     """
     entry = plugins.load(SHELF, options.to)
@@ -73,6 +75,7 @@ def convert(options: ConvertOptions) -> float:
     dst = options.dst.absolute()
     _check_destination(options, entry)
     loaded = load_model(options.src)
+    _check_expressible(options, entry, loaded)
     n_params = loaded.model.n_params()
     require_free_space(dst, int(1.01 * 4 * n_params) + (4 << 20), f"a model as {options.to}")
     part = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
@@ -98,6 +101,20 @@ def _dtype(entry: Any, options: ConvertOptions) -> str:
     return options.dtype or known[0]
 
 
+def _check_expressible(options: ConvertOptions, entry: Any, loaded: LoadedModel) -> None:
+    """Most formats have no words for what GPT-2 has not."""
+    config = loaded.model.config
+    if getattr(entry, "ANY_ARCHITECTURE", False) or isinstance(loaded.model, GPT):
+        return
+    has = ", ".join(["no biases", *switches_on(config)])
+    shelf = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+    able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "ANY_ARCHITECTURE", False))
+    raise UsageError(
+        f"--to {options.to} holds GPT-2 alone, {loaded.source} is a {config.architecture} model with {has}; "
+        f"formats that hold it: {able}."
+    )
+
+
 def _prove(entry: Any, part: Path, source: LoadedModel, options: ConvertOptions, dtype: str) -> tuple[float, str]:
     """The largest difference of logits and what was compared, or an error if the written model is another one."""
     refused = f"what was written as {options.to} is not the same model as {source.source}"
@@ -120,7 +137,7 @@ def _prove(entry: Any, part: Path, source: LoadedModel, options: ConvertOptions,
     return difference, "; ".join(said) + " of the largest."
 
 
-def _same_weights(source: GPT, copy: GPT, dtype: str) -> float:
+def _same_weights(source: LanguageModel, copy: LanguageModel, dtype: str) -> float:
     """The largest difference of logits, or an error if a weight is not the source's own, rounded as `dtype` is."""
     difference, most = largest_difference(source, copy), TOLERANCE if dtype == "fp32" else 1.0
     if not difference <= most:  # also true for NaN, as of weights that fp16 cannot hold
@@ -144,7 +161,7 @@ def _is_rounded(copy: Tensor, source: Tensor, dtype: str) -> bool:
     return bool((off <= largest / 127 / 2 + torch.clamp(largest * 2**-11, min=127 * 2**-25) + largest * 1e-6).all())
 
 
-def _same_for_client(entry: Any, part: Path, model: GPT, options: ConvertOptions, dtype: str) -> float | None:
+def _same_for_client(entry: Any, part: Path, model: LanguageModel, options: ConvertOptions, dtype: str) -> float | None:
     """The largest difference to the log probabilities by the format's own reader; None where it does not answer.
 
     It works in a process of its own, which it may end when it dislikes a file.
@@ -184,7 +201,7 @@ def _hush() -> None:
 
 
 @torch.no_grad()
-def largest_difference(a: GPT, b: GPT) -> float:
+def largest_difference(a: LanguageModel, b: LanguageModel) -> float:
     """The largest difference of two models' logits on the same random ids, relative to the largest logit of `a`."""
     ids = _check_ids(a.config)
     expected, got = a(ids), b(ids)

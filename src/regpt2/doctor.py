@@ -199,11 +199,11 @@ def recipe(config: RunConfig, patient: Patient) -> Finding:
         precision=choose_compute(config.precision, world.device).precision,
         compiled=patient.compiles,
     )
-    config.parallel.check(world.size, setup.grad_accum_steps)
-    doubt = require_memory(setup, config.batch.batch_tokens, memory.free_bytes(world.device))
+    config.check_ranks(world.size)
+    doubt = require_memory(setup, config.batch.tokens_of(1), memory.free_bytes(world.device))
     said = (
         f"{config.batch.batch_tokens:,} tokens per update = {world.size} rank(s) x {setup.grad_accum_steps} x "
-        f"{setup.micro_batch} x {setup.seq_len}, in about {still_needed(setup) / 1e9:.3g} GB"
+        f"{setup.micro_batch} x {setup.seq_len}{config.batch.growth}, in about {still_needed(setup) / 1e9:.3g} GB"
     )
     return Finding("warn", said, doubt) if doubt else Finding("ok", f"{said}; regpt2 plan has time and cost")
 
@@ -320,7 +320,7 @@ def data(config: RunConfig, *, of_recipe: bool, quick: bool) -> Finding:
             )
         n_files = sum(len(stream.files) for stream in train.streams)
         about = (
-            f"{train}: {n_files} file(s) of the right size, {train.plan(config.max_steps * config.batch.batch_tokens)}"
+            f"{train}: {n_files} file(s) of the right size, {train.plan(config.batch.tokens_until(config.max_steps))}"
         )
         notes = train.notes
     if config.eval_every and "val_loss" in config.evals.names:

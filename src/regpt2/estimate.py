@@ -19,7 +19,7 @@ from regpt2.data.space import Space
 from regpt2.model.flops import flops_per_token
 from regpt2.speed.cost import EVAL_TOKENS, FORWARD, UPDATE_BYTES, Place, exposed_seconds, step_seconds
 from regpt2.speed.machines import find_machine, recognize
-from regpt2.speed.memory import Setup, fits, micro_batches, still_needed
+from regpt2.speed.memory import FP32, Setup, fits, micro_batches, still_needed
 from regpt2.speed.rates import copy_rate, matmul_rate, model_shapes
 from regpt2.speed.steps import StepTimes, StepWork, measure
 
@@ -186,8 +186,12 @@ def run_seconds(config: RunConfig, setup: Setup, target: Target, step: StepTime,
     tokens = sum(eval_tokens(config).values())
     pass_s = step.parts["forward and backward"] / (setup.grad_accum_steps * setup.n_tokens)  # per token of one rank
     saves = -(-config.max_steps // config.save_every) if config.save_every else 0
+    whole_updates = config.batch.tokens_until(config.max_steps) / config.batch.batch_tokens  # fewer, where they grow
+    by_tokens = ("forward and backward", "exchange") if setup.strategy == "fsdp" else ("forward and backward",)
     return {
-        "training": config.max_steps * step.seconds,
+        "training": sum(
+            seconds * (whole_updates if part in by_tokens else config.max_steps) for part, seconds in step.parts.items()
+        ),
         "evaluations": evaluations * tokens * FORWARD * pass_s / target.ranks,
         "checkpoints": saves * checkpoint_bytes(setup) / HOST_COPY_RATE,
         "start": START_S + COMPILE_S * target.compiled + config.verify_data * data_bytes / HASH_RATE / target.ranks,
@@ -206,8 +210,8 @@ def eval_tokens(config: RunConfig) -> dict[str, int]:
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """Of one: fp32 weights and AdamW's two moments."""
-    return 12 * setup.n_params
+    """Of one: fp32 weights, and what the optimizer keeps."""
+    return FP32 * setup.n_params + setup.state_bytes
 
 
 def checkpoints_bytes(config: RunConfig, setup: Setup) -> tuple[int, int]:
@@ -229,7 +233,7 @@ class DataNeed:
 
 def data_need(config: RunConfig) -> DataNeed:
     """Of the data folder where it is there, else by the tokens that the run goes through, each used once."""
-    n_tokens = config.max_steps * config.batch.batch_tokens
+    n_tokens = config.batch.tokens_until(config.max_steps)
     try:
         with open_mixture(read_shares(config.data, config.mix)) as data:
             return DataNeed(data.n_tokens * TOKEN_BYTES, 0, f"there: {data.plan(n_tokens)}")
@@ -267,7 +271,7 @@ def disk_lacks(config: RunConfig, data: DataNeed, checkpoints: int) -> list[str]
 def choices(config: RunConfig, setup: Setup, target: Target, step: StepTime | None) -> list[Choice]:
     """Every micro-batch that divides the update; with its step time where a formula gives it."""
     found = []
-    for one in micro_batches(setup, config.batch.batch_tokens):
+    for one in micro_batches(setup, config.batch.tokens_of(1)):
         need = still_needed(one)
         step_s = None
         if step is not None and target.place is not None and setup.width_bytes == 2:

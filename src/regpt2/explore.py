@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -20,20 +20,23 @@ from regpt2.base.console import safe_text, say
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.data.tokenizer import Tokenizer
-from regpt2.model.gpt import GPT, Block, CausalSelfAttention
+from regpt2.model import gpt, modern
+from regpt2.model.architecture import switches_on
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import LoadedModel, load_model, tensors_of
 from regpt2.pages import explored
-from regpt2.pages.explored import Attention, Explored, Habit, Neighbors, TensorFigures
+from regpt2.pages.explored import NO_WPE, Attention, Explored, Habit, Neighbors, TensorFigures
 from regpt2.sample import tokenizer_of
 
 # L layers, H heads, T tokens, C = n_embd, D = C / H, V = vocab_size
 
 PARTS = {  # a parameter belongs to the first part that is in its name
-    "token embeddings = head": "wte",
+    "token embeddings": "wte",
     "position embeddings": "wpe",
     "attention": ".attn.",
     "MLP": ".mlp.",
-    "LayerNorm": "ln_",
+    "norms": "ln_",
+    "head": "lm_head",
 }
 HABITS = {
     "previous": "the token before",
@@ -87,14 +90,15 @@ def explore(loaded: LoadedModel, words: Sequence[str] | None = None, prompt: str
             raise
         no_text = str(problem)
     tensors = tensors_of(loaded.model)
-    wte, wpe = tensors["wte.weight"], tensors["wpe.weight"]
+    wte, wpe = tensors["wte.weight"], tensors.get("wpe.weight")
     return Explored(
         name=loaded.source,
         summary=_summary(loaded),
         tensors=[_figures_of(name, tensor) for name, tensor in tensors.items()],
         parts=parts(tensors),
-        wpe=wpe.numpy(),
-        smoothness=float(F.cosine_similarity(wpe[:-1], wpe[1:]).mean()),
+        tied="lm_head.weight" not in tensors,
+        wpe=None if wpe is None else wpe.numpy(),
+        smoothness=0.0 if wpe is None else float(F.cosine_similarity(wpe[:-1], wpe[1:]).mean()),
         lengths=wte.norm(dim=1).numpy(),
         neighbors=[] if tokenizer is None else neighbors(wte, tokenizer, words),
         attention=None if tokenizer is None else attention(loaded.model, tokenizer, prompt),
@@ -121,10 +125,12 @@ def write_page(found: Explored, folder: Path) -> None:
 def _summary(loaded: LoadedModel) -> str:
     config = loaded.model.config
     step = "" if loaded.step is None else f"step {loaded.step:,}: "
+    name = {"gpt2": "GPT-2"}.get(config.architecture, f"{config.architecture} GPT")
+    own = "".join(f", {switch}" for switch in switches_on(config))
     tokenizer = "not named" if loaded.tokenizer is None else loaded.tokenizer.name
     return (
-        f"{step}GPT-2 with {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-        f"{config.block_size:,} positions, {config.vocab_size:,} tokens (tokenizer {tokenizer})"
+        f"{step}{name} with {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+        f"{config.block_size:,} positions, {config.vocab_size:,} tokens (tokenizer {tokenizer}){own}"
     )
 
 
@@ -142,11 +148,9 @@ def _figures_of(name: str, tensor: Tensor) -> TensorFigures:
 
 
 def parts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Parameters of each part. Each counts once, the tied head with the embeddings, and no padding row."""
-    counts = dict.fromkeys(PARTS, 0)
-    for name, tensor in tensors.items():
-        counts[next(part for part, mark in PARTS.items() if mark in name)] += tensor.numel()
-    return counts
+    """Parameters of each part that there is. Each counts once, a tied head with the embeddings, and no padding row."""
+    counts = {part: sum(tensors[name].numel() for name in tensors if mark in name) for part, mark in PARTS.items()}
+    return {part: n for part, n in counts.items() if n}
 
 
 def neighbors(wte: Tensor, tokenizer: Tokenizer, words: Sequence[str] | None) -> list[Neighbors]:  # wte (V, C)
@@ -177,7 +181,7 @@ def _shown(tokenizer: Tokenizer, token: int) -> str:
     return safe_text(text).replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣")
 
 
-def attention(model: GPT, tokenizer: Tokenizer, prompt: str | None) -> Attention:
+def attention(model: LanguageModel, tokenizer: Tokenizer, prompt: str | None) -> Attention:
     """What every head looks at in the beginning of the prompt."""
     whole = tokenizer.encode(DEFAULT_PROMPT if prompt is None else prompt)
     if not whole:
@@ -189,23 +193,35 @@ def attention(model: GPT, tokenizer: Tokenizer, prompt: str | None) -> Attention
 
 
 @torch.no_grad()
-def all_attention_weights(model: GPT, ids: Tensor) -> Tensor:  # (T,) -> (L, H, T, T)
+def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) -> (L, H, T, T)
     """How much each token takes from each, in every head of every layer."""
-    x = (model.wte(ids) + model.wpe.weight[: len(ids)])[None]  # (1, T, C)
-    maps = []
-    for block in model.h:
-        assert isinstance(block, Block), f"a {type(block).__name__} among GPT's blocks"
-        maps.append(attention_weights(block.attn, block.ln_1(x)))
-        x = block(x)
+    maps: list[Tensor] = []
+
+    def look(attn: Any, given: tuple[Any, ...]) -> None:  # before each layer's attention begins
+        x, _cache, *rotation_and_mask = given
+        maps.append(attention_weights(attn, x, *rotation_and_mask[:1]))
+
+    hooks = [block.get_submodule("attn").register_forward_pre_hook(look) for block in model.h]
+    try:
+        model.hidden(ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
     return torch.stack(maps)
 
 
-def attention_weights(attn: CausalSelfAttention, x: Tensor) -> Tensor:  # (1, T, C) -> (H, T, T)
+def attention_weights(
+    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: modern.Rotation | None = None
+) -> Tensor:  # (1, T, C) -> (H, T, T)
     """softmax(q k^T / sqrt(D)) in full, which the kernels that the model uses never write down."""
     T = x.shape[1]
-    q, k, _ = attn.c_attn(x)[0].chunk(3, dim=1)  # three of (T, C)
-    q, k = (z.view(T, attn.n_head, -1).transpose(0, 1) for z in (q, k))  # (H, T, D)
-    scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5  # (H, T, T)
+    q, k, _ = attn.c_attn(x).chunk(3, dim=2)  # three of (1, T, C)
+    q, k = (z.view(1, T, attn.n_head, -1).transpose(1, 2) for z in (q, k))  # two of (1, H, T, D)
+    if isinstance(attn, modern.CausalSelfAttention) and attn.qk_norm:
+        q, k = modern.rms_norm(q), modern.rms_norm(k)
+    if rotation is not None:
+        q, k = modern.rotated(q, rotation), modern.rotated(k, rotation)
+    scores = q[0] @ k[0].transpose(1, 2) / q.shape[3] ** 0.5  # (H, T, T)
     past = torch.ones(T, T, dtype=torch.bool).tril()
     return torch.softmax(scores.masked_fill(~past, -torch.inf), dim=2)
 
@@ -241,10 +257,12 @@ def _places(ids: Sequence[int]) -> dict[str, Tensor]:
 
 def describe(found: Explored) -> str:
     """The same in words and tables, for a terminal."""
-    lines = [f"{found.name}: {found.summary}", "", *_tensor_lines(found.tensors), "", *_part_lines(found.parts), ""]
-    lines.append(
-        f"wpe: from one position to the next the cosine is {found.smoothness:.3f} (untrained 0, trained close to 1)."
-    )
+    lines = [f"{found.name}: {found.summary}", "", *_tensor_lines(found.tensors), "", *_part_lines(found), ""]
+    if found.wpe is None:
+        lines.append(f"wpe: none. {NO_WPE}")
+    else:
+        cosine = f"{found.smoothness:.3f}"
+        lines.append(f"wpe: from one position to the next the cosine is {cosine} (untrained 0, trained close to 1).")
     if found.attention is None:
         return "\n".join([*lines, f"Nearest tokens and attention are left out. {found.no_text}"])
     lines += ["", f"{'token':<12} nearest by the cosine of their embeddings"]
@@ -276,11 +294,11 @@ def _short(figure: float) -> str:
     return f"{figure:.4f}" if abs(figure) < 1000 else f"{figure:.4g}"
 
 
-def _part_lines(counts: Mapping[str, int]) -> list[str]:
-    total = sum(counts.values())
+def _part_lines(found: Explored) -> list[str]:
+    total = sum(found.parts.values())
     return [
-        *(f"{part:<24} {n:>14,} {n / total:>7.1%}" for part, n in counts.items()),
+        *(f"{part:<24} {n:>14,} {n / total:>7.1%}" for part, n in found.parts.items()),
         f"{'total':<24} {total:>14,}",
         "",
-        "The head is tied: wte.weight is both the token embedding and the projection to logits, counted once.",
+        found.about_head,
     ]

@@ -213,7 +213,7 @@ class Requests:
             raise Problem(f"the task wants {n_new:,} new tokens, which leave no prompt in {self.max_length:,}.")
         ids = self.tok_encode(prompt)[n_new - self.max_length :] or [self.eot_token_id]
         text = _Text(self.encoding, wanted["until"])
-        device = gpt.wte.weight.device
+        device = self.context.world.device
         with suppress(_Ended):
             generate(
                 gpt,

@@ -32,7 +32,8 @@ from regpt2.data.loader import Loader
 from regpt2.data.mixture import Mixture, open_mixture, read_shares
 from regpt2.data.shards import verify
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
-from regpt2.model.gpt import GPT
+from regpt2.model.architecture import build_model
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import TokenizerRef
 from regpt2.model.weights import native
 from regpt2.references.verdict import Verdict
@@ -40,13 +41,16 @@ from regpt2.scoring.assets import files_by_name, find
 from regpt2.speed.memory import require_memory
 from regpt2.training import checkpoint
 from regpt2.training.guard import Guard
-from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
+from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors, unused_options
 from regpt2.training.parallel import gather, load_weights, make_trainable
 from regpt2.training.replicas import check_replicas
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
-_DEFINE_THE_RUN = ("seed", "batch.batch_tokens", "batch.seq_len", "batch.order", "batch.one_batch", "model.")
+_DEFINE_THE_RUN = (
+    "seed", "model.", "optim.name",
+    "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
+)  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
     "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints",
     "verify_data", "check_memory", "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
@@ -64,7 +68,7 @@ class Job:
     data: Mixture
     loader: Loader
     tokenizer: Tokenizer
-    model: GPT
+    model: LanguageModel
     trainable: nn.Module
     """`model` in the compute type, compiled, over ranks: for `train_step`."""
     optimizer: torch.optim.Optimizer
@@ -116,7 +120,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
         loader = Loader(
             data.streams, config.batch, seed=config.seed, parts=data.parts, rank=world.rank, world_size=world.size
         )
-        config.parallel.check(world.size, loader.grad_accum_steps)
+        config.check_ranks(world.size)
         _check_memory(config, world, compute)
         if config.eval_every and "val_loss" in config.evals.names:
             _check_evals(data)
@@ -124,11 +128,11 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
         sinks = open_sinks(config.track, run)
         if config.verify_data:
             _verify_data(data, world, watchdog)
-        model = GPT(config.model, seed=config.seed).to(world.device)
+        model = build_model(config.model, seed=config.seed).to(world.device)
 
-    trainable = make_trainable(
-        model, compute.dtype, world, config.parallel, compiled=compiles(config.compile, world.device)
-    )
+    compiled = compiles(config.compile, world.device)
+    trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
+    ordered = config.parallel.strategy == "ordered"
     return Job(
         config=config,
         world=world,
@@ -139,7 +143,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
         tokenizer=tokenizer,
         model=model,
         trainable=trainable,
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(model, config.optim, world, ordered=ordered, compiled=compiled),
         guard=Guard(config.guard),
         scale=LossScale(factor=2.0**16) if compute.needs_scaler else None,
         metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None, sinks),
@@ -157,7 +161,7 @@ def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
         return
     compiled = compiles(config.compile, world.device)
     setup = setup_of(config, world.size, device=world.device.type, precision=compute.precision, compiled=compiled)
-    warning = require_memory(setup, config.batch.batch_tokens, free_bytes(world.device))
+    warning = require_memory(setup, config.batch.tokens_of(1), free_bytes(world.device))
     if warning and world.is_main:
         warn(warning)
 
@@ -292,8 +296,8 @@ def open_records(job: Job, first: int) -> None:
     """Write config.toml, cut the record back to `first` and note this start in it. Rank 0 alone."""
     if not job.world.is_main:
         return
-    config, world = job.config, job.world
-    n_tokens = config.max_steps * config.batch.batch_tokens
+    config, batch, world = job.config, job.config.batch, job.world
+    n_tokens = batch.tokens_until(config.max_steps)
     write_atomic(job.run / "config.toml", to_toml(config))
     job.metrics.cut_back(first)
     job.baselines = _baselines(job)
@@ -319,20 +323,22 @@ def open_records(job: Job, first: int) -> None:
         "train_tokens": job.data.n_tokens,
         "data_sets": job.data.described(n_tokens),
         "val_tokens": config.evals.val_tokens,
-        "batch_tokens": config.batch.batch_tokens,
+        "batch_tokens": batch.batch_tokens,
         "max_steps": config.max_steps,
+        "total_tokens": n_tokens,
         "baselines": job.baselines,
     }
     job.metrics.log("run", first, **event)
-    notes = [f"evaluation {name} is left out: {why}" for name, why in job.without_data.items()]
+    notes = unused_options(config.optim, job.model)
+    notes += [f"evaluation {name} is left out: {why}" for name, why in job.without_data.items()]
     for text in [*job.data.notes, *job.data.repeated(n_tokens), *notes]:
         job.metrics.log("note", first, text=text)
         warn(text)
     say(
         f"{job.run}: {count(job.model.n_params())} parameters, {event['device']}, {job.compute.precision}, "
-        f"{world.size} rank(s) x {job.loader.grad_accum_steps} micro-steps x {config.batch.micro_batch} x "
-        f"{config.batch.seq_len} = {config.batch.batch_tokens:,} tokens per update; {config.max_steps:,} updates are "
-        + job.data.plan(n_tokens)
+        f"{world.size} rank(s) x {batch.grad_accum_steps(world.size)} micro-steps x {batch.micro_batch} x "
+        f"{batch.seq_len} = {batch.batch_tokens:,} tokens per update{batch.growth}; "
+        f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {job.data.plan(n_tokens)}"
         + (f"; going on from step {first:,}" if first else "")
     )
 
@@ -367,6 +373,7 @@ def save(job: Job, step: int) -> None:
         "seed": config.seed,
         "val_tokens": config.evals.val_tokens,
         "batch_tokens": config.batch.batch_tokens,
+        "tokens": config.batch.tokens_until(step),
         "data_fingerprint": job.data.fingerprint,
         "guard": job.guard.state(),
         "loss_scale": dataclasses.asdict(job.scale) if job.scale else None,

@@ -55,9 +55,10 @@ class Meter:
         rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.accepted]) for _, s, _ in self._pending]).tolist()
         digests = job.world.sum_on_cpu(torch.tensor([_signed(d) for _, _, d in self._pending])).tolist()
         self.pause()
+        batch, last = config.batch, self._pending[-1][0]
         step_s = self._busy_s / len(rows)
         self._training_s += self._busy_s
-        tokens_per_s = config.batch.batch_tokens / step_s
+        tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
         used = mfu(tokens_per_s, self._flops, job.peak_flops, job.world.size)
         for (step, _, _), (loss, grad_norm, accepted), digest in zip(self._pending, rows, digests, strict=True):
             job.metrics.log(
@@ -69,12 +70,12 @@ class Meter:
                 step_ms=1e3 * step_s,
                 tokens_per_s=tokens_per_s,
                 mfu=used,
-                tokens=step * config.batch.batch_tokens,
+                tokens=batch.tokens_until(step),
                 skipped=not accepted,
                 data=f"{digest % 2**64:016x}",
             )
             self._remark(step, loss, grad_norm, bool(accepted))
-        self._say(self._pending[-1][0], rows[-1][0], rows[-1][1], step_s, tokens_per_s, used)
+        self._say(last, rows[-1][0], rows[-1][1], step_s, tokens_per_s, used)
         self._pending.clear()
         self._busy_s = 0.0
         self.go_on()
@@ -96,7 +97,8 @@ class Meter:
         if not self.job.world.is_main or (self.first + 3 < step < config.max_steps and now - self._spoke_at < 2.0):
             return
         self._spoke_at = now
-        left_s = (config.max_steps - step) * self._training_s / (step - self.first)
+        seen, done, all_tokens = map(config.batch.tokens_until, (self.first, step, config.max_steps))
+        left_s = (all_tokens - done) * self._training_s / (done - seen)
         lr = learning_rate(config.schedule, config.optim.lr, step, config.max_steps)
         busy = "unknown" if used is None else f"{100 * used:.1f}%"
         say(

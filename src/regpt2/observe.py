@@ -16,7 +16,7 @@ from regpt2.config import RunConfig
 from regpt2.evals import EvalContext
 from regpt2.job import Job, save
 from regpt2.model.generate import generate
-from regpt2.model.gpt import GPT
+from regpt2.model.language_model import LanguageModel
 from regpt2.references.verdict import of_record
 from regpt2.scoring.assets import files_by_name
 from regpt2.training.parallel import in_compute_type, whole_model
@@ -64,7 +64,7 @@ def observe(job: Job, step: int, *, done: Sequence[str] = ()) -> None:
     job.watchdog.beat(f"step {step}, observed")
 
 
-def evaluate(job: Job, model: GPT, step: int, name: str) -> None:
+def evaluate(job: Job, model: LanguageModel, step: int, name: str) -> None:
     """One evaluation. Whatever goes wrong in it is recorded, and training goes on."""
     started_at = time.perf_counter()
     config = job.config
@@ -94,7 +94,10 @@ def evaluate(job: Job, model: GPT, step: int, name: str) -> None:
         note(job, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training goes on")
         return
     job.results[name] = figures
-    job.metrics.log("eval", step, eval=name, **figures, elapsed_s=time.perf_counter() - started_at)
+    elapsed_s = time.perf_counter() - started_at
+    job.metrics.log(
+        "eval", step, eval=name, **figures, elapsed_s=elapsed_s, seen_tokens=config.batch.tokens_until(step)
+    )
     if job.world.is_main:
         shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if value is not None)
         say(f"step {step:>6,} | {name}: {shown}")
@@ -119,7 +122,7 @@ def judge(job: Job, step: int) -> None:
         say(f"step {step:>6,} | verdict: {verdict.line()}")
 
 
-def sample(job: Job, model: GPT, step: int) -> None:
+def sample(job: Job, model: LanguageModel, step: int) -> None:
     """Let the model write. Its random numbers are its own."""
     options, tokenizer, device = job.config.sample, job.tokenizer, job.world.device
     ids = tokenizer.encode(options.prompt) or [tokenizer.eot]

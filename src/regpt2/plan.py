@@ -173,10 +173,10 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
 def show(plan: RunPlan) -> None:
     """Print it."""
     config = plan.config
-    tokens = config.max_steps * config.batch.batch_tokens
+    tokens = config.batch.tokens_until(config.max_steps)
     say(
         f"{plan.recipe} on {plan.target.name}: {count(tokens)} tokens, {config.max_steps:,} updates of "
-        f"{config.batch.batch_tokens:,}"
+        f"{config.batch.batch_tokens:,}{config.batch.growth}"
     )
     _show_time(plan)
     _show_memory(plan)
@@ -260,7 +260,8 @@ def _show_disk(plan: RunPlan) -> None:
     _row("disk for data", f"{plan.data.shards_bytes / GB:.2f} GB", f"2 bytes a token; {plan.data.said}")
     if plan.data.missing_bytes:
         _row("  while preparing", f"{plan.data.missing_bytes / GB:.2f} GB", "at most, as for FineWeb-Edu's files")
-    each = f"at most {most} of {checkpoint_bytes(plan.setup) / GB:.2f} GB: 12 bytes a parameter"
+    one_bytes = checkpoint_bytes(plan.setup)
+    each = f"at most {most} of {one_bytes / GB:.2f} GB: {one_bytes / plan.setup.n_params:.3g} bytes a parameter"
     _row("disk for checkpoints", f"{n_bytes / GB:.2f} GB", each)
     for lack in plan.lacks:
         _row("  TOO LITTLE", "", lack)
@@ -299,7 +300,7 @@ def for_json(plan: RunPlan) -> dict[str, Any]:
         "ranks": plan.target.ranks,
         "precision": plan.target.precision,
         "compiled": plan.target.compiled,
-        "tokens": plan.config.max_steps * plan.config.batch.batch_tokens,
+        "tokens": plan.config.batch.tokens_until(plan.config.max_steps),
         "step": None if plan.step is None else {**asdict(plan.step), "seconds": plan.step.seconds},
         "seconds": plan.seconds,
         "gpu_hours": gpu_hours,

@@ -129,7 +129,7 @@ def before_micro_step(job: Job, step: int, micro_step: int) -> None:
     """Tell the watchdog; set the random numbers of dropout for this micro-batch, wherever it is computed."""
     job.watchdog.beat(f"update {step}, micro-step {micro_step}")
     if job.config.model.dropout:
-        micro_batch = job.world.rank * job.loader.grad_accum_steps + micro_step
+        micro_batch = job.world.rank * job.loader.grad_accum_steps(step) + micro_step
         seed_dropout(job.world.device, random_seed(job.config.seed, step, micro_batch))
 
 

@@ -7,22 +7,28 @@ import pytest
 import torch
 
 from regpt2.convert import ConvertOptions, convert
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.architecture import build_model
+from regpt2.model.gpt import GPTConfig
+from regpt2.model.modern import ModernConfig
 from regpt2.model.weights import native, onnx
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=300, vocab_size=257)
+SHAPE: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=16, block_size=300, vocab_size=257)
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("config", "beside"),
+    [(GPTConfig(**SHAPE), False), (GPTConfig(**SHAPE), True), (ModernConfig(**SHAPE, zero_init=False), False)],
+    ids=["gpt2", "weights beside", "modern"],
+)
 def test_onnxruntime_computes_our_logits_for_every_batch_and_length(
-    tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config: GPTConfig, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the weights in the file, and beside it as for a large model. Lengths on both sides of attention's block."""
     pytest.importorskip("onnx")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = GPT(CONFIG).eval()
+    model = build_model(config).eval()
     (tmp_path / "a").mkdir()
     native.write(model, tmp_path / "a", None)
     if beside:

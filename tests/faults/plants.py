@@ -58,13 +58,14 @@ def per_rank_shard_boundary() -> None:
         shard, position = 0, B * T * self.rank
         sizes = [file.n_tokens for file in self.streams[0].files]  # type: ignore[attr-defined]
         found = []
-        for _ in range(step * self.grad_accum_steps):
+        n = self.grad_accum_steps(step)  # of every update: no ramp
+        for _ in range(step * n):
             start = sum(sizes[:shard]) + position
             found.append(start)
             position += B * T * W
             if position + B * T * W + 1 > sizes[shard]:
                 shard, position = (shard + 1) % len(sizes), B * T * self.rank
-        rows = [self.streams[0].read(start, B * T + 1).astype("int64") for start in found[-self.grad_accum_steps :]]
+        rows = [self.streams[0].read(start, B * T + 1).astype("int64") for start in found[-n:]]
         return Batch([(row[:-1].reshape(B, T), row[1:].reshape(B, T)) for row in rows], digest=0)
 
     Loader.batch = batch  # type: ignore[method-assign]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.loss import linear_cross_entropy, reference_cross_entropy
+from regpt2.model.loss import _softmax_loss_, linear_cross_entropy, reference_cross_entropy, softcapped
 
 N, C, VOCAB = 37, 12, 23  # N is prime: the last chunk is never full
 CHUNKS = [1, 5, 36, 37, 1000, None]
@@ -40,6 +41,32 @@ def test_chunked_loss_equals_the_plain_one(
     for ours, plain in zip(got, expected, strict=True):
         assert ours.dtype == plain.dtype
         assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@pytest.mark.parametrize("rows", [VOCAB, 32], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("chunk_tokens", [5, None])
+@pytest.mark.parametrize("softcap", [2.0, 15.0])  # of logits up to 11: one bends them hard, one hardly
+def test_soft_capped_loss_equals_the_formula(rows: int, chunk_tokens: int | None, softcap: float) -> None:
+    hidden, weight, targets = inputs(torch.float64, rows)
+    got = linear_cross_entropy(hidden, weight, targets, VOCAB, softcap=softcap, chunk_tokens=chunk_tokens)
+    logits = softcap * torch.tanh((hidden @ weight.T)[:, :VOCAB] / softcap)
+    reference = reference_cross_entropy(hidden, weight, targets, VOCAB, softcap=softcap)
+    expected = loss_and_gradients(F.cross_entropy(logits, targets), hidden, weight)
+    for loss in (got, reference):
+        for ours, plain in zip(loss_and_gradients(loss, hidden, weight), expected, strict=True):
+            assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
+
+
+def test_soft_capped_gradient_in_bf16_is_rounded_once() -> None:
+    """Against fp64 on the same bf16 logits: tanh is taken in fp32, so only the result has the 8 bits of bf16."""
+    logits = torch.linspace(-40, 40, 64, dtype=torch.bfloat16).repeat(3, 1)
+    exact = logits.double().requires_grad_()
+    targets = torch.tensor([0, 40, 63])
+    F.cross_entropy(softcapped(exact, 15.0), targets, reduction="sum").backward()
+    assert exact.grad is not None
+    loss = _softmax_loss_(logits, targets, 64, 15.0, torch.float32)
+    assert abs(loss - F.cross_entropy(softcapped(exact.detach(), 15.0), targets, reduction="sum")) < 1e-5
+    assert torch.allclose(logits.double(), exact.grad, rtol=2**-8, atol=1e-7)
 
 
 @pytest.mark.parametrize("chunk_tokens", [5, None])
@@ -104,9 +131,11 @@ def test_without_gradient_the_loss_is_the_same() -> None:
     assert torch.equal(with_gradient.detach(), without)
 
 
-def test_large_logits_stay_finite() -> None:
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_large_logits_stay_finite(softcap: float) -> None:
     hidden, weight, targets = inputs(torch.float32, 32)
-    got = loss_and_gradients(linear_cross_entropy(hidden * 1e4, weight, targets, VOCAB), hidden, weight)
+    loss = linear_cross_entropy(hidden * 1e4, weight, targets, VOCAB, softcap=softcap)
+    got = loss_and_gradients(loss, hidden, weight)
     assert all(value.isfinite().all() for value in got)
 
 

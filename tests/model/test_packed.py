@@ -93,8 +93,16 @@ def test_every_step_of_the_packed_blocks_is_that_of_gpt_without_a_cache(batch: i
         assert (found - model(ids)).abs().max() < 1e-4  # fp32: 2**-24 a rounding, logits of some 10
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_transposed_matrices_in_fp32_give_the_logits_of_gpt(batch: int) -> None:
+    model, ids = random_gpt(CONFIG).eval(), some_ids(batch, 64)
+    found = logits_step_by_step(packed_if_faster(model, 100, rows=batch), ids, 17)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert (found - model(ids)).abs().max() < 1e-4  # fp32: 2**-24 a rounding, logits of some 10
+
+
 def bf16_twin(model: GPT) -> GPT:
-    twin = packed_if_faster(model.bfloat16(), 100)
+    twin = packed_if_faster(model.bfloat16(), 100, rows=1)
     if not isinstance(twin, PackedGPT):
         pytest.skip("this processor or torch packs no bf16 matrices")
     return twin
@@ -156,7 +164,10 @@ def test_generating_in_bf16_leaves_no_copy_behind() -> None:
 
 def test_packed_only_where_it_pays() -> None:
     model = random_gpt(CONFIG)
-    assert packed_if_faster(model, 100) is model
+    assert packed_if_faster(model, 100, rows=32) is model
+    assert packed_if_faster(model, 10, rows=1) is model
+    assert isinstance(packed_if_faster(model, 100, rows=1), PackedGPT)
     twin = bf16_twin(model)
-    assert packed_if_faster(twin, 100) is twin
-    assert packed_if_faster(model, 10) is model
+    assert packed_if_faster(twin, 100, rows=1) is twin
+    assert packed_if_faster(model, 10, rows=1) is model
+    assert packed_if_faster(model.double(), 100, rows=1) is model

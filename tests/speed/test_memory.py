@@ -11,18 +11,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from regpt2.base import plugins
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
 from regpt2.model import attention, loss, recompute
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.architecture import build_model
+from regpt2.model.gpt import GPTConfig
+from regpt2.model.language_model import LanguageModel
+from regpt2.model.modern import ModernConfig
 from regpt2.speed import memory
 from regpt2.speed.memory import Setup, micro_batches, require_memory, step_memory, still_needed
-from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.optimizer import OptimConfig, build_optimizer, state_tensors
 from regpt2.training.parallel import make_trainable
 from regpt2.training.step import train_step
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
-TINY = GPTConfig(n_layer=4, n_head=4, n_embd=64, block_size=512, vocab_size=257)
+SHAPE: dict[str, Any] = dict(n_layer=4, n_head=4, n_embd=64, block_size=512, vocab_size=257)
+TINY = GPTConfig(**SHAPE)
 
 
 class Alive(TorchDispatchMode):
@@ -65,7 +70,7 @@ def setup(model: GPTConfig, micro_batch: int, seq_len: int, accum: int, precisio
     )
 
 
-def trainable_of(model: GPT, one: Setup) -> torch.nn.Module:
+def trainable_of(model: LanguageModel, one: Setup) -> torch.nn.Module:
     dtype = torch.bfloat16 if one.width_bytes == 2 else torch.float32
     return make_trainable(model, dtype, ALONE, compiled=False)
 
@@ -78,12 +83,23 @@ def random_batches(one: Setup) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("seq_len", [128, 512])
-def test_activations_are_what_autograd_keeps(precision: str, seq_len: int) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        TINY,
+        ModernConfig(**SHAPE),
+        ModernConfig(**SHAPE, qk_norm=False),
+        ModernConfig(**SHAPE, rms_norm=False, relu_squared=False),
+        ModernConfig(**SHAPE, rotary=False, qk_norm=False),
+    ],
+    ids=["gpt2", "modern", "no qk_norm", "GPT-2's norm and MLP", "no rotary, no qk_norm"],
+)
+def test_activations_are_what_autograd_keeps(shape: GPTConfig, precision: str, seq_len: int) -> None:
     """The difference between five layers and four: what one layer keeps, its rounded weights included."""
 
     def kept(n_layer: int) -> int:
-        one = setup(dataclasses.replace(TINY, n_layer=n_layer), 2, seq_len, 1, precision)
-        model = GPT(one.model)
+        one = setup(dataclasses.replace(shape, n_layer=n_layer), 2, seq_len, 1, precision)
+        model = build_model(one.model)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         found: dict[int, int] = {}
 
@@ -99,30 +115,34 @@ def test_activations_are_what_autograd_keeps(precision: str, seq_len: int) -> No
         return sum(found.values())
 
     def predicted(n_layer: int) -> int:
-        one = setup(dataclasses.replace(TINY, n_layer=n_layer), 2, seq_len, 1, precision)
+        one = setup(dataclasses.replace(shape, n_layer=n_layer), 2, seq_len, 1, precision)
         return memory._kept_bytes(one) + memory._rounded_bytes(one)
 
     assert predicted(5) - predicted(4) == pytest.approx(kept(5) - kept(4), rel=0.01)  # what is left: vectors
 
 
+CASES = [
+    ((4, 4, 64, 257), 16, 128, 1, "bf16"),
+    ((4, 4, 64, 257), 9, 512, 2, "fp32"),  # GELU is computed again
+    ((2, 4, 64, 8192), 4, 512, 1, "bf16"),  # the head counts most
+    ((2, 4, 64, 8192), 1, 32, 2, "fp32"),  # the embedding's gradient does
+    ((2, 4, 128, 4096), 4, 300, 3, "bf16"),
+]
+SQUARE = ((1, 4, 128, 257), 9, 512, 1, "fp32")  # the backward pass through relu(x)^2 counts most
+
+
 @pytest.mark.parametrize(
-    ("shape", "micro_batch", "seq_len", "accum", "precision"),
-    [
-        ((4, 4, 64, 257), 16, 128, 1, "bf16"),
-        ((4, 4, 64, 257), 9, 512, 2, "fp32"),  # GELU is computed again
-        ((2, 4, 64, 8192), 4, 512, 1, "bf16"),  # the head counts most
-        ((2, 4, 64, 8192), 1, 32, 2, "fp32"),  # the embedding's gradient does
-        ((2, 4, 128, 4096), 4, 300, 3, "bf16"),
-    ],
+    ("kind", "shape", "micro_batch", "seq_len", "accum", "precision"),
+    [*((kind, *case) for kind in (GPTConfig, ModernConfig) for case in CASES), (ModernConfig, *SQUARE)],
 )
 def test_the_fullest_moment_is_what_is_alive_in_a_real_step(
-    shape: tuple[int, int, int, int], micro_batch: int, seq_len: int, accum: int, precision: str
+    kind: type[GPTConfig], shape: tuple[int, int, int, int], micro_batch: int, seq_len: int, accum: int, precision: str
 ) -> None:
     n_layer, n_head, n_embd, vocab_size = shape
-    model_config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=seq_len, vocab_size=vocab_size)
+    model_config = kind(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=seq_len, vocab_size=vocab_size)
     one = setup(model_config, micro_batch, seq_len, accum, precision)
     with Alive() as alive:
-        model = GPT(one.model)
+        model = build_model(one.model)
         optimizer = build_optimizer(model, OptimConfig())
         trainable, batches = trainable_of(model, one), random_batches(one)
         for _ in range(2):  # the optimizer's state is made at the end of the first
@@ -132,6 +152,25 @@ def test_the_fullest_moment_is_what_is_alive_in_a_real_step(
     assert one.n_params == sum(p.numel() for p in model.parameters())
     predicted = sum(parts.values()) - parts["heap"] - parts["process"]
     assert predicted == pytest.approx(alive.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+def test_each_optimizers_state_and_muons_update_are_counted(name: str) -> None:
+    """So few tokens that Muon's stacks are the most there ever is."""
+    model_config = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=32, vocab_size=257)
+    one = dataclasses.replace(setup(model_config, 1, 32, 1, "fp32"), optimizer=name)
+    with Alive() as alive:
+        model = build_model(one.model)
+        optimizer = build_optimizer(model, OptimConfig(name=name))
+        for _ in range(2):
+            alive.peak = 0
+            train_step(trainable_of(model, one), optimizer, random_batches(one), lr=1e-3, grad_clip=1.0, world=ALONE)
+    parts = step_memory(one)
+    counted = sum(t.nbytes for t in state_tensors(optimizer, model).values() if t.dim())
+    assert parts["optimizer state"] == counted
+    assert ("orthogonalization" in parts) == (name == "muon")
+    if name == "muon":
+        assert sum(parts.values()) - parts["heap"] - parts["process"] == pytest.approx(alive.peak, rel=0.05)
 
 
 def test_the_state_of_the_124m_model_is_16_bytes_a_parameter() -> None:

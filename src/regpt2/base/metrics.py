@@ -4,7 +4,7 @@ Every event has `event` and `step` (updates made so far). The kinds:
   run         a start or a resume: config, versions, device, data, the step it goes on from
   train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far), skipped, data (a digest of the
               tokens of this update in their order: the same for any number of ranks)
-  eval        eval (its name) and its figures
+  eval        eval (its name) and its figures, seen_tokens (trained on so far)
   verdict     where a validation loss stands beside a reference curve: state, difference, band, checks, text, ...
   sample      prompt, texts
   note        text: what a reader of the record should know (a skipped step, a failed evaluation, a fallback)

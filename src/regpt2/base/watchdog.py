@@ -5,7 +5,8 @@ looks at the files of all: ranks whose threads do not tick are frozen (stopped, 
 machine); if there are none, those with the fewest beats are behind. The first rank to judge writes `verdict.json` and
 speaks; then all dump their stacks and leave, so that torchrun can start them again.
 
-A rank whose torchrun was killed would train on alone, and hold the folder: it is asked to stop.
+A rank whose torchrun was killed would train on alone, and hold the folder: it is asked to stop. So is a run that
+`regpt2 compare` started.
 
 What it cannot end: C code that keeps the GIL in a run of one process (nobody else is there to see it; `kill -USR2 PID`
 still writes the stacks), and a hang of the file system that holds the folder.
@@ -25,6 +26,7 @@ from typing import IO
 from regpt2.base import beats
 from regpt2.base.beats import Beat, Verdict
 from regpt2.base.files import describe_os_error
+from regpt2.base.processes import PARENT
 
 HUNG = 70  # the exit code of every rank of a run that stood still; EX_SOFTWARE of sysexits.h
 JOIN_S = 1.2  # after a verdict: longer than a tick, so that every rank sees it and dumps its stacks
@@ -41,7 +43,7 @@ class Watchdog:
         self._ticks = 0
         self._warned = False
         self._stacks: IO[str] | None = None
-        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get(PARENT, 0)) or None
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -107,7 +109,7 @@ class Watchdog:
             self._renew(idle_s)
             if self._agent is not None and os.getppid() != self._agent:
                 self._agent = None
-                tell(f"warning: torchrun is gone: rank {self.rank} leaves too.\n")
+                tell(f"warning: the process that started rank {self.rank} is gone: it leaves too.\n")
                 os.kill(os.getpid(), signal.SIGTERM)  # as torchrun itself would have asked
             if idle_s < self.timeout_s / 2:  # thousands of ranks do not read thousands of files while all is well
                 before = {}

@@ -5,20 +5,24 @@ every world size and micro-batch; ranks take slices of them. So a resume needs n
 
 A window is `seq_len` tokens and the one after them; the targets are the window shifted by one. The windows of an epoch
 follow each other without gap or overlap, so every token is a target once per epoch, except the first token and one
-tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam. Of several
-data sets each has its own windows and epochs; whose turn it is says data/mixture.py.
+tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam, and take
+up where the step before ended, of whatever size each is. Of several data sets each has its own windows and epochs;
+whose turn it is says data/mixture.py.
 """
 
 import hashlib
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from regpt2.base.console import count
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.data.mixture import deal
 
@@ -47,12 +51,26 @@ class Tokens(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Updates of one size."""
+
+    size: int
+    """Tokens of each."""
+    steps_before: int
+    tokens_before: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """How many tokens make an update, and in what pieces they pass through the model."""
 
     batch_tokens: int = 524_288
     """Tokens per update, over all ranks and micro-steps: 2**19, GPT-3's 0.5M for this size."""
+    ramp_from: int = 0
+    """Tokens of the first update; updates grow to batch_tokens by as many at a time. 0 = all are equal. GPT-3: 32k."""
+    ramp_tokens: int = 0
+    """The tokens of training over which they grow, linearly: GPT-3's 4 to 12 billion (arXiv:2005.14165, appendix B)."""
     micro_batch: int = 64
     """Sequences per forward pass, per rank: as many as fit in memory."""
     seq_len: int = 1024
@@ -60,27 +78,68 @@ class BatchConfig:
     order: Literal["shuffled", "sequential"] = "shuffled"
     """Windows in a seeded order over the whole epoch, or as they lie in the shards (the lecture's)."""
     one_batch: bool = False
-    """Every update sees the windows of the first: the sanity check that a model can learn them by heart."""
+    """Every update sees the first windows: the sanity check that a model can learn them by heart."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "micro_batch", "seq_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batch.{name} = {getattr(self, name)} must be at least 1.")
+        if min(self.ramp_from, self.ramp_tokens) < 0 or bool(self.ramp_from) != bool(self.ramp_tokens):
+            raise ConfigError(
+                f"batch.ramp_from = {self.ramp_from:,} and ramp_tokens = {self.ramp_tokens:,} must both be above 0, as "
+                "in 32,768 and 4,000,000,000, or both 0 (no ramp)."
+            )
+        if self.ramp_from:
+            _require_multiple("batch_tokens", self.batch_tokens, "ramp_from", self.ramp_from)
 
-    def grad_accum_steps(self, world_size: int) -> int:
-        """Forward passes per update, per rank.
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """The sizes of updates, in order: the line from ramp_from to batch_tokens, in steps of ramp_from below it."""
+        climbs = self.batch_tokens // self.ramp_from - 1 if self.ramp_from else 0
+        stretches, steps, tokens = [], 0, 0
+        for n in range(1, climbs + 1):
+            size = n * self.ramp_from
+            stretches.append(Stretch(size, steps, tokens))
+            next_at = -(-n * self.ramp_tokens // climbs)  # the tokens at which the line reaches the next size
+            made = -(-(next_at - tokens) // size)  # 0: the update before went beyond
+            steps, tokens = steps + made, tokens + made * size
+        return [*stretches, Stretch(self.batch_tokens, steps, tokens)]
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of updates 1 to `step`."""
+        last = self.stretches[bisect_right(self.stretches, step, key=lambda stretch: stretch.steps_before) - 1]
+        return last.tokens_before + (step - last.steps_before) * last.size
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens of update `step`, from 1."""
+        return self.tokens_until(step) - self.tokens_until(step - 1)
+
+    def grad_accum_steps(self, world_size: int, step: int | None = None) -> int:
+        """Forward passes of update `step`, per rank; without a step, of the largest updates.
 
         Raises:
             ConfigError: an update is not a whole number of passes.
         """
         pass_tokens = self.micro_batch * self.seq_len * world_size
-        if self.batch_tokens % pass_tokens:
-            nearest = max(1, round(self.batch_tokens / pass_tokens)) * pass_tokens
-            raise ConfigError(
-                f"batch.batch_tokens = {self.batch_tokens:,} must be a multiple of micro_batch x seq_len x world_size"
-                f" = {self.micro_batch} x {self.seq_len} x {world_size} = {pass_tokens:,}; the nearest is {nearest:,}."
-            )
-        return self.batch_tokens // pass_tokens
+        product = f"micro_batch x seq_len x world_size = {self.micro_batch} x {self.seq_len} x {world_size}"
+        _require_multiple("batch_tokens", self.batch_tokens, product, pass_tokens)
+        _require_multiple("ramp_from", self.ramp_from, product, pass_tokens)
+        return (self.batch_tokens if step is None else self.tokens_of(step)) // pass_tokens
+
+    @property
+    def growth(self) -> str:
+        """Of the ramp, what follows "so many tokens per update" in a sentence; "" without one."""
+        if not self.ramp_from:
+            return ""
+        return f", grown from {self.ramp_from:,} over the first {count(self.ramp_tokens)} tokens"
+
+
+def _require_multiple(name: str, value: int, of: str, unit: int) -> None:
+    if value % unit:
+        nearest = max(1, round(value / unit)) * unit
+        raise ConfigError(
+            f"batch.{name} = {value:,} must be a multiple of {of} = {unit:,}; the nearest is {nearest:,}."
+        )
 
 
 class Loader:
@@ -99,8 +158,7 @@ class Loader:
         self.streams = tokens if isinstance(tokens, Sequence) else (tokens,)
         assert len(parts) == len(self.streams), f"{len(self.streams)} data sets with {len(parts)} weights"
         self.config, self.seed, self.parts, self.rank, self.world_size = config, seed, parts, rank, world_size
-        self.grad_accum_steps = config.grad_accum_steps(world_size)
-        self.windows_per_step = config.batch_tokens // config.seq_len
+        config.grad_accum_steps(world_size)  # raises if an update is not a whole number of passes
         self.n_windows = [(stream.n_tokens - 1) // config.seq_len for stream in self.streams]
         if min(self.n_windows) < 1:
             least = min(stream.n_tokens for stream in self.streams)
@@ -110,10 +168,15 @@ class Loader:
                 "Prepare more text or lower batch.seq_len."
             )
 
+    def grad_accum_steps(self, step: int) -> int:
+        """Micro-batches of update `step`, for each rank."""
+        return self.config.grad_accum_steps(self.world_size, step)
+
     def windows(self, step: int) -> NDArray[np.int64]:
         """The windows of update `step` (from 1), over all ranks, in order: a row (data set, its window) for each."""
-        first = 0 if self.config.one_batch else (step - 1) * self.windows_per_step
-        whose, windows = deal(np.arange(first, first + self.windows_per_step, dtype=np.int64), self.parts)
+        T, n_tokens = self.config.seq_len, self.config.tokens_of(step)
+        first = 0 if self.config.one_batch else self.config.tokens_until(step - 1) // T
+        whose, windows = deal(np.arange(first, first + n_tokens // T, dtype=np.int64), self.parts)
         for k, n in enumerate(self.n_windows):
             windows[whose == k] = self._in_order(windows[whose == k], n)
         return np.stack([whose, windows], axis=1)
@@ -135,7 +198,7 @@ class Loader:
         Micro-batch g of an update is always the g-th group of `micro_batch` windows; each rank takes as many as the
         others, side by side.
         """
-        B, T, n = self.config.micro_batch, self.config.seq_len, self.grad_accum_steps
+        B, T, n = self.config.micro_batch, self.config.seq_len, self.grad_accum_steps(step)
         first = self.rank * n * B  # the place of this rank's first window in the update
         mine = self.windows(step)[first : first + n * B].tolist()
         windows = np.stack([self.streams[k].read(w * T, T + 1) for k, w in mine])  # (n * B, T + 1)

@@ -1,6 +1,7 @@
 """Causal attention. In: queries, keys, values (B, H, T, D); out: what each token gathers from itself and those before.
 
-The mathematics is softmax(q k^T / sqrt(D)) v with the future masked; which kernel does it depends on the device.
+The mathematics is softmax(q k^T / sqrt(D)) v with the future masked, and other documents too where a mask says so;
+which kernel does it depends on the device.
 """
 
 from collections.abc import Iterator
@@ -10,48 +11,100 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # B sequences, H heads, T queries, S keys, D = head width, n queries in a block, s keys that they may see
 
 _BLOCK = 256  # queries at a time: of 128, 256 and 512 the fastest at T=1024 with and without gradient
+_FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
+
+DocumentMask = Tensor | BlockMask
+"""Which keys each query sees: (B, 1, T, S) bool, or the same for FlexAttention."""
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, mask: DocumentMask | None = None
+) -> Tensor:
     """(B, H, T, D) from q (B, H, T, D), k and v (B, H, S, D): the queries are the last T of S tokens.
 
-    Keys and values may be of another type than the queries, which is then the type of the mathematics.
+    Keys and values may be of another type than the queries, which is then the type of the mathematics. `mask` comes
+    from `document_mask`; without one a token sees all that come before.
     """
     if q.dtype != k.dtype:
-        return causal_attention(q.to(k.dtype), k, v, dropout_p=dropout_p).to(q.dtype)
+        return causal_attention(q.to(k.dtype), k, v, dropout_p=dropout_p, mask=mask).to(q.dtype)
+    if isinstance(mask, BlockMask):
+        assert not dropout_p, "FlexAttention has no dropout"
+        return flex_attention(q, k, v, block_mask=mask)
     T, S = q.shape[2], k.shape[2]
     if torch.compiler.is_exporting():  # one graph for every T: its value must decide nothing
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if q.device.type == "cpu" and T > 1 and (T <= _BLOCK or q.dtype == torch.bfloat16):
-        return _in_blocks(q, k, v, dropout_p)
-    if T in (1, S):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout_p)
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # is_causal would count from the first key
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    small = T <= _BLOCK or q.dtype == torch.bfloat16
+    if q.device.type == "cpu" and T > 1 and (small or mask is not None):
+        return _in_blocks(q, k, v, dropout_p, mask)
+    if mask is None and T not in (1, S):  # is_causal would count from the first key
+        mask = _past(T, S, q.device)
+    is_causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+def document_numbers(ids: Tensor, end_id: int) -> Tensor:
+    """(B, S), the number of the document that each token of ids (B, S) is in, within its row.
+
+    <|endoftext|>, `end_id`, comes first in a document. What is before the first one is the end of document 0.
+    """
+    return (ids == end_id).cumsum(dim=1, dtype=torch.int32)
+
+
+def document_mask(documents: Tensor, T: int) -> DocumentMask:
+    """Each of the last T tokens sees itself and those before it in its own document; documents (B, S) has the numbers.
+
+    Made once in a pass, for all layers.
+    """
+    S = documents.shape[1]
+    if _takes_flex(documents, T):
+        return _block_mask(documents)
+    own = documents[:, None, S - T :, None] == documents[:, None, None, :]  # (B, 1, T, S)
+    return own & _past(T, S, documents.device)
+
+
+def _takes_flex(documents: Tensor, T: int) -> bool:
+    """FlexAttention computes no block of keys that nobody sees. Uncompiled it is slower than a plain mask."""
+    is_compiled_on_gpu = documents.device.type == "cuda" and torch.compiler.is_compiling()
+    return is_compiled_on_gpu and documents.shape[1] == T and T % _FLEX_BLOCK == 0
+
+
+def _block_mask(documents: Tensor) -> BlockMask:
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (documents[b, key] == documents[b, query])
+
+    B, T = documents.shape
+    return create_block_mask(sees, B, None, T, T, device=documents.device, BLOCK_SIZE=_FLEX_BLOCK)
+
+
+def _past(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S): each of the last T tokens sees itself and those before it."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None) -> Tensor:
     """Matrix products of blocks of queries with the keys that they may see.
 
     On a CPU torch's flash attention spends its time in the backward pass: forward and backward together this is 5 to 8
-    times faster at T = 64 and 128, and 1.7 times in bf16 at T = 1024. In fp32 at T = 1024 it is slower, and not used.
+    times faster at T = 64 and 128, and 1.7 times in bf16 at T = 1024. In fp32 at T = 1024 it is slower, and used only
+    with a mask.
     """
     B, H, T, D = q.shape
     q, k, v = (z.reshape(B * H, -1, D) for z in (q, k, v))  # (B H, T, D), two of (B H, S, D)
     if T > _BLOCK and not dropout_p:
-        gathered: Tensor = _Blocks.apply(q, k, v)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Blocks.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
     else:
-        gathered = _gather(q, k, v, dropout_p)
+        gathered = _gather(q, k, v, mask, dropout_p)
     return gathered.view(B, H, T, D)
 
 
-def _gather(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+def _gather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
     """(B H, T, D): autograd would keep the weights, T x S of them for each head."""
-    blocks = [F.dropout(_weights(q[:, i], k[:, j]), dropout_p) @ v[:, j] for i, j in _blocks(q, k)]
+    blocks = [F.dropout(_weights(q, k, mask, i, j), dropout_p) @ v[:, j] for i, j in _blocks(q, k)]
     return torch.cat(blocks, dim=1)
 
 
@@ -63,32 +116,37 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(0, past + end)
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    """(B H, n, s): how much each query of a block takes from each token; the last query is at the last key."""
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, i: slice, j: slice) -> Tensor:
+    """(B H, n, s): how much queries i take from each of keys j; the last of these queries is at the last key."""
+    q, k = q[:, i], k[:, j]
     n, s = q.shape[1], k.shape[1]
-    future = torch.full((n, s), float("-inf"), dtype=q.dtype).triu(s - n + 1)
-    return torch.softmax(torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[2] ** -0.5), dim=-1)
+    if mask is None:
+        unseen = torch.full((n, s), float("-inf"), dtype=q.dtype).triu(s - n + 1)
+    else:
+        unseen = torch.where(mask[:, :, i, j], 0.0, float("-inf")).to(q.dtype)  # (B, 1, n, s)
+        unseen = unseen.expand(-1, len(q) // len(mask), n, s).reshape(-1, n, s)  # (B H, n, s)
+    return torch.softmax(torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=q.shape[2] ** -0.5), dim=-1)
 
 
 class _Blocks(torch.autograd.Function):
     """`_gather` that computes the weights again in the backward pass instead of keeping them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        return _gather(q, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        return _gather(q, k, v, mask)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, mask = ctx.saved_tensors
         scale = q.shape[2] ** -0.5
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, j in _blocks(q, k):
-            weights = _weights(q[:, i], k[:, j])  # (B H, n, s)
+            weights = _weights(q, k, mask, i, j)  # (B H, n, s)
             d_v[:, j].baddbmm_(weights.transpose(1, 2), d_out[:, i])
             d_weights = d_out[:, i] @ v[:, j].transpose(1, 2)  # (B H, n, s)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_q[:, i] = scale * (d_scores @ k[:, j])
             d_k[:, j].baddbmm_(d_scores.transpose(1, 2), q[:, i], alpha=scale)
-        return d_q, d_k, d_v
+        return d_q, d_k, d_v, None

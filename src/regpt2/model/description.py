@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regpt2.base.errors import CheckpointError, ConfigError, did_you_mean
-from regpt2.model.gpt import GPTConfig
+from regpt2.model.architecture import config_class
+from regpt2.model.language_model import GPTConfig
 from regpt2.model.load import TokenizerRef
 
 FORMAT, VERSION = "regpt2", 1
@@ -46,18 +47,22 @@ def parse(place: Path, document: dict[str, Any]) -> tuple[GPTConfig, TokenizerRe
 def _config(place: Path, model: Any) -> GPTConfig:
     if not isinstance(model, dict):
         raise CheckpointError(f"{place} has no object 'model' with the model's shape.")
-    known = {field.name: type(field.default) for field in fields(GPTConfig)}
+    try:
+        kind = config_class(model.get("architecture", "gpt2"))  # as before there were two
+        _check_types(place, model, {field.name: type(field.default) for field in fields(kind)})
+        return kind(**model)
+    except ConfigError as error:
+        raise CheckpointError(f"{place}: {error}") from None
+
+
+def _check_types(place: Path, model: dict[str, Any], known: dict[str, type]) -> None:
     for key, value in model.items():
         if key not in known:
             raise CheckpointError(f"{place}: model.{key} is no setting of a GPT{did_you_mean(key, known)}")
-        if isinstance(value, bool) or not isinstance(value, (int, known[key])):
+        if type(value) is not known[key] and (type(value), known[key]) != (int, float):
             raise CheckpointError(f"{place}: model.{key} = {value!r} must be of type {known[key].__name__}.")
     if missing := [key for key in _REQUIRED if key not in model]:
         raise CheckpointError(f"{place}: model.{missing[0]} is missing.")
-    try:
-        return GPTConfig(**model)
-    except ConfigError as error:
-        raise CheckpointError(f"{place}: {error}") from None
 
 
 def _tokenizer(place: Path, tokenizer: Any) -> TokenizerRef | None:

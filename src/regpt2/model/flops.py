@@ -1,15 +1,28 @@
-"""Arithmetic of a GPT-2 step. In: a shape and a sequence length; out: FLOPs per trained token."""
+"""Arithmetic of a step. In: a shape and a sequence length; out: weights, and FLOPs per trained token."""
 
-from regpt2.model.gpt import GPTConfig
+from dataclasses import replace
+
+from regpt2.model.language_model import GPTConfig
+from regpt2.model.modern import ModernConfig
 
 # C = n_embd, L = n_layer, T = seq_len, V = padded_vocab_size
+
+
+def n_weights(config: GPTConfig) -> int:
+    """Numbers in all weights, the padding of the vocabulary included."""
+    C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
+    if not isinstance(config, ModernConfig):
+        return (V + config.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C
+    rows = V * (2 if config.untied_head else 1) + (0 if config.rotary else config.block_size)
+    norms = 2 * L + 2 if config.rms_norm else 2 * (2 * L + 1)  # an RMS norm has no bias; there is one more of them
+    return rows * C + 12 * L * C * C + norms * C
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> float:
     """Matmul FLOPs, forward and backward, of one token; causal attention counted once, no recomputation.
 
     72 C^2 L (QKV 18, projection 6, MLP 48) + 6 C T L (scores and values, half of the square) + 6 C V (head).
-    For 124M at T=1024: 798 MFLOP.
+    For 124M at T=1024: 798 MFLOP. The modern model has the same matmuls: a head of its own is used no more often.
     """
     C, L, T, V = config.n_embd, config.n_layer, seq_len, config.padded_vocab_size
     return float(72 * C * C * L + 6 * C * T * L + 6 * C * V)
@@ -21,8 +34,7 @@ def palm_flops_per_token(config: GPTConfig, seq_len: int) -> float:
     N is every parameter, positions too, and attention is the whole square. For 124M at T=1024: 860 MFLOP.
     """
     C, L, T = config.n_embd, config.n_layer, seq_len
-    n_params = (config.vocab_size + config.block_size) * C + (12 * C * C + 13 * C) * L + 2 * C
-    return float(6 * n_params + 12 * C * T * L)
+    return float(6 * n_weights(replace(config, vocab_multiple=1)) + 12 * C * T * L)
 
 
 def mfu(tokens_per_s: float, flops: float, peak: float | None, world_size: int) -> float | None:

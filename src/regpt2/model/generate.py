@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
-from regpt2.model.gpt import GPT, GPTConfig, LayerCache
+from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 from regpt2.model.packed import packed_if_faster
 from regpt2.model.replay import StaticStep, recorded_if_faster
 
@@ -16,8 +16,8 @@ from regpt2.model.replay import StaticStep, recorded_if_faster
 class KVCache:
     """Keys and values of all tokens so far, for every block, in buffers that are made once.
 
-    Give `layers` to `GPT.hidden`, first with the whole prompt, then with one token at a time; after each pass, say
-    with `advance` how many tokens it had.
+    Give `layers` to a model's `hidden`, first with the whole prompt, then with one token at a time; after each pass,
+    say with `advance` how many tokens it had.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D); a masked NaN would count
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
+        self.ids = torch.zeros(batch, capacity, device=device, dtype=torch.int64)  # (B, S)
         self.length = 0
         self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(config.n_layer)]
 
@@ -48,6 +49,11 @@ class _LayerView:
             return k, v
         assert T == 1, "the prompt comes first and whole: attention masks nothing after it"
         return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
+
+    def append_ids(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, length + T)
+        end = self.cache.length + ids.shape[1]
+        self.cache.ids[:, self.cache.length : end] = ids
+        return self.cache.ids[:, :end]
 
 
 def next_token(
@@ -78,7 +84,7 @@ def next_token(
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: LanguageModel,
     prompt_ids: Tensor,
     max_new_tokens: int,
     *,
@@ -110,7 +116,7 @@ def generate(
     B, T = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
     stopped = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    decoder = packed_if_faster(model, max_new_tokens) if use_cache else model
+    decoder = packed_if_faster(model, max_new_tokens, rows=B) if use_cache else model
     cache = _cache_for(decoder, B, ids.shape[1]) if use_cache else None
     step: StaticStep | None = None
     was_training = model.training
@@ -136,14 +142,14 @@ def generate(
     return ids
 
 
-def _cache_for(model: GPT, batch: int, capacity: int) -> KVCache:
+def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
     """In the activations' type, but fp32 on a CPU: there torch takes up to twice as long for a query in bf16."""
-    weight = model.ln_f.weight
+    weight = next(model.h.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
     return KVCache(model.config, batch, capacity, device=weight.device, dtype=dtype)
 
 
-def _last_logits(model: GPT, ids: Tensor, cache: KVCache | None) -> Tensor:
+def _last_logits(model: LanguageModel, ids: Tensor, cache: KVCache | None) -> Tensor:
     """Logits (B, V) after the last of ids (B, T); with a cache only the ids that it has not seen are computed."""
     if cache is None:
         return model.head(model.hidden(ids)[:, -1])

@@ -4,66 +4,20 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", with
 """
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regpt2.base.errors import ConfigError
 from regpt2.model.attention import causal_attention
+from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 from regpt2.model.loss import linear_cross_entropy
 from regpt2.model.norm import layer_norm
 from regpt2.model.recompute import recomputed
 
+__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm", "Linear"]
+
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """The shape of a GPT-2. The defaults are the 124M model."""
-
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads per block."""
-    n_embd: int = 768
-    """Width of the residual stream; a multiple of n_head."""
-    block_size: int = 1024
-    """The longest context that the model can take, in tokens."""
-    vocab_size: int = 50257
-    """Real tokens: 50,000 merges + 256 bytes + <|endoftext|>."""
-    vocab_multiple: int = 64
-    """The embedding matrix has rows up to the next multiple of this, for the matmul's sake: 50257 -> 50304."""
-    dropout: float = 0.0
-    """Dropout of embeddings, attention and residuals; 0 for pre-training on more data than parameters."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} = {getattr(self, name)} must be at least 1.")
-        if self.n_embd % self.n_head:
-            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise ConfigError(
-                f"model.n_embd = {self.n_embd} must be a multiple of model.n_head = {self.n_head}; "
-                f"the nearest is {nearest}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout = {self.dropout} must be at least 0 and below 1.")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix. The rows past vocab_size are zero and stay zero."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-
-class LayerCache(Protocol):
-    """Keys and values of the tokens before, for one block (see model/generate.py)."""
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new (B, H, T, D) and return all (B, H, S, D)."""
-        ...
 
 
 class Linear(nn.Linear):
@@ -73,7 +27,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -134,7 +88,7 @@ class Block(nn.Module):
         return x
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """GPT-2 with a tied head: `wte` is both the embedding and, transposed, the projection to logits."""
 
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
@@ -170,7 +124,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         ids: Tensor,
-        caches: "list[LayerCache] | None" = None,
+        caches: list[LayerCache] | None = None,
         position: int = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:

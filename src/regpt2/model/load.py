@@ -1,4 +1,4 @@
-"""A model by name. In: a run folder, a checkpoint, a file or folder of a known format, or `hf:gpt2`; out: a GPT.
+"""A model by name. In: a run folder, a checkpoint, a file or folder of a known format, or `hf:gpt2`; out: a model.
 
 Also the contract of the shelf model/weights/. An entry that reads has
 
@@ -11,6 +11,7 @@ and one that writes has
                                into an existing folder, or the file `place`; each file atomically
     FILES                      names that `write` can leave in a folder; none: the format is one file
     DTYPES                     types of weights that it can write, the default first
+    ANY_ARCHITECTURE           True if it holds every model of ours; left out: GPT-2 alone
 
 and, where others read the format, may have
 
@@ -35,10 +36,12 @@ from regpt2.base import plugins
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
 from regpt2.base.files import read_small, sha256_file
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.architecture import build_model
+from regpt2.model.language_model import GPTConfig, LanguageModel
 
 SHELF = "model.weights"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+VOCABULARY = {"wte.weight", "lm_head.weight"}  # matrices with a row for each token, and rows of padding
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_./-]{1,256}")
 MAX_HEADER_BYTES = 1 << 20  # GPT-2 XL's is 54 kB, its optimizer's 176 kB
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +75,7 @@ class Vocabulary(TokenizerRef):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a weight format reads: a model in GPT's own parameter names and (out, in) orientation, `wte` unpadded."""
+    """What a weight format reads: a model in our own parameter names and (out, in) orientation, without padding."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
@@ -83,7 +86,7 @@ class ModelFiles:
 class LoadedModel:
     """A model ready to use, in eval mode."""
 
-    model: GPT
+    model: LanguageModel
     tokenizer: TokenizerRef | None
     """None where the files do not say."""
     source: str
@@ -146,7 +149,7 @@ def _load_folder(
     try:
         _check_sizes(files)
         with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
-            model = GPT(files.config)
+            model = build_model(files.config)
         check_tensors(model, files.tensors)
         model = model.to(dtype).to_empty(device=device)
         load_into(model, files.tensors)
@@ -200,33 +203,34 @@ def verify_files(folder: Path, names: tuple[str, ...]) -> None:
 def _check_sizes(files: ModelFiles) -> None:
     """Refuse sizes that no model with these tensors has, before time and memory go into one of such sizes."""
     most = max((tensor.numel() for tensor in files.tensors.values()), default=0)
-    limits = {"n_layer": len(files.tensors), "n_embd": most, "block_size": most, "vocab_size": most}
+    limits = {"n_layer": len(files.tensors), "n_embd": most, "block_size": max(most, 1 << 20), "vocab_size": most}
     for name, limit in (limits | {"vocab_multiple": 65536}).items():
         if (got := getattr(files.config, name)) > limit:
             raise CheckpointError(f"{name} = {got} cannot be: by its {len(files.tensors)} tensors at most {limit:,}.")
 
 
 @torch.no_grad()
-def load_into(model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Copy weights into `model`, strictly; they are cast to its type, and the padding rows of `wte` set to zero.
+def load_into(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Copy weights into `model`, strictly; they are cast to its type, and the rows of padding set to zero.
 
     Args:
-        tensors: as `ModelFiles.tensors`: every parameter by GPT's name, `wte.weight` of (vocab_size, n_embd).
+        tensors: as `ModelFiles.tensors`: every parameter by its name, `wte.weight` of (vocab_size, n_embd).
 
     Raises:
-        CheckpointError: a tensor is missing, is none of GPT's, or has another shape; nothing was copied.
+        CheckpointError: a tensor is missing, is none of the model's, or has another shape; nothing was copied.
     """
     check_tensors(model, tensors)
     for name, place in _unpadded(model):
         place.copy_(tensors[name])
-    model.wte.weight[model.config.vocab_size :] = 0.0
+    for name in VOCABULARY & dict(model.named_parameters()).keys():
+        model.get_parameter(name)[model.config.vocab_size :] = 0.0
 
 
-def check_tensors(model: GPT, tensors: dict[str, Tensor]) -> None:
+def check_tensors(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """Compare names and shapes with the model's; it may be on the device "meta".
 
     Raises:
-        CheckpointError: a tensor is missing, is none of GPT's, or has another shape.
+        CheckpointError: a tensor is missing, is none of the model's, or has another shape.
     """
     expected = dict(_unpadded(model))
     for name in sorted(expected.keys() - tensors.keys()):
@@ -238,17 +242,17 @@ def check_tensors(model: GPT, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name} has shape {list(tensors[name].shape)}, expected {list(place.shape)}.")
 
 
-def tensors_of(model: GPT, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Every parameter by name, `wte` without its padding rows: contiguous fp32, a view of the model where it can be.
+def tensors_of(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Every parameter by name, without padding rows: contiguous fp32, a view of the model where it can be.
 
     `parameters`: a copy of the model's own by name, where those are not at hand whole.
     """
     return {name: p.detach().to(torch.float32).contiguous() for name, p in _unpadded(model, parameters)}
 
 
-def _unpadded(model: GPT, parameters: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+def _unpadded(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     for name, p in (parameters or dict(model.named_parameters())).items():
-        yield name, p[: model.config.vocab_size] if name == "wte.weight" else p
+        yield name, p[: model.config.vocab_size] if name in VOCABULARY else p
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,14 +18,30 @@ _BLOCK_BYTES = 1 << 22  # of fp32 logits on a CPU: they stay in its cache from t
 _CPU_PARTS = 8  # of the weight's gradient: before it is added a part is there once in 16 bits and once in 32
 
 
-def reference_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """Logits (..., V) bent to stay below `softcap`, small ones hardly changed; 0 = as they are. Of their own type."""
+    if not softcap:
+        return logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return (softcap * torch.tanh(logits.to(wide) / softcap)).to(logits.dtype)
+
+
+def reference_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, softcap: float = 0.0
+) -> Tensor:
     """The same loss in one line, with the whole logits: what `linear_cross_entropy` is tested against."""
     logits = F.linear(hidden, weight.to(hidden.dtype))[:, :vocab_size]
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+    return F.cross_entropy(softcapped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap), targets)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk_tokens: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    *,
+    softcap: float = 0.0,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` against `targets`, in nats per token; a scalar of at least fp32.
 
@@ -34,6 +50,7 @@ def linear_cross_entropy(
         weight: (V, C), rounded to the compute type here, so that its gradient, which is a sum over all tokens, is not.
             Rows from `vocab_size` on are padding: they get probability zero.
         targets: (N,) int64, below `vocab_size`.
+        softcap: the logits go through `softcapped` first.
         chunk_tokens: rows at a time; by default as many as keep the chunk's logits below 256 MiB (CPU), 1 GiB (GPU).
     """
     if chunk_tokens is None:
@@ -41,7 +58,7 @@ def linear_cross_entropy(
         chunk_tokens = -(-hidden.shape[0] // -(-hidden.shape[0] // most))  # chunks of equal size
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, vocab_size, chunk_tokens, with_gradient
+        hidden, weight, targets, vocab_size, softcap, chunk_tokens, with_gradient
     )
     return loss
 
@@ -49,7 +66,14 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int, gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        softcap: float,
+        chunk_tokens: int,
+        gradient: bool,
     ) -> Tensor:
         N, V = hidden.shape[0], weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)  # sums are kept in fp32, or fp64 for fp64 inputs
@@ -63,12 +87,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, N, chunk_tokens):
             rows = hidden[start : start + chunk_tokens]  # (n, C)
             logits = torch.mm(rows, weight.T, out=logits_buffer[: len(rows)])  # (n, V)
-            loss_sum += _softmax_loss_(logits, targets[start : start + chunk_tokens], vocab_size, wide)
+            loss_sum += _softmax_loss_(logits, targets[start : start + chunk_tokens], vocab_size, softcap, wide)
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[start : start + chunk_tokens])
                 if d_weight is None:
                     d_weight = torch.zeros_like(weight, dtype=wide)
-                for sums, of_part in zip(d_weight.split(part_rows), logits.split(part_rows, dim=1), strict=True):
+                parts = torch.split(logits, part_rows, dim=1)
+                for sums, of_part in zip(torch.split(d_weight, part_rows), parts, strict=True):
                     sums += of_part.T @ rows  # (v, C)
         ctx.gradients = d_hidden, d_weight
         return loss_sum / N
@@ -83,11 +108,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The division by N waits until here, so that fp16 does not lose the small entries.
         scale = d_loss / ctx.n_tokens  # fp32 or fp64; in 16 bits it would be off by up to 0.4 %
         d_hidden = d_hidden.to(scale.dtype).mul_(scale).to(d_hidden.dtype)
-        return d_hidden, d_weight.mul_(scale).to(ctx.dtype), None, None, None, None
+        return d_hidden, d_weight.mul_(scale).to(ctx.dtype), None, None, None, None, None
 
 
-def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wide: torch.dtype) -> Tensor:
-    """Sum of the losses of a chunk (n, V); `logits` is overwritten by its gradient, softmax - onehot(target)."""
+def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float, wide: torch.dtype) -> Tensor:
+    """Sum of the losses of a chunk (n, V); `logits` is overwritten by its gradient, softmax - onehot(target).
+
+    With a softcap that is the gradient of the capped logits, which tanh's own takes back to the logits before.
+    """
     n, V = logits.shape
     on_cpu = logits.device.type == "cpu"
     block = max(1, _BLOCK_BYTES // (V * wide.itemsize)) if on_cpu else n
@@ -95,9 +123,12 @@ def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wide: torch
     for start in range(0, n, block):
         rows = logits[start : start + block]
         target = targets[start : start + block].unsqueeze(1)
+        bent = torch.tanh(rows.to(wide) / softcap) if softcap else None
+        scores = rows if bent is None else softcap * bent
         if vocab_size < V:
-            rows[:, vocab_size:] = float("-inf")
-        log_p = torch.log_softmax(rows, dim=1, dtype=wide)
+            scores[:, vocab_size:] = float("-inf")
+        log_p = torch.log_softmax(scores, dim=1, dtype=wide)
         loss_sum -= log_p.gather(1, target).sum()
-        rows.copy_(log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)))
+        gradient = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+        rows.copy_(gradient if bent is None else torch.ops.aten.tanh_backward(gradient, bent))
     return loss_sum

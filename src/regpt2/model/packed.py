@@ -1,8 +1,8 @@
-"""A GPT for inference on a CPU. In: a model; out: its twin with the matrices in oneDNN's own layout, in bf16 or int8.
+"""A GPT-2 for inference on a CPU. In: a model; out: its twin with its matrices laid out for few rows, or in int8.
 
-For a few rows a matmul takes as long as reading its weights. torch's bf16 one reads them at half the memory's rate, a
-packed one at nearly all of it; int8 weights are half as many bytes. Packing copies the matrices once, which pays from
-some fifty tokens on. In fp32 it gains nothing.
+For a few rows a matmul takes as long as reading its weights. torch reads them at half the memory's rate; in oneDNN's
+own layout (bf16), or transposed (fp32), it comes near the whole of it; int8 weights are fewer bytes. The matrices are
+copied once, which pays from some fifty tokens on.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from regpt2.base.errors import UsageError
 from regpt2.model.attention import causal_attention
-from regpt2.model.gpt import GPT, Block, LayerCache
+from regpt2.model.gpt import GPT, Block
+from regpt2.model.language_model import LanguageModel, LayerCache
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache
 
@@ -30,6 +31,17 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
+
+
+class TransposedLinear:
+    """nn.Linear in fp32: (rows, in) -> (rows, out)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight.detach().T.contiguous()  # (in, out)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
 class Int8Linear:
@@ -56,13 +68,16 @@ class Int8Linear:
         return torch.addcmul(self.bias, y, largest)
 
 
+Layout = type[PackedLinear] | type[TransposedLinear] | type[Int8Linear]
+
+_FEW_ROWS = 8  # up to which a transposed fp32 matrix was 1.3 to 1.5 times as fast; at 32 and more it is not
 _TINY = 1e-30  # instead of a largest value of zero
 
 
 class PackedBlock(nn.Module):
     """As Block, without dropout, in as few operations as can be: at one token each costs as much as its call."""
 
-    def __init__(self, block: Block, linear: type[PackedLinear] | type[Int8Linear]) -> None:
+    def __init__(self, block: Block, linear: Layout) -> None:
         super().__init__()
         self.ln_1, self.ln_2, self.n_head = block.ln_1, block.ln_2, block.attn.n_head
         matrices = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
@@ -88,7 +103,7 @@ def _norm(x: Tensor, ln: nn.LayerNorm) -> Tensor:  # (..., C) -> (..., C)
 class PackedGPT(GPT):
     """Shares embeddings and norms with `model`; has matrices of its own, as they were when it was made."""
 
-    def __init__(self, model: GPT, linear: type[PackedLinear] | type[Int8Linear] = PackedLinear) -> None:
+    def __init__(self, model: GPT, linear: Layout = PackedLinear) -> None:
         nn.Module.__init__(self)
         self.config = model.config
         self.wte, self.wpe, self.ln_f = model.wte, model.wpe, model.ln_f
@@ -101,24 +116,29 @@ class PackedGPT(GPT):
         return self.lm_head(x)[..., : self.config.vocab_size]
 
 
-def packed_if_faster(model: GPT, n_tokens: int) -> GPT:
-    """A packed twin where it will be faster for generating `n_tokens`, else the model itself."""
-    weight = model.ln_f.weight  # of the type of the blocks' matrices, which the embeddings need not be
-    is_bf16_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if isinstance(model, PackedGPT) or not is_bf16_on_cpu or n_tokens < 50:
+def packed_if_faster(model: LanguageModel, n_tokens: int, *, rows: int) -> LanguageModel:
+    """A packed twin where it will be faster for `n_tokens` passes over so many rows each, else the model itself."""
+    weight = next(model.h.parameters())  # the embeddings need not be of the same type
+    if not isinstance(model, GPT) or isinstance(model, PackedGPT) or weight.device.type != "cpu" or n_tokens < 50:
         return model
     try:
-        return PackedGPT(model)
-    except (RuntimeError, AttributeError):  # a torch or a processor without it
-        return model
+        if weight.dtype == torch.bfloat16:
+            return PackedGPT(model)
+        if weight.dtype == torch.float32 and rows <= _FEW_ROWS:
+            return PackedGPT(model, TransposedLinear)
+    except (RuntimeError, AttributeError):  # a torch or a processor without it, or too little memory for a copy
+        pass
+    return model
 
 
-def in_int8(model: GPT) -> PackedGPT:
+def in_int8(model: LanguageModel) -> PackedGPT:
     """A twin of an fp32 model with int8 matrices, for generating on a CPU.
 
     Raises:
-        UsageError: not on a CPU, or on one without instructions for int8.
+        UsageError: no GPT-2, not on a CPU, or on one without instructions for int8.
     """
+    if not isinstance(model, GPT):
+        raise UsageError(f"int8 is for GPT-2, this model's architecture is {model.config.architecture!r}; use bf16.")
     if model.wte.weight.device.type != "cpu":
         raise UsageError(f"int8 is for CPUs, the model is on {model.wte.weight.device}; use bf16, or --device cpu.")
     if not torch.cpu._is_vnni_supported():

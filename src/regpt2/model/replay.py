@@ -1,4 +1,4 @@
-"""One token at a time on a GPU. In: a model and its cache; out: a step of fixed shapes, recorded and replayed.
+"""One token at a time on a GPU. In: a GPT-2 and its cache; out: a step of fixed shapes, recorded and replayed.
 
 A small model's step is some two hundred kernels of a few microseconds, and starting one from Python takes longer than
 that. A CUDA graph starts all at once. Recording takes a few steps' time, where torch.compile takes a minute.
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from regpt2.base.console import warn
 from regpt2.model.gpt import GPT, Block
+from regpt2.model.language_model import LanguageModel
 
 # B sequences, C = n_embd, H = n_head, D = C / H, S places in the cache
 
@@ -80,9 +81,9 @@ class RecordedStep(StaticStep):
         return self.logits
 
 
-def recorded_if_faster(model: GPT, k: Tensor, v: Tensor, position: int, n_tokens: int) -> StaticStep | None:
-    """A recorded step where it is faster for `n_tokens` from `position` on: on a GPU."""
-    if k.device.type != "cuda" or n_tokens < _WORTH_RECORDING:
+def recorded_if_faster(model: LanguageModel, k: Tensor, v: Tensor, position: int, n_tokens: int) -> StaticStep | None:
+    """A recorded step where it is faster for `n_tokens` from `position` on: of a GPT-2, on a GPU."""
+    if not isinstance(model, GPT) or k.device.type != "cuda" or n_tokens < _WORTH_RECORDING:
         return None
     try:
         return RecordedStep(model, k, v, position)

@@ -13,7 +13,7 @@ from regpt2.base.errors import Problem, UsageError
 from regpt2.base.world import World
 from regpt2.data.mixture import Share
 from regpt2.data.tokenizer import Tokenizer
-from regpt2.model.gpt import GPT
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.packed import packed_if_faster
 
 Figures = dict[str, float | None]
@@ -48,29 +48,29 @@ class EvalContext:
     """While training: one protocol, the one that is drawn over the run, instead of all."""
 
     @property
-    def gpt(self) -> GPT:
-        """The plain GPT within `model`: for its hidden states, its head, its cache."""
-        return next(module for module in self.model.modules() if isinstance(module, GPT))
+    def gpt(self) -> LanguageModel:
+        """The plain model within `model`: for its hidden states, its head, its cache."""
+        return next(module for module in self.model.modules() if isinstance(module, LanguageModel))
 
     @property
     def dtype(self) -> torch.dtype:
         """The type it computes in."""
         return getattr(self.model, "dtype", None) or next(self.model.parameters()).dtype
 
-    def scoring_gpt(self) -> GPT:
-        """The GPT for many passes: its matrices are rounded to the compute type and packed once, not in every pass.
+    def scoring_gpt(self) -> LanguageModel:
+        """The model for many passes: its matrices are rounded to the compute type and packed once, not in every pass.
 
         A copy, where they are of another type or packing pays; embeddings, which are summed as they are, stay shared.
         """
         gpt, dtype = self.gpt, self.dtype
-        if gpt.ln_f.weight.dtype != dtype:
-            embeddings = (gpt.wte.weight, gpt.wpe.weight)
+        if next(gpt.h.parameters()).dtype != dtype:
+            embeddings = {id(module.weight) for module in gpt.modules() if isinstance(module, nn.Embedding)}
             memo = {
-                id(p): p if any(p is e for e in embeddings) else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+                id(p): p if id(p) in embeddings else nn.Parameter(p.detach().to(dtype), requires_grad=False)
                 for p in gpt.parameters()
             }
             gpt = copy.deepcopy(gpt, memo)
-        return packed_if_faster(gpt, n_tokens=1000)  # or any larger number
+        return packed_if_faster(gpt, n_tokens=1000, rows=1000)  # or any larger numbers
 
     def need_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.

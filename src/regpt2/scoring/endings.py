@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError
-from regpt2.model.gpt import GPT
+from regpt2.model.language_model import LanguageModel
 from regpt2.scoring.context import EvalContext, scoring, sum_over_ranks
 
 # N questions, E endings of one; Q contexts of c tokens, R endings of T tokens in a pass; n scored tokens, C = n_embd
@@ -127,6 +127,7 @@ class _SharedContext:
 
     def __init__(self) -> None:
         self.kept: tuple[Tensor, Tensor] | None = None  # two of (Q, H, c, D)
+        self.kept_ids: Tensor | None = None  # (Q, c)
         self.which = torch.empty(0, dtype=torch.int64)  # (R,): the context of each ending in this pass
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (R, H, T, D) -> (R, H, c + T, D)
@@ -136,8 +137,14 @@ class _SharedContext:
         before_k, before_v = (kept[self.which] for kept in self.kept)  # two of (R, H, c, D)
         return torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2)
 
+    def append_ids(self, ids: Tensor) -> Tensor:  # (R, T) -> (R, c + T)
+        if self.kept_ids is None:
+            self.kept_ids = ids
+            return ids
+        return torch.cat([self.kept_ids[self.which], ids], dim=1)
 
-def _score_batch(context: EvalContext, gpt: GPT, batch: _Batch) -> Iterator[tuple[_Ending, Tensor]]:
+
+def _score_batch(context: EvalContext, gpt: LanguageModel, batch: _Batch) -> Iterator[tuple[_Ending, Tensor]]:
     """Each ending with its nats, tokens and likeliest tokens (3,), in two parts: its first token, then the others."""
     device, position = context.world.device, len(batch.contexts[0])
     shared = [_SharedContext() for _ in gpt.h]
@@ -174,7 +181,7 @@ def _passes(endings: list[_Ending]) -> Iterator[list[_Ending]]:
         rest = rest[n:]
 
 
-def _score_tokens(gpt: GPT, x: Tensor, targets: Sequence[int]) -> Tensor:
+def _score_tokens(gpt: LanguageModel, x: Tensor, targets: Sequence[int]) -> Tensor:
     """(3, n) float64, on the CPU: nats, 1, and whether it is the likeliest, for each target after x (n, C)."""
     target, vocab_size = torch.tensor(targets, device=x.device), gpt.config.vocab_size
     n_chunk = max(1, _LOGITS_BYTES // (4 * vocab_size))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regpt2.base.errors import Problem
-from regpt2.model.gpt import GPT
+from regpt2.model.language_model import LanguageModel
 from regpt2.scoring.context import EvalContext, scoring, sum_over_ranks
 
 # B windows, T = seq_len tokens, n scored positions, C = n_embd, V = vocab_size
@@ -90,7 +90,7 @@ def _sizes(context: EvalContext, text: Text) -> tuple[int, int]:
     return (sum(map(len, text.documents)), text.n_units) if context.world.is_main else (0, 0)
 
 
-def _score_mine(context: EvalContext, gpt: GPT, text: Text) -> tuple[float, int]:
+def _score_mine(context: EvalContext, gpt: LanguageModel, text: Text) -> tuple[float, int]:
     """Summed nats and number of the tokens in this rank's windows."""
     world, eot = context.world, context.need_tokenizer().eot
     windows = [window for ids in text.documents for window in _windows(ids, eot, context.seq_len)]
@@ -112,7 +112,7 @@ def _windows(ids: Ids, eot: int, seq_len: int) -> Iterator[tuple[Ids, int]]:
         yield stream[max(0, end - seq_len) : end + 1], end - start
 
 
-def _batch_nats(context: EvalContext, gpt: GPT, batch: Sequence[tuple[Ids, int]]) -> float:
+def _batch_nats(context: EvalContext, gpt: LanguageModel, batch: Sequence[tuple[Ids, int]]) -> float:
     """Summed nats of the scored tokens of a batch; logits exist only for those, and only some at a time."""
     longest = max(len(window) for window, _ in batch)
     rows = np.zeros((len(batch), longest), dtype=np.int64)  # shorter windows end in padding, which is never looked at

@@ -75,9 +75,14 @@ def tolerances(precision: Precision) -> dict[str, float]:
 
 
 def trials(model: GPTConfig, seq_len: int) -> tuple[Trial, Trial]:
-    """Two small models that need a large one's kernels: one with its heads and sequences, one with its vocabulary."""
-    long = dataclasses.replace(
-        model, n_layer=2, n_head=2, n_embd=2 * (model.n_embd // model.n_head), vocab_size=500, dropout=0.0
+    """Two small GPT-2s that need a large model's kernels: one with its heads and sequences, one with its vocabulary."""
+    long = GPTConfig(
+        n_layer=2,
+        n_head=2,
+        n_embd=2 * (model.n_embd // model.n_head),
+        block_size=model.block_size,
+        vocab_size=500,
+        vocab_multiple=model.vocab_multiple,
     )
     wide = dataclasses.replace(long, vocab_size=model.vocab_size)
     return make_trial(long, 1, min(2048, seq_len)), make_trial(wide, 12, min(16, seq_len))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regpt2.model.gpt import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerCache
+from regpt2.model.architecture import build_model
+from regpt2.model.gpt import GPT, MLP, Block, CausalSelfAttention
+from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 from regpt2.model.load import load_into, tensors_of
 from regpt2.model.loss import reference_cross_entropy
 from regpt2.training.optimizer import OptimConfig, build_optimizer
@@ -92,12 +94,12 @@ class LectureGPT(GPT):
             return reference_cross_entropy(x, weight, targets.flatten(), self.config.vocab_size)
 
 
-def lecture_model(config: GPTConfig, parts: Collection[LecturePart], dtype: torch.dtype, seed: int) -> GPT:
+def lecture_model(config: GPTConfig, parts: Collection[LecturePart], dtype: torch.dtype, seed: int) -> LanguageModel:
     """A model that computes in `dtype`, with the same weights for any parts and any padding of the vocabulary."""
-    model = LectureGPT(config, parts, dtype, seed=seed) if parts else GPT(config, seed=seed)
+    model = LectureGPT(config, parts, dtype, seed=seed) if parts else build_model(config, seed=seed)
     usual = replace(config, vocab_multiple=GPTConfig.vocab_multiple)
     if usual != config:  # rows of padding use up random numbers
-        load_into(model, tensors_of(GPT(usual, seed=seed)))
+        load_into(model, tensors_of(build_model(usual, seed=seed)))
     return model
 
 

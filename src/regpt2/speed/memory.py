@@ -8,8 +8,11 @@ V = padded_vocab_size, b bytes of a number in the compute type.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from regpt2.base import plugins
 from regpt2.base.errors import ConfigError
-from regpt2.model.gpt import GPTConfig
+from regpt2.model.flops import n_weights
+from regpt2.model.language_model import GPTConfig
+from regpt2.model.modern import ModernConfig
 
 FP32 = 4
 MARGIN = 0.10  # a prediction may be so far off, either way
@@ -23,6 +26,7 @@ KEPT_WIDTHS = {"cpu": 16, "cuda": 18, "compiled": 12}
 GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
 KEPT_SUMS = 4  # mean and deviation of both norms
 MLP_BACKWARD_WIDTHS = 8  # of the layer that goes backward: the gradients of GELU's output and input
+SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
 BLOCK = 256  # queries at a time in the CPU's own attention (model/attention.py); up to so many its weights are kept
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits (model/loss.py)
 BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (there too)
@@ -47,12 +51,21 @@ class Setup:
     compiled: bool = True
     strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
     ranks: int = 1
+    optimizer: str = "adamw"
 
     @property
     def n_params(self) -> int:
         """Numbers in all weights, the padding of the vocabulary included."""
-        C, L = self.model.n_embd, self.model.n_layer
-        return (self.model.padded_vocab_size + self.model.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C
+        return n_weights(self.model)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer's state, over all shards."""
+        n_in_matrices = 12 * self.model.n_layer * self.model.n_embd**2
+        of_matrices: int
+        of_others: int
+        of_matrices, of_others = plugins.load("training.optim", self.optimizer).MEANS
+        return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_params - n_in_matrices))
 
     @property
     def width_bytes(self) -> int:
@@ -77,9 +90,10 @@ def step_memory(setup: Setup) -> dict[str, int]:
         {"gradients": held * weights, **pass_parts, "a layer backward": head_bytes + _layer_backward_bytes(setup)},
         # The last gradient of a backward pass is the embedding's, which is added to the head's into a new tensor.
         {"gradients": max(1, held) * weights, "embedding's gradient": (2 + (held > 0)) * head_bytes},
+        {"gradients": weights, "orthogonalization": _orthogonalization_bytes(setup)},
     ]
     fullest = max(moments, key=lambda parts: sum(parts.values()))
-    parts = {"weights": weights, "optimizer state": 2 * weights, **fullest}
+    parts = {"weights": weights, "optimizer state": setup.state_bytes // shards, **fullest}
     if setup.device == "cpu":
         parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
         parts["process"] = PROCESS_BYTES
@@ -91,6 +105,16 @@ def _gradients_held(setup: Setup) -> int:
     if setup.strategy == "ordered":  # the partial sums of training/ordered.py
         return max(i.bit_count() for i in range(setup.grad_accum_steps))
     return int(setup.grad_accum_steps > 1 or (setup.ranks > 1 and setup.strategy == "ddp"))  # ddp: buckets, always
+
+
+def _orthogonalization_bytes(setup: Setup) -> int:
+    """Muon's largest stack, the MLPs' matrices: as it comes, before and after a step, and two products of a quarter."""
+    if setup.optimizer != "muon":
+        return 0
+    stack = 8 * setup.model.n_layer * setup.model.n_embd**2 * (2 if setup.device == "cuda" else FP32)
+    if setup.ranks == 1 or setup.strategy == "ordered":
+        return 7 * stack // 2
+    return max(7 * stack // 2 // setup.ranks, 2 * stack)  # each rank its share; then everyone's, twice
 
 
 def _rounded_bytes(setup: Setup) -> int:
@@ -117,7 +141,22 @@ def _kept_bytes(setup: Setup) -> int:
     bytes_per_token = numbers * b + _attention_bytes(setup)
     if model.dropout:
         bytes_per_token += 2 * model.n_embd  # masks, a byte each
-    return model.n_layer * setup.n_tokens * bytes_per_token
+    return model.n_layer * setup.n_tokens * bytes_per_token + _modern_bytes(setup)
+
+
+def _modern_bytes(setup: Setup) -> int:
+    """What a modern model keeps besides, whose norms are several operations; a compiler computes them again."""
+    model = setup.model
+    if not isinstance(model, ModernConfig) or setup.compiled:
+        return 0
+    C, L, rounded = model.n_embd, model.n_layer, setup.width_bytes < FP32
+    norm = FP32 * C + rounded * (FP32 - setup.width_bytes) * C  # normalized in fp32, and in fp32 what comes in
+    heads = 2 * FP32 * C if model.qk_norm and rounded else 0  # queries and keys in fp32
+    if not rounded and (model.qk_norm or (model.rotary and setup.seq_len > BLOCK)):
+        heads = 3 * FP32 * C  # as they come, with the values
+    if model.qk_norm:
+        heads += 2 * FP32 * model.n_head  # the length of each
+    return setup.n_tokens * (model.rms_norm * (2 * L + 2) * norm + L * heads)
 
 
 def _attention_bytes(setup: Setup) -> int:
@@ -146,11 +185,15 @@ def _head_forward_bytes(setup: Setup) -> int:
     wide = rows * V * FP32
     blocks = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # on a CPU a few rows at a time
     log_p = blocks if on_cpu else wide
+    if isinstance(setup.model, ModernConfig) and setup.model.softcap and not setup.compiled:  # its tanh, and the capped
+        log_p += 2 * (min(wide, BLOCK_BYTES) if on_cpu else wide)
     return rounded + FP32 * V * C + rows * V * b + max(part, log_p) + 2 * N * C * b
 
 
 def _layer_backward_bytes(setup: Setup) -> int:
     widths = MLP_BACKWARD_WIDTHS + GELU_WIDTHS * _recomputes(setup)
+    if isinstance(setup.model, ModernConfig) and setup.model.relu_squared and not setup.compiled:
+        widths += SQUARE_WIDTHS
     return widths * setup.n_tokens * setup.model.n_embd * setup.width_bytes
 
 
@@ -164,20 +207,22 @@ def cannot_fit(need_bytes: int, free_bytes: int) -> bool:
     return need_bytes * (1 - MARGIN) > free_bytes
 
 
-def micro_batches(setup: Setup, batch_tokens: int) -> list[Setup]:
-    """The same training with every micro-batch that divides the update, the smallest first."""
-    sequences = batch_tokens // (setup.seq_len * setup.ranks)  # of one rank
+def micro_batches(setup: Setup, least_tokens: int) -> list[Setup]:
+    """The same training with every micro-batch that divides the smallest update, the smallest first."""
+    sequences = least_tokens // (setup.seq_len * setup.ranks)  # of one rank
+    in_the_largest = setup.micro_batch * setup.grad_accum_steps
     return [
-        replace(setup, micro_batch=n, grad_accum_steps=sequences // n)
+        replace(setup, micro_batch=n, grad_accum_steps=in_the_largest // n)
         for n in range(1, sequences + 1)
         if sequences % n == 0
     ]
 
 
-def require_memory(setup: Setup, batch_tokens: int, free_bytes: int | None) -> str:
+def require_memory(setup: Setup, least_tokens: int, free_bytes: int | None) -> str:
     """Refuse, before the first step, what would run out of memory; a warning where it may, "" where it will not.
 
     Args:
+        least_tokens: of the smallest update, which a micro-batch has to divide.
         free_bytes: what this process may still take; None: not known, and nothing is refused.
 
     Raises:
@@ -186,7 +231,7 @@ def require_memory(setup: Setup, batch_tokens: int, free_bytes: int | None) -> s
     need_bytes = still_needed(setup)
     if free_bytes is None or fits(need_bytes, free_bytes, setup.device):
         return ""
-    smaller = [s for s in micro_batches(setup, batch_tokens) if fits(still_needed(s), free_bytes, setup.device)]
+    smaller = [s for s in micro_batches(setup, least_tokens) if fits(still_needed(s), free_bytes, setup.device)]
     if smaller:
         mend = f"--batch.micro-batch {smaller[-1].micro_batch} fits, and the update stays the same"
     else:

@@ -33,11 +33,12 @@ from regpt2.base.device import (
 )
 from regpt2.base.errors import Problem
 from regpt2.base.world import World
+from regpt2.model.architecture import config_class
 from regpt2.model.flops import flops_per_token
-from regpt2.model.gpt import GPTConfig
+from regpt2.model.language_model import GPTConfig
 from regpt2.speed.kernels import attention_kernel
 from regpt2.speed.lecture import LecturePart, lecture_model, unfused_adamw
-from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.optimizer import MuonConfig, OptimConfig, build_optimizer
 from regpt2.training.parallel import make_trainable
 from regpt2.training.step import LossScale, train_step
 
@@ -148,8 +149,10 @@ def measure(work: StepWork, *, timeout_s: float = 3600.0, on_step: Callable[[int
 
 def read_work(table: dict[str, Any]) -> StepWork:
     """A `StepWork` from what `dataclasses.asdict` made of it, JSON between them."""
-    optim = {**table["optim"], "betas": tuple(table["optim"]["betas"])}
-    parts = {"model": GPTConfig(**table["model"]), "optim": OptimConfig(**optim)}
+    muon = {**table["optim"]["muon"], "ns_coefficients": tuple(table["optim"]["muon"]["ns_coefficients"])}
+    optim = {**table["optim"], "betas": tuple(table["optim"]["betas"]), "muon": MuonConfig(**muon)}
+    model = config_class(table["model"]["architecture"])(**table["model"])
+    parts = {"model": model, "optim": OptimConfig(**optim)}
     return StepWork(**{**table, **parts, "as_lecture": tuple(table["as_lecture"])})
 
 
@@ -164,7 +167,10 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
     model = lecture_model(work.model, parts, compute.dtype, work.seed).to(device)
     dtype = torch.float32 if "autocast" in parts else compute.dtype
     trainable = make_trainable(model, dtype, world, compiled=compiled)
-    optimizer = (unfused_adamw if "unfused_adamw" in parts else build_optimizer)(model, work.optim)
+    if "unfused_adamw" in parts:
+        optimizer = unfused_adamw(model, work.optim)
+    else:
+        optimizer = build_optimizer(model, work.optim, compiled=compiled)
     scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
     batches = _random_batches(work, device)
     losses: list[float] = []

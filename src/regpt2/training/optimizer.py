@@ -1,14 +1,53 @@
 """The optimizer of a run. In: a model and a config; out: a torch optimizer from the shelf, and its state by name."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regpt2.base import plugins
 from regpt2.base.errors import CheckpointError, ConfigError
+from regpt2.base.world import World
 from regpt2.training.parallel import shard_like
+
+NamedParameters = list[tuple[str, Tensor]]
+
+_FUSED_ON = ("cpu", "cuda")  # not "mps": its kernel does not look at found_inf, so a bad update would be made
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon for the matrices of the blocks; what is in no block is AdamW's, by the other fields of `optim`.
+
+    The values are those of the tuned baseline of KellerJordan/modded-nanogpt (records/track_3_optimization,
+    2026-06-10), but for the iteration: Keller Jordan's first one, which needs 5 steps instead of 12.
+    """
+
+    lr: float = 0.025
+    """Peak learning rate: an update moves a matrix by about so much in every one of its singular directions."""
+    weight_decay: float = 0.05
+    """Pulls those matrices towards zero."""
+    momentum: float = 0.95
+    """Decay of the running mean of gradients, per update."""
+    nesterov: bool = True
+    """Look ahead: mix the newest gradient once more into the mean."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    """a, b, c: an iteration makes a s + b s^3 + c s^5 of a singular value s. Baseline: 2, -1.5, 0.5 and 12 steps."""
+
+    def __post_init__(self) -> None:
+        _check_positive("optim.muon.lr", self.lr)
+        _check_not_negative("optim.muon.weight_decay", self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optim.muon.momentum = {self.momentum} must be at least 0 and below 1.")
+        if self.ns_steps < 1:
+            raise ConfigError(f"optim.muon.ns_steps = {self.ns_steps} must be at least 1.")
+        if not all(map(math.isfinite, self.ns_coefficients)):
+            raise ConfigError(f"optim.muon.ns_coefficients = {self.ns_coefficients} must be finite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +58,10 @@ class OptimConfig:
     """An entry of the shelf training/optim/."""
     lr: float = 6e-4
     """Peak learning rate."""
+    embedding_lr: float = 0.0
+    """That of wte and wpe; 0 = lr."""
+    head_lr: float = 0.0
+    """That of an untied head; 0 = lr."""
     weight_decay: float = 0.1
     """Pulls matrices, not vectors, towards zero."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -27,27 +70,92 @@ class OptimConfig:
     """Added to the root of the second moment."""
     grad_clip: float = 1.0
     """The largest norm of the whole gradient; 0 = no clipping."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"optim.lr = {self.lr} must be above 0 and finite.")
+        _check_positive("optim.lr", self.lr)
         if not self.eps > 0:
             raise ConfigError(f"optim.eps = {self.eps} must be above 0: weights that never had a gradient are 0 / eps.")
-        for name in ("weight_decay", "grad_clip"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be at least 0 and finite.")
+        for name in ("embedding_lr", "head_lr", "weight_decay", "grad_clip"):
+            _check_not_negative(f"optim.{name}", getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must each be at least 0 and below 1.")
         if self.name not in plugins.entries("training.optim"):
             plugins.load("training.optim", self.name)  # raises, with the names that there are
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer named in `config`, over all parameters of `model`."""
-    optimizer: torch.optim.Optimizer = plugins.load("training.optim", config.name).build(
-        list(model.named_parameters()), config
-    )
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} = {value} must be above 0 and finite.")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{name} = {value} must be at least 0 and finite.")
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    world: World | None = None,
+    *,
+    ordered: bool = False,
+    compiled: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer named in `config`, over all parameters of `model`.
+
+    Args:
+        world: ranks that have the same weights and gradients, and may share the work of an update.
+        ordered: no bit may depend on their number: each makes the whole update.
+        compiled: what is many small kernels may be compiled.
+
+    Raises:
+        ConfigError: this optimizer cannot work on shards of weights.
+    """
+    if world is None or ordered:
+        world = World(rank=0, local_rank=0, size=1, device=next(model.parameters()).device)
+    entry = plugins.load("training.optim", config.name)
+    optimizer: torch.optim.Optimizer = entry.build(list(model.named_parameters()), config, world, compiled)
     return optimizer
+
+
+def parameter_groups(named_parameters: NamedParameters, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters of equal learning rate and decay together; vectors do not decay.
+
+    `lr_ratio` is a group's learning rate relative to `config.lr`: the schedule moves all of them alike.
+    """
+    own = {"wte.weight": config.embedding_lr, "wpe.weight": config.embedding_lr, "lm_head.weight": config.head_lr}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in named_parameters:
+        decay = config.weight_decay if p.dim() >= 2 else 0.0
+        groups.setdefault((own.get(name) or config.lr, decay), []).append(p)
+    return [
+        {"params": parameters, "lr": lr, "lr_ratio": lr / config.lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
+    ]
+
+
+def can_fuse(parameters: list[Tensor]) -> bool:
+    """Has their device one kernel for all of AdamW, which is told on the device whether to skip an update?"""
+    return all(p.device.type in _FUSED_ON and p.dtype.is_floating_point for p in parameters)
+
+
+def assign(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
+    """`old` takes the value of `new`, and keeps every bit where `skipped` is true: nobody waits for that number."""
+    old.copy_(new if skipped is None else torch.where(skipped, old, new))
+
+
+def unused_options(config: OptimConfig, model: nn.Module) -> list[str]:
+    """A sentence for each option that was set and changes nothing, with this optimizer and this model."""
+    ignored: tuple[str, ...] = plugins.load("training.optim", config.name).IGNORES
+    said = [
+        f"optim.{name} has no effect with optim.name = {config.name!r}."
+        for name in ignored
+        if getattr(config, name) != getattr(OptimConfig(), name)
+    ]
+    if config.head_lr and not any(name == "lm_head.weight" for name, _ in model.named_parameters()):
+        said.append("optim.head_lr has no effect: this model's head is its embedding (optim.embedding_lr).")
+    return said
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """One model, many ranks. In: the plain module; out: `trainable`, the same weights in the compute type, over ranks.
 
-`model` stays the plain GPT with fp32 weights: it is what is saved, evaluated and sampled. `trainable` is what
+`model` stays the plain module with fp32 weights: it is what is saved, evaluated and sampled. `trainable` is what
 `train_step` sees. Their parameters are the same tensors. Three strategies share the work of an update:
 
     ddp      every rank has all weights; gradients are averaged while the backward pass goes on
@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
-from regpt2.model.gpt import GPT
+from regpt2.model.architecture import build_model
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import load_into
 
 
@@ -57,7 +58,7 @@ class ParallelConfig:
         if self.strategy == "ordered" and world_size > 1 and grad_accum_steps & (grad_accum_steps - 1):
             raise ConfigError(
                 f"strategy 'ordered' on {world_size} ranks needs 1, 2, 4, 8, ... micro-steps per rank, not "
-                f"{grad_accum_steps}; change batch.micro_batch, batch.batch_tokens or the number of ranks."
+                f"{grad_accum_steps}; change batch.micro_batch, batch_tokens, ramp_from or the number of ranks."
             )
 
 
@@ -84,7 +85,7 @@ def in_compute_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def make_trainable(
-    model: GPT, dtype: torch.dtype, world: World, config: ParallelConfig | None = None, *, compiled: bool
+    model: LanguageModel, dtype: torch.dtype, world: World, config: ParallelConfig | None = None, *, compiled: bool
 ) -> nn.Module:
     """The model in the compute type, compiled if asked, its gradients shared over the ranks if there are several.
 
@@ -168,7 +169,7 @@ def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
+def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """`load_into`, also where the weights lie in shards.
 
     Raises:
@@ -177,14 +178,14 @@ def load_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
     if not is_sharded(model):
         load_into(model, tensors)
         return
-    plain = GPT(model.config)
+    plain = build_model(model.config)
     load_into(plain, tensors)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         p.copy_(shard_like(q.detach().to(p.device), p))
 
 
 @torch.no_grad()
-def whole_model(model: GPT, world: World) -> GPT:
+def whole_model(model: LanguageModel, world: World) -> LanguageModel:
     """The model itself, or a plain copy on every rank where its weights lie in shards.
 
     On a copy any rank may compute what it likes, and fail, with none of the others waiting for it. All ranks call this.
@@ -193,7 +194,7 @@ def whole_model(model: GPT, world: World) -> GPT:
         return model
     with world.together():  # room for it is found on all ranks, or on none
         with torch.device("meta"):
-            plain = GPT(model.config)
+            plain = build_model(model.config)
         plain.to_empty(device=world.device)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         q.copy_(whole(p))

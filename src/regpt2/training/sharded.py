@@ -7,10 +7,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regpt2.base.world import World
-from regpt2.model.gpt import GPT
+from regpt2.model.language_model import LanguageModel
 
 
-def shard(model: GPT, dtype: torch.dtype, reduce_dtype: torch.dtype, world: World) -> None:
+def shard(model: LanguageModel, dtype: torch.dtype, reduce_dtype: torch.dtype, world: World) -> None:
     """Replace the parameters of `model` by shards: gathered in `dtype` where they are used, summed in `reduce_dtype`.
 
     Block by block, so that one block's weights can be gathered while the one before computes.

@@ -60,6 +60,7 @@ def train_step(
 
     Args:
         batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
+        lr: of groups that say no `lr_ratio`; the others' is so many times that.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         scale: for fp16 alone.
@@ -82,7 +83,7 @@ def train_step(
     accepted = (finite & (loss <= loss_limit)).float()
 
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     _update_if(optimizer, accepted)
     optimizer.zero_grad(set_to_none=True)
     if scale is not None:
@@ -151,8 +152,11 @@ def _accumulate_in_order(
 
 
 def _update_if(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
-    """Make the update, or skip it whole. Fused kernels are told on the device (`found_inf`); others need the number."""
-    if optimizer.defaults.get("fused"):
+    """Make the update, or skip it whole. Who looks at `found_inf` is told on the device; others need the number.
+
+    torch marks those for its own GradScaler: fused kernels, and the optimizers of training/optim/ that do.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
         optimizer.step()
     elif bool(accepted):

@@ -1,7 +1,7 @@
 """The native format. In: a folder with `model.safetensors` and `config.json`; out: a model's files, and back.
 
-Tensors have GPT's own names and orientation, in fp32, `wte` without its padding rows. The configuration says the
-format, its version, the model's shape and its tokenizer. A training checkpoint begins with the same two files.
+Tensors have the model's own names and orientation, in fp32, without the vocabulary's rows of padding. The configuration
+says the format, its version, the model's shape and its tokenizer. A training checkpoint begins with the same two files.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regpt2.base.files import write_atomic
 from regpt2.model.description import FORMAT, NamedTokenizer, describe, parse
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.language_model import GPTConfig, LanguageModel
 from regpt2.model.load import (
     CONFIG,
     WEIGHTS,
@@ -26,10 +26,11 @@ from regpt2.model.load import (
 
 FILES = (CONFIG, WEIGHTS)
 DTYPES = ("fp32",)
+ANY_ARCHITECTURE = True
 
 
-def tensors(model: GPT, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The contents of `model.safetensors`: contiguous fp32 by GPT's names, `wte` unpadded; views where they can be."""
+def tensors(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The contents of `model.safetensors`: contiguous fp32 by name, without padding; views where they can be."""
     return tensors_of(model, parameters)
 
 
@@ -53,7 +54,7 @@ def read(path: Path) -> ModelFiles:
     return ModelFiles(config, read_tensors(path / WEIGHTS), tokenizer)
 
 
-def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
+def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write both files into `folder`, the configuration last."""
     write_atomic(folder / WEIGHTS, save(tensors(model)))
     write_atomic(folder / CONFIG, config_json(model.config, vocabulary))

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from regpt2.base.errors import UsageError
-from regpt2.model.gpt import GPT
+from regpt2.model.architecture import build_model
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import Vocabulary, load_into, tensors_of
 
 MODEL = "model.onnx"
 FILES = (MODEL, f"{MODEL}.data")
 DTYPES = ("fp32",)
+ANY_ARCHITECTURE = True
 CLIENT = "onnxruntime"
 MOST_BYTES = 2_000_000_000
 
 
-def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
+def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write `model.onnx`, for every batch and every length up to block_size.
 
     Raises:
@@ -34,7 +36,7 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = 
     """
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise UsageError(f"onnx needs the package {missing[0]}; install it with: pip install 'regpt2[onnx]'")
-    unpadded = GPT(replace(model.config, vocab_multiple=1)).eval()
+    unpadded = build_model(replace(model.config, vocab_multiple=1)).eval()
     load_into(unpadded, tensors_of(model))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.block_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages for other kinds of models

@@ -1,6 +1,6 @@
 """One safetensors file. In: the file; out: a model's files, and back.
 
-Tensors have GPT's own names and orientation, and the metadata holds what a native folder has in `config.json`.
+Tensors have the model's own names and orientation, and the metadata holds what a native folder has in `config.json`.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from regpt2.base.files import write_atomic
 from regpt2.model.description import FORMAT, describe, parse
-from regpt2.model.gpt import GPT
+from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import (
     TORCH_DTYPES,
     ModelFiles,
@@ -23,6 +23,7 @@ from regpt2.model.load import (
 
 FILES: tuple[str, ...] = ()
 DTYPES = ("fp32", "bf16", "fp16")
+ANY_ARCHITECTURE = True
 
 
 def matches(path: Path) -> bool:
@@ -41,7 +42,7 @@ def read(path: Path) -> ModelFiles:
     return ModelFiles(config, tensors, tokenizer)
 
 
-def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
+def write(model: LanguageModel, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write the file."""
     tensors = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in tensors_of(model).items()}
     write_atomic(path, save(tensors, metadata={"format": "pt", FORMAT: describe(model.config, vocabulary)}))

@@ -1,0 +1,108 @@
+"""What every language model here can do, and the shape that all have. In: token ids; out: logits, or the mean loss.
+
+A page of its own each: GPT-2 (gpt.py) and the modern one (modern.py). All else knows them by this alone.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from regpt2.base.errors import ConfigError
+
+# B sequences, T tokens, S = T + tokens in the cache, C = n_embd, H = n_head, D = C / H
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT-2. The defaults are the 124M model."""
+
+    architecture: str = "gpt2"
+    """gpt2, or modern, which has switches of its own."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block."""
+    n_embd: int = 768
+    """Width of the residual stream; a multiple of n_head."""
+    block_size: int = 1024
+    """The longest context that the model can take, in tokens."""
+    vocab_size: int = 50257
+    """Real tokens: 50,000 merges + 256 bytes + <|endoftext|>."""
+    vocab_multiple: int = 64
+    """The embedding matrix has rows up to the next multiple of this, for the matmul's sake: 50257 -> 50304."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals; 0 for pre-training on more data than parameters."""
+
+    def __post_init__(self) -> None:
+        if self.architecture != type(self).architecture:
+            raise ConfigError(
+                f"model.architecture = {self.architecture!r:.80} must be {type(self).architecture!r} here."
+            )
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} = {getattr(self, name)} must be at least 1.")
+        if self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ConfigError(
+                f"model.n_embd = {self.n_embd} must be a multiple of model.n_head = {self.n_head}; "
+                f"the nearest is {nearest}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout = {self.dropout} must be at least 0 and below 1.")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix. The rows past vocab_size are zero and stay zero."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class LayerCache(Protocol):
+    """Keys and values of the tokens before, for one block (see model/generate.py)."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new (B, H, T, D) and return all (B, H, S, D)."""
+        ...
+
+    def append_ids(self, ids: Tensor) -> Tensor:
+        """Keep new (B, T) and return all (B, S): for a model whose attention depends on them."""
+        ...
+
+
+class LanguageModel(nn.Module, ABC):
+    """Ids in, logits out. Its parameters are all that it holds: it is made on the device "meta" and then filled."""
+
+    config: GPTConfig
+    h: nn.ModuleList
+    """The blocks, which their own page alone calls."""
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fresh weights."""
+
+    @abstractmethod
+    def n_params(self) -> int:
+        """Parameters, the padding rows of the vocabulary left out."""
+
+    @abstractmethod
+    def hidden(
+        self,
+        ids: Tensor,
+        caches: list[LayerCache] | None = None,
+        position: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Ids (B, T) -> what the head reads (B, T, C).
+
+        `position` is the place of the first id in its sequence. `dtype` is the compute type, by default the weights'.
+        """
+
+    @abstractmethod
+    def head(self, x: Tensor) -> Tensor:
+        """(..., C) -> logits (..., vocab_size): the padding rows never leave this method."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, targets: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Logits (B, T, vocab_size); with targets (B, T) the mean loss in nats per token, the logits never whole."""
