@@ -13,6 +13,7 @@ ENDS = {  # as the sources print them
     "fineweb_gpt2_124m_llmc": (19_560, 3.2722),
     "fineweb_gpt2_350m_llmc": (60_000, 2.9282),
     "fineweb_adamw_trapezoid_rotary": (9_536, 3.275959),
+    "fineweb_gpt2_124m_stable_linear": (9_536, 3.30),
     "fineweb_modern_muon_baseline": (3_250, 3.2787),
     "fineweb_edu_gpt2_124m_lecture": (19_560, 3.06),
 }
@@ -81,6 +82,8 @@ def test_a_data_set_is_known_by_its_names(text: str, dataset: str | None) -> Non
         ("fineweb_edu", 124_439_808, "fineweb_edu_gpt2_124m_lecture"),
         ("fineweb_edu", 354_823_168, None),
         ("fineweb", 123_653_376, None),  # rotary: the same size, another model
+        ("fineweb", 162_149_376, "fineweb_modern_muon_baseline"),
+        ("fineweb", 404_967_424, None),  # modern_350m
         ("openwebtext", 124_439_808, None),
         (None, 124_439_808, None),
     ],
@@ -90,3 +93,20 @@ def test_auto_takes_the_curve_of_this_model_on_this_data_or_none(
 ) -> None:
     found = choose("auto", dataset, n_params)
     assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    ("dataset", "n_params", "schedule", "name"),
+    [
+        ("fineweb", 124_439_808, "cosine", "fineweb_gpt2_124m_llmc"),
+        ("fineweb", 124_439_808, "stable_linear", "fineweb_gpt2_124m_stable_linear"),
+        ("fineweb", 124_439_808, "constant", "fineweb_gpt2_124m_llmc"),
+        ("fineweb_edu", 124_439_808, "stable_linear", "fineweb_edu_gpt2_124m_lecture"),
+        ("fineweb", 162_149_376, "cosine", "fineweb_modern_muon_baseline"),
+    ],
+)
+def test_among_several_auto_takes_the_one_of_the_runs_schedule(
+    dataset: str, n_params: float, schedule: str, name: str
+) -> None:
+    found = choose("auto", dataset, n_params, schedule)
+    assert found is not None and found.name == name

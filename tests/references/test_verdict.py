@@ -85,6 +85,22 @@ def test_the_seeds_of_ten_published_runs_stay_inside_of_the_band() -> None:
     of = curve("fineweb_modern_muon_baseline")
     for end in (3.27722, 3.27941, 3.27699, 3.28091, 3.27822, 3.28034, 3.27873, 3.27932, 3.2772, 3.27825):
         assert judge(of, [3250 * BATCH], [end], total_tokens=3250 * BATCH, facts=Facts()).state == "on track"
+    assert band_at(of, 3250 * BATCH, 3250 * BATCH)[0] == pytest.approx(0.056, abs=0.001)
+
+
+def test_the_slope_of_a_straight_way_down_is_the_schedules_and_widens_no_band() -> None:
+    of = curve("fineweb_gpt2_124m_stable_linear")
+    before, end = (band_at(of, steps * BATCH, 9536 * BATCH)[0] for steps in (6850, 9536))
+    assert of.slope(9536 * BATCH) > 3 * of.slope(6850 * BATCH)
+    assert end == pytest.approx(before, abs=0.001)
+
+
+def test_another_length_costs_a_stable_then_linear_curve_nothing_before_its_way_down() -> None:
+    """Until then the learning rate is the peak, whatever the end: 70 % of 3,250 updates are the way down."""
+    of = curve("fineweb_modern_muon_baseline")
+    reasons = {steps: band_at(of, steps * BATCH, 6500 * BATCH)[1] for steps in (900, 2000)}
+    assert "another length" not in reasons[900]
+    assert "another length" in reasons[2000]
 
 
 def test_the_public_run_written_up_as_a_97_percent_match_is_above() -> None:
@@ -157,6 +173,19 @@ def test_the_end_is_compared_with_the_end_and_openais_line_is_there() -> None:
 def test_what_differs_from_the_reference_is_named_first_and_what_is_equal_is_not(change: Any, first: str) -> None:
     (check,) = at_points(LLMC, SLOWER, 5000, dataclasses.replace(THE_SAME, **change)).checks
     assert check.startswith(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ({"model": {"rotary": False, "softcap": 0.0, "qk_norm": True}}, "model: without rotary, softcap, which the"),
+        ({"optimizer": "adamw"}, "optimizer: adamw, the reference has muon"),
+    ],
+)
+def test_an_ingredient_that_is_switched_off_is_named_first(change: Any, first: str) -> None:
+    of = curve("fineweb_modern_muon_baseline")
+    facts = dataclasses.replace(THE_SAME, schedule="stable_linear", warmup_steps=0, final_lr_fraction=0, **change)
+    assert at_points(of, of.loss + 0.2, 2000, facts, total=3250).checks[0].startswith(first)
 
 
 def test_with_nothing_known_the_checks_come_in_their_usual_order() -> None:
@@ -270,7 +299,7 @@ def record(steps: int = 500, *, loss: float = 0.0, **config: Any) -> list[dict[s
     """What a run of llm.c's recipe would have written down."""
     start: dict[str, Any] = {"event": "run", "step": 0, "n_params": 124_439_808, "batch_tokens": BATCH}
     start |= {"max_steps": 19_560, "tokenizer": "gpt2", "precision": "bf16", "dataset": None}
-    start["config"] = {"data": "data/fineweb10B", "optim": {"lr": 6e-4, "weight_decay": 0.1}, **config}
+    start["config"] = {"data": "data/fineweb10B", "optim": {"name": "adamw", "lr": 6e-4, "weight_decay": 0.1}, **config}
     rows = [(int(t / BATCH), float(x)) for t, x in zip(LLMC.tokens, LLMC.loss, strict=True) if t <= steps * BATCH]
     return [start, *({"event": "eval", "step": s, "eval": "val_loss", "loss": x + loss * (s > 0)} for s, x in rows)]
 
@@ -286,6 +315,10 @@ def test_a_record_alone_is_enough() -> None:
     hot[-1]["loss"] += 0.3
     found = of_record(hot)
     assert found is not None and found.checks[0].startswith("learning rate: 0.30 below the reference at first")
+    fast = of_record(record(5000, schedule={"kind": "stable_linear"}))
+    assert fast is not None and fast.curve == "fineweb_gpt2_124m_stable_linear"
+    facts = facts_of(record(model={"rotary": False}))
+    assert (facts.optimizer, facts.model) == ("adamw", {"rotary": False})
     assert of_record(record(5000), "off") is None
     assert of_record([]) is None
 

@@ -97,6 +97,8 @@ def _batch(of: Evidence) -> Finding:
     mine, its = of.facts.batch_tokens, of.curve.batch_tokens
     if _differs(mine, its, 1.25):
         return CERTAIN + 0.5, f"batch tokens: {mine:,.0f} an update, the reference has {its:,}"
+    if of.facts.ramp_from:
+        return CERTAIN + 0.5, f"batch tokens: they grow from {of.facts.ramp_from:,.0f}, the reference's do not"
     if (scatter := of.scatter()) > SCATTER:
         return SYMPTOM + 0.5, (
             f"batch tokens: single updates scatter {scatter:.1f} times as much as the reference's, as those of "
@@ -170,4 +172,20 @@ def _decay(of: Evidence) -> Finding:
     return _open(of.facts.weight_decay, "decay groups: 0.1 for matrices, none for biases and norms")
 
 
-_CHECKS: tuple[Callable[[Evidence], Finding], ...] = (_batch, _learning_rate, _order, _precision, _tokenizer, _decay)
+def _ingredients(of: Evidence) -> Finding:
+    off = [name for name in of.curve.recipe.get("ingredients", ()) if of.facts.model.get(name, True) in (False, 0)]
+    if off:
+        return CERTAIN + 0.8, f"model: without {', '.join(off)}, which the reference has"
+    mine, its = of.facts.optimizer, of.curve.recipe.get("optimizer")
+    return (CERTAIN + 0.7, f"optimizer: {mine}, the reference has {its}") if mine and its and mine != its else None
+
+
+_CHECKS: tuple[Callable[[Evidence], Finding], ...] = (
+    _batch,
+    _learning_rate,
+    _order,
+    _precision,
+    _tokenizer,
+    _ingredients,
+    _decay,
+)

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 Column = NDArray[np.float64]
 
 _FOLDER = Path(__file__).with_name("curves")
-N_PARAMS = {"gpt2-124m": 124_439_808, "gpt2-350m": 354_823_168}  # of the models that the curves name
+N_PARAMS = {  # of the models that the curves name
+    "gpt2-124m": 124_439_808,
+    "gpt2-350m": 354_823_168,
+    "modern-124m": 162_149_376,  # of it 38,597,376 in the head, and as many in the embedding
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,7 @@ class Curve:
     """Standard deviation over runs at each point, where there were several."""
     model: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """What is known of it: lr, warmup_steps, final_lr_fraction, schedule, weight_decay, tokenizer (unsaid: GPT-2's)."""
+    """What is known of it, by the names in _RECIPE; a tokenizer that is not said is GPT-2's."""
     scatter: float | None = None
     """Standard deviation of the training losses of single updates, late in the run."""
     auto: bool = False
@@ -73,14 +77,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
-def choose(choice: str, dataset: str | None, n_params: float | None) -> Curve | None:
-    """The curve of this name; with "auto" the one for this model on this data, if there is one."""
+def choose(choice: str, dataset: str | None, n_params: float | None, schedule: str | None = None) -> Curve | None:
+    """The curve of this name; with "auto" the one for this model on this data, if there is one.
+
+    GPT-2 has two on FineWeb, of two schedules: the run's own, else the cosine that it was published with.
+    """
     if choice != "auto":
         return next((curve for curve in load() if curve.name == choice), None)
-    for curve in load():
-        if curve.auto and curve.dataset == dataset and n_params == N_PARAMS[curve.model]:
-            return curve
-    return None
+    fitting = {
+        of.recipe["schedule"]: of
+        for of in load()
+        if of.auto and of.dataset == dataset and N_PARAMS[of.model] == n_params
+    }
+    return fitting.get(schedule) or fitting.get("cosine") or next(iter(fitting.values()), None)
 
 
 def _read(path: Path) -> Curve:
@@ -112,4 +121,7 @@ def _read(path: Path) -> Curve:
     )
 
 
-_RECIPE = ("tokenizer", "lr", "warmup_steps", "final_lr_fraction", "schedule", "weight_decay")
+_RECIPE = (
+    "tokenizer", "ingredients", "optimizer", "lr", "warmup_steps", "final_lr_fraction", "schedule", "decay_fraction",
+    "weight_decay",
+)  # fmt: skip

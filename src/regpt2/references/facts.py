@@ -30,12 +30,20 @@ class Facts:
     vocab_size: float | None = None
     tokenizer: str | None = None
     batch_tokens: float | None = None
+    """Of an update, at its largest."""
+    ramp_from: float | None = None
+    """Of the first update, where they grow; 0: they do not."""
     max_steps: float | None = None
+    total_tokens: float | None = None
+    """Of the whole run."""
     lr: float | None = None
     warmup_steps: float | None = None
     final_lr_fraction: float | None = None
     schedule: str | None = None
     weight_decay: float | None = None
+    optimizer: str | None = None
+    model: Event = field(default_factory=dict)
+    """The model's configuration."""
     order: str | None = None
     precision: str | None = None
     gzip_bits: float | None = None
@@ -45,6 +53,8 @@ class Facts:
     train_steps: Column = field(default_factory=_nothing)
     train_losses: Column = field(default_factory=_nothing)
     eval_steps: Column = field(default_factory=_nothing)
+    eval_tokens: Column = field(default_factory=_nothing)
+    """Trained on before each."""
     eval_losses: Column = field(default_factory=_nothing)
     eval_bits: Column = field(default_factory=_nothing)
 
@@ -63,17 +73,22 @@ def facts_of(events: Iterable[Event]) -> Facts:
             skipped += event.get("skipped") is True
             train[step] = (step, loss)
         elif kind == "eval" and event.get("eval") == "val_loss" and step >= 0 and math.isfinite(loss):
-            evals[step] = (step, loss, number(event.get("bits_per_byte")))
+            evals[step] = (step, loss, number(event.get("bits_per_byte")), number(event.get("seen_tokens")))
     trained = np.array([train[step] for step in sorted(train)]).reshape(-1, 2).T
-    evaluated = np.array([evals[step] for step in sorted(evals)]).reshape(-1, 3).T
+    evaluated = np.array([evals[step] for step in sorted(evals)]).reshape(-1, 4).T
+    of_the_start = _of_the_start(start)
+    of_equal_updates = evaluated[0] * number(
+        of_the_start["batch_tokens"]
+    )  # older records say no more, and had no other
     return Facts(
-        **_of_the_start(start),
+        **of_the_start,
         skipped=skipped,
         train_steps=trained[0],
         train_losses=trained[1],
         eval_steps=evaluated[0],
         eval_losses=evaluated[1],
         eval_bits=evaluated[2],
+        eval_tokens=np.where(np.isnan(evaluated[3]), of_equal_updates, evaluated[3]),
     )
 
 
@@ -87,12 +102,16 @@ def _of_the_start(start: Event) -> dict[str, Any]:
         "vocab_size": known(model.get("vocab_size")),
         "tokenizer": _text(start.get("tokenizer")),
         "batch_tokens": known(start.get("batch_tokens")),
+        "ramp_from": known(batch.get("ramp_from")),
         "max_steps": known(start.get("max_steps")),
+        "total_tokens": known(start.get("total_tokens")),
         "lr": known(optim.get("lr")),
         "warmup_steps": known(schedule.get("warmup_steps")),
         "final_lr_fraction": known(schedule.get("min_lr_fraction")),
         "schedule": _text(schedule.get("kind")),
         "weight_decay": known(optim.get("weight_decay")),
+        "optimizer": _text(optim.get("name")),
+        "model": model,
         "order": "one batch" if batch.get("one_batch") is True else _text(batch.get("order")),
         "precision": _text(start.get("precision")),
         "gzip_bits": known(_table(start, "baselines").get("gzip")),

@@ -6,11 +6,12 @@ Compared at equal tokens. The band is what reruns of one recipe may differ by, h
                   Seeds alone do less: 0.0013 at the end over 10 runs (track_3_optimization/results/20260610);
   5 % of tokens   a rerun may reach the same loss so much sooner or later: seeds differ by 1 % of the tokens at first
                   (the same 10 runs), warm-ups of 700 and 715 updates by 2 %. Wide on the steep first part, nothing at
-                  the end;
+                  the end; once a held learning rate goes down the curve is steep by its schedule, alike in all reruns,
+                  and the slope from before that counts;
   3 deviations    over runs, where the curve has them;
-  the margin      of a curve that is made by shape;
-  the schedule    where the run is to end elsewhere than the curve: what the two cosines differ by at these tokens,
-                  as a share of what the curve falls between equal tokens and equal progress.
+  the margin      of a curve that is made by shape, or of a model that differs from ours in details;
+  the schedule    where the run is to end elsewhere than the curve: what the two learning rates differ by at these
+                  tokens, as a share of the peak, times what the curve falls between equal tokens and equal progress.
 
 The end is compared by progress: a cosine that ends at 10.0B tokens has come down as far as one that ends at 10.26B. The
 projected end is the curve's end plus today's difference. From a quarter of a run on that was off by at most 0.04 nats
@@ -95,11 +96,9 @@ def of_record(events: Iterable[Event], choice: str = "auto") -> Verdict | None:
     facts = facts_of(events)
     if choice == "off" or not (facts.batch_tokens and facts.max_steps and len(facts.eval_steps)):
         return None
-    curve = curves.choose(choice, facts.dataset, facts.n_params)
-    total_tokens = facts.max_steps * facts.batch_tokens
-    return judge(
-        curve, facts.eval_steps * facts.batch_tokens, facts.eval_losses, total_tokens=total_tokens, facts=facts
-    )
+    curve = curves.choose(choice, facts.dataset, facts.n_params, facts.schedule)
+    total_tokens = facts.total_tokens or facts.max_steps * facts.batch_tokens
+    return judge(curve, facts.eval_tokens, facts.eval_losses, total_tokens=total_tokens, facts=facts)
 
 
 def judge(
@@ -138,18 +137,20 @@ def judge(
 
 def band_at(curve: Curve, tokens: float, total_tokens: float) -> tuple[float, str]:
     """Half the width of the band, and what it is made of; the head of this file has the reasons."""
+    steady, end = tokens, float(curve.tokens[-1])
+    if "decay_fraction" in curve.recipe:
+        steady = min(tokens, (1 - curve.recipe["decay_fraction"]) * end / 1.1)  # a slope looks 10 % ahead
     terms = {
         "reruns": RERUN_NATS,
-        "5 % of tokens": RERUN_TOKENS * curve.slope(tokens),
+        "5 % of tokens": RERUN_TOKENS * curve.slope(steady),
         "the curve's own level": curve.margin,
     }
     if curve.spread is not None:
         deviation = np.interp(math.log(tokens), np.log(curve.tokens[1:]), curve.spread[1:])
         terms["3 deviations over runs"] = DEVIATIONS * float(deviation)
     if not _same_length(curve, total_tokens):
-        end = float(curve.tokens[-1])
         equal_progress = curve.at(np.clip(tokens * end / total_tokens, curve.tokens[1], end))
-        share = abs(_cosine(tokens / total_tokens) - _cosine(tokens / end))
+        share = abs(_rate_at(curve, tokens / total_tokens) - _rate_at(curve, tokens / end))
         terms["another length"] = share * abs(curve.at(tokens) - equal_progress)
     return sum(terms.values()), " + ".join(f"{nats:.3f} ({why})" for why, nats in terms.items() if nats >= 0.0005)
 
@@ -158,8 +159,13 @@ def _same_length(curve: Curve, total_tokens: float) -> bool:
     return bool(abs(total_tokens / curve.tokens[-1] - 1) <= SAME_LENGTH)
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
+def _rate_at(curve: Curve, progress: float) -> float:
+    """The learning rate of the curve's schedule after this part of a run, as a share of its peak; no warm-up."""
+    left = max(0.0, 1 - progress)
+    if curve.recipe.get("schedule") == "stable_linear":
+        way_down: float = curve.recipe["decay_fraction"]
+        return min(1.0, left / way_down)
+    return 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def _openai(facts: Facts) -> str:
