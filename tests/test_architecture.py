@@ -19,6 +19,7 @@ ROOMS = {
     "evals": {"base", "data", "model", "scoring", "evals"},
     "recipes": set(),
     "pages": {"base", "references", "pages"},
+    "comparing": {"base", "pages", "comparing"},
     "speed": {"base", "model", "training", "speed"},
 }
 LOWER = set(ROOMS)

@@ -22,6 +22,7 @@ VERBS = {
     "reshard": "token folders from and to other formats: llm.c, nanoGPT, Megatron, datatrove, each compared",
     "train": "train a model by a recipe, or go on with a run",
     "ladder": "the lecture's speed ladder on this machine, rung by rung, and ours on top",
+    "compare": "recipes against each other, several seeds each: is one better, and is it more than chance",
     "evaluate": "measure a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table, beside published figures",
     "harness": "measure a model by tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",

@@ -8,7 +8,7 @@ from regpt2.references.scores import Reference, references_for
 
 SIZES = {"124M": 124e6, "350M": 354e6, "774M": 774e6, "1558M": 1558e6}  # as the papers name them: parameters
 CHANCE = {"hellaswag": 0.25}
-NO_METRICS = ("event", "eval", "step", "time", "elapsed_s", "count", "tokens")
+NO_METRICS = ("event", "eval", "step", "time", "elapsed_s", "count", "tokens", "seen_tokens")
 
 
 class Sources:

@@ -40,11 +40,11 @@ def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
 
     width, height = inches
     name = name or panel.name
-    with _settings(name):
+    with settings(name):
         figure = Figure(figsize=inches)
         above = 0.65 if panel.across.tokens_at else 0.4
         axes = figure.add_axes((0.42 / width, 0.28 / height, 1 - 0.55 / width, 1 - above / height))
-        _draw(axes, panel, THEMED, ticks=4 if width < 5 else 8)
+        draw(axes, panel, THEMED, ticks=4 if width < 5 else 8)
         out = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
@@ -58,7 +58,7 @@ def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
     by_name = {panel.name: panel for panel in panels}
     beside = by_name.get("hellaswag") or by_name.get("bits")
     columns = 2 if beside else 1
-    with _settings("picture"):
+    with settings("picture"):
         figure = Figure(figsize=(10, 6.2), dpi=160, facecolor="white")
         grid = figure.add_gridspec(
             2, columns, height_ratios=[3.2, 1], width_ratios=[1.5, 1][:columns],
@@ -69,7 +69,7 @@ def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
                 continue
             axes = figure.add_subplot(grid[place])
             axes.set_title(panel.title, loc="left", fontsize=10, color=PRINT["text"], pad=8)
-            _draw(axes, panel, PRINT, ticks=4 if panel is beside else 6, above=False)
+            draw(axes, panel, PRINT, ticks=4 if panel is beside else 6, above=False)
         figure.text(0.03, 0.935, plain(title), fontsize=17, color=PRINT["text"], parse_math=False)
         figure.text(0.03, 0.885, plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
         out = io.BytesIO()
@@ -82,7 +82,7 @@ def plain(text: str, most: int = 120) -> str:
     return re.sub(r"[^\w .,:;+/%()=·-]", "?", text[:most], flags=re.ASCII).replace("\n", " ")
 
 
-def _settings(salt: str) -> Any:
+def settings(salt: str) -> Any:
     """Letters stay text, so that the page's own font is used; ids depend on the drawing alone, never on chance."""
     import matplotlib  # noqa: PLC0415
 
@@ -102,7 +102,8 @@ def _as_html(markup: str, name: str, told: str) -> Html:
     return Html(markup.replace("<svg", fill('<svg role="img" aria-label="{told}"', told=told), 1).strip())
 
 
-def _draw(axes: Any, panel: Panel, ink: Ink, *, ticks: int, above: bool = True) -> None:
+def draw(axes: Any, panel: Panel, ink: Ink, *, ticks: int, above: bool = True) -> None:
+    """Draw a panel into axes, with about so many ticks; `above`: its tokens along the upper edge."""
     _dress(axes, panel, ink, ticks)
     for trace in panel.traces:
         _trace(axes, trace, ink, brief=ticks < 5)

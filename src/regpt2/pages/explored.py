@@ -43,8 +43,9 @@ positions are nearly alike and the channels run as smooth waves, as GPT-2's do i
 ragged say that it could have been trained longer. In an untrained one all is noise.</p>
 <p>From one position to the next the cosine is {smoothness} here; it is 0 without training, close to 1 after much.</p>
 """
+NO_WPE = "Positions are in attention instead: queries and keys are rotated by them."
 WTE: LiteralString = """
-<p>The matrix that turns a token into a vector, and the last vector into logits. Untrained, all are about as long;
+<p>The matrix that turns a token into a vector{and_back}. Untrained, all are about as long;
 with training, tokens that the data often has and those that it hardly ever has part ways.</p>
 <p>Neighbors are the tokens whose vectors point most nearly the same way. Trained, they are akin: other days beside
 a day, the same word in other spellings. Untrained, they are any tokens, with cosines that are small and alike.</p>
@@ -128,9 +129,12 @@ class Explored:
     tensors: list[TensorFigures]
     parts: dict[str, int]
     """Parameters of each part."""
-    wpe: Array
+    tied: bool
+    """Is the head the token embeddings once more?"""
+    wpe: Array | None
+    """None: positions are not embedded."""
     smoothness: float
-    """The mean cosine of the embeddings of neighboring positions."""
+    """The mean cosine of the embeddings of neighboring positions; 0 where there are none."""
     lengths: Array
     """Of every token's embedding."""
     neighbors: list[Neighbors]
@@ -138,16 +142,23 @@ class Explored:
     no_text: str
     """Why there are no neighbors and no attention; empty where there are."""
 
+    @property
+    def about_head(self) -> str:
+        """Whose weights it has."""
+        if self.tied:
+            return (
+                "The head is tied: wte.weight is both the token embedding and the projection to logits, counted once."
+            )
+        return "The head has weights of its own, lm_head.weight."
+
 
 def pictures(explored: Explored) -> dict[str, Picture]:
     """The pictures of the page, by name."""
-    width = explored.wpe.shape[1]
-    channels = sorted({int(min(1, width / LECTURE_WIDTH) * channel) for channel in CHANNELS})
-    drawn = {
-        "wpe": looks.wpe_picture(explored.wpe),
-        "wpe_channels": looks.channels_picture(explored.wpe, channels),
-        "wte": looks.lengths_picture(explored.lengths),
-    }
+    drawn = {}
+    if (wpe := explored.wpe) is not None:
+        channels = sorted({int(min(1, wpe.shape[1] / LECTURE_WIDTH) * channel) for channel in CHANNELS})
+        drawn = {"wpe": looks.wpe_picture(wpe), "wpe_channels": looks.channels_picture(wpe, channels)}
+    drawn["wte"] = looks.lengths_picture(explored.lengths)
     if (attention := explored.attention) is not None:
         for habit in attention.habits:
             one = attention.weights[habit.layer, habit.head]
@@ -169,6 +180,8 @@ def page(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
 
 
 def _positions(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
+    if explored.wpe is None:
+        return fill('<h2>Position embeddings</h2>\n<p class="faint">There are none. {why}</p>', why=NO_WPE)
     return fill(
         '<h2>Position embeddings: wpe</h2>\n{words}\n<div class="curves">\n{image}\n{channels}\n</div>',
         words=fill(WPE, smoothness=f"{explored.smoothness:.3f}"),
@@ -180,7 +193,7 @@ def _positions(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
 def _token_embeddings(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
     return fill(
         '<h2>Token embeddings: wte</h2>\n{words}\n<div class="curves">\n{lengths}\n<div>\n{neighbors}\n</div>\n</div>',
-        words=fill(WTE),
+        words=fill(WTE, and_back=", and the last vector into logits" if explored.tied else ""),
         lengths=_figure(pictures["wte"], "The length of every token's vector"),
         neighbors=_neighbors(explored),
     )
@@ -234,8 +247,9 @@ def _parameters(explored: Explored) -> Html:
         for tensor in explored.tensors
     ]
     return fill(
-        "<h2>Parameters</h2>\n<p>The head is tied to wte, and counted once.</p>\n{parts}\n"
+        "<h2>Parameters</h2>\n<p>{about_head}</p>\n{parts}\n"
         "<details>\n<summary>All {n} tensors</summary>\n{tensors}\n</details>",
+        about_head=explored.about_head,
         parts=_table("Parameters of each part", ("part", "parameters", "share"), parts),
         n=len(rows),
         tensors=_table("Every tensor", ("tensor", "shape", "parameters", *figures), rows),

@@ -21,19 +21,19 @@ def markdown(records: Sequence[Record], picture: str) -> str:
     """The whole text; `picture` is the name of the file beside it."""
     sources, alone = Sources(), len(records) == 1
     said = headline(records[0]) if alone else "side by side"
-    parts = [f"# {_text(title(records))}: {_text(said)}", _text(subtitle(records)), _runs(records)]
+    parts = [f"# {text(title(records))}: {text(said)}", text(subtitle(records)), _runs(records)]
     parts += [] if compared_on(records) else ["Their data differ: losses of different data do not compare."]
-    parts += [f"![Curves: {_text(said)}]({quote(picture)})"]
+    parts += [f"![Curves: {text(said)}]({quote(picture)})"]
     lines = _lines(records, sources)
-    parts += [f"Lines: {_text('; '.join(lines), 1000)}."] if lines else []
+    parts += [f"Lines: {text('; '.join(lines), 1000)}."] if lines else []
     for record in records:
-        heading = [] if alone else [f"## {_text(record.name)}"]
+        heading = [] if alone else [f"## {text(record.name)}"]
         parts += [*heading, *_verdict(record, sources), *_scores(record, sources)]
     for record in records:
         told = certificate_json(record, sources.named)
-        summary = f"Certificate{'' if alone else f' of {_text(record.name)}'}"
+        summary = f"Certificate{'' if alone else f' of {text(record.name)}'}"
         parts.append(f"<details>\n<summary>{summary}</summary>\n\n```json\n{told}\n```\n\n</details>")
-    parts += ["\n".join(f"{n}. {_text(named)}" for n, named in enumerate(sources.named, 1))] if sources.named else []
+    parts += ["\n".join(f"{n}. {text(named)}" for n, named in enumerate(sources.named, 1))] if sources.named else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -41,7 +41,7 @@ def _runs(records: Sequence[Record]) -> str:
     columns = [column(record) for record in records]
     rows = [[name, *(values[name] for values in columns)] for name in columns[0]]
     rows = [row for row in rows if set(row[1:]) != {"–"}]
-    return _table(["", *(record.name for record in records)], rows)
+    return table(["", *(record.name for record in records)], rows)
 
 
 def _lines(records: Sequence[Record], sources: Sources) -> list[str]:
@@ -59,8 +59,8 @@ def _verdict(record: Record, sources: Sources) -> list[str]:
     last = record.verdicts[-1]
     source = f" [{sources.mark(str(last['source']))}]" if last.get("source") else ""
     rest = after_state(last) + source
-    parts = [f"**{_text(state_of(last))}**{' ' * rest.startswith(' ')}{_text(rest)}"]
-    checks = [f"{n}. {_text(check)}" for n, check in enumerate(checks_of(last), 1)]
+    parts = [f"**{text(state_of(last))}**{' ' * rest.startswith(' ')}{text(rest)}"]
+    checks = [f"{n}. {text(check)}" for n, check in enumerate(checks_of(last), 1)]
     return [*parts, "\n".join(checks)] if checks else parts
 
 
@@ -69,17 +69,18 @@ def _scores(record: Record, sources: Sources) -> list[str]:
     for score in scores(record):
         beside = [f"{said} [{sources.mark(source)}]" if source else said for said, source in score.against]
         rows.append([score.eval, score.metric.replace("_", " "), score.value, score.count, "; ".join(beside)])
-    return [_table(["evaluation", "metric", "value", "count", "reference"], rows)] if rows else []
+    return [table(["evaluation", "metric", "value", "count", "reference"], rows)] if rows else []
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; its cells are text."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell if cell == '---' else _text(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell if cell == '---' else text(cell) for cell in line)} |" for line in lines)
 
 
-def _text(text: str, most: int = MOST_CHARACTERS) -> str:
+def text(said: str, most: int = MOST_CHARACTERS) -> str:
     """Text on one line that Markdown shows as it is: no markup, no link, no cell of its own."""
-    text = " ".join(safe_text(text[:most]).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = text.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")
-    return re.sub(r"([\\`*_{}\[\]!|~$])", r"\\\1", text)
+    said = " ".join(safe_text(said[:most]).split())
+    said = said.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    said = said.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")
+    return re.sub(r"([\\`*_{}\[\]!|~$])", r"\\\1", said)

@@ -47,15 +47,27 @@ def page(records: Sequence[Record]) -> Html:
     """The whole document. Several runs lie over one another in each curve and beside one another in a table."""
     sources = Sources()
     parts = _of_one(records[0], sources) if len(records) == 1 else _of_several(records, sources)
-    return fill(
-        _PAGE,
-        title=title(records),
+    return document(
+        title(records),
         headline=headline(records[0]) if len(records) == 1 else "side by side",
         kind="report of a run" if len(records) == 1 else "runs side by side",
-        css=Html(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
         summary=subtitle(records),
-        main=join(part for part in parts if part),
+        parts=parts,
         made=join(fill(_MADE, name=record.name, sha256=record.sha256) for record in records),
+    )
+
+
+def document(title: str, *, headline: str, kind: str, summary: str, parts: Sequence[Html], made: Html) -> Html:
+    """A page with its head and its foot around these parts."""
+    return fill(
+        _PAGE,
+        title=title,
+        headline=headline,
+        kind=kind,
+        css=Html(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
+        summary=summary,
+        main=join(part for part in parts if part),
+        made=made,
     )
 
 
@@ -72,14 +84,14 @@ def subtitle(records: Sequence[Record]) -> str:
 def _of_one(record: Record, sources: Sources) -> list[Html]:
     return [
         results(record),
-        _section("Verdict", verdicts(record, sources)),
-        _section("Curves", curves([record], sources)),
-        _section("Samples", samples(record)),
-        _section("Evaluations", evaluations(record, sources)),
-        _section("Certificate", provenance(record, sources.named)),
-        _section("Notes", notes(record)),
-        _section("Configuration", config(record)),
-        _section("Sources", listed(sources)),
+        section("Verdict", verdicts(record, sources)),
+        section("Curves", curves([record], sources)),
+        section("Samples", samples(record)),
+        section("Evaluations", evaluations(record, sources)),
+        section("Certificate", provenance(record, sources.named)),
+        section("Notes", notes(record)),
+        section("Configuration", config(record)),
+        section("Sources", listed(sources)),
     ]
 
 
@@ -91,20 +103,20 @@ def _of_several(records: Sequence[Record], sources: Sources) -> list[Html]:
     if not compared_on(records):
         parts.append(fill('<p class="remark">Their data differ: losses of different data do not compare.</p>'))
     written = join(sample(record, record.samples[-1], f"{record.name} · ") for record in records if record.samples)
-    parts += [_section("Curves", curves(records, sources)), _section("Samples", written)]
+    parts += [section("Curves", curves(records, sources)), section("Samples", written)]
     for record in records:
         inner = [
-            _section("Verdict", verdicts(record, sources), inner=True),
-            _section("Evaluations", evaluations(record, sources), inner=True),
-            _section("Certificate", provenance(record, sources.named), inner=True),
-            _section("Notes", notes(record), inner=True),
+            section("Verdict", verdicts(record, sources), inner=True),
+            section("Evaluations", evaluations(record, sources), inner=True),
+            section("Certificate", provenance(record, sources.named), inner=True),
+            section("Notes", notes(record), inner=True),
         ]
         whole = "<details>\n<summary>Verdict, evaluations, certificate</summary>\n{inner}\n</details>"
-        parts.append(_section(record.name, fill(whole, inner=join(part for part in inner if part))))
-    return [*parts, _section("Sources", listed(sources))]
+        parts.append(section(record.name, fill(whole, inner=join(part for part in inner if part))))
+    return [*parts, section("Sources", listed(sources))]
 
 
-def _section(name: str, body: Html, *, inner: bool = False) -> Html:
+def section(name: str, body: Html, *, inner: bool = False) -> Html:
     """A part of the page below its heading; nothing for nothing."""
     level = "h3" if inner else "h2"
     return (
@@ -122,11 +134,11 @@ def curves(records: Sequence[Record], sources: Sources) -> Html:
     resumed = fill(
         '\n<p class="remark">A dotted line: here the run was resumed.</p>' if drawn[0].across.resumes else ""
     )
-    figures = join(_chart(panel, sources) for panel in drawn)
+    figures = join(chart(panel, sources) for panel in drawn)
     return fill('<div class="curves">\n{figures}\n</div>{resumed}', figures=figures, resumed=resumed)
 
 
-def _chart(panel: Panel, sources: Sources) -> Html:
+def chart(panel: Panel, sources: Sources) -> Html:
     """A drawing with its title and remarks; the loss comes again at the width of a phone."""
     if panel.name == "loss":
         both = '<div class="on-desk">{desk}</div><div class="on-phone">{phone}</div>'

@@ -74,6 +74,8 @@ class Panel:
     from_zero: bool = False
     log: bool = False
     note: str = ""
+    most: float = math.inf
+    """What lies above is left out."""
 
     @property
     def is_empty(self) -> bool:
@@ -89,7 +91,7 @@ class Panel:
         low = min(float(y.min()) for y in named)
         high = max(float(np.quantile(y, 0.95)) if len(y) >= 50 else float(y[len(y) > 2 :].max()) for y in named)
         levels = [low, high, *(rule.value for rule in self.rules)]
-        low, high = min(levels), max(levels)
+        low, high = min(levels), min(max(levels), self.most)
         margin = 0.07 * (high - low)
         return (low - margin, high + margin * (2 if self.rules else 1)) if margin else None
 

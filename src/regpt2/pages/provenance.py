@@ -40,6 +40,9 @@ def certificate(record: Record) -> dict[str, str]:
     facts = {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
     if mixture := _mixture(record.start):
         facts["Mixture"] = _named(mixture)
+    ramp_from, ramp_tokens = (number(_find(record.start, key)) for key in ("ramp_from", "ramp_tokens"))
+    if ramp_from > 0:
+        facts["Batch ramp"] = f"from {_whole(ramp_from)} tokens per update on, over the first {_whole(ramp_tokens)}"
     resumed = [f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]
     facts |= {
         "Started": _time(record.start),

@@ -1,0 +1,104 @@
+"""A comparison as a page and as Markdown. In: its plan, runs and outcomes; out: HTML that opens offline, and text."""
+
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from regpt2.comparing.drawn import panels
+from regpt2.comparing.outcome import Outcome
+from regpt2.comparing.runs import Plan, Run
+from regpt2.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
+from regpt2.pages import figures, markdown
+from regpt2.pages.against import Sources
+from regpt2.pages.markup import Html, fill, join
+from regpt2.pages.page import chart, document, section
+
+# What a `run` event says, as a reader calls it.
+_FACTS = {
+    "Data set": "dataset",
+    "Data fingerprint": "data_fingerprint",
+    "Tokenizer": "tokenizer",
+    "Validation tokens": "val_tokens",
+    "Device": "device",
+    "Precision": "precision",
+    "Threads": "threads",
+    "Commit": "commit",
+    "regpt2": "version",
+    "Python": "python",
+    "PyTorch": "torch",
+}
+
+
+def facts(plan: Plan, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
+    """What the figures depend on; where runs differ, all that there was."""
+    starts = [run.start for of_arm in runs for run in of_arm if run.start]
+    told = {"Command": plan.command, "Budget": plan.budget, "Seeds": f"1 to {plan.seeds}"}
+    for name, key in _FACTS.items():
+        told[name] = ", ".join(dict.fromkeys(str(start.get(key))[:200] for start in starts)) or "unknown"
+    return told
+
+
+def subtitle(plan: Plan, runs: Sequence[Sequence[Run]]) -> str:
+    """On what, in a line."""
+    told = facts(plan, runs)
+    return f"{plan.budget} · seeds {told['Seeds']} · {told['Data set']} · {told['Device']}"
+
+
+def title(plan: Plan) -> str:
+    """What is compared."""
+    first, *others = [arm.label for arm in plan.arms]
+    return " · ".join([first, *others]) if len(others) < 3 else f"{first} and {len(others)} others"
+
+
+def page(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str]) -> Html:
+    """The whole document."""
+    said = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
+    charts = join(chart(panel, Sources()) for panel in panels(plan, runs))
+    rows_of_facts = join(
+        fill('<tr><th scope="row">{name}</th><td>{value}</td></tr>', name=name, value=value)
+        for name, value in facts(plan, runs).items()
+    )
+    parts = [
+        section("Result", join([_table("Result", results_table(found)), said])),
+        section("Tokens and time", _table("Tokens and time", costs_table(plan, found))),
+        section("Curves", fill('<div class="curves">\n{charts}\n</div>', charts=charts) if charts else Html("")),
+        section("Each seed", _table("Final validation loss", seeds_table(plan, runs, found))),
+        section("Arms", _table("Arms", arms_table(plan), "figures runs")),
+        section("Certificate", fill('<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=rows_of_facts)),
+    ]
+    hashes = join(
+        fill("<p>{place} {sha256}</p>", place=f"{arm.label}/seed-{run.seed}", sha256=run.sha256)
+        for arm, of_arm in zip(plan.arms, runs, strict=True)
+        for run in of_arm
+        if run.sha256
+    )
+    folded = (
+        '<details>\n<summary>SHA-256 of every metrics.jsonl</summary>\n<div class="hash">{hashes}</div>\n</details>'
+    )
+    made = fill(folded, hashes=hashes)
+    return document(
+        title(plan), headline="compared", kind="recipes compared", summary=subtitle(plan, runs), parts=parts, made=made
+    )
+
+
+def _table(caption: str, rows: Sequence[Sequence[str]], kind: str = "figures") -> Html:
+    return figures.table(caption, rows[0], rows[1:], kind)
+
+
+def text(
+    plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str], picture: str
+) -> str:
+    """The same for a README or a pull request; `picture` is the name of the file beside it."""
+    results, costs, seeds, arms = (
+        markdown.table(head, rows)
+        for head, *rows in (
+            results_table(found),
+            costs_table(plan, found),
+            seeds_table(plan, runs, found),
+            arms_table(plan),
+        )
+    )
+    parts = [f"# {markdown.text(title(plan))}", markdown.text(subtitle(plan, runs)), results]
+    parts += [markdown.text(remark) for remark in remarks]
+    parts += [f"![Validation losses and differences]({quote(picture)})", costs, seeds, arms]
+    parts += [markdown.text(HOW_TO_READ, 2000), markdown.table(["", ""], list(facts(plan, runs).items()))]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,158 @@
+"""The runs of a comparison. In: its plan and its folders; out: each run's state and its curve of validation losses."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpt2.base.errors import DataError
+from regpt2.base.files import read_small
+from regpt2.pages.record import Column, Event, Record, number, numbers, read_record
+
+TAIL_BYTES = 1 << 16  # more than an event of a run takes
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared: a recipe with options."""
+
+    label: str
+    spec: str
+    """As it was given."""
+    max_steps: int
+    tokens: int
+    changes: list[str]
+    """Settings that are not the first arm's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared. The first arm is the baseline."""
+
+    arms: list[Arm]
+    seeds: int
+    """Each arm has the seeds 1 to this one."""
+    budget: str
+    target: float | None
+    command: str
+    failures: dict[str, str] = field(default_factory=dict)
+    """What runs that failed said at last, by ARM/seed-N."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as it has come."""
+
+    seed: int
+    status: str
+    """finished, or why it does not count."""
+    tokens: Column
+    seconds: Column
+    """Of training alone: evaluations and checkpoints stand still on this clock."""
+    losses: Column
+    """The validation losses, in nats per token."""
+    start: Event
+    sha256: str
+    """Of its record."""
+
+    @property
+    def is_finished(self) -> bool:
+        """It made every update, and its last validation loss is a number."""
+        return self.status == "finished"
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan that `compare.json` tells of.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = folder / "compare.json"
+    try:
+        told = json.loads(read_small(path, DataError))["plan"]
+        return Plan(**{**told, "arms": [Arm(**arm) for arm in told["arms"]]})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path} tells of no comparison ({type(error).__name__}: {error}); give the recipes again, as at the start."
+        ) from None
+
+
+def read_runs(folder: Path, plan: Plan) -> list[list[Run]]:
+    """The runs of each arm, by seed."""
+    return [[read_run(folder, plan, arm, seed) for seed in range(1, plan.seeds + 1)] for arm in plan.arms]
+
+
+def read_run(folder: Path, plan: Plan, arm: Arm, seed: int) -> Run:
+    """One run; it need not have begun."""
+    place = f"{arm.label}/seed-{seed}"
+    failure, nothing = plan.failures.get(place, ""), np.zeros(0)
+    if not (folder / place / "metrics.jsonl").exists():
+        return Run(seed, f"failed: {failure}" if failure else "not begun", nothing, nothing, nothing, {}, "")
+    record = read_record(folder / place)
+    steps, losses = numbers(record.validations, "step"), numbers(record.validations, "loss")
+    status = _status(record, arm.max_steps, failure)
+    return Run(seed, status, record.tokens_at(steps), seconds_at(record, steps), losses, record.start, record.sha256)
+
+
+def _status(record: Record, max_steps: int, failure: str) -> str:
+    if failure:
+        return f"failed: {failure}"
+    if record.end is None or record.status != "finished" or record.last_step < max_steps:
+        return record.status if record.status.startswith("failed") else f"at step {record.last_step:,.0f}"
+    last = record.validations[-1] if record.validations else {}
+    if number(last.get("step")) != max_steps:
+        return "failed: its last validation loss is missing"
+    loss = number(last.get("loss"))
+    return "finished" if math.isfinite(loss) else f"diverged: its last validation loss is {loss}"
+
+
+def seconds_at(record: Record, steps: Column) -> Column:
+    """Time spent in updates until these steps."""
+    made, step_ms = record.train["step"], record.train["step_ms"]
+    spent = np.nancumsum(step_ms * np.diff(made, prepend=0.0)) / 1000
+    at: Column = np.interp(steps, np.append(0.0, made), np.append(0.0, spent))
+    return at
+
+
+def first_reached(at: Column, losses: Column, level: float) -> float:
+    """Where a curve first comes down to `level`, on straight lines between its points; infinity if it never does."""
+    known = np.isfinite(losses)
+    at, losses = at[known], losses[known]
+    below = np.flatnonzero(losses <= level)
+    if not len(below):
+        return math.inf
+    i = int(below[0])
+    if i == 0:
+        return float(at[0])
+    share = (losses[i - 1] - level) / (losses[i - 1] - losses[i])
+    return float(at[i - 1] + share * (at[i] - at[i - 1]))
+
+
+def on_common_steps(runs: Sequence[Run]) -> list[Run]:
+    """The finished runs, if their evaluations are at the same tokens, so that their curves have a mean."""
+    finished = [run for run in runs if run.is_finished]
+    alike = all(np.array_equal(run.tokens, finished[0].tokens) for run in finished)
+    return finished if alike else finished[:1]
+
+
+def last_step(run: Path) -> int:
+    """The newest update in the record of a run under way, by the end of the file alone; 0 if none is there."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "train":
+                return int(event["step"])
+        except (ValueError, KeyError, TypeError):  # half a line, at either end
+            continue
+    return 0
