@@ -28,7 +28,8 @@ def ours(work: GenerationWork, precision: str, folder: Path) -> Generate:
     device = torch.device(work.device)
     compute = choose_compute("fp32" if precision == "int8" else precision, device)
     model = load_model(str(folder / PLACES["native"]), device=device, dtype=compute.dtype).model
-    model = in_int8(model) if precision == "int8" else packed_if_faster(model, 1000)  # once, as peers when loading
+    # Packed once, as peers do when they load a model.
+    model = in_int8(model) if precision == "int8" else packed_if_faster(model, 1000, rows=work.batch)
     prompts = torch.tensor(work.prompts(), device=device)
     return lambda: generate(model, prompts, work.new_tokens, temperature=0)[:, work.prompt_tokens :].tolist()
 

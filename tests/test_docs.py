@@ -18,6 +18,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks/README.md",
 ]
+TAKE_RECIPES = ("train", "compare", "plan", "doctor")
 COMMAND = re.compile(r"regpt2 (?:-- )?([a-z]+)\b([^`\n|#]*)")
 
 
@@ -35,11 +36,18 @@ def commands(page: Path) -> list[tuple[str, str]]:
     return [(verb, rest) for verb, rest in found if verb in VERBS or "--" in rest]
 
 
+def options_help(verb: str, rest: str) -> str:
+    """The help that lists what may follow: for verbs that take a recipe and its options, that of the recipes too."""
+    recipes = set(re.findall(r"\w+", rest)) & set(recipe_names()) or {"demo"}
+    trained = "".join(help_of("train", recipe) for recipe in sorted(recipes)) if verb in TAKE_RECIPES else ""
+    return trained if verb == "train" else trained + help_of(verb)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_has_a_verb_and_options_that_exist(page: Path) -> None:
     for verb, rest in commands(page):
         assert verb in VERBS, f"{page.name}: regpt2 {verb}"
-        known = help_of(verb, "demo") if verb == "train" else help_of(verb)
+        known = options_help(verb, rest)
         for option in re.findall(r"--[a-z][a-z.-]*[a-z]", rest):
             assert option in known, f"{page.name}: regpt2 {verb} has no {option}"
         recipe = rest.split()[0] if rest.split() else ""

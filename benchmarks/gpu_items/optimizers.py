@@ -1,4 +1,4 @@
-"""An update of all weights of GPT-2 (124M) from gradients that are there: AdamW three ways, clipping, Muon."""
+"""An update of all weights of GPT-2 (124M) from gradients that are there: AdamW, clipping, Muon, each several ways."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpu_items import Check
 from gpu_timing import TINY, call_times, spread
-from regpt2.base.device import pick_device
+from regpt2.base.device import can_compile, pick_device
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.training.optimizer import OptimConfig, build_optimizer
 
 
 def run(check: Check) -> None:
@@ -26,8 +27,12 @@ def run(check: Check) -> None:
             parameters, 1.0, get_total_norm([p.grad for p in parameters])
         ),
     }
+    muon = OptimConfig(name="muon")
+    ways["Muon and AdamW, ours"] = build_optimizer(model, muon).step
+    if can_compile(device):
+        ways["Muon and AdamW, ours, compiled"] = build_optimizer(model, muon, compiled=True).step
     if hasattr(torch.optim, "Muon"):
         matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("h.")]
-        ways["Muon, the matrices of the blocks"] = torch.optim.Muon(matrices).step
+        ways["torch.optim.Muon, the matrices of the blocks"] = torch.optim.Muon(matrices).step
     for name, way in ways.items():
         check.keep(name, **spread(call_times(way, device, **few)))
