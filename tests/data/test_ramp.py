@@ -35,7 +35,8 @@ def on_the_line(first: int, full: int, ramp_tokens: int, n_steps: int) -> list[i
 @settings(max_examples=200, deadline=None)
 @given(first=st.integers(1, 50), times=st.integers(1, 20), ramp_tokens=st.integers(1, 20_000))
 def test_updates_grow_along_the_line(first: int, times: int, ramp_tokens: int) -> None:
-    config = BatchConfig(batch_tokens=first * times, ramp_from=first, ramp_tokens=ramp_tokens)
+    sizes = {"batch_tokens": first * times, "ramp_from": first, "micro_batch": 1, "seq_len": 1}
+    config = BatchConfig(**sizes, ramp_tokens=ramp_tokens)
     expected = on_the_line(first, first * times, ramp_tokens, 150)
     assert [config.tokens_of(step) for step in range(1, 151)] == expected
     assert [config.tokens_until(step) for step in range(151)] == [sum(expected[:n]) for n in range(151)]
@@ -44,7 +45,7 @@ def test_updates_grow_along_the_line(first: int, times: int, ramp_tokens: int) -
 
 def test_gpt_3s_ramp_is_cheap_for_any_number_of_steps() -> None:
     """32k to 0.5M over 4 billion tokens: 16 sizes, and full after them."""
-    config = BatchConfig(ramp_from=32_768, ramp_tokens=4_000_000_000)
+    config = BatchConfig(ramp_from=32_768, ramp_tokens=4_000_000_000, micro_batch=32)
     started_at = time.process_time()
     sizes = [config.tokens_of(step) for step in range(1, 100_001)]
     assert time.process_time() - started_at < 5
@@ -121,8 +122,8 @@ def test_one_batch_begins_with_the_same_windows_at_every_size() -> None:
         ),
         (
             {"ramp_from": 32_768, "ramp_tokens": 10**9},
-            "batch.ramp_from = 32,768 must be a multiple of micro_batch x seq_len x world_size = 64 x 1024 x 1 = "
-            "65,536; the nearest is 65,536.",
+            "batch.ramp_from = 32,768 must be a multiple of micro_batch x seq_len = 64 x 1024 = 65,536; "
+            "the nearest is 65,536.",
         ),
     ],
 )

@@ -14,9 +14,7 @@ import torch
 
 from regpt2.base.errors import UsageError
 from regpt2.base.files import make_dir
-
-PARENT = "REGPT2_PARENT"
-"""The environment variable with the process that a run follows: the run stops when that one is gone."""
+from regpt2.base.watchdog import PARENT
 
 Place = Mapping[str, str]  # what its environment says beyond ours
 

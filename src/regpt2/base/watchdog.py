@@ -26,9 +26,9 @@ from typing import IO
 from regpt2.base import beats
 from regpt2.base.beats import Beat, Verdict
 from regpt2.base.files import describe_os_error
-from regpt2.base.processes import PARENT
 
 HUNG = 70  # the exit code of every rank of a run that stood still; EX_SOFTWARE of sysexits.h
+PARENT = "REGPT2_PARENT"  # the environment variable with the process that a run follows, if it does
 JOIN_S = 1.2  # after a verdict: longer than a tick, so that every rank sees it and dumps its stacks
 WAKE_S = 0.8  # after that: for the stacks of frozen ranks, also those on other machines
 
