@@ -63,10 +63,10 @@ def matmul_of(events: list[FunctionEvent], work: TrainingWork) -> tuple[str, tup
     C, V = work.model.n_embd, GPTConfig(**work.model.sizes()).padded_vocab_size
     m, k, n = a[0], a[1], b[1]
     layers = {(C, 3 * C): "attn.c_attn", (C, C): "attn.c_proj", (C, 4 * C): "mlp.c_fc", (4 * C, C): "mlp.c_proj"}
-    layers[C, V] = "head"
     if any("LinearCrossEntropy" in event.name for event in events) or (V != C and V in (m, k, n)):
-        way = "wgrad" if k not in (C, V) else "dgrad" if k == V else "forward"
-    elif k == work.micro_batch * work.seq_len:
+        way = "wgrad" if k not in (C, V) else "dgrad" if k == V else "forward"  # wgrad may come in parts of V
+        return f"head {way}", (m, k, n)
+    if k == work.micro_batch * work.seq_len:
         way = "wgrad"
     else:
         way = "dgrad" if any("Backward" in event.name for event in events) else "forward"

@@ -195,6 +195,7 @@ def train_a_little(world: World, name: str, strategy: str) -> tuple[dict[str, Te
     sizes: list[int] = []
     if isinstance(optimizer, muon.Muon):
         optimizer._orthogonalize = lambda stack, *how: sizes.append(len(stack)) or muon.newton_schulz(stack, *how)
+    torch.set_num_threads(1)  # the same kernels in every process
     for step in range(3):
         ids = torch.randint(0, 57, (12, 9), generator=torch.Generator().manual_seed(step)).chunk(world.size)[world.rank]
         batches = [(row[None, :-1], row[None, 1:]) for row in ids]
@@ -208,7 +209,6 @@ TOLERANCE = {"muon ddp": 1e-12, "muon ordered": 0.0, "lion fsdp": 1e-7}
 
 
 def rank_main(rank: int, size: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     world = World(rank=rank, local_rank=rank, size=size, device=torch.device("cpu"))
     found = {" ".join(way): train_a_little(world, *way) for way in WAYS}
