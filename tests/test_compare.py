@@ -197,6 +197,7 @@ def test_equal_time_is_measured_once_and_the_tables_are_written_again(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a run does not know that its comparison is gone")
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(tmp_path: Path, tiny_recipe: Path, tiny_data: Path) -> None:
     """kill -9 while two runs are at work: they leave with a checkpoint, and the same command takes them up."""
     out = tmp_path / "compared"

@@ -107,6 +107,7 @@ def test_kill_9_in_the_ramp_changes_no_bit(straight: Path, recipe: Path, tiny_da
     assert evals(killed) == evals(straight)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_in_the_ramp_where_one_stopped(tmp_path: Path, tiny_data: Path) -> None:
     """To the bit, with dropout: in a ramp whose sizes can be summed in one order, of 4 and 8 micro-batches."""
     recipe = tmp_path / "ramp.toml"
@@ -191,7 +192,7 @@ def test_micro_batches_divide_the_smallest_update() -> None:
 def test_a_run_in_its_ramp_is_held_against_its_reference_at_equal_tokens() -> None:
     curve = choose("fineweb_gpt2_124m_llmc", None, None)
     assert curve is not None
-    batch = BatchConfig(ramp_from=32_768, ramp_tokens=4_000_000_000)
+    batch = BatchConfig(ramp_from=32_768, ramp_tokens=4_000_000_000, micro_batch=32)
     steps = range(6_000, 20_001, 2_000)
     seen = [batch.tokens_until(step) for step in steps]
     start = {"event": "run", "step": 0, "batch_tokens": 524_288, "max_steps": 26_000, "n_params": 124_439_808,

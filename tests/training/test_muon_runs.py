@@ -32,6 +32,7 @@ def test_a_config_with_a_table_in_a_table_is_a_recipe(recipe: Path, tmp_path: Pa
     assert load_recipe(str(again)) == config
 
 
+@pytest.mark.slow
 def test_kill_9_and_a_change_of_ranks(recipe: Path, tmp_path: Path, tiny_data: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run_train(recipe, tiny_data, straight)
