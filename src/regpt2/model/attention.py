@@ -5,6 +5,7 @@ which kernel does it depends on the device.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,22 @@ def causal_attention(
     if mask is None and T not in (1, S):  # is_causal would count from the first key
         mask = _past(T, S, q.device)
     is_causal = mask is None and T > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
+    with _small_products(on=q.device.type == "cpu" and T == 1):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
+
+
+@contextmanager
+def _small_products(*, on: bool) -> Iterator[None]:
+    """fp32 products on a CPU not through oneDNN, whose every call costs more than a vector's product."""
+    before = torch.get_float32_matmul_precision()
+    if not on or before == "highest" or torch.compiler.is_compiling():
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def document_numbers(ids: Tensor, end_id: int) -> Tensor:
