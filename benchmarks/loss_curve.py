@@ -121,7 +121,7 @@ def main() -> None:
         print(f"{name}: {json.dumps(result[name])}", flush=True)
     what = f"loss curve, {SHAPE.name}, {options.steps} steps of {batch_tokens} tokens: nats from plain fp32"
     command = (
-        f"python benchmarks/loss_curve.py {options.data} --steps {options.steps} --micro-steps {options.micro_steps}"
+        f"python benchmarks/loss_curve.py DATA --steps {options.steps} --micro-steps {options.micro_steps}"
     )
     keep(result, what, command + " --build-nanogpt PATH" * bool(options.build_nanogpt), options.out)
 
