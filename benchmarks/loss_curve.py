@@ -120,9 +120,7 @@ def main() -> None:
         result[name] = {"mean": sum(apart) / len(apart), "largest": max(apart), "at_step": 1 + apart.index(max(apart))}
         print(f"{name}: {json.dumps(result[name])}", flush=True)
     what = f"loss curve, {SHAPE.name}, {options.steps} steps of {batch_tokens} tokens: nats from plain fp32"
-    command = (
-        f"python benchmarks/loss_curve.py DATA --steps {options.steps} --micro-steps {options.micro_steps}"
-    )
+    command = f"python benchmarks/loss_curve.py DATA --steps {options.steps} --micro-steps {options.micro_steps}"
     keep(result, what, command + " --build-nanogpt PATH" * bool(options.build_nanogpt), options.out)
 
 

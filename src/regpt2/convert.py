@@ -106,7 +106,8 @@ def _check_expressible(options: ConvertOptions, entry: Any, loaded: LoadedModel)
     config = loaded.model.config
     if getattr(entry, "ANY_ARCHITECTURE", False) or isinstance(loaded.model, GPT):
         return
-    has = ", ".join(["no biases", *switches_on(config)])
+    switches = [name for name in switches_on(config) if name != "zero_init"]  # how weights began, no format tells
+    has = ", ".join(["no biases", *switches])
     shelf = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
     able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "ANY_ARCHITECTURE", False))
     raise UsageError(

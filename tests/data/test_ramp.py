@@ -113,8 +113,8 @@ def test_one_batch_begins_with_the_same_windows_at_every_size() -> None:
         ({"ramp_tokens": 10**9}, "batch.ramp_from = 0 and ramp_tokens = 1,000,000,000 must both be above 0"),
         ({"ramp_from": -1, "ramp_tokens": -1}, "batch.ramp_from = -1 and ramp_tokens = -1 must both be above 0"),
         (
-            {"ramp_from": 32_000, "ramp_tokens": 10**9},
-            "batch.batch_tokens = 524,288 must be a multiple of ramp_from = 32,000; the nearest is 512,000.",
+            {"ramp_from": 196_608, "ramp_tokens": 10**9},
+            "batch.batch_tokens = 524,288 must be a multiple of ramp_from = 196,608; the nearest is 589,824.",
         ),
         (
             {"ramp_from": 2**20, "ramp_tokens": 10**9},

@@ -90,9 +90,9 @@ class BatchConfig:
                 "in 32,768 and 4,000,000,000, or both 0 (no ramp)."
             )
         if self.ramp_from:
-            _require_multiple("batch_tokens", self.batch_tokens, "ramp_from", self.ramp_from)
             passes = f"micro_batch x seq_len = {self.micro_batch} x {self.seq_len}"
             _require_multiple("ramp_from", self.ramp_from, passes, self.micro_batch * self.seq_len)
+            _require_multiple("batch_tokens", self.batch_tokens, "ramp_from", self.ramp_from)
 
     @cached_property
     def stretches(self) -> list[Stretch]:
