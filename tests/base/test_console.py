@@ -33,3 +33,9 @@ def test_progress_in_a_log_says_rate_and_time_left(capsys: pytest.CaptureFixture
     assert lines[0].startswith("reading: 25 of 100 MB, ")
     assert "left" in lines[0]
     assert lines[1].endswith("MB/s, 0s left")
+
+
+def test_before_anything_is_done_no_time_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("reading", 10, "MB", every_s=0.0) as line:
+        line.advance(0)
+    assert capsys.readouterr().out == "reading: 0 of 10 MB\n"

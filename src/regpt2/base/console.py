@@ -102,8 +102,8 @@ class ProgressLine:
             self._bar.update(self._task, completed=self.done, rate=f"{count(rate)} {self.unit}/s")
         elif self.shown and now - self.spoke_at >= self.every_s:
             self.spoke_at = now
-            left_s = max(0.0, self.total - self.done) / max(1e-9, rate)
-            say(
-                f"{self.what}: {count(self.done)} of {count(self.total)} {self.unit}, "
-                f"{count(rate)} {self.unit}/s, {duration(left_s)} left"
-            )
+            pace = ""  # of nothing done yet there is none
+            if rate:
+                left_s = max(0.0, self.total - self.done) / rate
+                pace = f", {count(rate)} {self.unit}/s, {duration(left_s)} left"
+            say(f"{self.what}: {count(self.done)} of {count(self.total)} {self.unit}{pace}")

@@ -128,10 +128,7 @@ class GPT(LanguageModel):
         position: int = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> what the head reads (B, T, C).
-
-        `position` is the place of the first id in its sequence. `dtype` is the compute type, by default the weights'.
-        """
+        """Ids (B, T), the first of them at `position`, -> what the head reads (B, T, C), in `dtype`."""
         T = ids.shape[1]
         if position + T > self.config.block_size:
             raise ValueError(f"{position + T} tokens do not fit into block_size = {self.config.block_size}")

@@ -219,10 +219,7 @@ class ModernGPT(LanguageModel):
         position: int = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> what the head reads (B, T, C).
-
-        `position` is the place of the first id in its sequence. `dtype` is the compute type, by default the weights'.
-        """
+        """Ids (B, T), the first of them at `position`, -> what the head reads (B, T, C), in `dtype`."""
         T, config = ids.shape[1], self.config
         if position + T > config.block_size:
             raise ValueError(f"{position + T} tokens do not fit into block_size = {config.block_size}")
