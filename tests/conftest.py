@@ -16,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share the cores; read when torch is first imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
+
 from regpt2.data.manifest import Manifest, Split
 from regpt2.data.shards import write_shard
 from regpt2.data.tokenizer import load_tokenizer
@@ -56,6 +58,12 @@ def ctrl_c_is_heard() -> None:
     """A shell that starts pytest behind an `&` has SIGINT ignored, and so would all processes that tests interrupt."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def torch_s_own_matmuls() -> None:
+    """A run in this process may have chosen others for all of it; a test beside it would then get other bits."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(autouse=True)

@@ -148,7 +148,9 @@ def test_the_first_line_says_the_ramp_and_a_bad_one_is_refused_in_one_message(
     ) in " ".join(capsys.readouterr().out.split())
     assert cli.main(["train", *options, "--batch.ramp-from", "100"]) == 2
     said = capsys.readouterr().err
-    assert "batch.batch_tokens = 512 must be a multiple of ramp_from = 100; the nearest is 500." in said
+    assert (
+        "batch.ramp_from = 100 must be a multiple of micro_batch x seq_len = 2 x 32 = 64; the nearest is 128." in said
+    )
     assert said.count("\n") == 1
 
 

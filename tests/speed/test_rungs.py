@@ -1,6 +1,6 @@
 """The ladder's rungs: each changes one thing, the last is the step of a real run, and a wrong one is seen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
 
@@ -25,14 +25,6 @@ TINY = StepWork(
     steps=2,
 )
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """Steps are timed in this process here; the rungs below oneDNN change how it multiplies."""
-    precision = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(precision)
 
 
 def here(rung: Rung, work: StepWork) -> StepTimes:
