@@ -94,9 +94,9 @@ class Flood(DataError):
 
 
 def allocate(path: Path, file: IO[bytes], size: int) -> foreign.TokenFile:
-    """Take the memory that a .npy header asks for, then look."""
+    """Take the memory that a .npy header asks for, 64-fold: more than malloc has kept of earlier tests. Then look."""
     if found := re.search(rb"\((\d{9,12}),", file.read(200)):
-        np.zeros(int(found[1]), np.uint16)
+        np.zeros((int(found[1]), 64), np.uint16)
     file.seek(0)
     return look(path, file, size)
 
