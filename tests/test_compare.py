@@ -144,7 +144,9 @@ def test_it_trains_compares_tells_what_failed_and_trains_nothing_twice(
         main([str(tiny_recipe), high.replace("2e-2", "1e-2"), *options])
     records = {path: path.read_bytes() for path in here.glob("*/seed-*/metrics.jsonl")}
     third = [str(tiny_recipe), high, f"third={tiny_recipe} --optim.lr 1e-2 --max-steps 8", *options]
+    capsys.readouterr()
     assert main([*third[:4], "3", *third[5:]]) == 0, "an arm and a seed more, the failed arm left out"
+    assert "3 seeds of tiny (3.07k tokens), high (3.07k tokens), third (2.05k tokens)" in capsys.readouterr().out
     assert all(path.read_bytes() == record for path, record in records.items()), "finished runs are not touched"
     assert len(list(here.glob("*/seed-*/metrics.jsonl"))) == len(records) + 5
     assert [arm["tokens"] for arm in told(here)["plan"]["arms"]] == [3072, 3072, 2048]

@@ -165,9 +165,8 @@ def train_all(out: Path, plan: Plan, configs: Mapping[str, RunConfig], room: Seq
     ]
     n_runs = plan.seeds * len(plan.arms)
     n_done = n_runs - len(tasks)
-    say(
-        f"{n_runs} runs in {out}: {plan.seeds} seeds of {', '.join(arm.label for arm in plan.arms)}, {plan.budget} each"
-    )
+    arms = ", ".join(f"{arm.label} ({count(arm.tokens)} tokens)" for arm in plan.arms)
+    say(f"{n_runs} runs in {out}: {plan.seeds} seeds of {arms}")
     write_json(out, plan)
     try:
         for task, code in _trained(out, tasks, room):
