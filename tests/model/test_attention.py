@@ -100,3 +100,13 @@ def test_dropout_drops_only_when_asked(block: int, monkeypatch: pytest.MonkeyPat
     assert not torch.allclose(causal_attention(q, k, v, dropout_p=0.5), causal_attention(q, k, v, dropout_p=0.5))
     mean = torch.stack([causal_attention(q, k, v, dropout_p=0.3) for _ in range(2000)]).float().mean(dim=0)
     assert torch.allclose(mean, causal_attention(q, k, v).float(), atol=0.15)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_a_compiler_takes_it_as_one_graph() -> None:
+    """By torch's own attention, which in fp32 takes what is longer than a block, and by blocks."""
+    torch._dynamo.reset()
+    whole = torch.compile(causal_attention, backend="eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = qkv(300, dtype)
+        assert torch.equal(whole(q, k, v), causal_attention(q, k, v))

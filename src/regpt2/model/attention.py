@@ -52,10 +52,10 @@ def causal_attention(
 @contextmanager
 def _small_products(*, on: bool) -> Iterator[None]:
     """fp32 products on a CPU not through oneDNN, whose every call costs more than a vector's product."""
-    before = torch.get_float32_matmul_precision()
-    if not on or before == "highest" or torch.compiler.is_compiling():
+    if not on or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
         yield
         return
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
