@@ -88,6 +88,7 @@ def predicted(work: StepWork, times: StepTimes, device: torch.device) -> dict[st
         precision=times.precision,
         device=device.type,
         compiled=times.compiled,
+        optim=work.optim,
     )
     planned: dict[str, float] = {"planned_peak_bytes": sum(step_memory(setup).values())}
     if device.type == "cuda":

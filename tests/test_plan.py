@@ -1,18 +1,27 @@
 """`regpt2 plan`: what it says, what it refuses, its exit codes; and the same check before training."""
 
+import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import Run
 from regpt2 import estimate, job, plan
 from regpt2.base.errors import ConfigError, UsageError
+from regpt2.config import RunConfig
+from regpt2.data.loader import BatchConfig
+from regpt2.model.modern import ModernConfig
+from regpt2.speed.cost import update_flops
 from regpt2.train import main as train
+from regpt2.training.optimizer import OptimConfig
 
 
 def planned(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -71,6 +80,35 @@ def test_measured_steps_tell_the_time(tiny_recipe: Path, tmp_path: Path, monkeyp
     assert "measured here" in found["step"]["how"]
     assert 0 < found["step"]["seconds"] < 5
     assert found["measured"]["peak_bytes"] == pytest.approx(found["measured"]["predicted_bytes"], rel=0.2)
+
+
+def test_what_is_measured_of_muons_iterations_is_once_an_update_and_shared_by_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A micro-step took 1 s, 0.3 s of it the iterations: 16 micro-steps on each of 4 ranks take 16 x 0.7 + 0.3 / 4."""
+    model = ModernConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=257)
+    batch = BatchConfig(batch_tokens=4 * 16 * 4096, micro_batch=32, seq_len=128)
+    config = RunConfig(model=model, batch=batch, optim=OptimConfig(name="muon"))
+    target = estimate.Target("", torch.device("cpu"), True, None, "fp32", False, None, ranks=4)
+    setup = estimate.setup_at(config, target)
+    rate = update_flops(dataclasses.replace(setup, ranks=1)) / 0.3
+    monkeypatch.setattr(estimate, "copy_rate", lambda *where, **how: math.inf)
+    monkeypatch.setattr(estimate, "matmul_rate", lambda *what, **how: rate)
+    times = SimpleNamespace(median_s=1.0, tokens=4096, step_s=[1.0])
+    monkeypatch.setattr(estimate, "measure", lambda work, **how: times)
+    parts = estimate.measured_time(config, setup, target)[0].parts
+    assert parts == pytest.approx({"forward and backward": 16 * 0.7, "update": 0.0, "orthogonalization": 0.3 / 4})
+
+
+def test_muons_iterations_are_a_part_of_an_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone, shared = (
+        planned(tmp_path, "modern_124m", "--machine", "H100", "--gpus", gpus)[1]["step"]["parts"]["orthogonalization"]
+        for gpus in ("1", "8")
+    )
+    assert alone == pytest.approx(8 * shared)  # 48 and 24 matrices: no rank has padding
+    assert "orthogonalization 1.3" in capsys.readouterr().out
+    assert planned(tmp_path, "gpt2_124m", "--machine", "H100")[1]["step"]["parts"]["orthogonalization"] == 0
+    assert "orthogonalization" not in capsys.readouterr().out
 
 
 def test_a_precision_that_nobody_has_measured_has_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

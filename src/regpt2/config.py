@@ -176,7 +176,7 @@ def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, comp
         compiled=compiled,
         strategy=config.parallel.strategy,
         ranks=ranks,
-        optimizer=config.optim.name,
+        optim=config.optim,
     )
 
 

@@ -1,5 +1,6 @@
 """The figures of a plan. In: a configuration, a machine; out: time of a step and of the run, disk, micro-batches."""
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,16 @@ from regpt2.data.manifest import TOKEN_BYTES
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.space import Space
 from regpt2.model.flops import flops_per_token
-from regpt2.speed.cost import EVAL_TOKENS, FORWARD, UPDATE_BYTES, Place, exposed_seconds, step_seconds
+from regpt2.speed.cost import (
+    EVAL_TOKENS,
+    FORWARD,
+    Place,
+    exposed_seconds,
+    step_seconds,
+    update_flops,
+    update_rates,
+    update_seconds,
+)
 from regpt2.speed.machines import find_machine, recognize
 from regpt2.speed.memory import FP32, Setup, fits, micro_batches, still_needed
 from regpt2.speed.rates import copy_rate, matmul_rate, model_shapes
@@ -130,7 +140,7 @@ def formula_time(setup: Setup, target: Target) -> StepTime | None:
     rate = OF_MATMULS * matmul_rate(model_shapes(setup.model, rows), dtype, target.device, at_least_s=1.0)
     busy_s = setup.grad_accum_steps * setup.n_tokens * flops_per_token(setup.model, setup.seq_len) / rate
     how = f"roughly, from its matmuls timed for a second, at {OF_MATMULS:.0%} of their rate; --measure times real steps"
-    return StepTime({"forward and backward": busy_s, "update": _update_seconds(setup, target)}, 0.5, how)
+    return StepTime({"forward and backward": busy_s, **update_seconds(setup, *_update_rates(setup, target))}, 0.5, how)
 
 
 def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[StepTime, StepTimes, Setup]:
@@ -164,10 +174,12 @@ def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[Step
     )
     with ProgressLine("measuring", work.warmup_steps + work.steps, "steps") as line:
         times = measure(work, on_step=lambda _: line.advance(1))
-    update_s = min(_update_seconds(setup, target), times.median_s / 2)
-    per_token_s = (times.median_s - update_s) / times.tokens
-    micro_s = per_token_s * setup.n_tokens
-    parts = {"forward and backward": setup.grad_accum_steps * micro_s, "update": update_s}
+    rates = _update_rates(setup, target)
+    timed_s = sum(update_seconds(replace(setup, ranks=1), *rates).values())
+    share = min(1.0, times.median_s / 2 / timed_s)  # of the timed update that is believed
+    micro_s = (times.median_s - share * timed_s) / times.tokens * setup.n_tokens
+    parts = {"forward and backward": setup.grad_accum_steps * micro_s}
+    parts |= {name: share * seconds for name, seconds in update_seconds(setup, *rates).items()}
     how = f"measured here: {len(times.step_s)} steps of {tried.grad_accum_steps} x {micro_batch} x {setup.seq_len}"
     if target.place is not None and target.ranks > 1:
         parts["exchange"] = exposed_seconds(setup, target.place, micro_s)
@@ -175,9 +187,15 @@ def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[Step
     return StepTime(parts, 0.10, how), times, tried
 
 
-def _update_seconds(setup: Setup, target: Target) -> float:
-    bandwidth = target.place.machine.bandwidth if target.place else copy_rate(target.device, 1 << 26, at_least_s=0.1)
-    return UPDATE_BYTES * setup.n_params / bandwidth
+def _update_rates(setup: Setup, target: Target) -> tuple[float, float]:
+    """Bytes/s and FLOP/s, for `update_seconds`: by the data sheet, or timed here."""
+    if target.place is not None:
+        return update_rates(setup, target.place.machine)
+    bandwidth, C = copy_rate(target.device, 1 << 26, at_least_s=0.1), setup.model.n_embd
+    if not update_flops(setup):
+        return bandwidth, math.inf
+    dtype = torch.bfloat16 if target.device.type == "cuda" else torch.float32  # as training/optim/muon.py works
+    return bandwidth, matmul_rate([(C, C, C, 1)], dtype, target.device, at_least_s=0.2)
 
 
 def run_seconds(config: RunConfig, setup: Setup, target: Target, step: StepTime, data_bytes: int) -> dict[str, float]:

@@ -219,7 +219,7 @@ def _show_time(plan: RunPlan) -> None:
         _row("money", f"{gpu_hours * plan.price:,.2f}", f"{spread}: {gpu_hours:,.1f} {unit} at {plan.price:g}")
     else:
         _row(unit, f"{gpu_hours:,.1f}", "--price tells the money")
-    parts = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in step.parts.items())
+    parts = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in step.parts.items() if seconds)
     _row("an update", f"{1e3 * step.seconds:,.0f} ms", parts)
     tokens_per_s = config.batch.batch_tokens / step.seconds
     flops = tokens_per_s * flops_per_token(setup.model, setup.seq_len) / plan.target.ranks

@@ -3,12 +3,21 @@
 import dataclasses
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from regpt2.base import plugins
 from regpt2.base.errors import UsageError
+from regpt2.base.world import World
+from regpt2.config import load_recipe, setup_of
+from regpt2.model.architecture import build_model
+from regpt2.model.flops import flops_per_token
 from regpt2.model.gpt import GPTConfig
-from regpt2.speed.cost import Place, share_of_peak, step_seconds
+from regpt2.model.modern import ModernConfig
+from regpt2.speed.cost import Place, share_of_peak, step_seconds, update_flops
 from regpt2.speed.machines import GIB, MACHINES, find_machine, recognize
 from regpt2.speed.memory import Setup
+from regpt2.training.optimizer import MuonConfig, OptimConfig, build_optimizer
 
 SIZES = {
     "124M": GPTConfig(),
@@ -71,6 +80,42 @@ def test_sharing_an_update_costs_an_exchange() -> None:
     times = {way: step_seconds(dataclasses.replace(ddp, strategy=way), place)["exchange"] for way in ("ddp", "ordered")}
     assert 0 < times["ddp"] < times["ordered"]
     assert step_seconds(setup("1558M", 8, 1), Place(MACHINES["4090"]))["exchange"] == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ordered"])
+@pytest.mark.parametrize("ranks", [1, 5])
+@pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
+@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+def test_an_optimizers_matmuls_are_those_of_a_real_update(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: type[GPTConfig], ranks: int, strategy: str
+) -> None:
+    """On the first of 5 ranks: 3 of 12 square matrices, 2 of the 6 of the MLPs, which lie and stand."""
+    optim = OptimConfig(name=name, muon=MuonConfig(ns_steps=7))
+    shape = kind(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=57)
+    one = Setup(model=shape, micro_batch=1, seq_len=8, ranks=ranks, strategy=strategy, optim=optim)  # type: ignore[arg-type]
+    monkeypatch.setattr(World, "stack", lambda world, mine: mine.expand(world.size, *mine.shape))  # as if from all
+    world = World(rank=0, local_rank=0, size=ranks, device=torch.device("cpu"))
+    model = build_model(shape)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = build_optimizer(model, optim, world, ordered=strategy == "ordered")
+    with FlopCounterMode(display=False) as counted:
+        optimizer.step()
+    assert update_flops(one) == counted.get_total_flops()
+    assert (update_flops(one) > 0) == (name == "muon")
+
+
+def test_muons_iterations_are_little_of_a_large_update_and_much_of_a_small_one() -> None:
+    """12 steps at 124M beside 0.5M tokens: 1 % of the FLOPs; 5 steps at 256 wide beside 2,048 tokens: half as many."""
+
+    def share(recipe: str) -> float:
+        config = load_recipe(recipe)
+        one = setup_of(config, 1, device="cuda", precision="bf16", compiled=True)
+        tokens = one.grad_accum_steps * one.n_tokens
+        return update_flops(one) / (tokens * flops_per_token(one.model, one.seq_len))
+
+    assert share("modern_124m") == pytest.approx(0.0094, rel=0.01)
+    assert share("modern_small") == pytest.approx(0.47, rel=0.02)
 
 
 @pytest.mark.parametrize("name", MACHINES)

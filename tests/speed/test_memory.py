@@ -158,7 +158,7 @@ def test_the_fullest_moment_is_what_is_alive_in_a_real_step(
 def test_each_optimizers_state_and_muons_update_are_counted(name: str) -> None:
     """So few tokens that Muon's stacks are the most there ever is."""
     model_config = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=32, vocab_size=257)
-    one = dataclasses.replace(setup(model_config, 1, 32, 1, "fp32"), optimizer=name)
+    one = dataclasses.replace(setup(model_config, 1, 32, 1, "fp32"), optim=OptimConfig(name=name))
     with Alive() as alive:
         model = build_model(one.model)
         optimizer = build_optimizer(model, OptimConfig(name=name))

@@ -7,6 +7,7 @@ M tokens of a micro-batch, C = n_embd, L = n_layer, V = padded_vocab_size, n ran
 import math
 from dataclasses import dataclass
 
+from regpt2.base import plugins
 from regpt2.model.flops import flops_per_token
 from regpt2.speed.machines import LARGE_FLOPS, SMALL_FLOPS, Machine
 from regpt2.speed.memory import FP32, Setup
@@ -45,13 +46,34 @@ class Place:
 
 def step_seconds(setup: Setup, place: Place) -> dict[str, float]:
     """Seconds of one update by part: what is computed, what of the exchange cannot hide behind it, the update."""
-    micro_s = micro_step_seconds(setup, place.machine)
-    shards = place.ranks if setup.strategy == "fsdp" else 1
+    machine = place.machine
+    micro_s = micro_step_seconds(setup, machine)
     return {
         "forward and backward": setup.grad_accum_steps * micro_s,
         "exchange": exposed_seconds(setup, place, micro_s),
-        "update": UPDATE_BYTES * setup.n_params / shards / place.machine.bandwidth,
+        **update_seconds(setup, *update_rates(setup, machine)),
     }
+
+
+def update_rates(setup: Setup, machine: Machine) -> tuple[float, float]:
+    """Bytes/s and FLOP/s, for `update_seconds`."""
+    return machine.bandwidth, machine.peak * _best_share(setup, machine)
+
+
+def update_seconds(setup: Setup, bandwidth: float, matmul_rate: float) -> dict[str, float]:
+    """Of what follows the backward pass, by part, at bytes/s and FLOP/s."""
+    shards = setup.ranks if setup.strategy == "fsdp" else 1
+    return {
+        "update": UPDATE_BYTES * setup.n_params / shards / bandwidth,
+        "orthogonalization": update_flops(setup) / matmul_rate,
+    }
+
+
+def update_flops(setup: Setup) -> float:
+    """Matmul FLOPs of the optimizer in one update, on each rank."""
+    count = getattr(plugins.load("training.optim", setup.optim.name), "matmul_flops", None)
+    sharing = 1 if setup.strategy == "ordered" else setup.ranks  # in order each makes the whole update
+    return count(setup.model, setup.optim, sharing) if count else 0.0
 
 
 def micro_step_seconds(setup: Setup, machine: Machine) -> float:
@@ -64,12 +86,16 @@ def micro_step_seconds(setup: Setup, machine: Machine) -> float:
 
 def share_of_peak(setup: Setup, machine: Machine) -> float:
     """The share of the 16-bit peak that a pass reaches: by the model's size, its micro-batch, and if it is compiled."""
-    size = flops_per_token(setup.model, 1024)
-    share = _between(machine.reached.small, machine.reached.large, size)
+    share = _best_share(setup, machine)
     if not setup.compiled:
-        share *= _between(*EAGER, size)
+        share *= _between(*EAGER, flops_per_token(setup.model, 1024))
     full = _filled(LARGE_MICRO_BATCH, setup.model.n_embd, machine.n_sm)
     return share * min(1.0, _filled(setup.n_tokens, setup.model.n_embd, machine.n_sm) / full)
+
+
+def _best_share(setup: Setup, machine: Machine) -> float:
+    """With large micro-batches and compiled."""
+    return _between(machine.reached.small, machine.reached.large, flops_per_token(setup.model, 1024))
 
 
 def _between(small: float, large: float, size: float) -> float:

@@ -5,7 +5,7 @@ autograd really keeps. P parameters, N = B * T tokens of a micro-batch, C = n_em
 V = padded_vocab_size, b bytes of a number in the compute type.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from regpt2.base import plugins
@@ -13,6 +13,7 @@ from regpt2.base.errors import ConfigError
 from regpt2.model.flops import n_weights
 from regpt2.model.language_model import GPTConfig
 from regpt2.model.modern import ModernConfig
+from regpt2.training.optimizer import OptimConfig
 
 FP32 = 4
 MARGIN = 0.10  # a prediction may be so far off, either way
@@ -51,7 +52,7 @@ class Setup:
     compiled: bool = True
     strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
     ranks: int = 1
-    optimizer: str = "adamw"
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
     def n_params(self) -> int:
@@ -64,7 +65,7 @@ class Setup:
         n_in_matrices = 12 * self.model.n_layer * self.model.n_embd**2
         of_matrices: int
         of_others: int
-        of_matrices, of_others = plugins.load("training.optim", self.optimizer).MEANS
+        of_matrices, of_others = plugins.load("training.optim", self.optim.name).MEANS
         return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_params - n_in_matrices))
 
     @property
@@ -109,7 +110,7 @@ def _gradients_held(setup: Setup) -> int:
 
 def _orthogonalization_bytes(setup: Setup) -> int:
     """Muon's largest stack, the MLPs' matrices: as it comes, before and after a step, and two products of a quarter."""
-    if setup.optimizer != "muon":
+    if setup.optim.name != "muon":
         return 0
     stack = 8 * setup.model.n_layer * setup.model.n_embd**2 * (2 if setup.device == "cuda" else FP32)
     if setup.ranks == 1 or setup.strategy == "ordered":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
+from regpt2.model.language_model import GPTConfig
 from regpt2.training.optimizer import NamedParameters, OptimConfig, assign, can_fuse, parameter_groups
 
 # A stack is (n, R, C): n matrices of one shape, lying down, so R <= C.
@@ -101,7 +102,7 @@ class Muon(torch.optim.Optimizer):
 
     def _directions(self, stack: list[Matrix], group: dict[str, Any], skipped: Tensor | None) -> Tensor:
         """Move all momenta; orthogonalize this rank's share of the stack; get the others' from the other ranks."""
-        share = -(-len(stack) // self._world.size)
+        share = _share(len(stack), self._world.size)
         first, shape = share * self._world.rank, stack[0].of(stack[0].parameter).shape
         mine = stack[0].parameter.new_zeros((share, *shape), dtype=_working_type(stack[0].parameter))
         for i, matrix in enumerate(stack):
@@ -113,6 +114,18 @@ class Muon(torch.optim.Optimizer):
                 mine[i - first] = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         directions = self._orthogonalize(mine, group["ns_steps"], group["ns_coefficients"])
         return self._world.stack(directions).flatten(0, 1)  # (ranks, share, R, C) -> (ranks * share, R, C)
+
+
+def _share(n: int, ranks: int) -> int:
+    """Matrices for each rank out of a stack of n."""
+    return -(-n // ranks)
+
+
+def matmul_flops(model: GPTConfig, config: OptimConfig, ranks: int) -> float:
+    """Of one update, on each of the ranks that share it: in an iteration x x^T, its square, and that times x."""
+    L, C = model.n_layer, model.n_embd
+    stacks = ((4 * L, C, C), (2 * L, C, 4 * C))  # queries, keys, values and c_proj; the two of the MLP
+    return float(config.muon.ns_steps * sum(_share(n, ranks) * (4 * R * R * S + 2 * R**3) for n, R, S in stacks))
 
 
 def _working_type(p: Tensor) -> torch.dtype:
