@@ -14,28 +14,38 @@ import trial
 from suite import Bench, Fault, NotHere, Outcome
 
 KILLED = 128 + signal.SIGKILL
-FULL_SPAN_S = 0.8  # about what a tiny run takes: a kill is uniform over it
+MOST_S = 2.0  # until a kill: an idle machine needs under one for a whole run, a busy one must not take minutes
 
 
 def at_random_times(bench: Bench) -> Outcome:
     """Kill, go on, kill again until so many kills were made; each run's end must be the undisturbed end."""
     outcome, lost = Outcome(), []
-    expected = trial.reference(bench)
-    while outcome.injected < bench.planned:
-        run = bench.new("run")
-        while outcome.injected < bench.planned:
-            process = trial.start(bench, run)
-            time.sleep(bench.rng.uniform(0, FULL_SPAN_S))
+    for n, optimizer in enumerate(trial.RECIPES, 1):
+        _kill_and_go_on(bench, outcome, lost, bench.planned * n // len(trial.RECIPES), optimizer)
+    _through_the_command(bench, outcome)
+    outcome.remark = f"half with Muon; at most {max(lost)} updates lost, a checkpoint every {trial.SAVE_EVERY}"
+    return outcome
+
+
+def _kill_and_go_on(bench: Bench, outcome: Outcome, lost: list[int], until: int, optimizer: str) -> None:
+    """Runs with one optimizer until so many kills were made in all, each uniform over the time of a whole run."""
+    recipe = trial.RECIPES[optimizer]
+    expected = trial.reference(bench, recipe)
+    began_at = time.monotonic()
+    trial.finish(bench, bench.new("timed"), recipe=recipe)
+    whole_s = min(MOST_S, time.monotonic() - began_at)
+    while outcome.injected < until:
+        run = bench.new(optimizer)
+        while outcome.injected < until:
+            process = trial.start(bench, run, recipe=recipe)
+            time.sleep(bench.rng.uniform(0, whole_s))
             if process.kill() != KILLED:
                 break  # it was faster, and is done
             wrong = trial.unloadable(run) + _lost_too_much(run, lost)
             outcome.fired(not wrong, "; ".join(wrong))
-        trial.finish(bench, run)
+        trial.finish(bench, run, recipe=recipe)
         outcome.same(trial.digest(run), expected, run.name)
         shutil.rmtree(run)
-    _through_the_command(bench, outcome)
-    outcome.remark = f"at most {max(lost, default=0)} updates lost, a checkpoint every {trial.SAVE_EVERY}"
-    return outcome
 
 
 def _lost_too_much(run: Path, lost: list[int]) -> list[str]:

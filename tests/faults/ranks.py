@@ -29,9 +29,11 @@ TIMEOUT_S = 6.0  # of the watchdog, in these trials
 Arm = Callable[[int], object]
 
 
-def start_ranks(bench: Bench, run: Path, size: int, *more: object, before: Arm | None = None) -> list[zygote.Trial]:
+def start_ranks(
+    bench: Bench, run: Path, size: int, *more: object, recipe: str = trial.RECIPE, before: Arm | None = None
+) -> list[zygote.Trial]:
     """The real `regpt2 train` on so many ranks. `before(rank)` arms what should happen in one of them."""
-    argv, port = trial.arguments(bench, run, *more), free_port(bench)
+    argv, port = trial.arguments(bench, run, *more, recipe=recipe), free_port(bench)
 
     def rank_main(rank: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
@@ -53,20 +55,20 @@ def free_port(bench: Bench) -> int:
             return port
 
 
-def finish_ranks(bench: Bench, run: Path, size: int, *more: object) -> None:
+def finish_ranks(bench: Bench, run: Path, size: int, *more: object, recipe: str = trial.RECIPE) -> None:
     """Undisturbed, to the end."""
-    ranks = start_ranks(bench, run, size, *more)
+    ranks = start_ranks(bench, run, size, *more, recipe=recipe)
     codes = [rank.wait(120) for rank in ranks]
     assert codes == [0] * size, f"exit codes {codes}: {ranks[0].said[-1500:]}"
 
 
-def reference(bench: Bench, size: int, strategy: str = "ddp") -> dict[str, object]:
+def reference(bench: Bench, size: int, strategy: str = "ddp", optimizer: str = "adamw") -> dict[str, object]:
     """The digest of an undisturbed run on so many ranks."""
-    run = bench.shared / f"ranks-{strategy}-{size}"
+    run = bench.shared / f"ranks-{optimizer}-{strategy}-{size}"
     trial.prepare_data(bench)
     with bench.alone():
         if not run.exists():
-            finish_ranks(bench, run, size, "--parallel.strategy", strategy)
+            finish_ranks(bench, run, size, "--parallel.strategy", strategy, recipe=trial.RECIPES[optimizer])
     return trial.digest(run)
 
 
@@ -222,25 +224,28 @@ def _flipping(real: Callable[..., object], at: int, bit: int, place: float) -> C
 
 
 CHAINS = [
-    ("ordered", (2, 1, 2, 4, 1)),
-    ("ddp", (2, 1, 4)),
-    ("fsdp", (2, 1, 2)),
-    ("ordered", (1, 4, 2)),
-    ("ddp", (4, 2, 1, 2)),
-    ("fsdp then ddp", (2, 2, 1)),
+    ("ordered", (2, 1, 2, 4, 1), "adamw"),
+    ("ddp", (2, 1, 4), "adamw"),
+    ("fsdp", (2, 1, 2), "adamw"),
+    ("ordered", (2, 1), "muon"),
+    ("ddp", (2, 1, 2), "muon"),
+    ("ordered", (1, 4, 2), "adamw"),
+    ("ddp", (4, 2, 1, 2), "adamw"),
+    ("fsdp then ddp", (2, 2, 1), "adamw"),
+    ("ordered", (4, 1, 2), "muon"),
 ]
 
 
 def elastic(bench: Bench) -> Outcome:
     """A run gone on with other numbers of ranks: the same tokens; losses to 1e-4; ordered: the same bits."""
     outcome, worst = Outcome(), 0.0
-    for strategy, sizes in CHAINS[: bench.planned]:
-        run, what = bench.new("run"), f"{strategy} over {sizes}"
-        wrong = _run_in_turns(bench, run, strategy.split(), sizes)
+    for strategy, sizes, optimizer in CHAINS[: bench.planned]:
+        run, what = bench.new("run"), f"{optimizer}, {strategy} over {sizes}"
+        wrong = _run_in_turns(bench, run, strategy.split(), sizes, trial.RECIPES[optimizer])
         outcome.fired(not wrong, f"{what}: {wrong}")
         if wrong:
             continue
-        got, alone = trial.digest(run), reference(bench, 1, strategy.split()[0])
+        got, alone = trial.digest(run), reference(bench, 1, strategy.split()[0], optimizer)
         for key in ("data", "step", "tokens", "lr"):
             outcome.same([e[key] for e in got["train"]], [e[key] for e in alone["train"]], f"{key}, {what}")
         apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(got["train"], alone["train"], strict=True))
@@ -255,14 +260,14 @@ def elastic(bench: Bench) -> Outcome:
     return outcome
 
 
-def _run_in_turns(bench: Bench, run: Path, strategies: list[str], sizes: tuple[int, ...]) -> list[str]:
+def _run_in_turns(bench: Bench, run: Path, strategies: list[str], sizes: tuple[int, ...], recipe: str) -> list[str]:
     """One run on so many ranks after each other, SIGTERM to rank 0 between; what went wrong."""
     wrong = []
     for n, size in enumerate(sizes):
         last, stop_at = n == len(sizes) - 1, (n + 1) * (trial.STEPS // len(sizes))
         strategy = strategies[0 if n == 0 else -1]
         before = None if last else lambda rank, stop_at=stop_at: rank or _stop_in(stop_at)
-        ranks = start_ranks(bench, run, size, "--parallel.strategy", strategy, before=before)
+        ranks = start_ranks(bench, run, size, "--parallel.strategy", strategy, recipe=recipe, before=before)
         codes = [rank.wait(120) for rank in ranks]
         if codes != [0 if last else 128 + signal.SIGTERM] * size:
             wrong.append(f"{size} ranks: exit codes {codes}: {ranks[0].said[-500:]}")
@@ -382,7 +387,7 @@ FAULTS = [
     Fault(4, "kill -9 under torchrun, 2 ranks", (1, 3), killed_under_torchrun),
     Fault(5, "a rank that hangs, under torchrun", (1, 2), hangs_under_torchrun),
     Fault(14, "a flipped weight on one rank", (3, 50), flipped_weights),
-    Fault(18, "stopped, gone on with other ranks", (3, len(CHAINS)), elastic),
+    Fault(18, "stopped, gone on with other ranks", (5, len(CHAINS)), elastic),
     Fault(34, "signals to one of two ranks", (2, 6), signals_to_one_rank),
     Fault(35, "a bad gradient on one of two ranks", (2, 4), bad_gradient_on_one_rank),
     Fault(36, "what one rank refuses ends all", (len(REFUSALS), len(REFUSALS)), refusals_of_one_rank),

@@ -51,6 +51,8 @@ window = 16
 """
 # 3.2 million weights and two moments each: 39 MB, so that a kill can land inside the write
 BIG_RECIPE = RECIPE.replace("n_layer = 2", "n_layer = 4").replace("n_embd = 64", "n_embd = 256")
+MUON = RECIPE.replace("dropout = 0.1", 'architecture = "modern"').replace("[optim]", '[optim]\nname = "muon"')
+RECIPES = {"adamw": RECIPE, "muon": MUON}
 
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "his")
 
@@ -132,7 +134,7 @@ def reference(bench: Bench, recipe: str = RECIPE) -> dict[str, Any]:
 
 
 def digest(run: Path, step: int = STEPS) -> dict[str, Any]:
-    """All that must be equal: weights, both moments and Adam's counters, state, losses, evaluations, samples.
+    """All that must be equal: weights, all of the optimizer's state, the run's, losses, evaluations, samples.
 
     What a clock measured (names that end in `_s`, `_ms`) has no place in it.
     """
