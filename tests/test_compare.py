@@ -150,6 +150,7 @@ def test_it_trains_compares_tells_what_failed_and_trains_nothing_twice(
     assert all(path.read_bytes() == record for path, record in records.items()), "finished runs are not touched"
     assert len(list(here.glob("*/seed-*/metrics.jsonl"))) == len(records) + 5
     assert [arm["tokens"] for arm in told(here)["plan"]["arms"]] == [3072, 3072, 2048]
+    assert told(here)["plan"]["budget"] == "2.05k to 3.07k tokens"
     monkeypatch.setattr(compare, "run_commands", lambda commands, *_, **__: iter(pytest.fail("run") for _ in commands))
     assert main([*third[:4], "3", *third[5:]]) == 0
 

@@ -110,16 +110,25 @@ def main(arguments: list[str]) -> int:
         }
         for label, config in configs.items():
             keep_recipe(options.out, label, config)
+        compared = [described(arm, configs[arm.label]) for arm in arms]
         plan = Plan(
-            arms=with_baseline(options.out, [described(arm, configs[arm.label]) for arm in arms], options.baseline),
+            arms=with_baseline(options.out, compared, options.baseline),
             seeds=options.seeds,
-            budget=f"{count(budget.tokens)} tokens" if budget.tokens else f"{duration(budget.seconds)} of training",
+            budget=in_words(budget, compared),
             target=options.target,
             command=shlex.join(["regpt2", "compare", *arguments]),
         )
         train_all(options.out, plan, configs, room)
         show(options.out, plan)
     return 1 if plan.failures else 0
+
+
+def in_words(budget: Budget, arms: Sequence[Arm]) -> str:
+    """What each run takes, for the page."""
+    if budget.seconds:
+        return f"{duration(budget.seconds)} of training"
+    least, most = (count(which(arm.tokens for arm in arms)) for which in (min, max))
+    return f"{least} tokens" if least == most else f"{least} to {most} tokens"
 
 
 def budgets(out: Path, arms: Sequence[Given], budget: Budget, room: Sequence[Place]) -> list[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from regpt2.comparing.runs import Plan, Run, first_reached
+from regpt2.comparing.runs import NOT_BEGUN, Plan, Run, first_reached
 from regpt2.comparing.statistics import ALPHA, Paired, holm, paired
 
 MATTERS = 0.004
@@ -114,8 +114,14 @@ def remarks(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome])
         f"{arm.label} seed {run.seed} does not count: {run.status}."
         for arm, of_arm in zip(plan.arms, runs, strict=True)
         for run in of_arm
-        if not run.is_finished
+        if not run.is_finished and run.status != NOT_BEGUN
     ]
+    if waiting := [
+        f"{arm.label} ({', '.join(seeds)})"
+        for arm, of_arm in zip(plan.arms, runs, strict=True)
+        if (seeds := [str(run.seed) for run in of_arm if run.status == NOT_BEGUN])
+    ]:
+        said.append(f"Not begun, with these seeds: {', '.join(waiting)}.")
     if len({run.start.get("data_fingerprint") for run in begun}) > 1:
         said.append("The data of these runs differ: their losses do not compare.")
     for name, key in (

@@ -16,6 +16,9 @@ from regpt2.pages.record import Column, Event, Record, number, numbers, read_rec
 TAIL_BYTES = 1 << 16  # more than an event of a run takes
 
 
+NOT_BEGUN = "not begun"
+
+
 @dataclass(frozen=True)
 class Arm:
     """One of the things compared: a recipe with options."""
@@ -91,7 +94,7 @@ def read_run(folder: Path, plan: Plan, arm: Arm, seed: int) -> Run:
     place = f"{arm.label}/seed-{seed}"
     failure, nothing = plan.failures.get(place, ""), np.zeros(0)
     if not (folder / place / "metrics.jsonl").exists():
-        return Run(seed, f"failed: {failure}" if failure else "not begun", nothing, nothing, nothing, {}, "")
+        return Run(seed, f"failed: {failure}" if failure else NOT_BEGUN, nothing, nothing, nothing, {}, "")
     record = read_record(folder / place)
     steps, losses = numbers(record.validations, "step"), numbers(record.validations, "loss")
     status = _status(record, arm.max_steps, failure)
