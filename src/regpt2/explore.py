@@ -217,10 +217,8 @@ def attention_weights(
     T = x.shape[1]
     q, k, _ = attn.c_attn(x).chunk(3, dim=2)  # three of (1, T, C)
     q, k = (z.view(1, T, attn.n_head, -1).transpose(1, 2) for z in (q, k))  # two of (1, H, T, D)
-    if isinstance(attn, modern.CausalSelfAttention) and attn.qk_norm:
-        q, k = modern.rms_norm(q), modern.rms_norm(k)
-    if rotation is not None:
-        q, k = modern.rotated(q, rotation), modern.rotated(k, rotation)
+    if isinstance(attn, modern.CausalSelfAttention):
+        q, k = attn.placed(q, rotation), attn.placed(k, rotation)
     scores = q[0] @ k[0].transpose(1, 2) / q.shape[3] ** 0.5  # (H, T, T)
     past = torch.ones(T, T, dtype=torch.bool).tril()
     return torch.softmax(scores.masked_fill(~past, -torch.inf), dim=2)

@@ -6,9 +6,11 @@ off it is GPT-2 but for the biases of the linear layers, which it never has (PaL
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from regpt2.base.errors import ConfigError
@@ -16,11 +18,11 @@ from regpt2.model.attention import DocumentMask, causal_attention, document_mask
 from regpt2.model.gpt import LayerNorm, Linear
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 from regpt2.model.loss import linear_cross_entropy, softcapped
+from regpt2.model.norm import RMS_EPS, reciprocal_rms, rms_norm, widened
 from regpt2.model.recompute import recomputed
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
 
-_EPS = 1e-6  # of RMS norms, beside a mean square near 1; the embeddings' own, at the start, is 0.0004
 _ROTARY_BASE = 10_000.0  # RoFormer, arXiv:2104.09864, section 3.2.2
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
@@ -66,12 +68,6 @@ class ModernConfig(GPTConfig):
             )
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(..., C) -> (..., C), each row divided by its root mean square: in fp32, of the type of `x`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), x.shape[-1:], None if weight is None else weight.to(wide), _EPS).to(x.dtype)
-
-
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm whose weights are never rounded, as LayerNorm's are not."""
 
@@ -87,11 +83,42 @@ def rotation_of(position: int, T: int, D: int, like: Tensor) -> Rotation:
     return angles.cos(), angles.sin()
 
 
-def rotated(x: Tensor, rotation: Rotation) -> Tensor:  # (B, H, T, D) -> (B, H, T, D)
+def rotated(x: Tensor, rotation: Rotation | None) -> Tensor:  # (B, H, T, D) -> (B, H, T, D)
     """Dimension i makes a pair with i + D / 2, so that each half stays in one piece (GPT-NeoX, arXiv:2204.06745)."""
+    if rotation is None:
+        return x
     cos, sin = rotation
     a, b = x.chunk(2, dim=3)  # two of (B, H, T, D / 2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3).to(x.dtype)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], dim=3).to(x.dtype)
+
+
+def qk_norm(x: Tensor, rotation: Rotation | None) -> Tensor:  # (B, H, T, D) -> (B, H, T, D)
+    """Queries or keys with RMS 1, rotated. Before or after the rotation is the same: it changes no length."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return rotated(F.rms_norm(widened(x), x.shape[3:], eps=RMS_EPS), rotation).to(x.dtype)
+    y: Tensor = _QKNorm.apply(x, rotation)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _QKNorm(torch.autograd.Function):
+    """Keeps its output, as attention does, and a number for each row: enough to go back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Rotation | None) -> Tensor:
+        wide = widened(x)
+        r = reciprocal_rms(wide)  # (B, H, T, 1)
+        y = rotated(wide * r, rotation).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        ctx.back = rotation and (rotation[0], -rotation[1])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None]:
+        y, r = ctx.saved_tensors
+        d_y, wide = widened(d_y), widened(y)
+        along = (d_y * wide).mean(dim=3, keepdim=True)  # what would change the length alone
+        return rotated(d_y.addcmul(wide, along, value=-1).mul_(r), ctx.back).to(y.dtype), None
 
 
 class CausalSelfAttention(nn.Module):
@@ -109,15 +136,16 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        if self.qk_norm:  # before or after the rotation is the same: it changes no length
-            q, k = rms_norm(q), rms_norm(k)
-        if rotation is not None:
-            q, k = rotated(q, rotation), rotated(k, rotation)
+        q, k = self.placed(q, rotation), self.placed(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
         y = causal_attention(q, k, v, mask=mask)  # (B, H, T, D)
         x = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return x
+
+    def placed(self, x: Tensor, rotation: Rotation | None) -> Tensor:  # (B, H, T, D) -> (B, H, T, D)
+        """Queries or keys as attention takes them."""
+        return qk_norm(x, rotation) if self.qk_norm else rotated(x, rotation)
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""LayerNorm with its weights and their gradients in fp32. In: activations (..., C); out: the same, normalized."""
+"""Norms with their weights and the gradients of these in fp32. In: activations (..., C); out: the same, normalized."""
 
 from typing import Any
 
@@ -9,7 +9,18 @@ from torch.nn import functional as F
 
 # N rows, n rows at a time, C = n_embd
 
-_ROWS = 512  # at a time in the backward pass: their fp32 copies stay in a CPU's cache
+RMS_EPS = 1e-6  # beside a mean square near 1; the embeddings' own, at the start, is 0.0004
+_ROWS = 512  # at a time in LayerNorm's backward pass: their fp32 copies stay in a CPU's cache
+
+
+def widened(x: Tensor) -> Tensor:
+    """In fp32, where `x` is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def reciprocal_rms(x: Tensor) -> Tensor:
+    """(..., C) -> (..., 1), of each row; `x` is wide already."""
+    return (x.square().mean(dim=-1, keepdim=True) + RMS_EPS).rsqrt()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -53,3 +64,32 @@ class _LayerNorm(torch.autograd.Function):
             d_weight += d_w
             d_bias += d_b
         return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Each row divided by its root mean square, then scaled; of the type of `x`, computed at least in fp32."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.rms_norm(widened(x), weight.shape, widened(weight), RMS_EPS).to(x.dtype)
+    y: Tensor = _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input as it comes, and a number for each row; torch would keep two fp32 copies of 16-bit rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        wide = widened(x)
+        r = reciprocal_rms(wide)
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, r = ctx.saved_tensors
+        d_y, unit = widened(d_y), x * r
+        d_weights = d_y * unit  # of each row
+        along = (d_weights * weight).mean(dim=-1, keepdim=True)  # what would change the length alone
+        d_x = (d_y * weight).addcmul_(unit, along, value=-1).mul_(r)
+        return d_x.to(x.dtype), d_weights.sum_to_size(weight.shape).to(weight.dtype)

@@ -21,7 +21,7 @@ ALLOCATOR_BYTES = 1 << 30  # on a GPU also this, for fragments and the workspace
 
 # What the backward pass keeps of a layer, in widths C for each token:
 #   both norms' inputs and outputs 4, queries, keys and values 3, the attended 1, before GELU 4, after it 4.
-# On a CPU what comes after GELU is computed again, in passes so large (model/recompute.py). On a GPU the norms' inputs
+# On a CPU what comes after GELU is computed again, in passes so large (model/recompute.py). On a GPU LayerNorm's inputs
 # are kept in fp32. A compiler computes again what is cheap: published runs agree with 12.
 KEPT_WIDTHS = {"cpu": 16, "cuda": 18, "compiled": 12}
 GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
@@ -146,25 +146,28 @@ def _kept_bytes(setup: Setup) -> int:
 
 
 def _modern_bytes(setup: Setup) -> int:
-    """What a modern model keeps besides, whose norms are several operations; a compiler computes them again."""
-    model = setup.model
+    """What a modern model keeps besides; a compiler computes it again."""
+    model, C = setup.model, setup.model.n_embd
     if not isinstance(model, ModernConfig) or setup.compiled:
         return 0
-    C, L, rounded = model.n_embd, model.n_layer, setup.width_bytes < FP32
-    norm = FP32 * C + rounded * (FP32 - setup.width_bytes) * C  # normalized in fp32, and in fp32 what comes in
-    heads = 2 * FP32 * C if model.qk_norm and rounded else 0  # queries and keys in fp32
-    if not rounded and (model.qk_norm or (model.rotary and setup.seq_len > BLOCK)):
-        heads = 3 * FP32 * C  # as they come, with the values
-    if model.qk_norm:
-        heads += 2 * FP32 * model.n_head  # the length of each
-    return setup.n_tokens * (model.rms_norm * (2 * L + 2) * norm + L * heads)
+    layer = 2 * FP32 * model.n_head * model.qk_norm  # the lengths of queries and keys
+    if (model.qk_norm or model.rotary) and _takes_flash(setup):
+        # Queries and keys as they came, in one piece with the values; and the attended in another order.
+        layer += 3 * C * setup.width_bytes
+    if model.rms_norm and setup.device == "cuda":  # which keeps its input as it comes there too
+        layer -= (KEPT_WIDTHS["cuda"] - KEPT_WIDTHS["cpu"]) * C * setup.width_bytes
+    return setup.n_tokens * (model.n_layer * layer + FP32 * C * model.rms_norm)  # the embeddings, before their norm
+
+
+def _takes_flash(setup: Setup) -> bool:
+    return setup.device == "cuda" or (setup.seq_len > BLOCK and setup.width_bytes == FP32)
 
 
 def _attention_bytes(setup: Setup) -> int:
     """Kept per token and layer besides queries, keys, values and result."""
     model, b, T = setup.model, setup.width_bytes, setup.seq_len
-    if setup.device == "cuda" or (T > BLOCK and b == FP32):
-        return FP32 * model.n_head  # flash: the logarithm of each sum
+    if _takes_flash(setup):
+        return FP32 * model.n_head  # the logarithm of each sum
     if T <= BLOCK:
         return b * model.n_head * T  # the weights
     return b * model.n_head * (T + BLOCK) // 2 if model.dropout else 0
