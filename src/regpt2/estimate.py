@@ -172,8 +172,9 @@ def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[Step
         steps=3,
         seconds=MEASURE_S,
     )
-    with ProgressLine("measuring", work.warmup_steps + work.steps, "steps") as line:
-        times = measure(work, on_step=lambda _: line.advance(1))
+    least = work.warmup_steps + work.steps  # short steps are made until MEASURE_S is over
+    with ProgressLine("measuring", least, "steps") as line:
+        times = measure(work, on_step=lambda done: line.advance(min(done, least) - line.done))
     rates = _update_rates(setup, target)
     timed_s = sum(update_seconds(replace(setup, ranks=1), *rates).values())
     share = min(1.0, times.median_s / 2 / timed_s)  # of the timed update that is believed
