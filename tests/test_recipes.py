@@ -90,10 +90,11 @@ def test_a_recipe_is_what_its_reference_curve_says_of_itself(name: str, curve: s
 
 
 def test_the_small_recipes_are_a_fair_pair() -> None:
-    """The same tokens of the same data, in the same pieces; as many parameters, to half a percent."""
+    """The same data in the same pieces, a sixth of the tokens; as many parameters, to half a percent."""
     faithful, modern = load_recipe("small"), load_recipe("modern_small")
-    for name in ("data", "max_steps", "batch", "evals", "eval_every"):
+    for name in ("data", "batch", "evals"):
         assert getattr(faithful, name) == getattr(modern, name)
+    assert faithful.max_steps == 6 * modern.max_steps
     for name in ("n_layer", "n_embd", "block_size", "vocab_size"):
         assert getattr(faithful.model, name) == getattr(modern.model, name)
     assert PARAMETERS["modern_small"] == pytest.approx(PARAMETERS["small"], rel=0.005)
