@@ -6,7 +6,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.loss import _softmax_loss_, linear_cross_entropy, reference_cross_entropy, softcapped
+from regpt2.model.loss import (
+    IGNORED,
+    _opaque_loss,
+    _softmax_loss_,
+    chunk_rows,
+    gpu_kernel,
+    linear_cross_entropy,
+    reference_cross_entropy,
+    softcapped,
+)
 
 N, C, VOCAB = 37, 12, 23  # N is prime: the last chunk is never full
 CHUNKS = [1, 5, 36, 37, 1000, None]
@@ -154,3 +163,77 @@ def test_padding_rows_get_no_gradient_and_stay_zero_under_adamw() -> None:
     assert model.wte.weight.shape[0] == 64
     assert not model.wte.weight[50:].any()
     assert (model.wte.weight[:50] != before[:50]).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("ignored", [slice(30, 37), slice(3, 9), slice(0, 1)], ids=["last chunk", "some", "one"])
+def test_ignored_targets_are_left_out_of_the_mean(ignored: slice, softcap: float) -> None:
+    """As torch's own cross entropy does; a whole chunk of 10 among them."""
+    hidden, weight, targets = inputs(torch.float64, 32)
+    targets[ignored] = IGNORED
+    got = linear_cross_entropy(hidden, weight, targets, VOCAB, softcap=softcap, chunk_tokens=10)
+    expected = reference_cross_entropy(hidden, weight, targets, VOCAB, softcap=softcap)
+    for ours, plain in zip(
+        loss_and_gradients(got, hidden, weight), loss_and_gradients(expected, hidden, weight), strict=True
+    ):
+        assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
+
+
+def test_where_every_target_is_ignored_loss_and_gradients_are_zero() -> None:
+    hidden, weight, targets = inputs(torch.float32, 32)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORED), VOCAB)
+    assert not any(value.any() for value in loss_and_gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "device", "rows", "n_chunks"),
+    [
+        (65_536, "cuda", 9_472, 7),  # 1 GiB holds 10,672 rows of 50,304 logits in 16 bits
+        (1_024, "cuda", 1_024, 1),
+        (1_000, "cuda", 1_024, 1),
+        (10_673, "cuda", 5_376, 2),
+        (4_096, "cpu", 2_048, 2),
+        (1_000, "cpu", 1_000, 1),
+    ],
+)
+def test_chunks_are_of_equal_size_and_on_a_gpu_of_whole_tiles(
+    n_tokens: int, device: str, rows: int, n_chunks: int
+) -> None:
+    assert chunk_rows(n_tokens, 50_304, 2, device) == rows
+    assert -(-n_tokens // rows) == n_chunks
+
+
+def test_a_chunk_has_a_tile_even_where_that_is_too_much() -> None:
+    assert chunk_rows(65_536, 10_000_000, 4, "cuda") == 256
+    assert chunk_rows(7, 1_000_000_000, 4, "cpu") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_operator_keeps_what_it_promises_the_compiler(dtype: torch.dtype, with_gradient: bool) -> None:
+    """torch's own check: schema, no hidden mutation, fake shapes and strides, autograd, static and dynamic shapes."""
+    hidden, weight, targets = inputs(torch.float32, 32)
+    rounded, weight = hidden.detach().to(dtype), weight.detach()
+    rounded.requires_grad_(with_gradient), weight.requires_grad_(with_gradient)
+    torch.library.opcheck(_opaque_loss, (rounded, weight, targets, VOCAB, 15.0, 10, with_gradient))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("chunk_tokens", [5, 37])
+def test_the_operators_gradients_are_those_of_the_formula(softcap: float, chunk_tokens: int) -> None:
+    hidden, weight, targets = inputs(torch.float64, 32)
+    loss = 3 * _opaque_loss(hidden, weight, targets, VOCAB, softcap, chunk_tokens, True)[0] / N
+    expected = 3 * reference_cross_entropy(hidden, weight, targets, VOCAB, softcap=softcap)
+    for ours, plain in zip(
+        loss_and_gradients(loss, hidden, weight), loss_and_gradients(expected, hidden, weight), strict=True
+    ):
+        assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
+
+
+def test_a_gpu_without_triton_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_kernel.cache_clear()
+    try:
+        assert [gpu_kernel(torch.device("mps")) for _ in range(3)] == [None] * 3
+    finally:
+        gpu_kernel.cache_clear()
+    assert capsys.readouterr().err.count("the loss takes torch's own kernels on mps") == 1
