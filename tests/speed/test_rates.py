@@ -10,6 +10,7 @@ from regpt2.base.world import World
 from regpt2.model.flops import flops_per_token
 from regpt2.model.gpt import GPTConfig
 from regpt2.speed import rates
+from regpt2.speed.kernels import attention_kernel
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,17 @@ def test_attention_says_its_kernel() -> None:
     short = rates.attention_rate((1, 2, 64, 16), torch.float32, CPU, at_least_s=0.0)
     assert (long.kernel, short.kernel) == ("flash", "matmul")
     assert long.flops_per_s > 0
+
+
+def test_a_compiled_flex_attention_is_no_matmul() -> None:
+    """Compiled it is one kernel of this name, as Inductor calls it."""
+    name = "triton_tem_fused__unsafe_view_flex_attention_split_transpose_view_11"
+
+    def work() -> None:
+        with torch.profiler.record_function(name):
+            torch.ones(2) @ torch.ones(2)
+
+    assert attention_kernel(work) == "FlexAttention"
 
 
 def test_copies_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,22 @@ which kernel does it depends on the device.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # B sequences, H heads, T queries, S keys, D = head width, n queries in a block, s keys that they may see
 
 _BLOCK = 256  # queries at a time: of 128, 256 and 512 the fastest at T=1024 with and without gradient
 _FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
+_PLANS = ("cuda",)  # devices where torch may take cuDNN's attention
+_WINDOW_MULTIPLE = 256  # without gradients only such lengths are worth a plan: those of whole windows
 
 DocumentMask = Tensor | BlockMask
 """Which keys each query sees: (B, 1, T, S) bool, or the same for FlexAttention."""
@@ -45,8 +48,26 @@ def causal_attention(
     if mask is None and T not in (1, S):  # is_causal would count from the first key
         mask = _past(T, S, q.device)
     is_causal = mask is None and T > 1
-    with _small_products(on=q.device.type == "cpu" and T == 1):
+    as_it_comes = q.device.type in _PLANS and not is_worth_a_plan(T, S, with_gradient=torch.is_grad_enabled())
+    with (
+        _small_products(on=q.device.type == "cpu" and T == 1),
+        without_plans() if as_it_comes else nullcontext(),
+    ):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
+
+
+def is_worth_a_plan(T: int, S: int, *, with_gradient: bool) -> bool:
+    """May torch take cuDNN's attention here? It is the fastest on Hopper, but plans each new shape for 40 to 70 ms.
+
+    Training has one shape. Evaluations and generation meet hundreds; of these, whole windows are worth it.
+    """
+    return with_gradient or (T == S and T % _WINDOW_MULTIPLE == 0)
+
+
+def without_plans() -> AbstractContextManager[None]:
+    """Attention within by kernels that take any shape as it comes."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)
 
 
 @contextmanager

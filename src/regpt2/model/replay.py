@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regpt2.base.console import warn
+from regpt2.model.attention import without_plans
 from regpt2.model.gpt import GPT, Block
 from regpt2.model.language_model import LanguageModel
 
@@ -51,7 +52,8 @@ class StaticStep:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, H, 1, D)
         self.k[layer].index_copy_(2, self.position, k)
         self.v[layer].index_copy_(2, self.position, v)
-        y = F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], attn_mask=seen)  # (B, H, 1, D)
+        with without_plans():  # S is another one for each prompt
+            y = F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], attn_mask=seen)  # (B, H, 1, D)
         out: Tensor = block.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
 

@@ -6,8 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from regpt2.base.device import quiet_profiler
 
-# torch's operators behind scaled_dot_product_attention, up to what differs by version.
+# torch's operators behind scaled_dot_product_attention, up to what differs by version; and FlexAttention, compiled.
 _ATTENTION = {
+    "flex_attention": "FlexAttention",
     "_scaled_dot_product_cudnn_attention": "cuDNN",
     "_scaled_dot_product_flash_attention": "flash",
     "_scaled_dot_product_efficient_attention": "efficient",
@@ -16,7 +17,7 @@ _ATTENTION = {
 
 
 def attention_kernel(work: Callable[[], object]) -> str:
-    """The kernel behind torch's attention, seen by running `work` once more; "matmul" if there is none."""
+    """The kernel behind attention, seen by running `work` once more; "matmul" if it is none of torch's."""
     quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU]) as seen:  # operators are called there, wherever they compute
         work()
