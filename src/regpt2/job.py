@@ -390,5 +390,6 @@ def save(job: Job, step: int) -> None:
             native.tensors(job.model, parameters),
             moments,
             state,
+            job.saver.copies,
         )
     )

@@ -37,11 +37,13 @@ from regpt2.base.files import (
     write_atomic,
 )
 from regpt2.model.load import load_model, read_json, read_tensors, verify_files
+from regpt2.training.host_copy import HostCopies
 from regpt2.training.readback import not_as_meant, read_back
 
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, STATE)
 MANIFEST = "manifest.json"
+_MOMENT = "optimizer: "  # before a name that a weight might have too
 _STEP = re.compile(r"step-(\d{8,})")
 _BAD = re.compile(r"bad-step-(\d{8,})(-\d+)?")
 
@@ -63,13 +65,16 @@ def snapshot(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    copies: HostCopies | None = None,
 ) -> Snapshot:
-    """A copy in main memory: what happens to the weights afterwards does not reach it."""
+    """A copy in main memory: what happens to the weights afterwards does not reach it.
 
-    def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-
-    return Snapshot(step, config_json, copy(model), copy(optimizer), json.loads(json.dumps(dict(state))))
+    With `copies`, which a run keeps, a GPU's tensors go into buffers that the next snapshot uses again.
+    """
+    taken = (copies or HostCopies()).take({**model, **{_MOMENT + name: t for name, t in optimizer.items()}})
+    of_model = {name: taken[name] for name in model}
+    of_optimizer = {name: taken[_MOMENT + name] for name in optimizer}
+    return Snapshot(step, config_json, of_model, of_optimizer, json.loads(json.dumps(dict(state))))
 
 
 def write(checkpoints: Path, snap: Snapshot) -> Path:
@@ -345,11 +350,12 @@ class Saver:
 
     def __init__(self, checkpoints: Path, keep: int) -> None:
         self.checkpoints, self.keep = checkpoints, keep
+        self.copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, take: Callable[[], Snapshot]) -> None:
-        """Wait for the save before this one, take the snapshot, begin to write it.
+        """Wait for the save before this one, take the snapshot, which may use `copies` again, begin to write it.
 
         A save that failed is said and costs only itself: this one is tried all the same.
         """
