@@ -18,7 +18,7 @@ import tyro
 from regpt2 import __version__
 from regpt2.base import plugins
 from regpt2.base.console import say, warn
-from regpt2.base.device import Precision, choose_compute, device_name, pick_device
+from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.world import World, start_world
@@ -73,6 +73,8 @@ class Options:
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
     """fp32 unless asked otherwise: an evaluation should not depend on the hardware."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time."""
     check_fp32: int = 64
     """In another precision: so many examples of each evaluation are scored in fp32 as well and compared; 0 = none."""
     out: Path | None = None
@@ -86,6 +88,8 @@ def main(arguments: list[str]) -> int:
     entries = {name: plugins.load("evals", name) for name in names}  # unknown names fail before any work
     files = files_by_name(options.files, plugins.entries("evals"))
     compute = choose_compute(options.precision, pick_device(options.device))
+    if options.deterministic:
+        be_deterministic(pick_device(options.device))
     with start_world(pick_device(options.device)) as world:
         loaded = load_model(options.model, device=world.device)
         dataset = _check(options, loaded)

@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor
 
 from regpt2.base.console import say, show, warn
-from regpt2.base.device import choose_compute, pick_device
+from regpt2.base.device import be_deterministic, choose_compute, pick_device
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from regpt2.model.generate import generate
@@ -46,6 +46,8 @@ class SampleOptions:
     """auto, cpu, cuda or mps."""
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """The type of weights and activations; int8, on CPUs: of the weights, and of what they are multiplied with."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time."""
     stream: bool = True
     """Show the text of a single continuation as it is written."""
 
@@ -68,6 +70,8 @@ def sample(options: SampleOptions) -> list[str]:
     if not 0 <= options.seed < 2**63:
         raise UsageError(f"seed = {options.seed} must be from 0 to 2**63 - 1.")
     device = pick_device(options.device)
+    if options.deterministic:
+        be_deterministic(device)
     loaded = _load(options, device)
     tokenizer = tokenizer_of(loaded)
     prompt_ids = tokenizer.encode(options.prompt) or [tokenizer.eot]

@@ -1,5 +1,6 @@
 """THE LOOP. In: a recipe; out: a run folder with a trained model, its checkpoints, its record and its report."""
 
+import dataclasses
 import gc
 import sys
 import time
@@ -14,7 +15,15 @@ import tyro
 from numpy.typing import NDArray
 
 from regpt2.base.console import duration, say
-from regpt2.base.device import is_out_of_memory, peak_bytes, pick_device, seed_dropout
+from regpt2.base.device import (
+    compiles,
+    device_name,
+    is_out_of_memory,
+    peak_bytes,
+    pick_device,
+    seed_dropout,
+    undetermined_operation,
+)
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.signals import StopSignals
@@ -26,6 +35,7 @@ from regpt2.job import Job, build, open_data, open_records, require_room, restor
 from regpt2.meter import Meter
 from regpt2.observe import anything_due, due, note, observe, random_seed
 from regpt2.report import write_report
+from regpt2.training.compiler_cache import CompilerCache
 from regpt2.training.replicas import check_replicas
 from regpt2.training.schedule import learning_rate
 from regpt2.training.step import StepStats, accumulate, train_step
@@ -71,6 +81,7 @@ def run(job: Job) -> Summary:
             f"{job.run} stands at step {first:,} already, max_steps = {last:,}; give --max-steps {first + 1}."
         )
     require_room(job, first)
+    compiled = compiled_before(job)
     rehearse(job, first + 1)
     gc.freeze()  # all that is there by now stays: a collection in the middle of the run would look at 0.3M objects
     check_replicas(job.model, job.world, first)
@@ -80,6 +91,8 @@ def run(job: Job) -> Summary:
     with closing(job.saver), ending_recorded(job, meter), closing(job.loader.batches(first + 1, last)) as batches:
         for step, batch in enumerate(batches, start=first + 1):
             meter.add(step, update(job, step, batch.micro_batches), batch.digest)
+            if compiled and step == first + 1:
+                compiled.save()
             if due(step, config.parallel.check_every, last):
                 check_replicas(job.model, job.world, step)
             # A checkpoint holds what the guard knows, so the guard has to have seen every update before it.
@@ -131,6 +144,27 @@ def before_micro_step(job: Job, step: int, micro_step: int) -> None:
     if job.config.model.dropout:
         micro_batch = job.world.rank * job.loader.grad_accum_steps(step) + micro_step
         seed_dropout(job.world.device, random_seed(job.config.seed, step, micro_batch))
+
+
+def compiled_before(job: Job) -> CompilerCache | None:
+    """Where the compiled step is kept for the next start, loaded if it is there; None if no GPU code is compiled."""
+    config, device = job.config, job.world.device
+    if device.type != "cuda" or not compiles(config.compile, device):
+        return None
+    cache = CompilerCache(
+        {
+            "device": f"{device_name(device)} {device}",
+            "model": dataclasses.asdict(config.model),
+            "batch": [config.batch.micro_batch, config.batch.seq_len],
+            "optim": config.optim.name,
+            "precision": job.compute.precision,
+            "ranks": [config.parallel.strategy, job.world.size],
+            "deterministic": config.deterministic,
+        }
+    )
+    if cache.load() and job.world.is_main:
+        say(f"the compiled step of an earlier start is used: {cache.path}")
+    return cache
 
 
 def rehearse(job: Job, step: int) -> None:
@@ -219,6 +253,11 @@ def main(arguments: list[str]) -> int:
     try:
         return train(config).exit_code
     except (RuntimeError, MemoryError) as error:
+        if operation := undetermined_operation(error):
+            raise Problem(
+                f"{operation} has no deterministic form on this device in torch {torch.__version__}; train without "
+                "--deterministic (and without --parallel.strategy ordered), or with another torch."
+            ) from error
         if not is_out_of_memory(error):
             raise
         said = str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,6 +1,7 @@
 """The device and what it can do. In: "auto" or a name; out: a torch device, a precision, its peak, its memory."""
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import platform
@@ -8,7 +9,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +36,7 @@ _PEAK_TFLOPS = {
     "GH200": (989.4, 494.7),
     "B200": (2250.0, 1125.0),
     "RTX 3090": (71.0, 35.6),
+    "RTX 4070": (58.3, 29.1),
     "RTX 4090": (165.2, 82.6),
     "RTX 5090": (209.5, 104.8),
     "T4": (65.0, 0.0),
@@ -142,11 +144,28 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def be_deterministic(device: torch.device) -> None:
-    """Have the same computation give the same bits again, where the device does not by itself, as a CPU does."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for its deterministic algorithms
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow: for debugging
+    """Have the same computation give the same bits again, where the device does not by itself, as a CPU does.
+
+    What has no deterministic form then raises an error (see `undetermined_operation`). To warn only is not enough:
+    attention would go on to choose cuDNN's kernel, which adds in any order.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for its deterministic algorithms
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow: for debugging
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    if hasattr(inductor, "deterministic"):  # else the compiler times its kernels, and sums by whichever came first
+        inductor.deterministic = True
+
+
+def undetermined_operation(error: BaseException) -> str:
+    """The operation that torch says has no deterministic form; "" if the error says something else."""
+    said = _UNDETERMINED.search(str(error))
+    return said[1] if said else ""
+
+
+_UNDETERMINED = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 def quiet_profiler() -> None:

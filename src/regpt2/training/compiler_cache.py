@@ -1,0 +1,56 @@
+"""The compiler's work, kept for the next start. In: what decides the code; out: a file in the user's cache folder.
+
+Compiling a step of 124M takes 35 to 90 s on a GPU's machine; a restart that finds its file takes some seconds. Torch
+unpickles such a file, so it lies in the user's own cache like the compiler's other files, never in a run folder that
+may come from elsewhere. Each rank has a file of its own: the code names the device.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+
+from regpt2.base.console import warn
+from regpt2.base.files import cache_dir, write_atomic
+
+_KEPT_FILES = 20  # some 5 to 40 MB each
+
+
+class CompilerCache:
+    """What torch.compile makes in this process, to be loaded by another that compiles the same."""
+
+    def __init__(self, decides: Mapping[str, object]) -> None:
+        """`decides`: all that another code would follow from; torch and its version are added."""
+        text = json.dumps({**decides, "torch": torch.__version__, "cuda": torch.version.cuda}, sort_keys=True)
+        self.path = cache_dir() / "compiled" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.bin"
+        self.loaded = False
+
+    def load(self) -> bool:
+        """Before anything is compiled. False: there is no file, or none that torch can use, which is said."""
+        if not self.path.is_file():
+            return False
+        try:
+            self.loaded = torch.compiler.load_cache_artifacts(self.path.read_bytes()) is not None
+            self.path.touch()  # the oldest are removed
+        except OSError:
+            self.loaded = False
+        if not self.loaded:
+            warn(f"{self.path} is of no use to torch; the step is compiled anew.")
+        return self.loaded
+
+    def save(self) -> None:
+        """After the first update: all of it has been compiled by then. A file that cannot be written is said."""
+        if self.loaded and not torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]:
+            return
+        made = torch.compiler.save_cache_artifacts()
+        if made is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, made[0])
+            others = sorted(self.path.parent.glob("*.bin"), key=lambda path: -path.stat().st_mtime)
+            for path in others[_KEPT_FILES:]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            warn(f"the compiled step is not kept for the next start: {error}")
