@@ -187,6 +187,13 @@ def test_more_ranks_divide_the_state_with_fsdp_alone() -> None:
     assert fsdp["optimizer state"] == one.n_params
 
 
+def test_with_fsdp_gradients_are_whole_until_the_last_micro_step() -> None:
+    """So it is told not to scatter them before (training/parallel.py, gradient_sync)."""
+    one = Setup(model=GPTConfig(), micro_batch=8, seq_len=1024, ranks=8, strategy="fsdp", grad_accum_steps=4)
+    assert step_memory(one)["gradients"] == 4 * one.n_params
+    assert "gradients" not in step_memory(dataclasses.replace(one, grad_accum_steps=1))
+
+
 def test_ordered_sums_hold_a_gradient_for_each_level_of_their_tree() -> None:
     one = Setup(model=GPTConfig(), micro_batch=1, seq_len=1024, grad_accum_steps=8, strategy="ordered")
     assert step_memory(one)["gradients"] == 3 * 4 * one.n_params
@@ -236,9 +243,8 @@ def test_where_no_micro_batch_fits_other_ways_are_named() -> None:
 
 
 def test_the_models_own_constants_are_meant() -> None:
-    assert memory.CHUNK_BYTES == loss._CHUNK_BYTES
     assert memory.HEAD_PARTS == loss._CPU_PARTS
-    assert memory.BLOCK_BYTES == loss._BLOCK_BYTES
+    assert loss._BLOCK_BYTES["cpu"] == memory.BLOCK_BYTES
     assert memory.BLOCK == attention._BLOCK
     assert memory.RECOMPUTED_NUMBERS == recompute._WORTH
 

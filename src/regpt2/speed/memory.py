@@ -12,6 +12,7 @@ from regpt2.base import plugins
 from regpt2.base.errors import ConfigError
 from regpt2.model.flops import n_weights
 from regpt2.model.language_model import GPTConfig
+from regpt2.model.loss import chunk_rows
 from regpt2.model.modern import ModernConfig
 from regpt2.training.optimizer import OptimConfig
 
@@ -21,16 +22,20 @@ ALLOCATOR_BYTES = 1 << 30  # on a GPU also this, for fragments and the workspace
 
 # What the backward pass keeps of a layer, in widths C for each token:
 #   both norms' inputs and outputs 4, queries, keys and values 3, the attended 1, before GELU 4, after it 4.
-# On a CPU what comes after GELU is computed again, in passes so large (model/recompute.py). On a GPU LayerNorm's inputs
-# are kept in fp32. A compiler computes again what is cheap: published runs agree with 12.
-KEPT_WIDTHS = {"cpu": 16, "cuda": 18, "compiled": 12}
+# On a CPU what comes after GELU is computed again, in passes so large (model/recompute.py). Uncompiled on a GPU a
+# 16-bit LayerNorm's input is kept in fp32: 1 more each.
+KEPT_WIDTHS = 16
 GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
+MODERN_WIDTHS = 3  # queries and keys before norm and rotation; the attended in another order
 KEPT_SUMS = 4  # mean and deviation of both norms
 MLP_BACKWARD_WIDTHS = 8  # of the layer that goes backward: the gradients of GELU's output and input
 SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
+# On a GPU, beside all that is kept when the backward pass begins: uncompiled the head's gradient in fp32, twice; with
+# relu(x)^2 the MLP of the last layer. Counted by the allocator (benchmarks/dry_gpu/plan_memory.py).
+GPU_BACKWARD_WIDTHS = {"compiled": 3, "eager": 4, "eager, square": 11}
+GPU_WORKSPACE_BYTES = 72_000_000  # of cuBLAS on a Hopper
 BLOCK = 256  # queries at a time in the CPU's own attention (model/attention.py); up to so many its weights are kept
-CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits (model/loss.py)
-BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (there too)
+BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (model/loss.py)
 HEAD_PARTS = 8  # of the head's gradient on a CPU (there too)
 
 # On a CPU also the process itself (Python, torch, its libraries and kernels), and the holes in glibc's heap and the
@@ -85,12 +90,14 @@ def step_memory(setup: Setup) -> dict[str, int]:
     shards = setup.ranks if setup.strategy == "fsdp" else 1
     weights = FP32 * setup.n_params // shards
     held = _gradients_held(setup)
+    whole = setup.grad_accum_steps > 1  # FSDP scatters gradients in the last micro-step; until then they are whole
+    gradients = FP32 * setup.n_params if whole else weights
     pass_parts = {"rounded weights": _rounded_bytes(setup), "activations": _kept_bytes(setup)}
     moments = [
-        {"gradients": held * weights, **pass_parts, "head and loss": _head_forward_bytes(setup)},
-        {"gradients": held * weights, **pass_parts, "a layer backward": head_bytes + _layer_backward_bytes(setup)},
+        {"gradients": held * gradients, **pass_parts, "head and loss": _head_forward_bytes(setup)},
+        {"gradients": held * gradients, **pass_parts, **_backward_parts(setup)},
         # The last gradient of a backward pass is the embedding's, which is added to the head's into a new tensor.
-        {"gradients": max(1, held) * weights, "embedding's gradient": (2 + (held > 0)) * head_bytes},
+        {"gradients": max(1, held) * gradients, "embedding's gradient": (2 + (held > 0)) * head_bytes},
         {"gradients": weights, "orthogonalization": _orthogonalization_bytes(setup)},
     ]
     fullest = max(moments, key=lambda parts: sum(parts.values()))
@@ -98,6 +105,8 @@ def step_memory(setup: Setup) -> dict[str, int]:
     if setup.device == "cpu":
         parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
         parts["process"] = PROCESS_BYTES
+    else:
+        parts["workspace"] = GPU_WORKSPACE_BYTES
     return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
 
 
@@ -134,10 +143,16 @@ def _recomputes(setup: Setup) -> bool:
     return setup.device == "cpu" and GELU_WIDTHS * setup.model.n_embd * setup.n_tokens >= RECOMPUTED_NUMBERS
 
 
+def _widens_norms(setup: Setup) -> bool:
+    """Is the input of a LayerNorm kept in fp32 beside 16-bit activations? A compiler and the RMS norm keep it as is."""
+    rms_norm = isinstance(setup.model, ModernConfig) and setup.model.rms_norm
+    return setup.device == "cuda" and not setup.compiled and setup.width_bytes < FP32 and not rms_norm
+
+
 def _kept_bytes(setup: Setup) -> int:
     """Activations that the backward pass needs, of all layers."""
     model, b = setup.model, setup.width_bytes
-    widths = KEPT_WIDTHS["compiled" if setup.compiled else setup.device] - GELU_WIDTHS * _recomputes(setup)
+    widths = KEPT_WIDTHS + 2 * _widens_norms(setup) - GELU_WIDTHS * _recomputes(setup)
     numbers = widths * model.n_embd + KEPT_SUMS
     bytes_per_token = numbers * b + _attention_bytes(setup)
     if model.dropout:
@@ -146,17 +161,15 @@ def _kept_bytes(setup: Setup) -> int:
 
 
 def _modern_bytes(setup: Setup) -> int:
-    """What a modern model keeps besides; a compiler computes it again."""
+    """What a modern model keeps besides."""
     model, C = setup.model, setup.model.n_embd
-    if not isinstance(model, ModernConfig) or setup.compiled:
+    if not isinstance(model, ModernConfig):
         return 0
     layer = 2 * FP32 * model.n_head * model.qk_norm  # the lengths of queries and keys
     if (model.qk_norm or model.rotary) and _takes_flash(setup):
-        # Queries and keys as they came, in one piece with the values; and the attended in another order.
-        layer += 3 * C * setup.width_bytes
-    if model.rms_norm and setup.device == "cuda":  # which keeps its input as it comes there too
-        layer -= (KEPT_WIDTHS["cuda"] - KEPT_WIDTHS["cpu"]) * C * setup.width_bytes
-    return setup.n_tokens * (model.n_layer * layer + FP32 * C * model.rms_norm)  # the embeddings, before their norm
+        layer += MODERN_WIDTHS * C * setup.width_bytes
+    embeddings = C * model.rms_norm * (setup.width_bytes if setup.compiled else FP32)  # before their norm
+    return setup.n_tokens * (model.n_layer * layer + embeddings)
 
 
 def _takes_flash(setup: Setup) -> bool:
@@ -173,32 +186,46 @@ def _attention_bytes(setup: Setup) -> int:
     return b * model.n_head * (T + BLOCK) // 2 if model.dropout else 0
 
 
-def _chunk_rows(setup: Setup) -> int:
-    """Tokens whose logits are alive at once."""
-    most = max(1, CHUNK_BYTES[setup.device] // (setup.width_bytes * setup.model.padded_vocab_size))
-    return -(-setup.n_tokens // -(-setup.n_tokens // most))
+def _head_kept_bytes(setup: Setup) -> int:
+    """Between the passes: the gradients of the head and of its input, and what the last norm took in."""
+    C, b = setup.model.n_embd, setup.width_bytes
+    last_norm = (FP32 if _widens_norms(setup) else b) if setup.device == "cuda" else 0
+    return FP32 * setup.model.padded_vocab_size * C + setup.n_tokens * C * (b + last_norm)
 
 
 def _head_forward_bytes(setup: Setup) -> int:
-    """At the last chunk of the loss: logits, the head's gradient and its newest part, the hidden state's gradient."""
+    """At the last chunk of the loss: what stays, the logits, the rounded weights, the hidden states."""
     N, C, V, b = setup.n_tokens, setup.model.n_embd, setup.model.padded_vocab_size, setup.width_bytes
-    rows = _chunk_rows(setup)
+    rows = chunk_rows(N, V, b, setup.device)
     rounded = V * C * b if b < FP32 else 0
-    on_cpu = setup.device == "cpu"  # which adds a few rows of the vocabulary at a time, once more in fp32
-    part = V * C * (b + FP32 * (b < FP32)) // HEAD_PARTS if on_cpu else V * C * b
+    n_bytes = _head_kept_bytes(setup) + rounded + min(rows, N) * V * b + N * C * b
+    if setup.device != "cpu":
+        return n_bytes
+    part = V * C * (b + FP32 * (b < FP32)) // HEAD_PARTS  # a few rows of the vocabulary are added at a time
     wide = rows * V * FP32
-    blocks = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # on a CPU a few rows at a time
-    log_p = blocks if on_cpu else wide
+    log_p = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # a few rows of the chunk at a time
     if isinstance(setup.model, ModernConfig) and setup.model.softcap and not setup.compiled:  # its tanh, and the capped
-        log_p += 2 * (min(wide, BLOCK_BYTES) if on_cpu else wide)
-    return rounded + FP32 * V * C + rows * V * b + max(part, log_p) + 2 * N * C * b
+        log_p += 2 * min(wide, BLOCK_BYTES)
+    return n_bytes + max(part, log_p)
 
 
-def _layer_backward_bytes(setup: Setup) -> int:
-    widths = MLP_BACKWARD_WIDTHS + GELU_WIDTHS * _recomputes(setup)
-    if isinstance(setup.model, ModernConfig) and setup.model.relu_squared and not setup.compiled:
-        widths += SQUARE_WIDTHS
-    return widths * setup.n_tokens * setup.model.n_embd * setup.width_bytes
+def _backward_parts(setup: Setup) -> dict[str, int]:
+    """At the fullest moment of the backward pass, which is early: the gradients that come and go, and the head's."""
+    model, V, C, b = setup.model, setup.model.padded_vocab_size, setup.model.n_embd, setup.width_bytes
+    squared = isinstance(model, ModernConfig) and model.relu_squared
+    width = setup.n_tokens * C * b
+    if setup.device == "cpu":
+        widths = MLP_BACKWARD_WIDTHS + GELU_WIDTHS * _recomputes(setup)
+        widths += SQUARE_WIDTHS if squared and not setup.compiled else 0
+        return {"a layer backward": FP32 * V * C + widths * width}
+    kept = {"head and loss": _head_kept_bytes(setup)}
+    if setup.compiled:
+        return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width}
+    moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + FP32 * V * C]  # the head's own gradient, scaled
+    if squared:
+        untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is added and gone by then
+        moments.append(GPU_BACKWARD_WIDTHS["eager, square"] * width - FP32 * V * C * untied)
+    return {**kept, "a layer backward": max(moments)}
 
 
 def fits(need_bytes: int, free_bytes: int, device: str) -> bool:
