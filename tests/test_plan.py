@@ -43,6 +43,73 @@ def test_the_lectures_run_on_eight_gpus_that_are_not_here(tmp_path: Path, capsys
         assert line in shown
 
 
+def test_a_micro_batch_that_so_many_gpus_cannot_share_is_made_smaller(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planned(tmp_path, "gpt2_124m", "--machine", "H100", "--gpus", "64")
+    assert code == 0
+    assert (found["micro_batch"], found["ranks"], found["nodes"]) == (8, 64, 8)
+    assert next(one for one in found["micro_batches"] if one["micro_batch"] == 8)["grad_accum_steps"] == 1
+    shown = capsys.readouterr().out
+    assert "gpt2_124m on 64 x H100 in 8 nodes" in shown
+    assert "what the nodes cost together by formula" in " ".join(shown.split())
+    assert found["step"]["spread"] == 0.25
+    assert "micro_batch 64 -> 8: 524,288 tokens over 64 GPUs are 8 sequences each" in shown
+    assert "the recipe's" not in shown
+    assert "train it with --batch.micro-batch 8" in shown
+
+
+def test_the_smaller_micro_batch_divides_and_fits(tmp_path: Path) -> None:
+    """48 sequences each: of 48, 24, 16, 12, ... below 64 an H100 holds 16 of the largest model."""
+    where = [
+        "--machine",
+        "H100",
+        "--gpus",
+        "8",
+        "--batch.micro-batch",
+        "64",
+        "--batch.batch-tokens",
+        str(8 * 48 * 1024),
+    ]
+    code, found = planned(tmp_path, "gpt2_1558m", *where)
+    assert code == 0
+    assert found["micro_batch"] == 16
+    assert planned(tmp_path, "gpt2_124m", *where)[1]["micro_batch"] == 48
+
+
+def test_nodes_and_their_network_cost_time(tmp_path: Path) -> None:
+    def parts(*more: str) -> dict[str, float]:
+        return planned(tmp_path, "gpt2_124m", "--machine", "H100", "--gpus", "16", *more)[1]["step"]["parts"]
+
+    one_node, two, slow = parts("--gpus-per-node", "16"), parts(), parts("--network-gbps", "10")
+    assert one_node["slowest rank"] == 0 < two["slowest rank"]
+    assert one_node["exchange"] < two["exchange"] < slow["exchange"] / 3
+    assert parts("--parallel.reduce-dtype", "bf16")["exchange"] < 0.6 * two["exchange"]
+
+
+def test_the_scaling_table_is_for_people_and_for_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["gpt2_124m", "--machine", "H100", "--gpus", "8", "--price", "2.5"]
+    assert planned(tmp_path, *arguments)[1]["scaling"] is None
+    assert "efficiency" not in capsys.readouterr().out
+    code, found = planned(tmp_path, *arguments, "--scaling")
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert "GPUs  nodes" in shown
+    for line in ("Efficiency first falls below 80% at 64 GPUs", "updates of 2,097,152 tokens", "FSDP begins to pay"):
+        assert line in " ".join(shown.split())
+    rows = {one["gpus"]: one for one in found["scaling"]["rows"]}
+    assert list(rows) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert rows[8]["update_s"] == pytest.approx(found["step"]["seconds"])
+    assert rows[8]["hours"] * 8 == pytest.approx(found["gpu_hours"])
+    assert rows[8]["money"] == pytest.approx(found["money"])
+    assert found["scaling"]["larger_batch_pays_at"] == 64
+    assert found["scaling"]["larger_batch_efficiency"] > rows[64]["efficiency"]
+    code, found = planned(tmp_path, "gpt2_1558m", "--machine", "4090", "--scaling")
+    assert found["scaling"]["rows"][0]["update_s"] is None
+    assert found["scaling"]["fsdp_pays_at"] == 2
+    assert "where DDP does not fit" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_ends_with_1_and_the_micro_batch_that_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +190,15 @@ def test_a_precision_that_nobody_has_measured_has_no_time(tmp_path: Path, capsys
     [
         (["gpt2_124m", "--machine", "H10"], "did you mean 'h100'"),
         (["gpt2_124m", "--machine", "H100", "--gpus", "0"], "--gpus 0 must be at least 1"),
-        (["gpt2_124m", "--machine", "H100", "--gpus", "3"], "must be a multiple"),
+        (["gpt2_124m", "--machine", "H100", "--gpus", "3"], r"512 sequences of 1,024 tokens; 2 or 4 can"),
+        (["gpt2_124m", "--machine", "H100", "--gpus", "1024"], r"512 sequences of 1,024 tokens; 512 can"),
+        (["gpt2_124m", "--machine", "H100", "--gpus", "12"], r"multiple of --gpus-per-node 8, .* 8 and 16"),
+        (["gpt2_124m", "--machine", "H100", "--gpus-per-node", "0"], "--gpus-per-node 0 must be at least 1"),
+        (["gpt2_124m", "--machine", "H100", "--network-gbps", "0"], "--network-gbps 0 must be above 0"),
+        (["gpt2_124m", "--machine", "H100", "--network-gbps", "nan"], "--network-gbps nan must be above 0"),
+        (["gpt2_124m", "--machine", "H100", "--scaling", "--measure"], "leave out --measure"),
+        (["gpt2_124m", "--machine", "H100", "--scaling", "--precision", "fp32"], "name a GPU with --machine"),
+        (["gpt2_124m", "--machine", "cpu", "--scaling"], "name a GPU with --machine"),
         (["gpt2_124m", "--machine", "H100", "--measure"], "without --machine"),
         (["gpt2_124m", "--machine", "cpu", "--gpus", "2"], "for GPUs"),
         (["gpt2_124m", "--price", "-1"], "must be at least 0"),

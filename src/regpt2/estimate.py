@@ -9,7 +9,7 @@ import torch
 
 from regpt2.base.console import ProgressLine
 from regpt2.base.device import choose_compute, compiles, device_name, pick_device
-from regpt2.base.errors import Problem, UsageError
+from regpt2.base.errors import ConfigError, Problem, UsageError
 from regpt2.base.files import free_bytes as free_disk_bytes
 from regpt2.base.memory import free_bytes
 from regpt2.config import RunConfig, setup_of
@@ -22,7 +22,7 @@ from regpt2.speed.cost import (
     EVAL_TOKENS,
     FORWARD,
     Place,
-    exposed_seconds,
+    sharing_seconds,
     step_seconds,
     update_flops,
     update_rates,
@@ -38,6 +38,7 @@ START_S = 15.0  # imports, weights, the data's first look
 HASH_RATE = 1e9  # bytes/s of SHA-256 on a core
 HOST_COPY_RATE = 3e9  # bytes/s into fresh memory of the machine, for a checkpoint
 FULL_PASS = 4096  # tokens: with more, a CPU is no faster per token
+NODES_SPREAD = 0.25  # over several nodes, whose latencies are assumed and whose waiting is that of others' runs
 MEASURE_S = 15.0  # of timed steps, after those that warm up
 OF_MATMULS = (
     0.6  # of a CPU's rate at the model's matmuls, what a whole step reaches here; others from half to nearly all
@@ -85,54 +86,99 @@ class Choice:
     fits: bool
 
 
-def find_target(config: RunConfig, machine: str, gpus: int, nodes: int) -> Target:
-    """The named machine, or this one.
+def find_target(
+    config: RunConfig, machine: str, gpus: int, gpus_per_node: int = 8, network_gbps: float | None = None
+) -> Target:
+    """The named machine, or this one; `gpus` in all, in nodes of so many.
 
     Raises:
         UsageError: an unknown machine, or a number that makes no sense.
     """
-    for name, value in (("gpus", gpus), ("nodes", nodes)):
+    for name, value in (("gpus", gpus), ("gpus-per-node", gpus_per_node)):
         if value < 1:
             raise UsageError(f"--{name} {value} must be at least 1.")
-    many = f"{nodes} x " * (nodes > 1) + f"{gpus} x " * (gpus > 1)
+    if gpus > gpus_per_node and gpus % gpus_per_node:
+        below = gpus // gpus_per_node * gpus_per_node
+        raise UsageError(
+            f"--gpus {gpus} must be a multiple of --gpus-per-node {gpus_per_node}, so that all nodes are alike; the "
+            f"nearest are {below} and {below + gpus_per_node}."
+        )
+    if network_gbps is not None and not 0 < network_gbps < math.inf:
+        raise UsageError(f"--network-gbps {network_gbps:g} must be above 0 and finite: Gbit/s for each GPU, as in 400.")
+    gradient_bytes = 2 if config.parallel.reduce_dtype == "bf16" else FP32
     if machine and machine.lower() != "cpu":
         known = find_machine(machine)
         precision = known.precision if config.precision == "auto" else config.precision
-        place = Place(known, gpus, nodes)
-        cuda, compiled = torch.device("cuda"), config.compile != "off"
-        return Target(many + known.name, cuda, False, place, precision, compiled, known.usable_bytes, place.ranks)
-    return _this_machine(config, "cpu" if machine else config.device, gpus, nodes, many)
+        place = Place(known, gpus, gpus_per_node, network_gbps, gradient_bytes)
+        cuda, compiled, name = torch.device("cuda"), config.compile != "off", _in_words(gpus, known.name, place.nodes)
+        return Target(name, cuda, False, place, precision, compiled, known.usable_bytes, gpus)
+    return _this_machine(config, "cpu" if machine else config.device, gpus, gpus_per_node, network_gbps, gradient_bytes)
 
 
-def _this_machine(config: RunConfig, spec: str, gpus: int, nodes: int, many: str) -> Target:
+def _in_words(gpus: int, name: str, nodes: int) -> str:
+    return f"{gpus} x " * (gpus > 1) + name + f" in {nodes} nodes" * (nodes > 1)
+
+
+def _this_machine(
+    config: RunConfig, spec: str, gpus: int, gpus_per_node: int, network_gbps: float | None, gradient_bytes: int
+) -> Target:
     device = pick_device(spec)
-    if device.type != "cuda" and gpus * nodes > 1:
-        raise UsageError("--gpus and --nodes are for GPUs, and there is none here; name one with --machine.")
+    if device.type != "cuda" and gpus > 1:
+        raise UsageError("--gpus is for GPUs, and there is none here; name one with --machine.")
     compiled = compiles(config.compile, device)
     place = None
     if device.type == "cuda":
         seen = recognize(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
-        place = Place(seen, gpus, nodes) if seen else None
-    name = f"{many}{device_name(device).partition(': ')[2]}, this machine"
+        place = Place(seen, gpus, gpus_per_node, network_gbps, gradient_bytes) if seen else None
+    card = f"{device_name(device).partition(': ')[2]}, this machine"
     precision = choose_compute(config.precision, device).precision
-    return Target(name, device, True, place, precision, compiled, free_bytes(device), gpus * nodes)
+    name = _in_words(gpus, card, -(-gpus // gpus_per_node))
+    return Target(name, device, True, place, precision, compiled, free_bytes(device), gpus)
 
 
 def setup_at(config: RunConfig, target: Target) -> Setup:
-    """How each rank trains there.
+    """How each rank trains there: with the recipe's micro-batch, or the largest below it that divides and fits.
 
     Raises:
-        ConfigError: an update is not a whole number of passes.
+        ConfigError: so many ranks cannot share an update evenly.
     """
-    kind = target.device.type
-    return setup_of(config, target.ranks, device=kind, precision=target.precision, compiled=target.compiled)
+    batch, ranks = config.batch, target.ranks
+    sequences, rest = divmod(batch.tokens_of(1), batch.seq_len * ranks)  # of each rank in the smallest update
+    if rest:
+        raise ConfigError(_unshareable(config, ranks))
+    found = []
+    for n in range(min(batch.micro_batch, sequences), 0, -1):
+        if sequences % n == 0:
+            smaller = replace(config, batch=replace(batch, micro_batch=n))
+            kind = target.device.type
+            found.append(setup_of(smaller, ranks, device=kind, precision=target.precision, compiled=target.compiled))
+    if found[0].micro_batch == batch.micro_batch or target.free_bytes is None:
+        return found[0]
+    return next((one for one in found if fits(still_needed(one), target.free_bytes, one.device)), found[0])
+
+
+def _unshareable(config: RunConfig, ranks: int) -> str:
+    """Why, and the nearest numbers of GPUs that can share an update."""
+    batch = config.batch
+    name, tokens = ("ramp_from", batch.ramp_from) if batch.ramp_from else ("batch_tokens", batch.batch_tokens)
+    if tokens % batch.seq_len:
+        return f"batch.{name} = {tokens:,} must be a multiple of batch.seq_len = {batch.seq_len:,}."
+    sequences = tokens // batch.seq_len
+    below = next(n for n in range(min(ranks, sequences), 0, -1) if sequences % n == 0)
+    above = next((n for n in range(ranks, sequences + 1) if sequences % n == 0), None)
+    return (
+        f"{ranks} GPUs cannot share an update evenly: batch.{name} = {tokens:,} is {sequences:,} sequences of "
+        f"{batch.seq_len:,} tokens; {below}{f' or {above}' if above else ''} can."
+    )
 
 
 def formula_time(setup: Setup, target: Target) -> StepTime | None:
     """By published runs and the data sheet, or roughly by this machine's matmuls; None: nothing is known."""
     if target.place is not None and setup.width_bytes == 2:
-        reached = target.place.machine.reached
-        return StepTime(step_seconds(setup, target.place), reached.spread, reached.source)
+        reached, many = target.place.machine.reached, target.place.nodes > 1
+        spread = max(reached.spread, NODES_SPREAD) if many else reached.spread
+        how = reached.source + "; what the nodes cost together by formula" * many
+        return StepTime(step_seconds(setup, target.place), spread, how)
     if target.device.type != "cpu" or target.ranks > 1:
         return None
     dtype = torch.bfloat16 if setup.width_bytes == 2 else torch.float32
@@ -183,7 +229,7 @@ def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[Step
     parts |= {name: share * seconds for name, seconds in update_seconds(setup, *rates).items()}
     how = f"measured here: {len(times.step_s)} steps of {tried.grad_accum_steps} x {micro_batch} x {setup.seq_len}"
     if target.place is not None and target.ranks > 1:
-        parts["exchange"] = exposed_seconds(setup, target.place, micro_s)
+        parts |= sharing_seconds(setup, target.place, micro_s)
         how += "; the exchange between ranks by formula"
     return StepTime(parts, 0.10, how), times, tried
 
@@ -206,7 +252,7 @@ def run_seconds(config: RunConfig, setup: Setup, target: Target, step: StepTime,
     pass_s = step.parts["forward and backward"] / (setup.grad_accum_steps * setup.n_tokens)  # per token of one rank
     saves = -(-config.max_steps // config.save_every) if config.save_every else 0
     whole_updates = config.batch.tokens_until(config.max_steps) / config.batch.batch_tokens  # fewer, where they grow
-    by_tokens = ("forward and backward", "exchange") if setup.strategy == "fsdp" else ("forward and backward",)
+    by_tokens = ("forward and backward", "slowest rank", *["exchange"] * (setup.strategy == "fsdp"))
     return {
         "training": sum(
             seconds * (whole_updates if part in by_tokens else config.max_steps) for part, seconds in step.parts.items()

@@ -14,8 +14,8 @@ from regpt2.model.architecture import build_model
 from regpt2.model.flops import flops_per_token
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig
-from regpt2.speed.cost import Place, share_of_peak, step_seconds, update_flops
-from regpt2.speed.machines import GIB, MACHINES, find_machine, recognize
+from regpt2.speed.cost import Place, micro_step_seconds, share_of_peak, step_seconds, update_flops
+from regpt2.speed.machines import GIB, LARGE_FLOPS, MACHINES, SMALL_FLOPS, find_machine, recognize
 from regpt2.speed.memory import Setup
 from regpt2.training.optimizer import MuonConfig, OptimConfig, build_optimizer
 
@@ -48,6 +48,9 @@ def tokens_per_s(one: Setup, place: Place) -> float:
         ("H100", 8, "1558M", 16, 1_048_576, 46.8e3, 0.10),  # llm.c, scripts/run_gpt2_1558M.sh
         ("4090", 2, "124M", 16, 524_288, 110e3, 0.15),  # llm.c's PyTorch trainer, compiled, 221K on two
         ("4090", 1, "124M", 16, 524_288, 105e3, 0.15),  # nanoGPT issue 182
+        ("H200", 1, "1558M", 16, 1_048_576, 49.9e3, 0.05),  # nanoGPT, 21 s an update, rounded (a secondary page)
+        ("L40S", 1, "124M", 32, 524_288, 106e3, 0.05),  # its author's figure; micro-batch not stated: 16 to 64 fit
+        ("3090", 1, "124M", 16, 524_288, 62e3, 0.10),  # build-nanogpt issue 4, under WSL2
     ],
 )
 def test_published_runs_are_met(
@@ -57,12 +60,81 @@ def test_published_runs_are_met(
     assert tokens_per_s(one, Place(MACHINES[machine], gpus)) == pytest.approx(published, rel=within)
 
 
-def test_a_small_update_stops_scaling() -> None:
-    """0.5M tokens over 8 and 64 nodes: PERFORMANCE figures say some 80 % and 26 % of one node's speed, +-25 %."""
-    h100 = MACHINES["H100"]
-    one_node = tokens_per_s(setup("124M", 64, 8), Place(h100, 8))
-    assert tokens_per_s(setup("124M", 8, 64), Place(h100, 8, 8)) / one_node == pytest.approx(0.80, rel=0.1)
-    assert tokens_per_s(setup("124M", 1, 512), Place(h100, 8, 64)) / one_node == pytest.approx(0.26, rel=0.25)
+@pytest.mark.parametrize(
+    ("machine", "model", "micro_batch", "accum", "published", "within"),
+    [
+        # "modern-recipe 124M on one A100": 162,201,600 parameters, so an untied head and no positions; T = 2048.
+        ("A100-80", ModernConfig(n_head=12, block_size=2048), 32, 8, 195e3, 0.05),
+        # autoresearch's sample output, 499.6M tokens in 300.1 s: 8 layers of 512, 8,192 tokens, T = 2048.
+        ("H100", ModernConfig(n_layer=8, n_head=4, n_embd=512, vocab_size=8192, block_size=2048), 128, 2, 1665e3, 0.05),
+        # nanochat's d12, 32,768 tokens; its 151M value embeddings are no matmuls, and are not counted here.
+        ("4070", ModernConfig(vocab_size=32_768, block_size=2048), 8, 4, 55.7e3, 0.05),
+    ],
+)
+def test_published_runs_of_other_shapes_are_met(
+    machine: str, model: ModernConfig, micro_batch: int, accum: int, published: float, within: float
+) -> None:
+    optim = OptimConfig(name="muon")
+    one = Setup(model=model, micro_batch=micro_batch, seq_len=2048, grad_accum_steps=accum, optim=optim)
+    assert tokens_per_s(one, Place(MACHINES[machine])) == pytest.approx(published, rel=within)
+
+
+def test_a_published_run_of_28_hours_takes_28_hours() -> None:
+    """RTX 5090, 124M, 10B tokens; the figure includes evaluations, which are 2 to 5 % here."""
+    hours = 10e9 / tokens_per_s(setup("124M", 32, 1), Place(MACHINES["5090"])) / 3600
+    assert 28 * 0.95 < hours < 28
+
+
+def test_cards_without_a_published_run_go_by_their_memory() -> None:
+    """Eight cards with one lie within the spread that is stated for those without."""
+    for machine in MACHINES.values():
+        if machine.published is not None:
+            by_memory = dataclasses.replace(machine, published=None).reached
+            assert by_memory.small == pytest.approx(machine.reached.small, rel=by_memory.spread)
+    assert SMALL_FLOPS < LARGE_FLOPS
+    reached = [MACHINES[name].reached for name in ("L4", "B200", "A10G")]
+    assert reached[0].small < reached[1].small < reached[2].small  # 2.5, 3.6, 8.6 bytes for 1,000 FLOPs
+    assert all(one.small < one.large for one in reached)
+
+
+# llm-foundry's table (scripts/train/benchmarking/README.md): FSDP, T = 2048, eight GPUs a node with 200 (A100) or 400
+# Gbit/s each. Layers, heads, width; then GPUs, micro-batch, micro-steps and tokens/s per GPU, of few GPUs and of many.
+FOUNDRY = [
+    ("A100-40", (12, 12, 768), (8, 26, 3, 136_334), (128, 26, 1, 123_936)),
+    ("A100-40", (12, 12, 768), (16, 26, 1, 130_535), (128, 26, 1, 123_936)),
+    ("A100-40", (24, 16, 1024), (16, 18, 1, 55_413), (128, 18, 1, 51_934)),
+    ("A100-40", (24, 12, 1536), (16, 12, 1, 29_607), (128, 12, 1, 28_940)),
+    ("A100-40", (32, 20, 2560), (32, 6, 1, 9_914), (128, 6, 1, 9_538)),
+    ("H100", (24, 16, 2048), (16, 20, 1, 46_037), (64, 20, 1, 44_402)),
+    ("H100", (24, 12, 1536), (16, 24, 1, 68_551), (32, 24, 1, 67_971)),
+    ("H100", (32, 20, 2560), (32, 6, 3, 23_021), (64, 6, 3, 22_525)),
+]
+
+
+@pytest.mark.parametrize(("machine", "shape", "few", "many"), FOUNDRY)
+def test_more_nodes_with_as_much_work_each_lose_what_published_runs_lose(
+    machine: str, shape: tuple[int, int, int], few: tuple[int, int, int, int], many: tuple[int, int, int, int]
+) -> None:
+    """1 to 9 % from the fewest to the most: within 4 points. (In all, that older software is 10 to 50 % slower.)"""
+    n_layer, n_head, n_embd = shape
+    model = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=2048)
+    planned = []
+    for gpus, micro_batch, accum, _ in (few, many):
+        one = Setup(model=model, micro_batch=micro_batch, seq_len=2048, grad_accum_steps=accum, ranks=gpus)
+        planned.append(tokens_per_s(dataclasses.replace(one, strategy="fsdp"), Place(MACHINES[machine], gpus)))
+    assert planned[1] / planned[0] < 1
+    assert planned[1] / planned[0] == pytest.approx(many[3] / few[3], abs=0.04)
+
+
+def test_the_smallest_pass_takes_what_its_waves_take() -> None:
+    """124M, one sequence on an H100: 2.1 ms of FLOPs as in large passes, some 1.3 times that with its waves.
+
+    Of 128 x 64 tiles 96 cover 768 columns, 288 the 2,304 of QKV, for 132 multiprocessors: they are 55 % busy.
+    """
+    one = setup("124M", 1, 512)
+    flops_s = 1024 * SMALL_FLOPS / (0.39 * 989.4e12)
+    passes_s = micro_step_seconds(one, MACHINES["H100"]) - 20 * one.n_params / 3350e9
+    assert passes_s / flops_s == pytest.approx(1.3, rel=0.05)
 
 
 def test_more_micro_steps_and_no_compiler_take_longer() -> None:
@@ -123,7 +195,7 @@ def test_every_machine_has_a_peak_and_a_plan(name: str) -> None:
     machine = find_machine(name.upper())
     assert machine.peak > 1e13
     assert machine.usable_bytes < machine.memory_gib * GIB
-    assert 0.1 < share_of_peak(setup("124M", 16, 1), machine) < 0.7
+    assert 0.1 < share_of_peak(setup("124M", 16, 1), machine) < 0.8
 
 
 def test_an_unknown_machine_is_answered_with_the_known_ones() -> None:
@@ -140,6 +212,8 @@ def test_an_unknown_machine_is_answered_with_the_known_ones() -> None:
         ("NVIDIA H100 PCIe", 79.1, "H100-PCIe"),
         ("NVIDIA H200", 139.8, "H200"),
         ("NVIDIA GeForce RTX 4090", 23.6, "4090"),
+        ("NVIDIA GeForce RTX 4070", 11.6, "4070"),
+        ("NVIDIA GeForce RTX 4070 Ti", 11.6, None),
         ("NVIDIA L4", 22.2, "L4"),
         ("NVIDIA L40S", 44.4, "L40S"),
         ("Tesla T4", 14.6, "T4"),

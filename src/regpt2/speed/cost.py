@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from regpt2.base import plugins
 from regpt2.model.flops import flops_per_token
+from regpt2.speed.exchange import Wires, exposed_seconds
 from regpt2.speed.machines import LARGE_FLOPS, SMALL_FLOPS, Machine
 from regpt2.speed.memory import FP32, Setup
 
@@ -16,7 +17,15 @@ EAGER = (0.78, 0.92)  # of the compiled speed, at 124M and 1558M: what the kerne
 TILES = {(256, 128): 1.0, (128, 128): 0.9, (128, 64): 0.75, (64, 64): 0.55}  # of a matmul, and how fast each is
 LARGE_MICRO_BATCH = 65_536  # tokens; with so many the published shares were reached
 KERNEL_S = 3e-6  # the least time of one kernel: a small micro-batch is bound by it
-HIDDEN = 0.6  # of the last micro-step, behind which an all-reduce can hide
+# Of a layer's 72 C^2 FLOPs a token, those of products so many C wide; the other 24, the weights' gradients, sum over
+# tokens, and do not get smaller with the micro-batch.
+WIDTHS = {1: 26, 3: 6, 4: 16}
+# Assumed of NCCL, not measured here: some 20 us for an all-reduce of a few bytes over NVLink; between nodes, where it
+# goes up and down a tree, 15 us for each of its levels.
+NODE_LATENCY_S, LEVEL_LATENCY_S = 20e-6, 15e-6
+# All ranks wait for the slowest. llm-foundry's runs on 16 to 128 A100s and H100s (125M to 2.7B) lose 0.7 to 2.2 % of
+# their speed each time that the nodes double, though all of their exchange could hide.
+WAIT = 0.015
 PASS_BYTES = 20  # per parameter and micro-step: weights rounded 6, gradients added up 14
 UPDATE_BYTES = 40  # per parameter, read and written: norm and clipping 12, AdamW 28
 FORWARD = 1 / 3  # of the FLOPs of training: what an evaluation does
@@ -30,18 +39,23 @@ class Place:
 
     machine: Machine
     gpus: int = 1
-    """In each node."""
-    nodes: int = 1
+    """In all."""
+    gpus_per_node: int = 8
+    network_gbps: float | None = None
+    """Gbit/s between nodes for each GPU; None: the machine's usual."""
+    gradient_bytes: int = FP32
+    """Of a gradient's number on its way to the other ranks."""
 
     @property
-    def ranks(self) -> int:
-        """One for each GPU."""
-        return self.gpus * self.nodes
+    def nodes(self) -> int:
+        """As few as hold the GPUs."""
+        return math.ceil(self.gpus / self.gpus_per_node)
 
     @property
-    def link(self) -> float:
-        """Bytes per second and GPU of an all-reduce over all of them."""
-        return self.machine.link if self.nodes == 1 else min(self.machine.link, self.machine.network)
+    def wires(self) -> Wires:
+        """Between all ranks, one for each GPU."""
+        bus = self.machine.bus(min(self.gpus, self.gpus_per_node), self.nodes, self.network_gbps)
+        return Wires(self.gpus, bus, NODE_LATENCY_S + LEVEL_LATENCY_S * math.log2(self.nodes), self.gradient_bytes)
 
 
 def step_seconds(setup: Setup, place: Place) -> dict[str, float]:
@@ -50,8 +64,16 @@ def step_seconds(setup: Setup, place: Place) -> dict[str, float]:
     micro_s = micro_step_seconds(setup, machine)
     return {
         "forward and backward": setup.grad_accum_steps * micro_s,
-        "exchange": exposed_seconds(setup, place, micro_s),
+        **sharing_seconds(setup, place, micro_s),
         **update_seconds(setup, *update_rates(setup, machine)),
+    }
+
+
+def sharing_seconds(setup: Setup, place: Place, micro_s: float) -> dict[str, float]:
+    """What several ranks cost beside their passes of `micro_s` each, by part."""
+    return {
+        "exchange": exposed_seconds(setup, place.wires, micro_s),
+        "slowest rank": WAIT * math.log2(place.nodes) * setup.grad_accum_steps * micro_s,
     }
 
 
@@ -89,8 +111,7 @@ def share_of_peak(setup: Setup, machine: Machine) -> float:
     share = _best_share(setup, machine)
     if not setup.compiled:
         share *= _between(*EAGER, flops_per_token(setup.model, 1024))
-    full = _filled(LARGE_MICRO_BATCH, setup.model.n_embd, machine.n_sm)
-    return share * min(1.0, _filled(setup.n_tokens, setup.model.n_embd, machine.n_sm) / full)
+    return share / max(1.0, _stretched(setup, setup.n_tokens, machine) / _stretched(setup, LARGE_MICRO_BATCH, machine))
 
 
 def _best_share(setup: Setup, machine: Machine) -> float:
@@ -104,27 +125,17 @@ def _between(small: float, large: float, size: float) -> float:
     return small + (large - small) * min(1.0, max(0.0, place))
 
 
+def _stretched(setup: Setup, tokens: int, machine: Machine) -> float:
+    """How much longer a pass takes than if its layers' matmuls kept every multiprocessor busy."""
+    C, L = setup.model.n_embd, setup.model.n_layer
+    idle = sum(flops * (1 / _filled(tokens, width * C, machine.n_sm) - 1) for width, flops in WIDTHS.items())
+    return 1 + idle * C * C * L / flops_per_token(setup.model, setup.seq_len)
+
+
 def _filled(rows: int, columns: int, n_sm: int) -> float:
-    """How well the narrowest matmul, (rows, columns), fills all multiprocessors: its tiles come in whole waves."""
+    """How well a matmul whose result is (rows, columns) fills all multiprocessors: its tiles come in whole waves."""
     filled = []
     for (height, width), speed in TILES.items():
         waves = math.ceil(rows / height) * math.ceil(columns / width) / n_sm
         filled.append(speed * waves / math.ceil(waves))
     return max(filled)
-
-
-def exposed_seconds(setup: Setup, place: Place, micro_s: float) -> float:
-    """What of the ranks' exchange the backward pass does not hide."""
-    n, link = place.ranks, place.link
-    if n == 1:
-        return 0.0
-    gradients = FP32 * setup.n_params
-    hops = (n - 1) / n
-    if setup.strategy == "ordered":  # every rank's gradient goes to every rank, after the backward pass
-        return (n - 1) * gradients / link
-    if setup.strategy == "fsdp":  # weights gathered twice in the compute type, gradients scattered, in each micro-step
-        moved = hops * (2 * setup.width_bytes + FP32) * setup.n_params
-        return setup.grad_accum_steps * max(0.0, moved / link - HIDDEN * micro_s)
-    # The embedding's gradient, whose weights the head shares, is whole only at the end: nothing hides it.
-    tail = 2 * hops * FP32 * setup.model.padded_vocab_size * setup.model.n_embd / link
-    return max(tail, 2 * hops * gradients / link - HIDDEN * micro_s)

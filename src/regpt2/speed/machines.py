@@ -26,11 +26,21 @@ class Reached:
     source: str
 
 
-_UNKNOWN = Reached(0.33, 0.42, 0.5, "no published run on this card: 17 to 50 % of its peak, as others reach")
 _A100 = Reached(0.56, 0.62, 0.10, "llm.c on 8 x A100: 218K, 80K and 38.6K tokens/s per GPU for 124M, 350M, 774M")
 _H100 = Reached(0.39, 0.48, 0.12, "llm.c on 8 x H100: 468K, 188K and 46.8K tokens/s per GPU for 124M, 350M, 1558M")
-_H200 = Reached(0.44, 0.50, 0.15, "H100's runs and the faster memory; nobody has published one on an H200")
+_H200 = Reached(0.44, 0.51, 0.15, "nanoGPT's 1558M on one H200: 49.9K tokens/s; at 124M the H100 and faster memory")
+_L40S = Reached(0.24, 0.30, 0.20, "124M on one L40S: 106K tokens/s; for larger models as the H100's share grows")
+_5090 = Reached(0.39, 0.39, 0.20, "124M on one RTX 5090, 10B tokens in 28 hours with evaluations")
 _4090 = Reached(0.52, 0.52, 0.20, "nanoGPT issue 182 (29 % by the A100's peak), and 110K tokens/s per GPU on 2 x 4090")
+_4070 = Reached(0.77, 0.77, 0.20, "nanochat's d12 (124M's layers, T = 2048) on one RTX 4070: 55.7K tokens/s")
+_3090 = Reached(0.70, 0.70, 0.20, "build-nanogpt issue 4, 124M: 62K tokens/s (WSL2), 52K (Windows)")
+
+# For a card without a published run: matmuls at a share of its peak, and beside them the bytes that the kernels between
+# them move for each FLOP, at 124M and 1558M (3.1 MB a token at 124M, at 90 % of the memory's rate). The eight cards
+# with published runs lie within 35 % of it.
+MATMULS = 0.72
+BYTES_PER_FLOP = (4.4e-3, 2.2e-3)
+NETWORK_SHARE = 0.75  # of the network cards' rate, in an all-reduce: 8 x 400 Gbit/s give 300 GB/s
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,9 @@ class Machine:
     """Multiprocessors: a matmul smaller than a tile for each leaves some idle."""
     link: float
     """Bytes per second and GPU in an all-reduce within the node, as NCCL counts bus bandwidth."""
-    network: float = 10e9
-    """The same between nodes; this usual one is assumed (100 Gbit/s)."""
-    reached: Reached = _UNKNOWN
+    network_gbps: float = 12.5
+    """Gbit/s between nodes for each GPU, in each direction: usually one card of 100 Gbit/s for eight of them."""
+    published: Reached | None = None
     precision: str = "bf16"
 
     @property
@@ -64,24 +74,45 @@ class Machine:
         assert flops is not None, f"{self.name} has no peak in base/device.py"
         return flops
 
+    @property
+    def reached(self) -> Reached:
+        """By published runs of this card, else by what its memory allows."""
+        if self.published is not None:
+            return self.published
+        small, large = (1 / (1 / MATMULS + moved * self.peak / self.bandwidth) for moved in BYTES_PER_FLOP)
+        return Reached(small, large, 0.40, "no published run on this card: by the rates of its matmuls and its memory")
+
+    def bus(self, gpus: int, nodes: int, network_gbps: float | None = None) -> float:
+        """Bytes per second and GPU of an all-reduce, as NCCL counts, over nodes of so many GPUs each.
+
+        A ring enters and leaves each node once, and its rings share out the node's network cards: what counts is the
+        sum of their rates.
+        """
+        if nodes == 1:
+            return self.link
+        gbps = self.network_gbps if network_gbps is None else network_gbps
+        return min(self.link, NETWORK_SHARE * gpus * gbps * 1e9 / 8)
+
 
 # NVLink: 600 GB/s (A100), 900 (H100, H200), 1800 (B200), 300 (V100) by the data sheets; NCCL's bus bandwidth is 40 % of
-# it. Between such nodes 8 x 400 Gbit/s give 300 GB/s. Cards on PCIe 4.0 x16 reach 10 to 20 GB/s; 10 is assumed.
+# it. Cards on PCIe 4.0 x16 reach 10 to 20 GB/s; 10 is assumed. Networks: one card of 200 Gbit/s (A100) or 400 (H100 and
+# later) for each GPU, as in the makers' own systems.
 _PCIE = 10e9
 MACHINES = {
-    "A100-40": Machine("A100", 39.5, 1555e9, 108, 230e9, 150e9, _A100),
-    "A100-80": Machine("A100", 79.2, 2039e9, 108, 230e9, 150e9, _A100),
-    "H100": Machine("H100", 79.2, 3350e9, 132, 380e9, 300e9, _H100),
+    "A100-40": Machine("A100", 39.5, 1555e9, 108, 230e9, 200, _A100),
+    "A100-80": Machine("A100", 79.2, 2039e9, 108, 230e9, 200, _A100),
+    "H100": Machine("H100", 79.2, 3350e9, 132, 380e9, 400, _H100),
     "H100-PCIe": Machine("H100 PCIe", 79.2, 2000e9, 114, _PCIE),
-    "H200": Machine("H200", 139.8, 4800e9, 132, 380e9, 300e9, _H200),
-    "GH200": Machine("GH200", 94.5, 4000e9, 132, _PCIE, reached=_H200),
-    "B200": Machine("B200", 178.4, 8000e9, 148, 700e9, 300e9),
-    "5090": Machine("RTX 5090", 31.4, 1792e9, 170, _PCIE),
-    "4090": Machine("RTX 4090", 23.5, 1008e9, 128, _PCIE, reached=_4090),
-    "3090": Machine("RTX 3090", 23.7, 936e9, 82, _PCIE),
+    "H200": Machine("H200", 139.8, 4800e9, 132, 380e9, 400, _H200),
+    "GH200": Machine("GH200", 94.5, 4000e9, 132, _PCIE, published=_H200),
+    "B200": Machine("B200", 178.4, 8000e9, 148, 700e9, 400),
+    "5090": Machine("RTX 5090", 31.4, 1792e9, 170, _PCIE, published=_5090),
+    "4090": Machine("RTX 4090", 23.5, 1008e9, 128, _PCIE, published=_4090),
+    "4070": Machine("RTX 4070", 11.6, 504e9, 46, _PCIE, published=_4070),
+    "3090": Machine("RTX 3090", 23.7, 936e9, 82, _PCIE, published=_3090),
     "A6000": Machine("A6000", 47.5, 768e9, 84, _PCIE),
     "A10G": Machine("A10G", 22.1, 600e9, 80, _PCIE),
-    "L40S": Machine("L40S", 44.5, 864e9, 142, _PCIE),
+    "L40S": Machine("L40S", 44.5, 864e9, 142, _PCIE, published=_L40S),
     "L4": Machine("L4", 22.0, 300e9, 58, _PCIE),
     "T4": Machine("T4", 14.6, 320e9, 40, _PCIE, precision="fp16"),
     "V100-16": Machine("V100", 15.8, 900e9, 80, 120e9, precision="fp16"),
