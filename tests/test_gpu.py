@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from regpt2.base import plugins
+from regpt2.base.device import be_deterministic, can_compile
 from regpt2.base.world import World
 from regpt2.config import load_recipe
 from regpt2.model.architecture import build_model
 from regpt2.model.generate import generate
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.loss import linear_cross_entropy
+from regpt2.model.loss import IGNORED, gpu_kernel, linear_cross_entropy, reference_cross_entropy
 from regpt2.model.modern import ModernConfig
+from regpt2.speed.kernels import attention_kernel
+from regpt2.training.host_copy import HostCopies
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.parallel import make_trainable
 from regpt2.training.step import train_step
@@ -172,3 +175,58 @@ def test_the_loss_never_holds_the_whole_logits() -> None:
     torch.cuda.reset_peak_memory_stats()
     linear_cross_entropy(hidden, weight, targets, 50_257, chunk_tokens=1024).backward()
     assert torch.cuda.max_memory_allocated() < 1.5e9
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_the_losss_operator_is_the_formula_in_fp64(dtype: torch.dtype, tolerance: float, softcap: float) -> None:
+    """Of 1,000 tokens in chunks of 256, some ignored, 47 columns padding; in bf16 logits are rounded to 2^-9."""
+    torch.set_float32_matmul_precision("highest")
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1000, 64, generator=generator).to(dtype)
+    weight = torch.randn(50_304, 64, generator=generator) / 8
+    weight[50_257:] = 0.0
+    targets = torch.randint(0, 50_257, (1000,), generator=generator)
+    targets[900:] = IGNORED
+    exact = [hidden.double().requires_grad_(), weight.to(dtype).double().requires_grad_()]
+    expected = reference_cross_entropy(*exact, targets, 50_257, softcap=softcap)
+    wanted = [expected, *torch.autograd.grad(expected, exact)]
+    ours = [hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_()]
+    loss = linear_cross_entropy(*ours, targets.to(DEVICE), 50_257, softcap=softcap, chunk_tokens=256)
+    for got, right in zip([loss, *torch.autograd.grad(loss, ours)], wanted, strict=True):
+        assert float((got.double().cpu() - right).norm() / right.norm()) < tolerance
+
+
+def test_the_losss_kernel_runs_where_triton_does() -> None:
+    if DEVICE != "cuda" or not can_compile(torch.device(DEVICE)):
+        pytest.skip("no Triton here")
+    assert gpu_kernel(torch.device("cuda", 0)) is not None
+
+
+def test_strict_determinism_keeps_cudnns_attention_away() -> None:
+    world = World(rank=0, local_rank=0, size=1, device=torch.device(DEVICE))
+    trainable = make_trainable(GPT(SHAPE, seed=1).to(DEVICE), torch.bfloat16, world, compiled=False)
+    be_deterministic(torch.device(DEVICE))
+    try:
+        assert attention_kernel(lambda: trainable(*batch(DEVICE))) != "cuDNN"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_gradients_no_kernel_is_planned_for_an_odd_length() -> None:
+    model = GPT(SHAPE, seed=1).to(DEVICE, torch.bfloat16)
+    with torch.no_grad():
+        assert attention_kernel(lambda: model(batch(DEVICE)[0][:, :77])) != "cuDNN"
+
+
+def test_a_checkpoints_copies_use_their_buffers_again() -> None:
+    weight, copies = torch.arange(1000.0, device=DEVICE), HostCopies()
+    first = copies.take({"w": weight})["w"]
+    assert torch.equal(first, torch.arange(1000.0))
+    address = first.data_ptr()
+    weight += 1
+    second = copies.take({"w": weight})["w"]
+    assert torch.equal(second, torch.arange(1000.0) + 1)
+    if DEVICE == "cuda":
+        assert second.is_pinned()
+        assert second.data_ptr() == address
