@@ -1,9 +1,11 @@
 """The memory model against what autograd keeps and what is alive at the fullest moment, counted in real steps."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from regpt2.model.gpt import GPTConfig
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.modern import ModernConfig
 from regpt2.speed import memory
-from regpt2.speed.memory import Setup, micro_batches, require_memory, step_memory, still_needed
+from regpt2.speed.machines import MACHINES
+from regpt2.speed.memory import Setup, fits, micro_batches, require_memory, step_memory, still_needed
 from regpt2.training.optimizer import OptimConfig, build_optimizer, state_tensors
 from regpt2.training.parallel import make_trainable
 from regpt2.training.step import train_step
@@ -178,6 +181,37 @@ def test_the_state_of_the_124m_model_is_16_bytes_a_parameter() -> None:
     parts = step_memory(one)
     assert one.n_params == 124_475_904
     assert parts["weights"] + parts["optimizer state"] + parts["gradients"] == 16 * one.n_params
+
+
+DRY_GPU = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*_dry_gpu_memory.json"))[-1]
+ON_A_GPU = {
+    "gpt2": GPTConfig(),
+    "gpt2_350m": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "dropout": GPTConfig(dropout=0.1),
+    "modern": ModernConfig(),
+    "document": ModernConfig(document_mask=True),
+}
+
+
+@pytest.mark.parametrize("row", json.loads(DRY_GPU.read_text())["rows"], ids=lambda row: row["name"])
+def test_a_step_on_a_gpu_holds_what_torchs_allocator_counted(row: dict[str, Any]) -> None:
+    """Measured by `benchmarks/dry_gpu/plan_memory.py`: a change of the formulas is held against the same peaks."""
+    one = Setup(
+        model=ON_A_GPU[row["model"]],
+        micro_batch=row["micro_batch"],
+        seq_len=1024,
+        grad_accum_steps=4,
+        precision=row["precision"],
+        compiled=row["mode"] == "compiled",
+        optim=OptimConfig(name=row["optimizer"]),
+    )
+    assert sum(step_memory(one).values()) == pytest.approx(row["peak_bytes"], rel=0.05)
+
+
+@pytest.mark.parametrize("model", [GPTConfig(), ModernConfig()], ids=["gpt2", "modern"])
+def test_64_sequences_of_124m_do_not_fit_on_24_gb(model: GPTConfig) -> None:
+    one = Setup(model=model, micro_batch=64, seq_len=1024, grad_accum_steps=8)
+    assert not fits(still_needed(one), MACHINES["4090"].usable_bytes, "cuda")
 
 
 def test_more_ranks_divide_the_state_with_fsdp_alone() -> None:
