@@ -10,7 +10,7 @@ TOOLS := $(VENV)/.test-installed
 CLIENTS := $(VENV)/.clients-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check format gpu-check faults faults-full clients fuzz clean
+.PHONY: help setup demo test check format gpu-check gpu-carry faults faults-full clients fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -60,6 +60,17 @@ OUT ?= runs/gpu-check
 MINUTES ?= 9
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py --out $(OUT) --minutes $(MINUTES) $(ARGS)
+
+# make gpu-carry  what the GPU's machine may lack, collected into runs/gpu-carry: tyro, GPT-2's vocabulary
+gpu-carry: $(CORE)
+	$(BIN)/python benchmarks/gpu_carry.py $(ARGS)
+
+# make gpu-dry  the GPU path without a GPU: graphs, launches, synchronizations, memory; DIR=... (5 GB, not in CI)
+DIR ?= runs/gpu-dry
+.PHONY: gpu-dry
+gpu-dry:
+	benchmarks/dry_gpu/build.sh $(DIR)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/dry_gpu/table.py $(DIR) $(ARGS)
 
 # make faults  real faults, injected one by one: kills, full disks, damage; faults-full: many more of each
 faults: $(TOOLS)

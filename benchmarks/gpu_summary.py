@@ -1,9 +1,10 @@
-"""What came out, for a person and for a machine. In: DIR/items/*.json; out: summary.md, summary.json, the exit code."""
+"""What came out, for a person and for a machine. In: the items' rows; out: summary.md and .json, the exit code."""
 
 import json
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,19 @@ from typing import Any
 Found = dict[str, Any]
 
 
-def write(out: Path, items: list[str]) -> None:
+# What the short summary shows of a row, the most telling first.
+SPEED = "tokens_per_s", "ours_faster_by", "faster_by", "gain", "tflops", "gb_per_s", "scenes_per_s", "ms_per_token"
+COST = "mfu", "step_ms", "ms", "loop_waits_s", "on_disk_after_s", "peak_bytes", "planned_step_ms", "planned_peak_bytes"
+RIGHT = "same_bits", "same_choice", "resumed_at", "loss_off", "gradient_off", "hidden_gradient_off", "loss", "accuracy"
+REASONS = "not_compared", "not_here", "not_measured", "not_shown", "does_not_fit", "skipped", "seconds"
+TELLING = ("device", "torch", "kernel", *SPEED, *COST, *RIGHT, "first_loss", "last_loss", *REASONS)
+SHORT = {"ceilings": 1, "optimizers": 1}  # so many figures of a row, and several rows in a line
+COLUMNS, LINES = 140, 76
+
+
+def write(folder: Path, out: Path, items: list[str]) -> list[Found]:
     """Of every item that was ever done in this folder: several calls add up."""
-    paths = (out / "items" / f"{item}.json" for item in items)
+    paths = (folder / f"{item}.json" for item in items)
     done = [json.loads(path.read_text()) for path in paths if path.exists()]
     files = {
         "summary.json": json.dumps(done, indent=1) + "\n",
@@ -22,6 +33,41 @@ def write(out: Path, items: list[str]) -> None:
     for name, text in files.items():
         (out / f"{name}.tmp").write_text(text)
         (out / f"{name}.tmp").replace(out / name)
+    return done
+
+
+def brief(done: list[Found]) -> str:
+    """All that matters, in lines that a terminal holds; what is wrong comes first in each item."""
+    lines = [line for found in done for line in brief_item(found)]
+    more = [f"... {len(lines) - LINES} lines more in summary.md"] if len(lines) > LINES else []
+    return "\n".join(["SUMMARY", *lines[:LINES], *more])
+
+
+def brief_item(found: Found) -> Iterable[str]:
+    head = f"{found['item']}: {found['state']}, {found.get('seconds', 0):.0f} s. {found['why']}"
+    yield head.rstrip()[: 2 * COLUMNS]
+    yield from (f"  WRONG {row['name']}: {row.get('why', '')}"[: 2 * COLUMNS] for row in found["rows"] if is_wrong(row))
+    told = {row["name"]: telling(row, SHORT.get(found["item"], 6)) for row in found["rows"] if not is_wrong(row)}
+    texts = [f"{name}: {figures}" for name, figures in told.items() if figures]
+    quiet = [row for row in found["rows"] if not told.get(row["name"], "row") and not is_wrong(row)]
+    right = sum("ok" in row for row in quiet)
+    texts += [f"{right} more that are right"] * bool(right)
+    texts += [f"{len(quiet) - right} more that are not compared"] * (len(quiet) > right)
+    if found["item"] in SHORT:
+        texts = textwrap.wrap("; ".join(texts), COLUMNS - 2, break_on_hyphens=False)
+    yield from (f"  {text}"[:COLUMNS] for text in texts)
+
+
+def is_wrong(row: Found) -> bool:
+    return row.get("ok") is False
+
+
+def telling(row: Found, at_most: int) -> str:
+    """A row's main figures; none of a test that is right, or of a comparison that a pretended GPU does not allow."""
+    names = [name for name in TELLING if shown(name, row.get(name))]
+    if not {*names} - ({"seconds"} if "ok" in row else {"not_compared"}):
+        return ""
+    return ", ".join(f"{title(name)} {shown(name, row[name])}" for name in names[:at_most])
 
 
 def publish(out: Path, results: Path, about: Found) -> None:
@@ -32,9 +78,9 @@ def publish(out: Path, results: Path, about: Found) -> None:
 
 
 def exit_code(states: dict[str, str]) -> int:
-    """1 where something is wrong or broken, or correctness was asked for and not shown to its end."""
+    """1 where something is wrong or broken, or the item first was asked for and not finished. Cut off is not wrong."""
     broken = {"wrong", "failed"} & set(states.values())
-    return int(bool(broken) or states.get("correctness", "done") != "done")
+    return int(bool(broken) or states.get("first", "done") != "done")
 
 
 def in_a_line(states: dict[str, str]) -> str:

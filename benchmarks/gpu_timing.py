@@ -1,7 +1,12 @@
-"""Times on a device. In: something to call, or a training step; out: milliseconds, and the row that shows them."""
+"""Times on a device. In: something to call, or a training step; out: milliseconds, and the row that shows them.
+
+python benchmarks/gpu_timing.py WORK      a training step as a side of a comparison (see sides.py)
+"""
 
 import dataclasses
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,13 +15,28 @@ from typing import Any
 import torch
 
 from gpu_items import Check
-from regpt2.base.device import peak_flops, pick_device, synchronize
-from regpt2.model.flops import mfu, palm_flops_per_token
+from regpt2.base.device import (
+    choose_compute,
+    compiles,
+    device_name,
+    peak_bytes,
+    peak_flops,
+    pick_device,
+    synchronize,
+)
+from regpt2.base.world import World
+from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 from regpt2.model.gpt import GPTConfig
 from regpt2.speed.cost import Place, step_seconds
+from regpt2.speed.kernels import attention_kernel
+from regpt2.speed.lecture import lecture_model
 from regpt2.speed.machines import recognize
 from regpt2.speed.memory import Setup, step_memory
-from regpt2.speed.steps import DoesNotFit, StepTimes, StepWork, measure, time_steps
+from regpt2.speed.steps import DoesNotFit, StepTimes, StepWork, measure, read_work, time_steps
+from regpt2.training.optimizer import build_optimizer
+from regpt2.training.parallel import make_trainable
+from regpt2.training.step import train_step
+from sides import serve
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257)
 
@@ -120,3 +140,44 @@ def figures_of(check: Check, work: StepWork, times: StepTimes) -> dict[str, Any]
         "losses": times.losses,
         "work": [dataclasses.asdict(work)],
     }
+
+
+def side_command(work: StepWork) -> list[str]:
+    """How a training step is started as a side."""
+    return [sys.executable, __file__, json.dumps(dataclasses.asdict(work))]
+
+
+def serve_step(work: StepWork) -> None:
+    """The step of `time_steps`, made once for each time that is asked; a scaled loss is not among what it can do."""
+    device = pick_device(work.device)
+    compute, compiled = choose_compute(work.precision, device), compiles(work.compile, device)
+    world = World(rank=0, local_rank=0, size=1, device=device)
+    model = lecture_model(work.model, work.as_lecture, compute.dtype, work.seed).to(device)
+    dtype = torch.float32 if "autocast" in work.as_lecture else compute.dtype
+    trainable = make_trainable(model, dtype, world, compiled=compiled)
+    optimizer = build_optimizer(model, work.optim, compiled=compiled)
+    generator = torch.Generator().manual_seed(work.seed)
+    size = (work.grad_accum_steps, work.micro_batch, work.seq_len + 1)
+    ids = torch.randint(0, work.model.vocab_size, size, generator=generator).to(device)
+    batches = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]  # each (B, T)
+    about: dict[str, Any] = {
+        "device": device_name(device),
+        "precision": compute.precision,
+        "compiled": compiled,
+        "flops_per_token": flops_per_token(work.model, work.seq_len),
+        "torch": torch.__version__,
+    }
+
+    def once() -> dict[str, Any]:
+        stats = train_step(trainable, optimizer, batches, lr=work.optim.lr, grad_clip=work.optim.grad_clip, world=world)
+        synchronize(device)
+        figures = {"loss": float(stats.loss), "grad_norm": float(stats.grad_norm), "peak_bytes": peak_bytes(device)}
+        if "attention" not in about:  # looked up in the first step, which warms up
+            about["attention"] = attention_kernel(lambda: trainable(*batches[0]))
+        return figures | about
+
+    serve(once)
+
+
+if __name__ == "__main__":
+    serve_step(read_work(json.loads(sys.argv[1])))

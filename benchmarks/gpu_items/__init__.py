@@ -1,7 +1,8 @@
-"""SHELF: one file per item of gpu_check.py; the file's name is the item's. Each has `run(check)`, which keeps rows.
+"""SHELF: one file per item of gpu_check.py. In: a `Check`; out: its rows in a JSON file, and a log.
 
-A row is a name and figures, the unit in the figure's name. `ok=False` in a row says that something is wrong; raising
-`Skip` says why an item is not for this machine.
+The file's name is the item's; files that begin with an underscore are what several items share. Each item has
+`run(check)`, which keeps rows. A row is a name and figures, the unit in the figure's name. `ok=False` in a row says
+that something is wrong; raising `Skip` says why an item is not for this machine.
 """
 
 import importlib
@@ -24,10 +25,13 @@ class Check:
     """An item at work: what it may use, where its rows go, until when."""
 
     item: str
-    out: Path
+    folder: Path
+    """Where the rows, the logs and all other files of the items go."""
     device: str
     smoke: bool
     """Tiny works: only to see that everything runs."""
+    dry: bool = False
+    """The GPU is a pretended one, whose values and times mean nothing: no value is compared."""
     until: float
     """On the clock of time.time()."""
     data: Path | None = None
@@ -40,24 +44,33 @@ class Check:
 
     @property
     def log(self) -> Path:
-        return self.out / "items" / f"{self.item}.log"
+        return self.folder / f"{self.item}.log"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / f"{self.item}.json"
 
     def read(self) -> dict[str, Any]:
-        return dict(json.loads((self.out / "items" / f"{self.item}.json").read_text()))
+        return dict(json.loads(self.rows.read_text()))
 
     def store(self, document: dict[str, Any]) -> None:
         """Written beside its place and renamed into it: a reader never sees half a file."""
-        path = self.out / "items" / f"{self.item}.json"
-        part = path.with_suffix(".tmp")
+        part = self.rows.with_suffix(".tmp")
         part.write_text(json.dumps(document, indent=1) + "\n")
-        part.replace(path)
+        part.replace(self.rows)
 
     def write(self, state: str, why: str = "", rows: list[dict[str, Any]] | None = None) -> None:
         self.store({"item": self.item, "state": state, "why": why, "rows": rows or []})
 
     def keep(self, name: str, **figures: Any) -> None:
-        """One row, on disk at once."""
-        self.write("running", rows=[*self.read()["rows"], {"name": name, **figures}])
+        """One row, on disk at once, in the place of an earlier one of the same name."""
+        rows = {row["name"]: row for row in self.read()["rows"]}
+        self.write("running", rows=list((rows | {name: {"name": name, **figures}}).values()))
+
+    def judge(self, name: str, *, ok: bool, why: str = "", **figures: Any) -> None:
+        """One row whose verdict comes from values; a pretended GPU has none."""
+        verdict: dict[str, Any] = {"not_compared": True} if self.dry else {"ok": ok, "why": why}
+        self.keep(name, **figures, **verdict)
 
     def finish(self, state: str, why: str = "") -> None:
         self.write(state, why, self.read()["rows"])

@@ -26,8 +26,8 @@ def run(check: Check) -> None:
     torch.manual_seed(0)
     matmuls(check, device, B * T, C, V)
     attention(check, device, B, T, C, H)
-    loss(check, device, B * T, C, V)
     copy(check, device, 1 << (16 if check.smoke else 30))
+    loss(check, device, B * T, C, V)
 
 
 def matmuls(check: Check, device: torch.device, N: int, C: int, V: int) -> None:
@@ -82,7 +82,7 @@ def loss(check: Check, device: torch.device, N: int, C: int, V: int) -> None:
             way().backward()
 
         try:
-            keep(check, device, f"loss, {name}", both, flops=6 * N * C * V)
+            keep(check, device, f"loss, {name}", both, flops=6 * N * C * V, calls=10, warmup=2)  # 30 ms each
         except (RuntimeError, TypeError) as error:  # memory, or another signature in this torch
             check.keep(f"loss, {name}", not_here=str(error).strip().split("\n")[0][:200])
 
@@ -98,11 +98,13 @@ def normal(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-def keep(check: Check, device: torch.device, name: str, call: Callable[[], Any], *, flops: int) -> None:
+def keep(
+    check: Check, device: torch.device, name: str, call: Callable[[], Any], *, flops: int, **how_often: int
+) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    few = {"calls": 2, "warmup": 1} if check.smoke else {}
+    few = {"calls": 2, "warmup": 1} if check.smoke else how_often
     ms = spread(call_times(call, device, **few))
     peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
     check.keep(name, **ms, tflops=flops / ms["ms"] / 1e9, **peak)

@@ -33,16 +33,17 @@ def run(check: Check) -> None:
         synchronize(device)
         return time.perf_counter() - started_at
 
-    def take(number: int) -> checkpoint.Snapshot:
-        return checkpoint.snapshot(number, "{}\n", dict(model.named_parameters()), state_tensors(optimizer, model), {})
+    def take(number: int, saver: checkpoint.Saver) -> checkpoint.Snapshot:
+        weights, moments = dict(model.named_parameters()), state_tensors(optimizer, model)
+        return checkpoint.snapshot(number, "{}\n", weights, moments, {}, saver.copies)
 
-    before = [step_s() for _ in range(3 if check.smoke else 25)]
-    with tempfile.TemporaryDirectory(dir=check.out) as folder:
+    before = [step_s() for _ in range(3 if check.smoke else 25)]  # the first fifth warms up
+    with tempfile.TemporaryDirectory(dir=check.folder) as folder:
         saver = checkpoint.Saver(Path(folder), keep=1)
         for number in (1, 2):  # the first also has to find its memory
             written = Path(folder) / f"step-{number:08d}"
             started_at = time.perf_counter()
-            saver.save(lambda number=number: take(number))
+            saver.save(lambda number=number: take(number, saver))
             stall_s = time.perf_counter() - started_at
             beside = [step_s()]
             while not written.exists() and time.perf_counter() - started_at < 60:

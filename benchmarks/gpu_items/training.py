@@ -28,7 +28,7 @@ def run(check: Check) -> None:
     config = load_recipe(check.recipe)
     tokens = 0.6 * check.left_s * tokens_per_s(check)  # the rest: compiling, evaluations, samples, the report
     steps = 4 if check.smoke else max(20, int(tokens / config.batch.batch_tokens))
-    folder = check.out / "items" / "training"
+    folder = check.folder / "training"
     options = {
         "data": check.data,
         "run": folder,
@@ -54,9 +54,9 @@ def run(check: Check) -> None:
 
 def tokens_per_s(check: Check) -> float:
     """As the headline found it in this folder; a guess where it did not."""
-    path = check.out / "items" / "headline.json"
+    path = check.folder / "headline.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return max([row["tokens_per_s"] for row in rows if "tokens_per_s" in row], default=GUESS)
+    return max([row["tokens_per_s"] for row in rows if "ours" in row["name"] and "tokens_per_s" in row], default=GUESS)
 
 
 def keep_run(check: Check, events: Iterable[dict[str, Any]]) -> None:
@@ -71,7 +71,7 @@ def keep_run(check: Check, events: Iterable[dict[str, Any]]) -> None:
     first, last = updates[0], updates[-1]
     speed = statistics.median(event["tokens_per_s"] for event in updates)
     learned = last["loss"] < first["loss"]
-    check.keep(
+    check.judge(
         f"{last['step']} updates",
         tokens=last["tokens"],
         first_loss=first["loss"],
