@@ -186,7 +186,9 @@ def rehearse(job: Job, step: int) -> None:
 
 
 def agree_to_stop(job: Job) -> int | None:
-    """The signal that any rank was sent, on every rank."""
+    """The signal that any rank was sent, on every rank. One alone need not ask its device."""
+    if job.world.size == 1:
+        return job.stop.received
     return int(job.world.max(torch.tensor(float(job.stop.received or 0), device=job.world.device))) or None
 
 
@@ -230,7 +232,7 @@ def report(job: Job, step: int) -> None:
     """The page of the run. A full disk here may not make a finished run a failed one."""
     try:
         say(f"the page of this run: {write_report(job.run)}")
-    except (OSError, Problem) as error:
+    except (OSError, ImportError, Problem) as error:  # matplotlib may be missing where a model is only trained
         note(job, step, f"the report could not be written ({error}); regpt2 report {job.run} makes it again")
 
 

@@ -162,11 +162,12 @@ def _score_batch(context: EvalContext, gpt: LanguageModel, batch: _Batch) -> Ite
         inputs = [[*ending.ids[:-1], *[0] * (T + 1 - len(ending.ids))] for ending in endings]  # padded on the right
         for layer in shared:
             layer.which = torch.tensor([ending.context for ending in endings], device=device)
-        lengths = torch.tensor([len(ending.ids) - 1 for ending in endings], device=device)
-        is_input = torch.arange(T, device=device) < lengths.view(-1, 1)  # (R, T)
-        x = hidden(inputs, position)[is_input]  # (n, C)
+        lengths = [len(ending.ids) - 1 for ending in endings]
+        # By numbers that are known here: a GPU asked which ones are inputs would be waited for.
+        is_input = torch.tensor([row * T + i for row, n in enumerate(lengths) for i in range(n)], device=device)
+        x = hidden(inputs, position).flatten(0, 1)[is_input]  # (n, C)
         scores = _score_tokens(gpt, x, [token for ending in endings for token in ending.ids[1:]])  # (3, n)
-        sums = [score.sum(dim=1) for score in torch.split(scores, lengths.tolist(), dim=1)]
+        sums = [score.sum(dim=1) for score in torch.split(scores, lengths, dim=1)]
         yield from zip(endings, sums, strict=True)
 
 

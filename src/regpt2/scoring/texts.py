@@ -120,9 +120,10 @@ def _batch_nats(context: EvalContext, gpt: LanguageModel, batch: Sequence[tuple[
     for row, (window, n_new) in enumerate(batch):
         rows[row, : len(window)] = window
         is_scored[row, len(window) - 1 - n_new : len(window) - 1] = True
-    ids, where = (torch.from_numpy(array).to(context.world.device) for array in (rows, is_scored))
-    hidden = gpt.hidden(ids[:, :-1], dtype=context.dtype)[where]  # (B, T, C) -> (n, C)
-    targets = ids[:, 1:][where]  # (n,)
+    where = np.flatnonzero(is_scored)  # found here: a GPU asked for them would be waited for
+    ids, scored = (torch.from_numpy(array).to(context.world.device) for array in (rows[:, :-1], where))
+    hidden = gpt.hidden(ids, dtype=context.dtype).flatten(0, 1)[scored]  # (B, T, C) -> (n, C)
+    targets = torch.from_numpy(rows[:, 1:].reshape(-1)[where]).to(context.world.device)  # (n,)
     chunk = max(1, _LOGIT_BYTES // (4 * gpt.config.vocab_size))
     nats = 0.0
     for x, y in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
