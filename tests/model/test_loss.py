@@ -179,6 +179,14 @@ def test_ignored_targets_are_left_out_of_the_mean(ignored: slice, softcap: float
         assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
+def test_every_negative_target_is_ignored() -> None:
+    hidden, weight, targets = inputs(torch.float64, 32)
+    minus_one, minus_hundred = targets.clone(), targets.clone()
+    minus_one[5:9], minus_hundred[5:9] = -1, IGNORED
+    one, other = (linear_cross_entropy(hidden, weight, t, VOCAB) for t in (minus_one, minus_hundred))
+    assert torch.equal(one, other)
+
+
 def test_where_every_target_is_ignored_loss_and_gradients_are_zero() -> None:
     hidden, weight, targets = inputs(torch.float32, 32)
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORED), VOCAB)

@@ -21,7 +21,7 @@ from regpt2.base.device import can_compile
 
 # N = B * T tokens, n tokens in a chunk, C = n_embd, V = padded_vocab_size, v rows of a part of it
 
-IGNORED = -100  # a target that does not count, as torch has it
+IGNORED = -100  # a target that does not count, as torch has it; every negative one does not
 
 _CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits in the compute type, alive at once
 _CHUNK_MULTIPLE = {"cuda": 256}  # rows of a chunk: whole tiles of a GPU's matmuls
@@ -73,8 +73,8 @@ def linear_cross_entropy(
         hidden: (N, C), in the compute type.
         weight: (V, C), rounded to the compute type here, so that its gradient, which is a sum over all tokens, is not.
             Rows from `vocab_size` on are padding: they get probability zero.
-        targets: (N,) int64, below `vocab_size`. Tokens whose target is IGNORED are left out of the mean; where none is
-            left, the loss is 0.
+        targets: (N,) int64, below `vocab_size`. Tokens with a negative target (IGNORED) are left out of the mean; where
+            none is left, the loss is 0.
         softcap: the logits go through `softcapped` first.
         chunk_tokens: rows at a time; by default as many as keep the chunk's logits below 256 MiB (CPU), 1 GiB (GPU).
     """
@@ -88,7 +88,7 @@ def linear_cross_entropy(
     else:
         loss_sum = _LinearCrossEntropy.apply(hidden, weight, targets, *settings)  # type: ignore[no-untyped-call]
     # The division waits until here: before it, the gradients' small entries are not lost in fp16.
-    return loss_sum / (targets != IGNORED).sum().clamp(min=1)
+    return loss_sum / (targets >= 0).sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -130,15 +130,8 @@ def _opaque_loss(
 
 
 @_opaque_loss.register_fake
-def _shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    softcap: float,
-    chunk_tokens: int,
-    with_gradient: bool,
-) -> Gradients:
+def _shapes(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Gradients:
+    with_gradient = settings[-1]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     d_hidden, d_weight = (hidden.shape, weight.shape) if with_gradient else ((0,), (0,))
     return hidden.new_empty((), dtype=wide), hidden.new_empty(d_hidden), hidden.new_empty(d_weight, dtype=wide)
@@ -211,7 +204,7 @@ def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, softcap: fl
     for start in range(0, n, block):
         rows = logits[start : start + block]
         target = targets[start : start + block].unsqueeze(1)  # (n, 1)
-        counts = (target != IGNORED).to(wide)
+        counts = (target >= 0).to(wide)
         target = target.clamp(min=0)
         bent = torch.tanh(rows.to(wide) / softcap) if softcap else None
         scores = rows if bent is None else softcap * bent
