@@ -18,9 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from regpt2.base.device import _cpu_has_bf16
 from regpt2.data.manifest import Manifest, Split
 from regpt2.data.shards import write_shard
 from regpt2.data.tokenizer import load_tokenizer
+
+needs_bf16 = pytest.mark.skipif(not _cpu_has_bf16(), reason="this CPU does not compute in bf16")
 
 TINY_RECIPE = """
 max_steps = 12

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Run
+from conftest import Run, needs_bf16
 from regpt2.base.errors import UsageError
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evaluate import GROUPS, main, paper_table
@@ -91,6 +91,7 @@ def test_limit_is_the_first_examples(model: Path, tmp_path: Path) -> None:
     assert few["results"]["copa"]["count"] == 3 and few["limit"] == 3
 
 
+@needs_bf16
 def test_another_precision_is_compared_with_fp32(model: Path, tmp_path: Path) -> None:
     arguments = ["--evals", "lambada", *files(model, "lambada"), "--precision", "bf16", "--device", "cpu"]
     found = run(model, tmp_path / "a.json", *arguments)["results"]["lambada"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY_RECIPE, Run
+from conftest import TINY_RECIPE, Run, needs_bf16
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.metrics import read_events
 from regpt2.cli import main
@@ -90,6 +90,11 @@ def test_a_recipe_of_gpt2_becomes_modern_by_an_option(tiny_recipe: Path, tiny_da
     assert written == ModernConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, softcap=0.0)
 
 
+@needs_bf16
+def test_it_is_sampled_in_bf16(straight: Path) -> None:
+    assert main(["sample", str(straight), "ab", "--max-new-tokens", "8", "--dtype", "bf16"]) == 0
+
+
 def test_it_is_measured_sampled_and_looked_at(
     straight: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +103,6 @@ def test_it_is_measured_sampled_and_looked_at(
     by_run = [e["loss"] for e in read_events(straight / "metrics.jsonl") if e["event"] == "eval" and e["step"] == 12]
     assert json.loads(out.read_text())["results"]["val_loss"]["loss"] == pytest.approx(by_run[0], rel=1e-5)
     assert main(["sample", str(straight), "ab", "--n", "3", "--max-new-tokens", "8"]) == 0
-    assert main(["sample", str(straight), "ab", "--max-new-tokens", "8", "--dtype", "bf16"]) == 0
     capsys.readouterr()
     assert main(["sample", str(straight), "ab", "--dtype", "int8"]) == 2
     assert "int8 is for GPT-2" in capsys.readouterr().err

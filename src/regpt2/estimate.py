@@ -252,7 +252,7 @@ def run_seconds(config: RunConfig, setup: Setup, target: Target, step: StepTime,
     pass_s = step.parts["forward and backward"] / (setup.grad_accum_steps * setup.n_tokens)  # per token of one rank
     saves = -(-config.max_steps // config.save_every) if config.save_every else 0
     whole_updates = config.batch.tokens_until(config.max_steps) / config.batch.batch_tokens  # fewer, where they grow
-    by_tokens = ("forward and backward", "slowest rank", *["exchange"] * (setup.strategy == "fsdp"))
+    by_tokens = ("forward and backward", "gathering", "slowest rank")  # the others once an update, whatever its size
     return {
         "training": sum(
             seconds * (whole_updates if part in by_tokens else config.max_steps) for part, seconds in step.parts.items()

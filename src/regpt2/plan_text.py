@@ -219,7 +219,7 @@ def _show_scaling(plan: RunPlan, scaling: ScalingPlan) -> None:
             say(f"{start}   no micro-batch fits")
             continue
         passes = f"{row.setup.micro_batch} x {row.setup.grad_accum_steps}"
-        times = [f"{1e3 * s:,.1f} ms" for s in (row.step_s, row.parts["exchange"], row.parts["slowest rank"])]
+        times = [f"{1e3 * s:,.1f} ms" for s in (row.step_s, row.exposed_s, row.parts["slowest rank"])]
         cost = f" {hours * row.place.gpus * plan.price:>10,.2f}" if plan.price is not None else ""
         say(
             f"{start} {passes:>14} {times[0]:>12} {times[1]:>10} {times[2]:>9} {count(row.tokens_per_s):>9} "
@@ -273,7 +273,7 @@ def _scaling_json(plan: RunPlan, scaling: ScalingPlan) -> dict[str, Any]:
                 "micro_batch": row.setup.micro_batch if row.setup else None,
                 "grad_accum_steps": row.setup.grad_accum_steps if row.setup else None,
                 "update_s": row.step_s if row.setup else None,
-                "exposed_s": row.parts.get("exchange"),
+                "exposed_s": row.exposed_s if row.setup else None,
                 "waiting_s": row.parts.get("slowest rank"),
                 "tokens_per_s": row.tokens_per_s if row.setup else None,
                 "efficiency": row.efficiency if row.setup else None,

@@ -7,7 +7,16 @@ import pytest
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig
 from regpt2.speed.cost import Place
-from regpt2.speed.exchange import BUCKET, Gradients, Wires, buckets, exposed_seconds, gradients_of, sent_after
+from regpt2.speed.exchange import (
+    BUCKET,
+    Gradients,
+    Wires,
+    buckets,
+    exposed_seconds,
+    gathering_seconds,
+    gradients_of,
+    sent_after,
+)
 from regpt2.speed.machines import MACHINES
 from regpt2.speed.memory import Setup
 
@@ -82,6 +91,15 @@ def test_one_rank_exchanges_nothing_and_slow_networks_expose_more(strategy: str)
     assert exposed_seconds(one, alone, 0.02) == 0.0
     times = [exposed_seconds(one, Place(MACHINES["H100"], 64, 8, gbps).wires, 0.02) for gbps in (400, 100, 25)]
     assert 0 < times[0] < times[1] < times[2]
+
+
+def test_fsdp_gathers_weights_in_each_micro_step_and_scatters_gradients_in_the_last() -> None:
+    """Nothing hides behind passes without length: 2 x 2 bytes a parameter gathered, and once 4 scattered."""
+    one = dataclasses.replace(SMALL, strategy="fsdp", ranks=8)
+    wires = dataclasses.replace(H100, latency_s=0.0)
+    assert gathering_seconds(one, wires, 0.0) == pytest.approx(7 / 8 * 4 * one.n_params / wires.bus)
+    assert exposed_seconds(one, wires, 0.0) == pytest.approx(7 / 8 * 4 * one.n_params / wires.bus)
+    assert gathering_seconds(SMALL, wires, 0.0) == 0.0
 
 
 def test_half_the_bytes_take_half_the_time() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from regpt2.base import plugins
 from regpt2.model.flops import flops_per_token
-from regpt2.speed.exchange import Wires, exposed_seconds
+from regpt2.speed.exchange import Wires, exposed_seconds, gathering_seconds
 from regpt2.speed.machines import LARGE_FLOPS, SMALL_FLOPS, Machine
 from regpt2.speed.memory import FP32, Setup
 
@@ -72,6 +72,7 @@ def step_seconds(setup: Setup, place: Place) -> dict[str, float]:
 def sharing_seconds(setup: Setup, place: Place, micro_s: float) -> dict[str, float]:
     """What several ranks cost beside their passes of `micro_s` each, by part."""
     return {
+        "gathering": setup.grad_accum_steps * gathering_seconds(setup, place.wires, micro_s),
         "exchange": exposed_seconds(setup, place.wires, micro_s),
         "slowest rank": WAIT * math.log2(place.nodes) * setup.grad_accum_steps * micro_s,
     }

@@ -49,18 +49,25 @@ class Gradients:
 
 
 def exposed_seconds(setup: Setup, wires: Wires, micro_s: float) -> float:
-    """What of the exchange in one update the passes, of `micro_s` each, do not hide."""
+    """What of the exchange in one update the passes, of `micro_s` each, do not hide; FSDP's gathers aside."""
     if wires.ranks == 1:
         return 0.0
     if setup.strategy == "ordered":  # every rank's gradient goes to every rank, after the backward pass
         return wires.latency_s + (wires.ranks - 1) * FP32 * setup.n_params / wires.bus
     if setup.strategy == "fsdp":
-        gathered = _fsdp_exposed_seconds(setup, wires, micro_s, scattered_bytes=0)
+        # Only in the last micro-step; until then each rank keeps its own gradients whole.
         last = _fsdp_exposed_seconds(setup, wires, micro_s, scattered_bytes=wires.gradient_bytes)
-        return (setup.grad_accum_steps - 1) * gathered + last  # until then each rank keeps its own gradients whole
+        return last - gathering_seconds(setup, wires, micro_s)
     head_share = 6 * setup.model.n_embd * setup.model.padded_vocab_size / flops_per_token(setup.model, setup.seq_len)
     backward_s = BACKWARD * (1 - head_share) * micro_s  # through the layers; before it only the head's can be sent
     return sent_after(buckets(gradients_of(setup, backward_s)), wires, backward_s)
+
+
+def gathering_seconds(setup: Setup, wires: Wires, micro_s: float) -> float:
+    """What one micro-step of `micro_s` does not hide of gathering FSDP's weights; 0 for other strategies."""
+    if setup.strategy != "fsdp" or wires.ranks == 1:
+        return 0.0
+    return _fsdp_exposed_seconds(setup, wires, micro_s, scattered_bytes=0)
 
 
 def _fsdp_exposed_seconds(setup: Setup, wires: Wires, micro_s: float, *, scattered_bytes: int) -> float:

@@ -35,6 +35,11 @@ class Row:
         return sum(self.parts.values())
 
     @property
+    def exposed_s(self) -> float:
+        """Of it, what no pass hides of the exchange and of FSDP's gathers."""
+        return self.parts.get("exchange", 0.0) + self.parts.get("gathering", 0.0)
+
+    @property
     def tokens_per_s(self) -> float:
         """Of all GPUs; 0 where it does not fit."""
         return self.place.gpus * self.per_gpu
