@@ -2,7 +2,8 @@
 
 Compiling a step of 124M takes 35 to 90 s on a GPU's machine; a restart that finds its file takes some seconds. Torch
 unpickles such a file, so it lies in the user's own cache like the compiler's other files, never in a run folder that
-may come from elsewhere. Each rank has a file of its own: the code names the device.
+may come from elsewhere. It begins with its SHA-256: a flipped bit in a kernel would be wrong arithmetic. Each rank has a
+file of its own: the code names the device.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from regpt2.base.console import warn
 from regpt2.base.files import cache_dir, write_atomic
 
 _KEPT_FILES = 20  # some 5 to 40 MB each
+_DIGEST_BYTES = 32
 
 
 class CompilerCache:
@@ -31,12 +33,16 @@ class CompilerCache:
         if not self.path.is_file():
             return False
         try:
-            self.loaded = torch.compiler.load_cache_artifacts(self.path.read_bytes()) is not None
+            content = self.path.read_bytes()
+            digest, made = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+            is_whole = hashlib.sha256(made).digest() == digest
+            self.loaded = is_whole and torch.compiler.load_cache_artifacts(made) is not None
+            why = "torch has no use for it" if is_whole else "it is damaged"
             self.path.touch()  # the oldest are removed
-        except OSError:
-            self.loaded = False
+        except Exception as error:  # of the disk; or whatever torch meets in it
+            why = f"{type(error).__name__}: {error}"
         if not self.loaded:
-            warn(f"{self.path} is of no use to torch; the step is compiled anew.")
+            warn(f"{self.path} cannot be used: {why}; the step is compiled anew.")
         return self.loaded
 
     def save(self) -> None:
@@ -48,7 +54,7 @@ class CompilerCache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path, made[0])
+            write_atomic(self.path, hashlib.sha256(made[0]).digest() + made[0])
             others = sorted(self.path.parent.glob("*.bin"), key=lambda path: -path.stat().st_mtime)
             for path in others[_KEPT_FILES:]:
                 path.unlink(missing_ok=True)
