@@ -2,8 +2,8 @@
 
 Compiling a step of 124M takes 35 to 90 s on a GPU's machine; a restart that finds its file takes some seconds. Torch
 unpickles such a file, so it lies in the user's own cache like the compiler's other files, never in a run folder that
-may come from elsewhere. It begins with its SHA-256: a flipped bit in a kernel would be wrong arithmetic. Each rank has a
-file of its own: the code names the device.
+may come from elsewhere. It begins with its SHA-256: a flipped bit in a kernel would be wrong arithmetic. Each rank has
+a file of its own: the code names the device.
 """
 
 import hashlib
