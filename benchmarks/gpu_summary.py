@@ -18,7 +18,7 @@ COST = "mfu", "step_ms", "ms", "loop_waits_s", "on_disk_after_s", "peak_bytes", 
 RIGHT = "same_bits", "same_choice", "resumed_at", "loss_off", "gradient_off", "hidden_gradient_off", "loss", "accuracy"
 REASONS = "not_compared", "not_here", "not_measured", "not_shown", "does_not_fit", "skipped", "seconds"
 TELLING = ("device", "torch", "kernel", *SPEED, *COST, *RIGHT, "first_loss", "last_loss", *REASONS)
-SHORT = {"ceilings": 1, "optimizers": 1}  # so many figures of a row, and several rows in a line
+SHORT = {"ceilings": 1, "optimizers": 1}  # only the first N figures of each row are printed, several rows to a line
 COLUMNS, LINES = 140, 76
 
 

@@ -89,7 +89,7 @@ class Choice:
 def find_target(
     config: RunConfig, machine: str, gpus: int, gpus_per_node: int = 8, network_gbps: float | None = None
 ) -> Target:
-    """The named machine, or this one; `gpus` in all, in nodes of so many.
+    """The named machine, or this one, with `gpus` GPUs in total and `gpus_per_node` in each node.
 
     Raises:
         UsageError: an unknown machine, or a number that makes no sense.
@@ -140,7 +140,7 @@ def setup_at(config: RunConfig, target: Target) -> Setup:
     """How each rank trains there: with the recipe's micro-batch, or the largest below it that divides and fits.
 
     Raises:
-        ConfigError: so many ranks cannot share an update evenly.
+        ConfigError: an update cannot be divided evenly over the ranks.
     """
     batch, ranks = config.batch, target.ranks
     sequences, rest = divmod(batch.tokens_of(1), batch.seq_len * ranks)  # of each rank in the smallest update

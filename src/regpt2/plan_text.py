@@ -61,7 +61,7 @@ class RunPlan:
 
     @property
     def other_micro_batch(self) -> bool:
-        """Is it not the recipe's, which does not divide an update over so many ranks?"""
+        """True if the recipe's micro-batch did not divide an update over the ranks, so another was taken."""
         return self.setup.micro_batch != self.config.batch.micro_batch
 
     @property
@@ -95,7 +95,7 @@ def _row(name: str, value: str, how: str = "") -> None:
 
 
 def _show_micro_batch(plan: RunPlan) -> None:
-    """Where the recipe's does not divide an update over so many ranks."""
+    """Say which micro-batch replaces the recipe's, if that does not divide an update over the ranks."""
     batch = plan.config.batch
     if not plan.other_micro_batch:
         return

@@ -220,7 +220,7 @@ def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, softcap: fl
 
 @functools.cache
 def gpu_kernel(device: torch.device) -> ModuleType | None:
-    """The Triton kernel for this device; None where it does not run, which is said once."""
+    """The Triton kernel for this device; None if it does not run there, with one warning."""
     if not can_compile(device) or torch.version.hip is not None:
         why = "Triton has no kernels for it here"
     else:

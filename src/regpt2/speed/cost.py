@@ -17,8 +17,8 @@ EAGER = (0.78, 0.92)  # of the compiled speed, at 124M and 1558M: what the kerne
 TILES = {(256, 128): 1.0, (128, 128): 0.9, (128, 64): 0.75, (64, 64): 0.55}  # of a matmul, and how fast each is
 LARGE_MICRO_BATCH = 65_536  # tokens; with so many the published shares were reached
 KERNEL_S = 3e-6  # the least time of one kernel: a small micro-batch is bound by it
-# Of a layer's 72 C^2 FLOPs a token, those of products so many C wide; the other 24, the weights' gradients, sum over
-# tokens, and do not get smaller with the micro-batch.
+# A layer's FLOPs per token, in C^2, by how many times C its product is wide: 48 of 72. The other 24 are the weights'
+# gradients, which sum over tokens and do not shrink with the micro-batch.
 WIDTHS = {1: 26, 3: 6, 4: 16}
 # Assumed of NCCL, not measured here: some 20 us for an all-reduce of a few bytes over NVLink; between nodes, where it
 # goes up and down a tree, 15 us for each of its levels.

@@ -83,7 +83,7 @@ class Machine:
         return Reached(small, large, 0.40, "no published run on this card: by the rates of its matmuls and its memory")
 
     def bus(self, gpus: int, nodes: int, network_gbps: float | None = None) -> float:
-        """Bytes per second and GPU of an all-reduce, as NCCL counts, over nodes of so many GPUs each.
+        """Bytes per second and GPU of an all-reduce, as NCCL counts, over nodes of `gpus` GPUs each.
 
         A ring enters and leaves each node once, and its rings share out the node's network cards: what counts is the
         sum of their rates.

@@ -104,7 +104,7 @@ class Work:
         return min(rows, key=lambda row: row.step_s, default=Row(place, None))
 
     def larger(self, times: int) -> "Work":
-        """With so many times the tokens in an update."""
+        """With `times` as many tokens in an update."""
         more = replace(self.one_gpu, grad_accum_steps=times * self.one_gpu.grad_accum_steps)
         return replace(self, one_gpu=more, least_tokens=times * self.least_tokens)
 
