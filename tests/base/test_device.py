@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from regpt2 import train
+from regpt2 import evaluate, sample, train
 from regpt2.base.device import be_deterministic, undetermined_operation
 from regpt2.base.errors import Problem
 
@@ -58,3 +58,15 @@ def test_training_ends_by_its_name(torchs_own_error: RuntimeError, monkeypatch: 
     monkeypatch.setattr(train, "train", fails)
     with pytest.raises(Problem, match=r"put_ has no deterministic form.*--deterministic"):
         train.main(["demo", "--deterministic"])
+
+
+def test_sampling_and_evaluating_ask_for_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any model is loaded: the missing one ends each command."""
+    asked: list[str] = []
+    monkeypatch.setattr(sample, "be_deterministic", lambda device: asked.append("sample"))
+    monkeypatch.setattr(evaluate, "be_deterministic", lambda device: asked.append("evaluate"))
+    for verb, flags in ((sample, []), (evaluate, ["--evals", "lambada"])):
+        for deterministic in ([], ["--deterministic"]):
+            with pytest.raises(Problem):
+                verb.main(["no/such/model", "--device", "cpu", *flags, *deterministic])
+    assert asked == ["sample", "evaluate"]
