@@ -63,6 +63,18 @@ def test_config_imports_only_rooms() -> None:
     assert {module.split(".")[0] for module in imported(SRC / "config.py")} <= LOWER
 
 
+def test_no_module_has_a_name_of_the_standard_library() -> None:
+    """`python src/regpt2/train.py` puts its folder first on the path: an `inspect.py` there would be torch's."""
+    hiding = [name_of(file) for file in MODULES if file.stem in sys.stdlib_module_names]
+    assert not hiding, f"{hiding} hide modules of the standard library"
+
+
+def test_a_verb_can_be_run_as_a_file() -> None:
+    """With `-P` off and its own folder first on the path, nothing that torch imports is one of ours."""
+    done = subprocess.run([sys.executable, SRC / "train.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "gpt2_124m" in done.stdout, done.stderr
+
+
 def test_no_circles() -> None:
     graph = {name_of(file).removesuffix(".__init__"): imported(file) for file in MODULES}
     done: set[str] = set()

@@ -31,6 +31,7 @@ VERBS = {
     "report": "runs as a page that opens offline, a picture and Markdown: curves, verdict, certificate",
     "verify": "check runs, checkpoints and data folders by their hashes and shapes",
 }
+MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
 
 
 def usage() -> str:
@@ -89,7 +90,7 @@ def _main(argv: list[str] | None) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
-    code: int = importlib.import_module(f"regpt2.{verb}").main(arguments)
+    code: int = importlib.import_module(f"regpt2.{MODULES.get(verb, verb)}").main(arguments)
     return code
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from regpt2.comparing.runs import NOT_BEGUN, Plan, Run, first_reached
-from regpt2.comparing.statistics import ALPHA, Paired, holm, paired
+from regpt2.comparing.significance import ALPHA, Paired, holm, paired
 
 MATTERS = 0.004
 """Nats. Seeds of one recipe at 124M differ by 0.0013 to 0.004; records of the speedruns claim no less."""

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import Run, write_data
-from regpt2 import inspect
+from regpt2 import inspect_data
 from regpt2.cli import main
 from regpt2.data import counts, excerpts
 from regpt2.data.counts import count_tokens
@@ -125,7 +125,7 @@ def test_a_sample_takes_evenly_spread_stretches_and_scales_what_it_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(counts, "STRETCH_TOKENS", 100)
-    monkeypatch.setattr(inspect, "STRETCH_TOKENS", 100)
+    monkeypatch.setattr(inspect_data, "STRETCH_TOKENS", 100)
     ids = [token for n in range(400) for token in (GPT2_EOT, *[n // 10] * 9)]  # 400 documents of 10 tokens
     folder = llmc(tmp_path / "made", cut(ids, 333))
     found = figures(capsys, folder, "--sample", 5)["counts"]["train"]
@@ -137,8 +137,8 @@ def test_a_sample_takes_evenly_spread_stretches_and_scales_what_it_finds(
     _, said = run(capsys, folder, "--sample", 5)
     assert "a sample of 500 of 4,000 tokens counted" in said and "about 400 documents, 45 of them seen whole" in said
 
-    monkeypatch.setattr(inspect, "MOST_COUNTED", 3999)
-    monkeypatch.setattr(inspect, "DEFAULT_STRETCHES", 3)
+    monkeypatch.setattr(inspect_data, "MOST_COUNTED", 3999)
+    monkeypatch.setattr(inspect_data, "DEFAULT_STRETCHES", 3)
     assert figures(capsys, folder)["counts"]["train"]["tokens_counted"] == 300, "a large split is sampled by itself"
     assert figures(capsys, folder, "--all")["counts"]["train"]["tokens_counted"] == 4000
     assert figures(capsys, folder, "--sample", 40)["counts"]["train"]["tokens_counted"] == 4000
