@@ -13,6 +13,7 @@ from regpt2.base.console import safe_text
 from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
 from regpt2.base.signals import leave_if_one_of_many
+from regpt2.base.threads import spin_briefly
 
 VERBS = {
     "doctor": "is this machine ready, right and fast: device, kernels, gradients, disks, data",
@@ -53,6 +54,7 @@ First steps:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code; a rank among several leaves its process instead."""
+    spin_briefly()
     code = _main(argv)
     leave_if_one_of_many(code)
     return code
