@@ -18,6 +18,7 @@ from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.loss import IGNORED, gpu_kernel, linear_cross_entropy, reference_cross_entropy
 from regpt2.model.modern import ModernConfig
 from regpt2.speed.kernels import attention_kernel
+from regpt2.training.guard import Guard, GuardConfig
 from regpt2.training.host_copy import HostCopies
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.parallel import make_trainable
@@ -144,10 +145,16 @@ def test_a_step_never_waits_for_the_device(name: str) -> None:
     trainable = make_trainable(model, torch.bfloat16, world, compiled=False)
     optimizer = build_optimizer(model, OptimConfig(name=name), world)
     batches = [batch(DEVICE)] * 2
-    train_step(trainable, optimizer, batches, lr=1e-3, grad_clip=1.0, world=world)  # the first one sets up
+    guard = Guard(GuardConfig(spikes="skip", window=2), world.device)
+
+    def step() -> None:
+        limit = guard.spike_limit
+        guard.take_in(train_step(trainable, optimizer, batches, lr=1e-3, grad_clip=1.0, world=world, spike_limit=limit))
+
+    step()  # the first one sets up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(trainable, optimizer, batches, lr=1e-3, grad_clip=1.0, world=world)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

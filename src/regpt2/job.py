@@ -2,37 +2,30 @@
 
 import dataclasses
 import os
-import platform
-import sys
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from regpt2 import __version__
 from regpt2.base import plugins
-from regpt2.base.console import ProgressLine, count, say, warn
-from regpt2.base.device import Compute, be_deterministic, choose_compute, compiles, device_name, peak_flops
+from regpt2.base.console import ProgressLine, warn
+from regpt2.base.device import Compute, be_deterministic, choose_compute, compiles, peak_flops
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
-from regpt2.base.files import write_atomic
 from regpt2.base.memory import free_bytes
 from regpt2.base.metrics import MetricsLog
 from regpt2.base.signals import StopSignals
 from regpt2.base.sinks import open_sinks
-from regpt2.base.source import commit
 from regpt2.base.watchdog import Watchdog
 from regpt2.base.world import World
-from regpt2.config import RunConfig, differences, read_toml, setup_of, to_toml
-from regpt2.data.baselines import baselines
+from regpt2.config import RunConfig, differences, read_toml, setup_of
 from regpt2.data.loader import Loader
 from regpt2.data.mixture import Mixture, open_mixture, read_shares
 from regpt2.data.shards import verify
-from regpt2.data.tokenizer import Tokenizer, load_tokenizer
-from regpt2.model.architecture import build_model
+from regpt2.data.tokenizer import Tokenizer
+from regpt2.evals.val_loss import require_window
+from regpt2.model.architecture import build_model, switches_on
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.load import TokenizerRef
 from regpt2.model.weights import native
@@ -41,7 +34,7 @@ from regpt2.scoring.assets import files_by_name, find
 from regpt2.speed.memory import require_memory
 from regpt2.training import checkpoint
 from regpt2.training.guard import Guard
-from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors, unused_options
+from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
 from regpt2.training.parallel import gather, load_weights, make_trainable
 from regpt2.training.replicas import check_replicas
 from regpt2.training.step import LossScale
@@ -96,7 +89,7 @@ class Job:
     @property
     def tokenizer_ref(self) -> TokenizerRef:
         """What a checkpoint says of the tokenizer."""
-        return TokenizerRef(self.tokenizer.name, self.tokenizer.fingerprint)
+        return TokenizerRef(self.tokenizer.name, self.tokenizer.fingerprint, characters=self.tokenizer.characters)
 
 
 def open_data(config: RunConfig) -> Mixture:
@@ -117,18 +110,21 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
             be_deterministic(world.device)
         _check_folder(config, run)
         tokenizer = _matching_tokenizer(config, data)
+        if config.sample_every:
+            _check_prompt(config, tokenizer)
         loader = Loader(
             data.streams, config.batch, seed=config.seed, parts=data.parts, rank=world.rank, world_size=world.size
         )
         config.check_ranks(world.size)
         _check_memory(config, world, compute)
         if config.eval_every and "val_loss" in config.evals.names:
-            _check_evals(data)
+            _check_evals(data, config.batch.seq_len)
         files = files_by_name(config.evals.files, plugins.entries("evals"))
         sinks = open_sinks(config.track, run)
         if config.verify_data:
             _verify_data(data, world, watchdog)
         model = build_model(config.model, seed=config.seed).to(world.device)
+        model.trained_seq_len = config.batch.seq_len
 
     compiled = compiles(config.compile, world.device)
     trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
@@ -144,7 +140,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
         model=model,
         trainable=trainable,
         optimizer=build_optimizer(model, config.optim, world, ordered=ordered, compiled=compiled),
-        guard=Guard(config.guard),
+        guard=Guard(config.guard, world.device),
         scale=LossScale(factor=2.0**16) if compute.needs_scaler else None,
         metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None, sinks),
         saver=checkpoint.Saver(run / "checkpoints", config.keep_checkpoints),
@@ -190,27 +186,42 @@ def _check_folder(config: RunConfig, run: Path) -> None:
 
 
 def _matching_tokenizer(config: RunConfig, data: Mixture) -> Tokenizer:
-    """The tokenizer that made the data, if the model has its vocabulary."""
-    tokenizer = load_tokenizer(data.tokenizer_name)
-    for share, stream in zip(data.shares, data.streams, strict=True):
-        if stream.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-            raise DataError(
-                f"{share.folder} was made with a {tokenizer.name!r} vocabulary of fingerprint "
-                f"{stream.tokenizer_fingerprint}, this one is {tokenizer.fingerprint}; prepare the data again."
-            )
+    """The tokenizer that made the data, if the model has its vocabulary and the settings suit it."""
+    tokenizer = data.tokenizer()
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size:,}, but {data} was made with the tokenizer "
             f"{tokenizer.name!r} of {tokenizer.vocab_size:,} tokens; set --model.vocab-size {tokenizer.vocab_size} "
             "or prepare the data with the other tokenizer."
         )
+    if tokenizer.eot is None and "document_mask" in switches_on(config.model):
+        raise ConfigError(
+            f"model.document_mask = true needs an end of text between documents, and {data} is {tokenizer.name} "
+            "without one; set --model.no-document-mask."
+        )
     return tokenizer
 
 
-def _check_evals(data: Mixture) -> None:
+def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Samples need a prompt that the tokenizer knows and that leaves room for at least one token."""
+    try:
+        n_tokens = len(tokenizer.encode(config.sample.prompt)) or 1  # an empty one begins a document
+    except UsageError as error:
+        raise ConfigError(f"sample.prompt: {error} (--sample-every 0 trains without samples.)") from None
+    if n_tokens >= (seq_len := config.batch.seq_len):
+        raise ConfigError(
+            f"sample.prompt has {n_tokens:,} tokens, expected at most {seq_len - 1:,}: one less than batch.seq_len = "
+            f"{seq_len:,} (model.block_size = {config.model.block_size:,}), so that a token can follow. Give a shorter "
+            "--sample.prompt, or train without samples: --sample-every 0."
+        )
+
+
+def _check_evals(data: Mixture, seq_len: int) -> None:
     """What evaluations need is looked for before the first step, not in the middle of the run."""
     try:
-        open_mixture(data.shares, "val").close()
+        with open_mixture(data.shares, "val") as val:
+            for share, stream in zip(val.shares, val.streams, strict=True):
+                require_window(share.folder, stream.n_tokens, seq_len)
     except DataError as error:
         raise DataError(f"{error} (--eval-every 0 trains without evaluation.)") from None
 
@@ -292,66 +303,6 @@ def require_room(job: Job, first: int) -> None:
             )
 
 
-def open_records(job: Job, first: int) -> None:
-    """Write config.toml, cut the record back to `first` and note this start in it. Rank 0 alone."""
-    if not job.world.is_main:
-        return
-    config, batch, world = job.config, job.config.batch, job.world
-    n_tokens = batch.tokens_until(config.max_steps)
-    write_atomic(job.run / "config.toml", to_toml(config))
-    job.metrics.cut_back(first)
-    job.baselines = _baselines(job)
-    event: dict[str, Any] = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": job.run.name,
-        "config": dataclasses.asdict(config),
-        "version": __version__,
-        "commit": commit(),
-        "command": " ".join(["regpt2", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device_name(world.device),
-        "precision": job.compute.precision,
-        "threads": torch.get_num_threads(),
-        "world_size": world.size,
-        "strategy": config.parallel.strategy,
-        "n_params": job.model.n_params(),
-        "tokenizer": job.tokenizer.name,
-        "tokenizer_fingerprint": job.tokenizer.fingerprint,
-        "dataset": job.data.dataset,
-        "data_fingerprint": job.data.fingerprint,
-        "train_tokens": job.data.n_tokens,
-        "data_sets": job.data.described(n_tokens),
-        "val_tokens": config.evals.val_tokens,
-        "batch_tokens": batch.batch_tokens,
-        "max_steps": config.max_steps,
-        "total_tokens": n_tokens,
-        "baselines": job.baselines,
-    }
-    job.metrics.log("run", first, **event)
-    notes = unused_options(config.optim, job.model)
-    notes += [f"evaluation {name} is left out: {why}" for name, why in job.without_data.items()]
-    for text in [*job.data.notes, *job.data.repeated(n_tokens), *notes]:
-        job.metrics.log("note", first, text=text)
-        warn(text)
-    say(
-        f"{job.run}: {count(job.model.n_params())} parameters, {event['device']}, {job.compute.precision}, "
-        f"{world.size} rank(s) x {batch.grad_accum_steps(world.size)} micro-steps x {batch.micro_batch} x "
-        f"{batch.seq_len} = {batch.batch_tokens:,} tokens per update{batch.growth}; "
-        f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {job.data.plan(n_tokens)}"
-        + (f"; going on from step {first:,}" if first else "")
-    )
-
-
-def _baselines(job: Job) -> dict[str, float]:
-    if len(job.data.shares) > 1:
-        return {}
-    try:
-        return baselines(job.data.shares[0].folder, job.tokenizer)
-    except Problem:  # no validation split: nothing to compare with
-        return {}
-
-
 def save(job: Job, step: int) -> None:
     """Begin a checkpoint of this step; the loop goes on once the state is copied. Every rank comes, rank 0 writes.
 
@@ -386,7 +337,7 @@ def save(job: Job, step: int) -> None:
     job.saver.save(
         lambda: checkpoint.snapshot(
             step,
-            native.config_json(job.model.config, job.tokenizer_ref),
+            native.config_json(job.model.config, job.tokenizer_ref, job.model.trained_seq_len),
             native.tensors(job.model, parameters),
             moments,
             state,

@@ -11,7 +11,6 @@ from regpt2.data.baselines import is_near_uniform
 from regpt2.job import Job
 from regpt2.model.flops import flops_per_token, mfu
 from regpt2.observe import note
-from regpt2.training.schedule import learning_rate
 from regpt2.training.step import StepStats
 
 
@@ -52,7 +51,8 @@ class Meter:
         job, config = self.job, self.job.config
         if not self._pending:
             return
-        rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.accepted]) for _, s, _ in self._pending]).tolist()
+        on_device = [torch.stack([s.loss, s.grad_norm, s.accepted, s.spike_limit]) for _, s, _ in self._pending]
+        rows = torch.stack(on_device).tolist()
         digests = job.world.sum_on_cpu(torch.tensor([_signed(d) for _, _, d in self._pending])).tolist()
         self.pause()
         batch, last = config.batch, self._pending[-1][0]
@@ -60,13 +60,14 @@ class Meter:
         self._training_s += self._busy_s
         tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
         used = mfu(tokens_per_s, self._flops, job.peak_flops, job.world.size)
-        for (step, _, _), (loss, grad_norm, accepted), digest in zip(self._pending, rows, digests, strict=True):
+        for (step, stats, _), row, digest in zip(self._pending, rows, digests, strict=True):
+            loss, grad_norm, accepted, _ = row
             job.metrics.log(
                 "train",
                 step,
                 loss=loss,
                 grad_norm=grad_norm,
-                lr=learning_rate(config.schedule, config.optim.lr, step, config.max_steps),
+                lr=stats.lr,
                 step_ms=1e3 * step_s,
                 tokens_per_s=tokens_per_s,
                 mfu=used,
@@ -74,23 +75,24 @@ class Meter:
                 skipped=not accepted,
                 data=f"{digest % 2**64:016x}",
             )
-            self._remark(step, loss, grad_norm, bool(accepted))
-        self._say(last, rows[-1][0], rows[-1][1], step_s, tokens_per_s, used)
+            self._remark(step, row, stats.scale)
+        self._say(last, rows[-1], self._pending[-1][1].lr, step_s, tokens_per_s, used)
         self._pending.clear()
         self._busy_s = 0.0
         self.go_on()
 
-    def _remark(self, step: int, loss: float, grad_norm: float, accepted: bool) -> None:
-        job = self.job
+    def _remark(self, step: int, row: list[float], scale: float) -> None:
+        job, (loss, grad_norm, accepted, spike_limit) = self.job, row
         if step == 1 and not is_near_uniform(loss, job.config.model.vocab_size):
             expected = math.log(job.config.model.vocab_size)
             note(job, step, f"the first loss is {loss:.3f}; an untrained model should have ln(V) = {expected:.3f}")
-        searching = job.scale is not None and job.scale.factor > 1.0  # fp16 overflows until its scale is found
-        for remark in job.guard.observe(step, loss, grad_norm, accepted=accepted, counted=not searching):
+        for remark in job.guard.observe(
+            step, loss, grad_norm, accepted=bool(accepted), spike_limit=spike_limit, scale=scale
+        ):
             note(job, step, remark)
 
     def _say(
-        self, step: int, loss: float, grad_norm: float, step_s: float, tokens_per_s: float, used: float | None
+        self, step: int, row: list[float], lr: float, step_s: float, tokens_per_s: float, used: float | None
     ) -> None:
         """A line for the first steps, the last, and at most one in two seconds between."""
         config, now = self.job.config, time.perf_counter()
@@ -99,7 +101,7 @@ class Meter:
         self._spoke_at = now
         seen, done, all_tokens = map(config.batch.tokens_until, (self.first, step, config.max_steps))
         left_s = (all_tokens - done) * self._training_s / (done - seen)
-        lr = learning_rate(config.schedule, config.optim.lr, step, config.max_steps)
+        loss, grad_norm, *_ = row
         busy = "unknown" if used is None else f"{100 * used:.1f}%"
         say(
             f"step {step:>6,}/{config.max_steps:,} | loss {loss:.4f} | norm {grad_norm:.3f} | lr {lr:.2e} | "

@@ -125,8 +125,8 @@ def judge(job: Job, step: int) -> None:
 def sample(job: Job, model: LanguageModel, step: int) -> None:
     """Let the model write. Its random numbers are its own."""
     options, tokenizer, device = job.config.sample, job.tokenizer, job.world.device
-    ids = tokenizer.encode(options.prompt) or [tokenizer.eot]
-    room = job.config.model.block_size - len(ids)
+    ids = tokenizer.encode(options.prompt) or [tokenizer.start_id]
+    room = model.context_size - len(ids)
     try:
         rows = generate(
             model,

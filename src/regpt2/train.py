@@ -31,9 +31,10 @@ from regpt2.base.watchdog import Watchdog
 from regpt2.base.world import start_world
 from regpt2.config import RunConfig, defaults_for, find_recipe, recipe_head, recipe_rows
 from regpt2.data.loader import MicroBatch
-from regpt2.job import Job, build, open_data, open_records, require_room, restore, save
+from regpt2.job import Job, build, open_data, require_room, restore, save
 from regpt2.meter import Meter
 from regpt2.observe import anything_due, due, note, observe, random_seed
+from regpt2.opening import open_records
 from regpt2.report import write_report
 from regpt2.training.compiler_cache import CompilerCache
 from regpt2.training.replicas import check_replicas
@@ -95,7 +96,7 @@ def run(job: Job) -> Summary:
                 compiled.save()
             if due(step, config.parallel.check_every, last):
                 check_replicas(job.model, job.world, step)
-            # A checkpoint holds what the guard knows, so the guard has to have seen every update before it.
+            # A checkpoint holds how many updates in a row were skipped: the guard has to have counted them before it.
             alone_and_stopped = job.stop.received and job.world.size == 1
             if due(step, config.log_every, last) or due(step, config.save_every, last) or alone_and_stopped:
                 meter.log()
@@ -124,7 +125,7 @@ def ending_recorded(job: Job, meter: Meter) -> Iterator[None]:
 def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
     """Make update `step`: its data, its learning rate and its random numbers are functions of the step alone."""
     config = job.config
-    return train_step(
+    stats = train_step(
         job.trainable,
         job.optimizer,
         [(on_device(x, job.world.device), on_device(y, job.world.device)) for x, y in batch],
@@ -133,9 +134,12 @@ def update(job: Job, step: int, batch: list[MicroBatch]) -> StepStats:
         world=job.world,
         ordered=config.parallel.strategy == "ordered",
         scale=job.scale,
-        loss_limit=job.guard.loss_limit(),
+        spike_limit=job.guard.spike_limit,
+        skip_spikes=job.guard.skips_spikes,
         before_micro_step=lambda micro_step: before_micro_step(job, step, micro_step),
     )
+    job.guard.take_in(stats)
+    return stats
 
 
 def before_micro_step(job: Job, step: int, micro_step: int) -> None:
@@ -206,7 +210,6 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
     job.world.barrier()
     reason = f"stopped by signal {stop_signal}" if stop_signal else "finished"
     elapsed_s = job.elapsed_s + time.monotonic() - job.started_at
-    job.metrics.log("end", step, reason=reason, elapsed_s=elapsed_s, peak_bytes=peak_bytes(job.world.device))
     if job.world.is_main:
         say(f"{reason} at step {step:,} after {duration(elapsed_s)}, peak {peak_bytes(job.world.device) / 1e9:.2f} GB")
         bits = job.results.get("val_loss", {}).get("bits_per_byte")
@@ -217,6 +220,7 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
             say(f"verdict: {job.verdict.line()}")
             for check in job.verdict.checks[1:]:
                 say(f"  then: {check}")
+        job.metrics.log("end", step, reason=reason, elapsed_s=elapsed_s, peak_bytes=peak_bytes(job.world.device))
         report(job, step)
         if stop_signal and failure is None:
             saved = (

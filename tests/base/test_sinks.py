@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from regpt2.base.errors import ConfigError
 from regpt2.base.metrics import MetricsLog, read_events
-from regpt2.base.sinks import open_sinks, scalars, texts
+from regpt2.base.sinks import TensorBoard, WandB, open_sinks, scalars, texts
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="an extra")
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="an extra")
@@ -128,6 +129,29 @@ def test_wandb_keeps_every_number_offline_and_goes_on_under_one_id(tmp_path: Pat
     shown = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert shown == [*((s, 100 + s) for s in range(1, 5)), *((s, 200 + s) for s in range(3, 7))]
     assert [row["sample/0"] for row in rows if "sample/0" in row] == ["some text", "some text"]
+
+
+def test_a_start_afresh_takes_nothing_over_from_the_run_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for both packages: what is asked of them at a start, a start afresh, and a resume."""
+    purged: list[int] = []
+    ids: list[str] = []
+
+    def writer(folder: str, *, purge_step: int, flush_secs: int) -> MagicMock:
+        purged.append(purge_step)
+        return MagicMock()
+
+    def init(*, id: str, **_: object) -> MagicMock:
+        ids.append(id)
+        return MagicMock()
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=writer))
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=init))
+    for first in (0, 0, 8):
+        for sink in (TensorBoard(tmp_path), WandB(tmp_path)):
+            sink.write({"event": "run", "step": first})
+            sink.close()
+    assert purged == [0, 0, 9], "the evaluation before the first update is of the run before, but for a resume"
+    assert ids[0] != ids[1] == ids[2]
 
 
 class Broken:

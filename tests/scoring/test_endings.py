@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from ranks import spawn
 from regpt2.base.errors import CheckpointError, Problem
 from regpt2.base.world import World
 from regpt2.evals import EvalContext
@@ -130,7 +130,7 @@ def test_a_longer_ending_than_the_model_takes_is_said(capsys: pytest.CaptureFixt
     found = score_endings(context(), "long", [question])
     assert found.n_tokens.tolist() == [[48, 1]]
     assert found.nats[0, 0] == pytest.approx(obvious(MODEL, question, range(60))[0], abs=1e-4)
-    assert "long: 1 endings have more than block_size = 48 tokens" in capsys.readouterr().err
+    assert "long: 1 endings have more than the 48 tokens of a context" in capsys.readouterr().err
 
 
 def test_a_broken_model_is_refused_and_its_mode_kept() -> None:
@@ -181,7 +181,7 @@ def a_rank(rank: int, size: int, port: int, out: str, fails: bool) -> None:
 def test_two_ranks_give_the_same_bits_as_one(tmp_path: Path, unused_port: int) -> None:
     for n in (1, 2):  # both in new processes, which nothing has set up before
         (tmp_path / str(n)).mkdir()
-        mp.spawn(a_rank, args=(n, unused_port, str(tmp_path / str(n)), False), nprocs=n)
+        spawn(a_rank, args=(n, unused_port, str(tmp_path / str(n)), False), nprocs=n)
     alone = torch.load(tmp_path / "1" / "0.pt", weights_only=True)
     for rank in range(2):
         together = torch.load(tmp_path / "2" / f"{rank}.pt", weights_only=True)
@@ -189,6 +189,6 @@ def test_two_ranks_give_the_same_bits_as_one(tmp_path: Path, unused_port: int) -
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting(tmp_path: Path, unused_port: int) -> None:
-    mp.spawn(a_rank, args=(2, unused_port, str(tmp_path), True), nprocs=2)
+    spawn(a_rank, args=(2, unused_port, str(tmp_path), True), nprocs=2)
     assert (tmp_path / "0.txt").read_text() == "shared failed on 1 other rank(s)"
     assert (tmp_path / "1.txt").read_text() == "out of memory"

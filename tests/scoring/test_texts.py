@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from ranks import spawn
 from regpt2.base.errors import Problem
 from regpt2.base.world import World
 from regpt2.data.tokenizer import load_tokenizer
@@ -122,7 +122,7 @@ def one_rank(rank: int, port: int, out: str) -> None:
 
 
 def test_two_ranks_give_the_score_of_one_and_notice_each_others_failures(tmp_path: Path, unused_port: int) -> None:
-    mp.spawn(one_rank, args=(unused_port, str(tmp_path)), nprocs=2)
+    spawn(one_rank, args=(unused_port, str(tmp_path)), nprocs=2)
     (alone,) = score_texts(CONTEXT, "test", 1, read())
     for rank, last in enumerate(("test failed on 1 other rank(s)", "no such file")):
         score, other_data, failure = (tmp_path / f"{rank}.txt").read_text().split("\n")

@@ -160,6 +160,18 @@ def test_what_the_disk_did_not_keep_is_no_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "state.json", "manifest.json"])
+def test_a_small_file_that_the_disk_did_not_keep_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write = checkpoint.write_atomic
+    monkeypatch.setattr(checkpoint, "write_atomic", lambda path, text: write(path, text + " " * (path.name == name)))
+    saver = Saver(tmp_path, keep=1)
+    saver.save(lambda: snap(1))
+    assert f"{name}: read back, it is not what was written" in str(saver.wait())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_type_of_tensor_is_read_back(tmp_path: Path) -> None:
     types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
     tensors = {f"{n}": torch.ones(n, 3).to(dtype) for n, dtype in enumerate((*types, torch.bool))}

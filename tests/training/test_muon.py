@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from ranks import spawn
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
 from regpt2.model.gpt import GPT, GPTConfig
@@ -223,7 +223,7 @@ def rank_main(rank: int, size: int, port: int, out: str) -> None:
 
 def test_three_ranks_that_share_the_work_make_the_update_of_one(tmp_path: object, unused_port: int) -> None:
     """Shares of 3 and 2 out of 8 and 4 matrices: the last ones are padded."""
-    mp.spawn(rank_main, args=(3, unused_port, str(tmp_path)), nprocs=3)
+    spawn(rank_main, args=(3, unused_port, str(tmp_path)), nprocs=3)
     results = [torch.load(f"{tmp_path}/{rank}.pt", weights_only=True) for rank in range(3)]
     assert all("'fsdp' cuts them" in refused for _, refused in results)
     for way, tolerance in TOLERANCE.items():

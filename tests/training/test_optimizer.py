@@ -72,9 +72,10 @@ def test_a_skipped_update_leaves_weights_and_state_as_they_were(name: str, first
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=1e-2))
     ids = torch.randint(0, 57, (2, 9), generator=torch.Generator().manual_seed(0))
 
-    def update(loss_limit: float = float("inf")) -> bool:
+    def update(spike_limit: float = float("inf")) -> bool:
         batches = [(ids[:, :-1], ids[:, 1:])]
-        stats = train_step(model, optimizer, batches, lr=1e-2, grad_clip=1.0, world=ALONE, loss_limit=loss_limit)
+        limit = torch.tensor(spike_limit)
+        stats = train_step(model, optimizer, batches, lr=1e-2, grad_clip=1.0, world=ALONE, spike_limit=limit)
         return bool(stats.accepted)
 
     if not first:
@@ -83,7 +84,7 @@ def test_a_skipped_update_leaves_weights_and_state_as_they_were(name: str, first
     handle = model.h[1].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("nan"))
     assert not update()
     handle.remove()
-    assert not update(loss_limit=0.1)
+    assert not update(spike_limit=0.1)
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
     for key, value in state_tensors(optimizer, model).items():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ranks import spawn
 from regpt2.base.device import choose_compute
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
@@ -101,7 +101,7 @@ def rank_main(rank: int, size: int, port: int, strategy: str, out: str) -> None:
 
 
 def on_ranks(size: int, port: int, strategy: str, out: str) -> tuple[dict[str, Tensor], list[float]]:
-    mp.spawn(rank_main, args=(size, port, strategy, out), nprocs=size)
+    spawn(rank_main, args=(size, port, strategy, out), nprocs=size)
     results = [torch.load(f"{out}/{size}-{rank}.pt", weights_only=True) for rank in range(size)]
     for state, losses in results[1:]:
         assert losses == results[0][1]

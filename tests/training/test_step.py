@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from ranks import spawn
 from regpt2.base.world import World
 from regpt2.model import recompute
 from regpt2.model.gpt import GPT, GPTConfig
@@ -111,7 +111,7 @@ def test_two_ranks_with_two_micro_steps_give_the_gradient_of_one_big_batch(
     dtype: torch.dtype, strategy: str, reduce_dtype: str, tmp_path: object, unused_port: int
 ) -> None:
     parallel = ParallelConfig(strategy=strategy, reduce_dtype=reduce_dtype)  # type: ignore[arg-type]
-    mp.spawn(rank_main, args=(2, unused_port, dtype, 2, parallel, str(tmp_path)), nprocs=2)
+    spawn(rank_main, args=(2, unused_port, dtype, 2, parallel, str(tmp_path)), nprocs=2)
     expected = plain_gradients(dtype)
     alone, stats = gradients_of_step(dtype, 4)
     if reduce_dtype == "bf16":  # 8 bits of each number; and the norm is that of the rounded gradient
@@ -187,13 +187,38 @@ def test_a_step_that_is_not_finite_is_skipped_whole_and_the_next_is_made(at: int
         assert torch.equal(p, q), f"{name}: a skipped step left a trace"
 
 
-def test_a_loss_above_the_limit_is_skipped() -> None:
-    model = GPT(CONFIG, seed=3)
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_loss_above_the_limit_is_skipped_if_spikes_are(skip: bool) -> None:
+    model, scale = GPT(CONFIG, seed=3), LossScale(factor=64.0, good_steps=7)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimConfig())
-    stats = train_step(model, optimizer, [batch()], lr=1e-2, grad_clip=1.0, world=ALONE, loss_limit=1.0)
-    assert not float(stats.accepted)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    stats = train_step(
+        model,
+        build_optimizer(model, OptimConfig()),
+        [batch()],
+        lr=1e-2,
+        grad_clip=1.0,
+        world=ALONE,
+        scale=scale,
+        spike_limit=torch.tensor(1.0),
+        skip_spikes=skip,
+    )
+    assert float(stats.accepted) == 1.0 - skip
+    assert all(torch.equal(p, before[name]) == skip for name, p in model.named_parameters())
+    assert float(stats.spike_limit) == 1.0
+    assert scale == LossScale(factor=64.0, good_steps=8), "its gradient was finite: a good step of the loss scale"
+
+
+@pytest.mark.parametrize("config", [OptimConfig(), OptimConfig(embedding_lr=0.3), OptimConfig(name="muon")], ids=str)
+def test_the_rate_that_it_tells_is_the_one_that_the_optimizer_used(config: OptimConfig) -> None:
+    model = GPT(CONFIG, seed=3)
+    optimizer, used = build_optimizer(model, config), list[dict[float, float]]()
+    optimizer.register_step_pre_hook(
+        lambda optimizer, *_: used.append({group["lr_ratio"]: group["lr"] for group in optimizer.param_groups})
+    )
+    told = [
+        train_step(model, optimizer, [batch()], lr=lr, grad_clip=1.0, world=ALONE).lr for lr in (1e-3, 7e-4, 3.3e-5)
+    ]
+    assert told == [rates[1.0] for rates in used] == [1e-3, 7e-4, 3.3e-5]
 
 
 def test_the_logged_loss_is_the_mean_over_micro_steps() -> None:
@@ -260,7 +285,7 @@ def overlap_main(rank: int, port: int, out: str) -> None:
 
 def test_in_bf16_gradients_are_ready_while_the_backward_pass_goes_on(tmp_path: Path, unused_port: int) -> None:
     """Or the ranks' exchange of gradients could not hide behind the computation."""
-    mp.spawn(overlap_main, args=(unused_port, str(tmp_path)), nprocs=2)
+    spawn(overlap_main, args=(unused_port, str(tmp_path)), nprocs=2)
     order = (tmp_path / "order.txt").read_text().split()
     assert "bucket" in order[: order.index("h0")], order
 

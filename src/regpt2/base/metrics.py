@@ -22,6 +22,7 @@ from typing import Any
 from regpt2.base.console import safe_json, warn
 from regpt2.base.errors import DataError
 from regpt2.base.files import SMALL_BYTES, describe_os_error, write_atomic
+from regpt2.base.screen import lost_streams
 from regpt2.base.sinks import Sink
 
 
@@ -32,22 +33,29 @@ class MetricsLog:
         self.path = path
         self._sinks = list(sinks)
         self._warned = False
+        self._lost: set[str] = set()  # standard streams whose loss is noted
 
-    def cut_back(self, step: int) -> None:
-        """Forget the events after `step`: the run goes on from there and will write them again.
+    def cut_back(self, step: int) -> int:
+        """Forget the events after `step`, from where the run resumes. Returns how many updates were forgotten.
 
-        A line that a kill cut in half goes too. Notes stay: what happened, happened.
+        At step 0 the run starts afresh, maybe with another seed or other data: then all are forgotten. A line that a
+        kill cut in half goes too. Notes stay: what happened, happened.
         """
         if self.path is None or not self.path.exists():
-            return
+            return 0
         damaged: list[str] = []
-        events = read_events(self.path, damaged)
-        kept = [event for event in events if event["step"] <= step or event["event"] == "note"]
+        kept, n_forgotten = [], 0
+        for event in read_events(self.path, damaged):
+            if event["event"] == "note" or (step > 0 and event["step"] <= step):
+                kept.append(event)
+            else:
+                n_forgotten += event["event"] == "train"
         if damaged:
             aside = self.path.with_name(f"{self.path.name}.bad")
             write_atomic(aside, self.path.read_bytes())
             warn(f"{len(damaged)} damaged lines of the record are left out; {aside} has it as it was.")
         write_atomic(self.path, "".join(_line(event) for event in kept))
+        return n_forgotten
 
     def observed(self, step: int) -> list[str]:
         """What is recorded of this step: the names of evaluations, and "sample"."""
@@ -60,6 +68,10 @@ class MetricsLog:
         """Append one event. A log that cannot be written never stops training: it is said once."""
         if self.path is None:
             return
+        for reason in lost_streams() if event != "run" else ():
+            if (stream := str(reason.filename)) not in self._lost:
+                self._lost.add(stream)
+                self.log("note", step, text=f"{stream} cannot be written ({reason.strerror}); the run goes on")
         told = {"event": event, "step": step, **values}
         self._append(_line(told).encode())
         for sink in list(self._sinks):

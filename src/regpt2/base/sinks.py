@@ -42,7 +42,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (an extra)
 
             self.close()
-            self._writer = SummaryWriter(str(self.folder), purge_step=step + 1, flush_secs=30)
+            purge_step = step + 1 if step else 0  # of a run that starts afresh nothing before counts
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=30)
         for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, step)
         for name, text in texts(event).items():
@@ -82,7 +83,7 @@ class WandB:
         self.close()
         self._run = wandb.init(
             project="regpt2",
-            id=self._id(),
+            id=self._id(afresh=event["step"] == 0),
             name=str(event.get("recipe") or self.folder.name),
             dir=self.folder,
             config={key: value for key, value in event.items() if key not in ("event", "step")},
@@ -92,9 +93,9 @@ class WandB:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
-    def _id(self) -> str:
+    def _id(self, *, afresh: bool) -> str:
         path = self.folder / "wandb.id"
-        if not path.is_file():
+        if afresh or not path.is_file():
             write_atomic(path, secrets.token_hex(4) + "\n")
         return path.read_text(encoding="utf-8").strip()
 

@@ -14,7 +14,6 @@ import torch
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.data.mixture import read_shares
 from regpt2.data.shards import TokenStream, open_tokens
-from regpt2.data.tokenizer import load_tokenizer
 from regpt2.scoring.assets import Asset
 from regpt2.scoring.context import EvalContext, Figures, scoring, sum_over_ranks
 
@@ -64,13 +63,22 @@ def n_val_windows(context: EvalContext, folder: Path, tokens: TokenStream) -> in
     Raises:
         DataError: the split is shorter than one.
     """
-    n_windows = min(max(1, context.val_tokens // context.seq_len), (tokens.n_tokens - 1) // context.seq_len)
-    if n_windows < 1:
+    require_window(folder, tokens.n_tokens, context.seq_len)
+    return min(max(1, context.val_tokens // context.seq_len), (tokens.n_tokens - 1) // context.seq_len)
+
+
+def require_window(folder: Path, n_tokens: int, seq_len: int) -> None:
+    """Refuse a validation split that is shorter than one window.
+
+    Raises:
+        DataError: it is.
+    """
+    if n_tokens <= seq_len:
         raise DataError(
-            f"{folder}: the validation split has {tokens.n_tokens:,} tokens, one window needs "
-            f"{context.seq_len + 1:,}; prepare with a larger --val-fraction or lower the sequence length."
+            f"{folder}: the validation split has {n_tokens:,} tokens, expected at least {seq_len + 1:,}, for a window "
+            f"of seq_len = {seq_len:,} and its last target. Prepare the data again with a larger --val-fraction or "
+            "--val-tokens, or lower the sequence length."
         )
-    return n_windows
 
 
 def _score_mine(context: EvalContext, folder: Path) -> torch.Tensor:
@@ -94,6 +102,6 @@ def _score_mine(context: EvalContext, folder: Path) -> torch.Tensor:
 
 def _byte_lengths(tokens: TokenStream) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]] | None:
     try:
-        return load_tokenizer(tokens.tokenizer_name).token_bytes()
+        return tokens.tokenizer().token_bytes()
     except Problem:
         return None

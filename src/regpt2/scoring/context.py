@@ -36,8 +36,8 @@ class EvalContext:
     """How many target tokens of the validation split to score, from its beginning."""
     on_batch: Callable[[], None] = lambda: None
     """To be called at each batch: it tells that the work moves, and raises `Stopped` when a signal asked to leave."""
-    tokenizer: Tokenizer | None = None
-    """The model's; None where it is not known."""
+    tokenizer: Tokenizer | Callable[[], Tokenizer] | None = None
+    """The model's, or what finds it once a text is to be scored; None where it is not known."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Data given by hand, by name of the evaluation: a file, or a folder for one of several."""
     mix: tuple[Share, ...] = ()
@@ -51,6 +51,11 @@ class EvalContext:
     def gpt(self) -> LanguageModel:
         """The plain model within `model`: for its hidden states, its head, its cache."""
         return next(module for module in self.model.modules() if isinstance(module, LanguageModel))
+
+    @property
+    def context_size(self) -> int:
+        """The most tokens that a context and its ending may have: as in training, or `seq_len` where that is more."""
+        return max(self.seq_len, self.gpt.context_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,11 +81,11 @@ class EvalContext:
         """The model's tokenizer.
 
         Raises:
-            UsageError: it is not known, so no text can be scored.
+            Problem: it is not known or not at hand, so no text can be scored.
         """
         if self.tokenizer is None:
             raise UsageError("the model does not say which tokenizer it was trained with: no text can be scored.")
-        return self.tokenizer
+        return self.tokenizer if isinstance(self.tokenizer, Tokenizer) else self.tokenizer()
 
 
 def sum_over_ranks(context: EvalContext, name: str, score_mine: Callable[[], Tensor], like: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class _Batch:
 def score_endings(context: EvalContext, name: str, questions: Sequence[Question]) -> Scored:
     """Score every ending after its context. Every rank calls it, and gets all.
 
-    What does not fit into block_size is cut from the left; of an ending that is longer itself the end is scored.
+    What is longer than the context may be is cut from the left; of an ending that is longer itself the end is scored.
 
     Raises:
         CheckpointError: the model's loss is not finite.
@@ -83,13 +83,13 @@ def score_endings(context: EvalContext, name: str, questions: Sequence[Question]
 
 def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], E: int) -> Tensor:
     """(3, N, E): nats, tokens and likeliest tokens of the endings in this rank's batches; 0 for those of others."""
-    world, block_size = context.world, context.gpt.config.block_size
-    too_long = sum(len(ending) > block_size for question in questions for ending in question.endings)
+    world, most = context.world, context.context_size
+    too_long = sum(len(ending) > most for question in questions for ending in question.endings)
     if too_long and world.is_main:
-        warn(f"{name}: {too_long:,} endings have more than block_size = {block_size} tokens; their last ones count.")
+        warn(f"{name}: {too_long:,} endings have more than the {most:,} tokens of a context; their last ones count.")
     sums = torch.zeros(3, len(questions), E, dtype=torch.float64)
     most_tokens = context.batch * context.seq_len
-    batches = _batches(questions, block_size, min(most_tokens, _MOST_TOKENS.get(world.device.type, most_tokens)))
+    batches = _batches(questions, most, min(most_tokens, _MOST_TOKENS.get(world.device.type, most_tokens)))
     with scoring(context):
         gpt = context.scoring_gpt()
         # Ranks take whole batches in turn: the score of a batch is the same bits wherever it is computed.
@@ -99,12 +99,12 @@ def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], 
     return sums
 
 
-def _batches(questions: Sequence[Question], block_size: int, most_tokens: int) -> list[_Batch]:
+def _batches(questions: Sequence[Question], context_size: int, most_tokens: int) -> list[_Batch]:
     """The work, the same on every rank; the longest contexts first, so that memory runs out early."""
     endings_of: dict[Sequence[int], list[tuple[int, int, Sequence[int]]]] = defaultdict(list)
     for i, question in enumerate(questions):
         for j, ending in enumerate(question.endings):
-            ids: Sequence[int] = (*question.context, *ending)[-(block_size + 1) :]  # the last one is never an input
+            ids: Sequence[int] = (*question.context, *ending)[-(context_size + 1) :]  # the last one is never an input
             n_context = max(1, len(ids) - len(ending))
             if len(ending):  # an empty one has 0 nats
                 endings_of[ids[:n_context]].append((i, j, ids[n_context:]))

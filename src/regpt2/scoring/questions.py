@@ -21,7 +21,7 @@ def question(tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Ques
     before = context.rstrip()
     ids = tokenizer.encode(before)
     whole = [tokenizer.encode(context + ending) for ending in endings]
-    return Question(ids or [tokenizer.eot], tuple(each[len(ids) :] for each in whole))
+    return Question(ids or [tokenizer.start_id], tuple(each[len(ids) :] for each in whole))
 
 
 def read_on_all_ranks(context: EvalContext, name: str, read: Callable[[], T]) -> T:

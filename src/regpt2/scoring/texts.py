@@ -92,8 +92,8 @@ def _sizes(context: EvalContext, text: Text) -> tuple[int, int]:
 
 def _score_mine(context: EvalContext, gpt: LanguageModel, text: Text) -> tuple[float, int]:
     """Summed nats and number of the tokens in this rank's windows."""
-    world, eot = context.world, context.need_tokenizer().eot
-    windows = [window for ids in text.documents for window in _windows(ids, eot, context.seq_len)]
+    world, start_id = context.world, context.need_tokenizer().start_id
+    windows = [window for ids in text.documents for window in _windows(ids, start_id, context.seq_len)]
     nats, n_tokens = 0.0, 0
     # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
     for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
@@ -104,9 +104,9 @@ def _score_mine(context: EvalContext, gpt: LanguageModel, text: Text) -> tuple[f
     return nats, n_tokens
 
 
-def _windows(ids: Ids, eot: int, seq_len: int) -> Iterator[tuple[Ids, int]]:
+def _windows(ids: Ids, start_id: int, seq_len: int) -> Iterator[tuple[Ids, int]]:
     """Up to seq_len + 1 tokens, of which the last so many are scored; each token of `ids` in one window."""
-    stream = np.concatenate([np.array([eot], dtype=ids.dtype), ids])
+    stream = np.concatenate([np.array([start_id], dtype=ids.dtype), ids])
     for start in range(0, len(ids), seq_len):
         end = min(start + seq_len, len(ids))
         yield stream[max(0, end - seq_len) : end + 1], end - start

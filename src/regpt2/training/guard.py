@@ -1,12 +1,18 @@
-"""Watches losses. In: each update's loss and whether it was made; out: remarks, a limit for the next, or a stop."""
+"""Watches losses. In: each update's loss and whether it was made; out: a limit for the next, remarks, or a stop.
+
+The limit stays on the device and is computed from the losses of all updates before, read or not. So which updates are
+skipped does not depend on when a line is logged, a checkpoint is saved, or the run is stopped and resumed.
+"""
 
 import math
-import statistics
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from regpt2.base.errors import ConfigError, Problem
+from regpt2.training.step import StepStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,8 @@ class GuardConfig:
     window: int = 128
     """Updates that the mean and deviation are taken over; before half of them are seen nothing is a spike."""
     max_skipped: int = 3
-    """So many skipped updates in a row stop the run."""
+    """How many skipped updates in a row stop the run. With a loss scale above 1 (fp16) those that are not finite do
+    not count: they are how the scale is found."""
 
     def __post_init__(self) -> None:
         for name in ("window", "max_skipped"):
@@ -33,49 +40,80 @@ class GuardConfig:
 class Guard:
     """The state is small and goes into the checkpoint. The losses of skipped updates never enter the window."""
 
-    def __init__(self, config: GuardConfig) -> None:
+    def __init__(self, config: GuardConfig, device: torch.device | None = None) -> None:
         self.config = config
-        self.losses: deque[float] = deque(maxlen=config.window)
+        self.losses = torch.full((config.window,), math.nan, device=device)
+        """(window,): of the newest updates that were made, the newest last; NaN where there were fewer."""
+        self.spike_limit = self._limit()
+        """The loss above which the next update is a spike, on the device; infinite while too few are known."""
         self.skipped_in_a_row = 0
 
-    def spike_limit(self) -> float:
-        """The loss above which the next update is a spike; infinite while too few are known."""
-        if self.config.spikes == "off" or len(self.losses) < max(2, self.config.window // 2):
-            return math.inf
-        return statistics.fmean(self.losses) + self.config.spike_z * max(1e-3, statistics.pstdev(self.losses))
+    @property
+    def skips_spikes(self) -> bool:
+        """Skip a spike, or only report it?"""
+        return self.config.spikes == "skip"
 
-    def loss_limit(self) -> float:
-        """What `train_step` skips above."""
-        return self.spike_limit() if self.config.spikes == "skip" else math.inf
+    def take_in(self, stats: StepStats) -> None:
+        """After every update: its loss enters the window if it was made. Nothing waits for the device."""
+        newest = stats.loss.to(self.losses.dtype).reshape(1)
+        made = torch.cat([self.losses[1:], newest])
+        self.losses = torch.where(stats.accepted > 0, made, self.losses)
+        self.spike_limit = self._limit()
 
-    def observe(self, step: int, loss: float, grad_norm: float, *, accepted: bool, counted: bool = True) -> list[str]:
-        """Take in one update; returns what should be said about it. A skip that is not `counted` was to be expected.
+    def _limit(self) -> Tensor:
+        if self.config.spikes == "off":
+            return torch.full_like(self.losses[0], math.inf)
+        known = ~self.losses.isnan()
+        n = known.sum()
+        mean = torch.where(known, self.losses, 0.0).sum() / n
+        deviation = (torch.where(known, self.losses - mean, 0.0).square().sum() / n).sqrt()
+        limit = mean + self.config.spike_z * deviation.clamp(min=1e-3)
+        return torch.where(n < max(2, self.config.window // 2), math.inf, limit)
+
+    def observe(
+        self, step: int, loss: float, grad_norm: float, *, accepted: bool, spike_limit: float, scale: float = 1.0
+    ) -> list[str]:
+        """Count one update, once its numbers have been read, in the order of updates; returns what to say about it.
+
+        Args:
+            spike_limit: what its loss was compared with.
+            scale: the loss scale that it was made with; above 1 a gradient may overflow until the scale is found.
 
         Raises:
             Problem: too many updates in a row were skipped.
         """
-        remarks = []
-        if not accepted:
-            self.skipped_in_a_row += counted
-            remarks.append(f"step {step}: skipped, loss {loss:.4g}, gradient norm {grad_norm:.4g}")
-            if self.skipped_in_a_row >= self.config.max_skipped:
-                raise Problem(
-                    f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {step} with loss "
-                    f"{loss:.4g} and gradient norm {grad_norm:.4g}. Lower optim.lr, or use --precision fp32 to see "
-                    "whether the arithmetic is to blame. The weights are still those of the last update that was made."
-                )
-            return remarks
-        self.skipped_in_a_row = 0
-        if loss > self.spike_limit():
-            remarks.append(f"step {step}: loss {loss:.4f} is a spike (expected below {self.spike_limit():.4f})")
-        self.losses.append(loss)
-        return remarks
+        if accepted:
+            self.skipped_in_a_row = 0
+            spike = f"step {step}: loss {loss:.4f} is a spike (expected below {spike_limit:.4f})"
+            return [spike] if loss > spike_limit else []
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        self.skipped_in_a_row += finite or scale <= 1.0
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise Problem(self._too_many(step, loss, grad_norm, finite))
+        why = f" is a spike (expected below {spike_limit:.4f})" if finite else ""
+        return [f"step {step}: skipped, loss {loss:.4g}{why}, gradient norm {grad_norm:.4g}"]
+
+    def _too_many(self, step: int, loss: float, grad_norm: float, finite: bool) -> str:
+        mend = "use --precision fp32 to see whether the arithmetic is to blame"
+        if finite:
+            mend = f"raise --guard.spike-z above {self.config.spike_z:g}, or keep spikes with --guard.spikes report"
+        return (
+            f"{self.skipped_in_a_row} updates in a row were skipped, the last at step {step} with loss {loss:.4g} and "
+            f"gradient norm {grad_norm:.4g}. Lower optim.lr, or {mend}. A skipped update has changed no weight."
+        )
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"losses": list(self.losses), "skipped_in_a_row": self.skipped_in_a_row}
+        losses = self.losses.tolist()
+        return {
+            "losses": [loss for loss in losses if not math.isnan(loss)],
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.losses = deque(state["losses"], maxlen=self.config.window)
+        newest = state["losses"][-self.config.window :]
+        missing = [math.nan] * (self.config.window - len(newest))
+        self.losses = self.losses.new_tensor([*missing, *newest])
+        self.spike_limit = self._limit()
         self.skipped_in_a_row = state["skipped_in_a_row"]

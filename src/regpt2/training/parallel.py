@@ -196,6 +196,7 @@ def whole_model(model: LanguageModel, world: World) -> LanguageModel:
         with torch.device("meta"):
             plain = build_model(model.config)
         plain.to_empty(device=world.device)
+        plain.trained_seq_len = model.trained_seq_len
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         q.copy_(whole(p))
     return plain.train(model.training)

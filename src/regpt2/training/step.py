@@ -14,14 +14,20 @@ from regpt2.training.parallel import gradient_sync, whole
 
 @dataclass(frozen=True)
 class StepStats:
-    """Scalars still on the device: reading one waits for it, so only the log line does."""
+    """What is known of an update. Tensors are scalars still on the device: reading one waits for it."""
 
     loss: Tensor
     """Nats per token, the mean over every token of the update: all micro-steps, all ranks."""
     grad_norm: Tensor
     """Norm of the whole gradient before clipping."""
     accepted: Tensor
-    """1 where the update was made; 0 where it was skipped: a loss or gradient not finite, or a loss above the limit."""
+    """1 where the update was made; 0 where it was skipped: a loss or gradient not finite, or a spike."""
+    spike_limit: Tensor
+    """The loss above which it was a spike; infinite if nothing was."""
+    lr: float
+    """The learning rate that the optimizer used, of groups with no ratio of their own."""
+    scale: float
+    """The factor that its loss was multiplied with; 1 but for fp16."""
 
 
 @dataclass
@@ -53,7 +59,8 @@ def train_step(
     world: World,
     ordered: bool = False,
     scale: LossScale | None = None,
-    loss_limit: float = float("inf"),
+    spike_limit: Tensor | None = None,
+    skip_spikes: bool = True,
     before_micro_step: Callable[[int], None] | None = None,
 ) -> StepStats:
     """Accumulate the gradients of all micro-batches, clip, update. Never asks the device for a number, but for fp16.
@@ -64,7 +71,8 @@ def train_step(
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         scale: for fp16 alone.
-        loss_limit: an update whose loss is above it is skipped.
+        spike_limit: on the device: a loss above it is a spike. None: nothing is.
+        skip_spikes: an update whose loss is a spike is skipped.
         before_micro_step: called with the micro-step's number, to set the random numbers of dropout.
     """
     factor = scale.factor if scale else 1.0
@@ -80,15 +88,23 @@ def train_step(
     if grad_clip > 0:
         clip_grads_with_norm_(parameters, grad_clip, grad_norm)
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-    accepted = (finite & (loss <= loss_limit)).float()
+    limit = torch.full_like(loss, float("inf")) if spike_limit is None else spike_limit
+    accepted = (finite & (loss <= limit) if skip_spikes else finite).float()
 
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     _update_if(optimizer, accepted)
     optimizer.zero_grad(set_to_none=True)
     if scale is not None:
-        scale.update(bool(finite))
-    return StepStats(loss=loss, grad_norm=grad_norm, accepted=accepted)
+        scale.update(bool(finite))  # not `accepted`: a spike says nothing about the scale
+    rate = _rate(optimizer)
+    return StepStats(loss=loss, grad_norm=grad_norm, accepted=accepted, spike_limit=limit, lr=rate, scale=factor)
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate that was used, as the optimizer has it: of the group whose ratio is 1, or by the nearest to it."""
+    group = min(optimizer.param_groups, key=lambda group: abs(group.get("lr_ratio", 1.0) - 1.0))
+    return float(group["lr"]) / float(group.get("lr_ratio", 1.0))
 
 
 def accumulate(
