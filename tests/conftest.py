@@ -6,19 +6,25 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share the cores; read when torch is first imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+import quick
+from regpt2 import report, train
 from regpt2.base.device import _cpu_has_bf16
+from regpt2.cli import main
 from regpt2.data.manifest import Manifest, Split
 from regpt2.data.shards import write_shard
 from regpt2.data.tokenizer import load_tokenizer
@@ -56,11 +62,47 @@ max_new_tokens = 8
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what starts processes or takes seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    quick.mark_those_that_start_processes(items)
+    if config.getoption("--quick"):
+        left_out = [item for item in items if any(item.get_closest_marker(name) for name in ("process", "seconds"))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def a_quick_test_starts_no_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--quick"):
+        quick.refuse_processes(monkeypatch)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard() -> None:
     """A shell that starts pytest behind an `&` has SIGINT ignored, and so would all processes that tests interrupt."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def pages_written(*, are: bool = True) -> Iterator[None]:
+    """Do runs in this process write their pages? By default not: a page is three quarters of a tiny run's time.
+
+    Runs in processes of their own always do.
+    """
+    write = report.write_report if are else lambda run: run / "report.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_report", write)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pages() -> Iterator[None]:
+    with pages_written(are=False):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -87,26 +129,34 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
 
 def write_data(folder: Path, *, n_train: int = 20_000, n_val: int = 2_000, seed: int = 0) -> Path:
     """A prepared folder of "bytes" tokens with some structure in it, in three train shards and one val shard."""
-    tokenizer = load_tokenizer("bytes")
     rng = np.random.default_rng(seed)
     words = [bytes(rng.integers(97, 123, size=rng.integers(2, 8), dtype=np.uint8)) for _ in range(50)]
     text = b" ".join(words[i] for i in rng.integers(0, 50, size=n_train + n_val))
     ids = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     cuts = [0, n_train // 2, n_train // 2 + 7, n_train]
     parts = [ids[a:b] for a, b in pairwise(cuts)]
+    return write_tokens(folder, parts, ids[n_train : n_train + n_val], revision=str(seed))
+
+
+Ids = NDArray[np.uint16]
+
+
+def write_tokens(folder: Path, train: Sequence[Ids], val: Ids, *, revision: str = "0") -> Path:
+    """A prepared folder of these ids of the "bytes" tokenizer: a shard for each part of train, one for val."""
+    tokenizer = load_tokenizer("bytes")
     folder.mkdir(parents=True, exist_ok=True)
-    train = [write_shard(folder / f"tiny_train_{i:06d}.bin", len(p), [p]) for i, p in enumerate(parts)]
-    held_out = ids[n_train : n_train + n_val]
-    val = [write_shard(folder / "tiny_val_000000.bin", n_val, [held_out])]
+    shards = [write_shard(folder / f"tiny_train_{i:06d}.bin", len(p), [p]) for i, p in enumerate(train)]
+    held_out = [write_shard(folder / "tiny_val_000000.bin", len(val), [val])]
+    n_train, n_val = sum(map(len, train)), len(val)
     Manifest(
         dataset="tiny",
         source="made by a test",
-        revision=str(seed),
+        revision=revision,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         options={},
-        splits={"train": Split(0, n_train, n_train, tuple(train)), "val": Split(0, n_val, n_val, tuple(val))},
+        splits={"train": Split(0, n_train, n_train, tuple(shards)), "val": Split(0, n_val, n_val, tuple(held_out))},
         skipped={},
     ).write(folder)
     return folder
@@ -126,14 +176,34 @@ def tiny_recipe(tmp_path: Path) -> Path:
     return path
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., CompletedProcess[str]]
 
 
 @pytest.fixture
-def regpt2(tmp_path: Path) -> Run:
-    """Run the real command in a process of its own: regpt2("train", recipe, "--run", ...)."""
+def regpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process, in tmp_path: regpt2("train", recipe, "--run", ..., VARIABLE="its value")."""
 
-    def run(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **environment: str) -> CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        command = [str(argument) for argument in arguments]
+        try:
+            code = main(command)
+        except SystemExit as end:  # the parser's own
+            code = int(end.code or 0)
+        shown = capsys.readouterr()
+        return CompletedProcess(command, code, shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture
+def regpt2_process(tmp_path: Path) -> Run:
+    """The same in a process of its own, which takes seconds: where a fresh interpreter is the point."""
+
+    def run(*arguments: object, timeout_s: float = 120, **environment: str) -> CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "regpt2", *map(str, arguments)],
             capture_output=True,
