@@ -1,17 +1,24 @@
 """The command: help in no time, one message for a problem, the right exit code."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from conftest import Run
+from regpt2 import cli
+from regpt2.base.console import say
+from regpt2.base.errors import UsageError
+from regpt2.base.screen import watched
 from regpt2.cli import VERBS, main
 
 
-def test_help_lists_every_verb_and_answers_at_once(regpt2: Run) -> None:
+def test_help_lists_every_verb_and_answers_at_once(regpt2_process: Run) -> None:
     began_at = time.perf_counter()
-    done = regpt2("--help")
+    done = regpt2_process("--help")
     elapsed_s = time.perf_counter() - began_at
     assert done.returncode == 0
     assert all(verb in done.stdout for verb in VERBS)
@@ -23,6 +30,43 @@ def test_every_verb_has_help(regpt2: Run, verb: str) -> None:
     done = regpt2(verb, "--help")
     assert done.returncode == 0, done.stderr
     assert f"regpt2 {verb}" in done.stdout
+
+
+@pytest.mark.parametrize("columns", ["1", "4", "0", "-5", "many", "12", "1000000"])
+@pytest.mark.parametrize("arguments", [("sample", "--help"), ("train", "demo", "--help"), ("sample", "M", "--x")])
+def test_help_and_errors_are_laid_out_for_any_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments])
+    said = capsys.readouterr()
+    assert caught.value.code == (0 if "--help" in arguments else 2)
+    assert "Unrecognized" in said.err if "M" in arguments else "usage: regpt2" in said.out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_help_is_shown_on_a_terminal_of_four_columns() -> None:
+    """A real one: `get_terminal_size` asks it where COLUMNS is not set."""
+    code = """
+import fcntl, os, pty, struct, sys, termios
+ours, theirs = pty.openpty()
+fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 4, 0, 0))
+os.environ.pop("COLUMNS", None)
+if os.fork() == 0:
+    os.dup2(theirs, 1)
+    os.execv(sys.executable, [sys.executable, "-m", "regpt2", "sample", "--help"])
+os.close(theirs)
+said = b""
+try:
+    while piece := os.read(ours, 4096):
+        said += piece
+except OSError:  # the other end is closed
+    pass
+print(os.wait()[1], b"Continue a prompt" in said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["0", "True"], done.stderr
 
 
 def test_an_unknown_verb_is_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,10 +81,70 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_debug_shows_the_traceback(regpt2: Run) -> None:
     assert "Traceback" not in regpt2("sample", "nowhere", "x").stderr
-    assert "Traceback" in regpt2("sample", "nowhere", "x", "--debug").stderr
+    with pytest.raises(UsageError):
+        regpt2("sample", "nowhere", "x", "--debug")
 
 
-def test_output_that_is_not_utf8_shows_escapes(regpt2: Run, tiny_data: Path) -> None:
-    done = regpt2("inspect", tiny_data, PYTHONIOENCODING="ascii")
+def test_output_that_is_not_utf8_shows_escapes(regpt2_process: Run, tiny_data: Path) -> None:
+    done = regpt2_process("inspect", tiny_data, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "\\u2502" in done.stdout  # a line beside the text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full of Linux")
+@pytest.mark.parametrize(
+    ("redirect", "said"),
+    [
+        (">/dev/full", "regpt2: standard output: No space left on device"),
+        (">&-", "regpt2: standard output is closed; redirect it to a file"),
+        ("| true", ""),
+    ],
+)
+@pytest.mark.parametrize("arguments", ["--version", "verify --help"])
+def test_what_only_standard_output_shows_fails_with_it(arguments: str, redirect: str, said: str) -> None:
+    """Exit code 1 and one message, or none where the reader left; nothing of the interpreter that ends."""
+    wait = "sleep 0.2; " if redirect.startswith("|") else ""
+    command = f'{{ {wait}"$0" -m regpt2 {arguments}; echo "exit code $?" >&2; }} {redirect}'
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # what a buffer holds at the end is tried once more
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable], capture_output=True, text=True, timeout=120, env=buffered
+    )
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "exit code 1"
+    assert len(lines) == (2 if said else 1), done.stderr
+    assert lines[0].startswith(said or "exit code 1")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full of Linux")
+@pytest.mark.parametrize(
+    ("arguments", "strict", "code"),
+    [
+        ("sample runs/demo", True, 1),
+        ("inspect data", True, 1),
+        ("inspect data --json=found.json", False, 0),
+        ("evaluate runs/demo", False, 1),  # it works for hours: a disk may have room for the next figures
+        ("evaluate runs/demo --out found.json", False, 0),
+        ("train demo", False, 0),
+        ("prepare text_files", False, 0),
+        ("compare a b", False, 0),
+        ("train --help", True, 1),
+    ],
+)
+def test_work_is_finished_though_nobody_can_read_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, strict: bool, code: int
+) -> None:
+    """A verb whose files are its product succeeds; one whose product is the text does not."""
+    done = []
+
+    def work(verb: str, arguments: list[str]) -> int:
+        say("first line")
+        say("last line")
+        done.append(verb)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", work)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", watched(full, "standard output"))
+        assert main(arguments.split()) == code
+    assert bool(done) is not strict
+    assert capsys.readouterr().err.count("standard output") == (2 if code and not strict else 1)

@@ -4,14 +4,13 @@
 """
 
 import importlib
-import io
-import os
 import sys
 
 from regpt2 import __version__
-from regpt2.base.console import safe_text
+from regpt2.base.console import safe_text, set_least_width
 from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
+from regpt2.base.screen import STREAMS, open_closed_streams, require_output, watch_streams
 from regpt2.base.signals import leave_if_one_of_many
 from regpt2.base.threads import spin_briefly
 
@@ -33,6 +32,10 @@ VERBS = {
     "verify": "check runs, checkpoints and data folders by their hashes and shapes",
 }
 MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
+# What these find goes to standard output alone, unless one of FILE_OPTIONS is given; the others write files.
+SHOWING = ("doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify")
+FILE_OPTIONS = ("--out", "--json")
+PATIENT = ("evaluate", "harness")  # they work for hours: a disk that is full now may take the next figures
 
 
 def usage() -> str:
@@ -45,6 +48,8 @@ usage: regpt2 VERB [arguments] [--debug]
 
 {verbs}
 
+An argument that begins with a dash and is no option goes to the end, after --.
+
 First steps:
   regpt2 prepare python_library --tokenizer bytes --out data/python_library_bytes
   regpt2 train demo
@@ -54,6 +59,7 @@ First steps:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code; a rank among several leaves its process instead."""
+    open_closed_streams()  # before anything opens a file
     spin_briefly()
     code = _main(argv)
     leave_if_one_of_many(code)
@@ -62,34 +68,54 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     """Every foreseen problem ends as one message on standard error; `--debug` shows the traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 gets escapes, not a crash
-            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(usage())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        sys.stdout.write(f"regpt2 {__version__}\n")
-        return 0
+    at = arguments.index("--") if "--" in arguments else len(arguments)  # what comes after is no option
+    debug = "--debug" in arguments[:at]
+    arguments = [one for one in arguments[:at] if one != "--debug"] + arguments[at:] or ["--help"]
+    set_least_width()
     try:
-        return _run(arguments[0], arguments[1:])
+        return _shown(arguments)
     except FailedElsewhere as problem:  # that rank says it
         return problem.exit_code
     except Problem as problem:
         return _fail(str(problem), problem.exit_code, debug)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and error.filename == STREAMS["stdout"]:
+            return 1  # the reader of our output left, as `| head` does
         return _fail(describe_os_error(error), 1, debug)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130, debug)
+    finally:
+        watch_streams()  # what could not be shown is not tried again when the interpreter ends
+
+
+def _shown(arguments: list[str]) -> int:
+    """Run the verb. Standard output may fail it only where nothing else has what it finds."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    names = {option.split("=")[0] for option in options}
+    shows = bool(names & {"-h", "--help"}) or arguments[0] in ("help", "-V", "--version")
+    shows |= arguments[0] in SHOWING and not names & set(FILE_OPTIONS)
+    watch_streams(strict=shows and arguments[0] not in PATIENT)
+    if shows:
+        require_output()
+    try:
+        code = _run(arguments[0], arguments[1:])
+    except SystemExit:  # the parser has shown its help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    if shows:
+        require_output()
+    return code
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    if verb in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if verb in ("-V", "--version"):
+        sys.stdout.write(f"regpt2 {__version__}\n")
+        return 0
     if verb not in VERBS:
         raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
     code: int = importlib.import_module(f"regpt2.{MODULES.get(verb, verb)}").main(arguments)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
+from ranks import spawn
 from regpt2.base import world as world_module
 from regpt2.base.errors import ConfigError, DataError, FailedElsewhere, Problem
 from regpt2.base.world import World, check_exchange, start_world
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def on_ranks(size: int, port: int, scenario: str, out: Path) -> list[dict[str, object]]:
-    mp.spawn(rank_main, args=(size, port, scenario, str(out)), nprocs=size)
+    spawn(rank_main, args=(size, port, scenario, str(out)), nprocs=size)
     return [json.loads((out / f"{scenario}-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -93,7 +93,7 @@ def test_each_rank_that_fails_says_what_it_met(tmp_path: Path, unused_port: int)
 
 
 def test_a_lost_rank_is_a_clear_message(tmp_path: Path, unused_port: int) -> None:
-    mp.spawn(rank_main, args=(2, unused_port, "vanish", str(tmp_path)), nprocs=2)
+    spawn(rank_main, args=(2, unused_port, "vanish", str(tmp_path)), nprocs=2)
     stays = json.loads((tmp_path / "vanish-0.json").read_text())
     assert stays["kind"] == "Problem"
     assert "rank 0 has lost another rank" in str(stays["text"])

@@ -3,6 +3,7 @@
 python plants.py NAME train ...    the command `regpt2 train ...` with the bug
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -96,15 +97,12 @@ def mean_of_means() -> None:
 
 def nan_in_window() -> None:
     """The guard remembers the losses of skipped updates too: one NaN spoils its mean for good (OLMo-core)."""
-    plain = guard.Guard.observe
+    plain = guard.Guard.take_in
 
-    def observe(self: guard.Guard, step: int, loss: float, grad_norm: float, **options: Any) -> list[str]:
-        remarks = plain(self, step, loss, grad_norm, **options)
-        if not options["accepted"]:
-            self.losses.append(loss)
-        return remarks
+    def take_in(self: guard.Guard, stats: step.StepStats) -> None:
+        plain(self, dataclasses.replace(stats, accepted=torch.ones_like(stats.accepted)))
 
-    guard.Guard.observe = observe  # type: ignore[method-assign]
+    guard.Guard.take_in = take_in  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[], None]] = {

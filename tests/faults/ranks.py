@@ -76,11 +76,13 @@ STEPS_UNDER_TORCHRUN = 240  # long enough for a signal from outside to find the 
 LONG = ("--eval-every", 0, "--sample-every", 0, "--max-steps", STEPS_UNDER_TORCHRUN, "--save-every", 40)
 
 
-def torchrun(bench: Bench, run: Path, *more: object) -> tuple["subprocess.Popen[str]", Path]:
+def torchrun(
+    bench: Bench, run: Path, *more: object, launcher: tuple[str, ...] = ()
+) -> tuple["subprocess.Popen[str]", Path]:
     """Two ranks under the real torchrun, which starts them again once if one dies. In a group of its own; its log."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    launcher += ["--monitor-interval", "0.1", "-m", "regpt2", "--"]
-    command = [sys.executable, *launcher, *trial.arguments(bench, run, *LONG, *more)]
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    agent += ["--monitor-interval", "0.1", "-m", "regpt2", "--"]
+    command = [*launcher, sys.executable, *agent, *trial.arguments(bench, run, *LONG, *more)]
     log = bench.new("torchrun.log")
     with open(log, "w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, text=True, start_new_session=True), log

@@ -30,6 +30,7 @@ import outputs
 import plants
 import preparing
 import ranks
+import screens
 import stops
 import streams
 import zygote
@@ -37,7 +38,7 @@ from suite import LANES, Bench, Fault, NotHere, Outcome
 
 from regpt2.base.console import safe_text
 
-GROUPS = (kills, stops, disks, damage, guards, preparing, memory, outputs, streams, ranks)
+GROUPS = (kills, stops, disks, damage, guards, preparing, memory, outputs, streams, ranks, screens)
 FAULTS = sorted((fault for group in GROUPS for fault in group.FAULTS), key=lambda fault: fault.number)
 HEAD = f"{'#':>2}  {'fault':<38} {'injected':>11} {'detected':>9} {'mismatches':>11} {'seconds':>8}"
 

@@ -119,7 +119,7 @@ def fork(work: Callable[[], int], log: Path) -> Trial:
     except BaseException:  # a child must never return into the parent's code
         traceback.print_exc()
     finally:
-        with suppress(OSError, ValueError):
+        with suppress(Exception):  # whatever a trial has made of them
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)

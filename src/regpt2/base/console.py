@@ -1,6 +1,8 @@
 """What a person sees while work goes on: lines, a progress line with rate and time left, text made safe to show."""
 
+import os
 import re
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 # another order, and the line and paragraph separators. Half surrogate pairs, which no UTF-8 can hold.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+LEAST_COLUMNS = 40
+
 
 def safe_text(text: str) -> str:
     """Text that came from a model or a file, with every control character shown as an escape instead of obeyed."""
@@ -21,6 +25,12 @@ def safe_text(text: str) -> str:
 def safe_json(text: str) -> str:
     """JSON text with the same characters as JSON escapes: it stays one line, and reads back as the same value."""
     return _UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def set_least_width() -> None:
+    """Lay help out for at least 40 columns, however few the terminal or COLUMNS has: in 4 its layout never ends."""
+    if shutil.get_terminal_size().columns < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)
 
 
 def say(line: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Stopping. In: Ctrl-C, SIGTERM, SIGUSR1; out: a flag that the loop looks at between updates; and a sure way out."""
+"""Stopping. In: Ctrl-C and other signals; out: a flag that the loop looks at between updates; and a sure way out."""
 
 import os
 import signal
@@ -7,10 +7,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from regpt2.base.console import warn
+from regpt2.base.watchdog import tell
 
-# SIGTERM: Kubernetes, torchrun, kill. SIGUSR1: Slurm's usual warning before the time limit; Windows has none.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# SIGTERM: Kubernetes, torchrun, kill. SIGHUP: the terminal was closed, the connection is gone. SIGUSR1: Slurm's usual
+# warning before the time limit. Windows has neither of the last two.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 def leave_if_one_of_many(code: int) -> None:
@@ -30,7 +32,10 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While it is entered, the first of STOP_SIGNALS sets `received`; a second SIGINT interrupts at once."""
+    """While it is entered, the first of STOP_SIGNALS sets `received`; a second SIGINT interrupts at once.
+
+    SIGHUP stays ignored in a process that was started so, as `nohup` does.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -39,6 +44,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
+                if signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -51,5 +58,8 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        warn(f"{signal.Signals(number).name}: leaving after this update; Ctrl-C again leaves at once.")
+        first, self.received = self.received is None, number
+        if first:  # not by sys.stderr, which may be in the middle of a line
+            again = " again" if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            tell(f"warning: {name}: leaving after this update; Ctrl-C{again} leaves at once.\n")

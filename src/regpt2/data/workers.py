@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from regpt2.base.errors import Problem
 from regpt2.base.files import describe_os_error
+from regpt2.base.screen import watch_streams
 
 Task = TypeVar("Task")
 
@@ -113,6 +114,7 @@ class _Worker:
 def _serve(connection: Connection, start: Callable[[], Work]) -> None:
     """A worker's life: one task after the other, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command ends its workers
+    watch_streams()
     try:
         work = start()
         while True:

@@ -1,0 +1,149 @@
+"""The screen is an observer: work never ends because it cannot be written. In: the process's streams; out: the losses.
+
+A stream fails when its reader leaves (`| head`), its terminal is closed, the disk below a log is full, or it was closed
+before the process began (`>&-`).
+"""
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+from regpt2.base.errors import Problem
+
+STREAMS = {"stdout": "standard output", "stderr": "standard error"}
+_FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EAGAIN") if hasattr(errno, name))
+
+
+class WatchedStream(io.RawIOBase):
+    """The lowest layer of a standard stream. Where it is not `strict`, a write that fails is remembered, not raised."""
+
+    def __init__(self, raw: io.RawIOBase, title: str) -> None:
+        self._raw, self.title = raw, title
+        self.name = f"<{title}>"
+        self.strict = False
+        self.lost: OSError | None = None
+        """Why something could not be written, the first time; its `filename` is the title."""
+
+    def writable(self) -> bool:
+        """It is written to, and never read."""
+        return True
+
+    def fileno(self) -> int:
+        """The number that C code knows."""
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        """Is somebody looking?"""
+        return self._raw.isatty()
+
+    def write(self, data: "memoryview | bytes") -> int:  # type: ignore[override]
+        """All of the data, or a part of it; what fails counts as written.
+
+        Raises:
+            OSError: it failed, and the stream is strict.
+        """
+        try:
+            if (n_bytes := self._raw.write(data)) is not None:
+                return n_bytes
+            error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # a pipe that does not wait, and is full
+        except OSError as failure:
+            error = failure
+        self._lose(OSError(error.errno, error.strerror, self.title))
+        return memoryview(data).nbytes
+
+    def _lose(self, reason: OSError) -> None:
+        first, self.lost = self.lost is None, self.lost or reason
+        if self.strict:
+            raise reason
+        if reason.errno not in _FULL:  # it will never work again, for C code and child processes neither
+            with suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.fileno())
+                os.close(null)
+        if first and self.title != STREAMS["stderr"]:
+            sys.stderr.write(f"warning: {self.title} cannot be written ({reason.strerror}); the work goes on.\n")
+            sys.stderr.flush()
+
+
+def open_closed_streams() -> None:
+    """Put the null device in the place of each standard stream that is closed. To be called before a file is opened.
+
+    Otherwise that file would get the free number, and whatever a library prints would be written into it.
+    """
+    names = ("stdin", *STREAMS)
+    for number in range(len(names)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest free number: this one
+    for name in names:
+        if getattr(sys, name) is None:
+            setattr(sys, name, _null(name))
+
+
+def _null(name: str) -> io.TextIOWrapper:
+    """What stands for a standard stream that is closed."""
+    raw = io.FileIO(os.devnull, "r" if name == "stdin" else "w")
+    if name == "stdin":
+        return io.TextIOWrapper(io.BufferedReader(raw), "utf-8")
+    watch: Any = WatchedStream(raw, STREAMS[name])
+    watch.lost = OSError(errno.EBADF, "it is closed", watch.title)
+    return io.TextIOWrapper(io.BufferedWriter(watch), "utf-8", "backslashreplace")
+
+
+def watch_streams(*, strict: bool = False) -> None:
+    """Let a standard stream that fails be remembered instead of ending the work; `strict`: standard output raises.
+
+    A stream that the caller has put in their place is left alone. Text that a stream cannot encode is escaped.
+    """
+    for name, title in STREAMS.items():
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, watched(stream, title))
+        elif isinstance(stream, io.TextIOWrapper) and _watch_of(name) is None:
+            stream.reconfigure(errors="backslashreplace")
+        if (watch := _watch_of(name)) is not None:
+            watch.strict = strict and name == "stdout"
+
+
+def watched(stream: io.TextIOWrapper, title: str) -> io.TextIOWrapper:
+    """The same stream, with a watch below its buffer. `python -u` has no buffer."""
+    with suppress(OSError):
+        stream.flush()
+    raw: Any = getattr(stream.buffer, "raw", stream.buffer)
+    watch = WatchedStream(raw, title)
+    buffer: Any = watch if raw is stream.buffer else io.BufferedWriter(watch)
+    through = stream.write_through
+    return io.TextIOWrapper(
+        buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering, write_through=through
+    )
+
+
+def _watch_of(name: str) -> WatchedStream | None:
+    buffer = getattr(getattr(sys, name), "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return raw if isinstance(raw, WatchedStream) else None
+
+
+def lost_streams() -> list[OSError]:
+    """Why standard output and standard error could not be written, for each that could not."""
+    watches = [watch for name in STREAMS if (watch := _watch_of(name)) is not None]
+    return [watch.lost for watch in watches if watch.lost is not None]
+
+
+def require_output() -> None:
+    """Refuse to call that a success which only standard output shows, if it could not be written.
+
+    Raises:
+        Problem: it was closed from the beginning.
+        OSError: why it could not be written.
+    """
+    watch = _watch_of("stdout")
+    if watch is None or watch.lost is None:
+        return
+    if watch.lost.errno == errno.EBADF:
+        raise Problem(f"{watch.title} is closed; redirect it to a file, or to {os.devnull}.")
+    raise watch.lost
