@@ -7,9 +7,10 @@
         ...
         assert hub.n_sent("data/big.parquet") == len(data)
 
-An id may name a branch: "me/texts@refs/convert/parquet". `cards={"me/texts": {"configs": [...]}}` is the YAML head of
-its README.md as the hub shows it. With `token` everything wants "Authorization: Bearer <token>". A text file is served
-by the endpoint itself; any other by redirect to a second address, `hub.cdn`, as large files are by the real one.
+The same contents are served as models. An id may name a branch: "me/texts@refs/convert/parquet".
+`cards={"me/texts": {"configs": [...]}}` is the YAML head of its README.md as the hub shows it. With `token` everything
+wants "Authorization: Bearer <token>". A text file is served by the endpoint itself; any other by redirect to a second
+address, `hub.cdn`, as large files are by the real one.
 
 Faults, planted by path in a data set or by "api" (commits and listings), are used up in the order they were planted:
 
@@ -184,8 +185,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = hub._trees["/".join(words[1:3]), words[3]][name]
             self.send_file(content, hub._take(name), {"ETag": f'"{_sha256(content)}"'})
             return
-        is_api = words[:2] == ["api", "datasets"]
-        repo, verb, rest = "/".join(words[2:4] if is_api else words[1:3]), *_rest(words[4:] if is_api else words[3:])
+        is_api = words[:2] in (["api", "datasets"], ["api", "models"])
+        first = 2 if is_api else int(words[0] == "datasets")  # a model's files have no word before their repository
+        repo, verb, rest = "/".join(words[first : first + 2]), *_rest(words[first + 2 :])
         rest = rest or "main"
         revision = next((r for (name, r) in hub._trees if name == repo and f"{rest}/".startswith(f"{r}/")), "")
         inside = rest[len(revision) + 1 :]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from regpt2 import cli
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.gpt import GPT, GPTConfig
@@ -49,6 +50,43 @@ def test_streamed_text_equals_the_text_at_once(tmp_path: Path, capsys: pytest.Ca
         sample(SampleOptions(str(tmp_path), "naïve", max_new_tokens=50, device="cpu", stream=stream))
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["- item"],
+        ["-item of a list", "--seed", "3"],
+        ["--x or --y"],
+        ["-- a b"],
+        ["-5"],
+        ["--", "--x"],
+        ["--seed", "3", "--", "-h"],
+        ["--", "--debug"],
+        ["--", "--n"],
+    ],
+    ids=str,
+)
+def test_a_prompt_may_begin_with_a_dash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    write_model(tmp_path)
+    assert cli.main(["sample", "--max-new-tokens", "3", str(tmp_path), *arguments]) == 0
+    prompt = next(one for one in arguments[::-1] if one.startswith("-") and one not in ("--", "--seed"))
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["--x", "-item", "--top-kk=5"])
+def test_what_may_be_a_mistyped_option_is_refused_with_the_way_to_mean_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path), prompt])
+    assert caught.value.code == 2
+    assert f"If {prompt!r} is the prompt, put it last, after --: MODEL -- {prompt!r}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "a", "--no-stream", "--temperature", "-1", "--max_new_tokens=5", "--n", "many"])
+    assert "is the prompt" not in capsys.readouterr().err
 
 
 def test_same_seed_same_text(tmp_path: Path) -> None:
@@ -128,6 +166,8 @@ def test_control_characters_are_shown_not_obeyed(
         ),
         ({"n": 0}, "n = 0 must be at least 1."),
         ({"temperature": -0.5}, "temperature = -0.5 must be 0"),
+        ({"temperature": float("nan")}, "temperature = nan must be 0"),
+        ({"temperature": float("inf")}, "temperature = inf must be 0"),
         ({"device": "abacus"}, "device 'abacus' is not on this machine"),
         ({"model": "nowhere"}, "MODEL = 'nowhere' does not exist"),
     ],

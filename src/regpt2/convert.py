@@ -21,7 +21,9 @@ from regpt2.base import plugins
 from regpt2.base.console import say, warn
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import fsync_dir, require_free_space
-from regpt2.data.tokenizer import find_vocab
+from regpt2.data.added_tokens import AddedTokens
+from regpt2.data.tokenizer import Gpt2Tokenizer
+from regpt2.model.activation import split_activation
 from regpt2.model.architecture import switches_on
 from regpt2.model.gpt import GPT
 from regpt2.model.language_model import GPTConfig, LanguageModel
@@ -44,7 +46,8 @@ class ConvertOptions:
     """Write a model in another format; it is read back and compared before it appears."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
+    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2. `:gelu` or `:gelu_tanh` behind it says
+    which GELU these weights are for, where the file does not, or to write them as if."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write, or the file, for a format of one file."""
     to: str
@@ -53,6 +56,8 @@ class ConvertOptions:
     """The type of the weights: fp32, or where the format has it bf16, fp16, q8_0. By default fp32."""
     force: bool = False
     """Replace an earlier export at DST."""
+    tokenizer: Path | None = None
+    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
 
 
 def main(argv: list[str]) -> int:
@@ -76,6 +81,8 @@ def convert(options: ConvertOptions) -> float:
     _check_destination(options, entry)
     loaded = load_model(options.src)
     _check_expressible(options, entry, loaded)
+    _check_activation(options, entry, loaded)
+    vocabulary = _vocabulary(loaded, options.tokenizer)
     n_params = loaded.model.n_params()
     require_free_space(dst, int(1.01 * 4 * n_params) + (4 << 20), f"a model as {options.to}")
     part = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
@@ -83,12 +90,18 @@ def convert(options: ConvertOptions) -> float:
         part.parent.mkdir(parents=True, exist_ok=True)
         if entry.FILES:
             part.mkdir()
-        entry.write(loaded.model, part, _vocabulary(loaded), dtype)
+        entry.write(loaded.model, part, vocabulary, dtype)
         difference, proof = _prove(entry, part, loaded, options, dtype)
         _put_in_place(part, dst)
     finally:
         _remove(part)
     say(f"{dst}: {n_params:,} parameters from {loaded.source} as {options.to}, {dtype}. {proof}")
+    trained, block_size = loaded.model.context_size, loaded.model.config.block_size
+    if trained < block_size:
+        say(f"Its positions {trained:,} to {block_size - 1:,} were never trained: give it at most {trained:,} tokens.")
+    if vocabulary is not None and vocabulary.characters is not None:
+        note = getattr(entry, "CHARACTERS_NOTE", f"{options.to} does not hold them: keep the meta.pkl of its data.")
+        say(f"Its {loaded.model.config.vocab_size:,} tokens are characters. {note}".rstrip())
     return difference
 
 
@@ -108,12 +121,30 @@ def _check_expressible(options: ConvertOptions, entry: Any, loaded: LoadedModel)
         return
     switches = [name for name in switches_on(config) if name != "zero_init"]  # how weights began, no format tells
     has = ", ".join(["no biases", *switches])
-    shelf = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+    shelf = {name: plugins.load(SHELF, name) for name in _writers()}
     able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "ANY_ARCHITECTURE", False))
     raise UsageError(
         f"--to {options.to} holds GPT-2 alone, {loaded.source} is a {config.architecture} model with {has}; "
         f"formats that hold it: {able}."
     )
+
+
+def _check_activation(options: ConvertOptions, entry: Any, loaded: LoadedModel) -> None:
+    """Some formats have no words for which GELU a model has: all that read them compute the same one."""
+    theirs, ours = getattr(entry, "ACTIVATION", None), loaded.model.config.activation
+    if theirs is None or theirs == ours:
+        return
+    says = ", ".join(name for name in _writers() if not hasattr(plugins.load(SHELF, name), "ACTIVATION"))
+    raise UsageError(
+        f"--to {options.to}: what reads this format computes GELU as {theirs!r}, and {loaded.source} has {ours!r}, so "
+        f"it would give other logits. Formats that say which: {says}. To write the weights all the same, give "
+        f"{split_activation(options.src)[0]}:{theirs} as SRC."
+    )
+
+
+def _writers() -> list[str]:
+    """The formats that can be written."""
+    return [name for name in plugins.entries(SHELF) if hasattr(plugins.load(SHELF, name), "write")]
 
 
 def _prove(entry: Any, part: Path, source: LoadedModel, options: ConvertOptions, dtype: str) -> tuple[float, str]:
@@ -140,6 +171,8 @@ def _prove(entry: Any, part: Path, source: LoadedModel, options: ConvertOptions,
 
 def _same_weights(source: LanguageModel, copy: LanguageModel, dtype: str) -> float:
     """The largest difference of logits, or an error if a weight is not the source's own, rounded as `dtype` is."""
+    if (rows := copy.config.vocab_size) != source.config.vocab_size:
+        raise CheckpointError(f"it is read back with {rows:,} tokens, expected {source.config.vocab_size:,}")
     difference, most = largest_difference(source, copy), TOLERANCE if dtype == "fp32" else 1.0
     if not difference <= most:  # also true for NaN, as of weights that fp16 cannot hold
         raise CheckpointError(f"its logits differ by {difference:.1e} of the largest, expected at most {most:.0e}")
@@ -217,16 +250,21 @@ def _check_ids(config: GPTConfig) -> Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def _vocabulary(loaded: LoadedModel) -> Vocabulary | None:
+def _vocabulary(loaded: LoadedModel, meta: Path | None) -> Vocabulary | None:
     """What can be said of the model's tokenizer. A model whose tokenizer we have not is converted all the same."""
+    ref = loaded.tokenizer
     try:
-        tokenizer = tokenizer_of(loaded)
+        tokenizer = tokenizer_of(loaded, meta)
     except Problem as problem:
-        warn(f"{problem} The tokenizer's own files are left out.")
-        ref = loaded.tokenizer
-        return None if ref is None else Vocabulary(ref.name, ref.fingerprint)
-    merges = find_vocab().read_bytes() if tokenizer.name == "gpt2" else None
-    return Vocabulary(tokenizer.name, tokenizer.fingerprint, tokenizer.eot, merges)
+        if meta is not None:
+            raise
+        why = str(problem) if ref is None or ref.objection is None else f"{loaded.source}: {ref.objection}"
+        warn(f"{why} The weights are converted. The tokenizer's own files are left out.")
+        return None if ref is None else Vocabulary(ref.name, ref.fingerprint, added=ref.added)
+    base, added = (tokenizer.base, tokenizer.added) if isinstance(tokenizer, AddedTokens) else (tokenizer, ())
+    merges = base.vocab if isinstance(base, Gpt2Tokenizer) else None
+    name, fingerprint, characters = tokenizer.name, tokenizer.fingerprint, tokenizer.characters
+    return Vocabulary(name, fingerprint, tokenizer.eot, merges, added=added, characters=characters)
 
 
 def _check_destination(options: ConvertOptions, entry: Any) -> None:
@@ -236,7 +274,8 @@ def _check_destination(options: ConvertOptions, entry: Any) -> None:
     if dst.is_dir() != bool(entry.FILES):
         is_a, name_a = ("folder", "file") if dst.is_dir() else ("file", "folder")
         raise UsageError(f"DST = {dst} is a {is_a}; name a {name_a}.")
-    if Path(options.src).exists() and Path(options.src).samefile(dst):
+    src = Path(split_activation(options.src)[0])
+    if src.exists() and src.samefile(dst):
         raise UsageError(f"DST = {dst} is the source itself; name another place.")
     there = sorted(path.name for path in dst.iterdir()) if dst.is_dir() else [dst.name]
     if there and not options.force:

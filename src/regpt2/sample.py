@@ -4,22 +4,44 @@ regpt2 sample hf:gpt2 "Hello, I'm a language model,"
 regpt2 sample runs/gpt2_124m "" --n 3 --max-new-tokens 50
 """
 
+import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 from torch import Tensor
 
-from regpt2.base.console import say, show, warn
+from regpt2.base.console import safe_text, say, show, warn
 from regpt2.base.device import be_deterministic, choose_compute, pick_device
 from regpt2.base.errors import CheckpointError, UsageError
-from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from regpt2.base.files import sha256_bytes
+from regpt2.data.added_tokens import AddedTokens
+from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
+from regpt2.data.tokenizer import (
+    TOKENIZERS,
+    VOCAB_SHA256,
+    Gpt2Tokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+)
+from regpt2.model.activation import split_activation
 from regpt2.model.generate import generate
-from regpt2.model.load import LoadedModel, load_model
+from regpt2.model.load import GPT2_ROWS, GPT2_TOKENS, LoadedModel, TokenizerRef, Vocabulary, load_model
 from regpt2.model.packed import in_int8
+
+_WAYS_OUT = (
+    "So it can neither generate nor score text. `regpt2 convert` converts the weights, without the vocabulary, and "
+    "`regpt2 evaluate MODEL --evals val_loss --data DIR` measures the model on ids of its own tokenizer."
+)
+_META_MEND = (
+    f"For nanoGPT's character-level data give the {META_NAME} of its folder, as in --tokenizer "
+    f"nanoGPT/data/shakespeare_char/{META_NAME}, or copy that file beside the model."
+)
 
 
 @dataclass(frozen=True)
@@ -29,9 +51,12 @@ class SampleOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = ""
-    """The text to continue; empty begins a new document."""
+    """The text to continue; empty begins a new document, or for a model of characters a line. One that begins with a
+    dash, as an option does, goes after --, at the end."""
     max_new_tokens: int | None = None
     """At most so many tokens; fewer if the model ends the document. By default 100, or as many as fit."""
+    context: int | None = None
+    """The most tokens, prompt included. By default as many as the model was trained on, at most its block_size."""
     n: int = 1
     """Continuations of the same prompt."""
     temperature: float = 1.0
@@ -48,14 +73,32 @@ class SampleOptions:
     """The type of weights and activations; int8, on CPUs: of the weights, and of what they are multiplied with."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits each time."""
+    tokenizer: Path | None = None
+    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
     stream: bool = True
     """Show the text of a single continuation as it is written."""
 
 
 def main(argv: list[str]) -> int:
     """The verb `regpt2 sample`."""
-    sample(tyro.cli(SampleOptions, args=argv, prog="regpt2 sample"))
+    sample(_parsed(argv))
     return 0
+
+
+def _parsed(argv: list[str]) -> SampleOptions:
+    """The options. An argument whose name would have a space in it is no option: it is a prompt like "-x or -y"."""
+    dashed = [one for one in argv if one.startswith("-")] if "--" not in argv else []
+    texts = [one for one in dashed if re.search(r"\s", one.partition("=")[0])]
+    rest = [one for one in argv if one not in texts]
+    try:
+        return tyro.cli(SampleOptions, args=[*rest, "--", *texts] if texts else argv, prog="regpt2 sample")
+    except SystemExit as end:
+        known = {"help", "h", *(field.name for field in fields(SampleOptions))}
+        named = [(one, re.match(r"-+(?:no-)?([a-z][\w-]*)", one, re.IGNORECASE)) for one in dashed]
+        unknown = next((one for one, name in named if name and name[1].replace("-", "_") not in known), None)
+        if end.code == 2 and unknown is not None:
+            sys.stderr.write(safe_text(f"If {unknown!r} is the prompt, put it last, after --: MODEL -- {unknown!r}\n"))
+        raise
 
 
 def sample(options: SampleOptions) -> list[str]:
@@ -73,9 +116,9 @@ def sample(options: SampleOptions) -> list[str]:
     if options.deterministic:
         be_deterministic(device)
     loaded = _load(options, device)
-    tokenizer = tokenizer_of(loaded)
-    prompt_ids = tokenizer.encode(options.prompt) or [tokenizer.eot]
-    room = max(1, loaded.model.config.block_size - len(prompt_ids))
+    tokenizer = tokenizer_of(loaded, options.tokenizer)
+    prompt_ids = tokenizer.encode(options.prompt) or _beginning(tokenizer)
+    room = _room(options, loaded, len(prompt_ids))
     screen = _Screen(options.prompt, tokenizer) if options.stream and options.n == 1 else None
     started_at = time.perf_counter()
     rows = generate(
@@ -87,6 +130,7 @@ def sample(options: SampleOptions) -> list[str]:
         top_p=options.top_p,
         generator=torch.Generator(device).manual_seed(options.seed),
         stop_id=tokenizer.eot,
+        never=tokenizer.textless,
         on_token=screen,
     ).tolist()
     elapsed_s = time.perf_counter() - started_at
@@ -109,31 +153,120 @@ def _load(options: SampleOptions, device: torch.device) -> LoadedModel:
     return replace(loaded, model=in_int8(loaded.model)) if options.dtype == "int8" else loaded
 
 
-def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
-    """The tokenizer that the model was trained with.
+def _room(options: SampleOptions, loaded: LoadedModel, n_prompt: int) -> int:
+    """How many tokens may follow the prompt.
 
     Raises:
-        CheckpointError: it is not known, or its vocabulary is another than ours of the same name.
+        UsageError: `context` is out of its range, or prompt and new tokens are more than training has seen.
     """
-    vocab_size, ref = loaded.model.config.vocab_size, loaded.tokenizer
-    if ref is None and vocab_size != 50257:
-        raise CheckpointError(
-            f"{loaded.source} does not say which tokenizer it was trained with, and its {vocab_size:,} tokens are "
-            "not GPT-2's 50,257."
+    trained, block_size = loaded.model.context_size, loaded.model.config.block_size
+    if options.context is not None and not 1 < options.context <= block_size:
+        raise UsageError(f"context = {options.context} must be from 2 to the model's block_size, {block_size:,}.")
+    most = trained if options.context is None else options.context
+    if most > trained:
+        warn(f"{loaded.source} was trained on sequences of {trained:,} tokens: positions from there on are untrained.")
+    n_new = 1 if options.max_new_tokens is None else options.max_new_tokens
+    if most < block_size and n_prompt + n_new > most:
+        why = "--context says" if options.context else "the model was trained on"
+        raise UsageError(
+            f"{n_prompt:,} prompt tokens + {n_new:,} new ones = {n_prompt + n_new:,}, {why} {most:,}; shorten the "
+            f"prompt, ask for fewer, or give a larger --context, up to the model's block_size, {block_size:,}."
         )
-    if ref is None:
-        warn(f"{loaded.source} does not say which tokenizer it was trained with; taking GPT-2's, of the same size.")
-    tokenizer = load_tokenizer("gpt2" if ref is None else ref.name)
-    if ref is not None and ref.fingerprint != tokenizer.fingerprint:
+    return max(1, most - n_prompt)
+
+
+def _beginning(tokenizer: Tokenizer) -> list[int]:
+    """What an empty prompt is for the model."""
+    if tokenizer.eot is None:
+        begins_with = tokenizer.decode([tokenizer.start_id])
+        warn(f"this model has no end of text; the empty prompt is continued after {begins_with!r}.")
+    return [tokenizer.start_id]
+
+
+def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
+    """The tokenizer that the model was trained with, and the texts of rows that were added to it.
+
+    `meta` is nanoGPT's `meta.pkl`, or its folder, with the characters that the model's ids are; by default it is looked
+    for beside the model.
+
+    Raises:
+        CheckpointError: it is not known, is none of ours, or its vocabulary is another than ours of the same name.
+        DataError: `meta.pkl` is not there, or is not what nanoGPT writes.
+    """
+    ref = _characters(loaded, meta) or loaded.tokenizer or _by_size(loaded)
+    rows = loaded.model.config.vocab_size
+    if ref.objection is not None:
+        insist = "If the weights were trained with GPT-2's all the same, take that file away."
+        raise CheckpointError(f"{loaded.source}: {ref.objection} {_WAYS_OUT} {insist}")
+    if ref.name not in TOKENIZERS and ref.characters is None:
+        known = " and ".join(TOKENIZERS)
+        raise CheckpointError(
+            f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}, and only {known} are known. {_WAYS_OUT}"
+        )
+    tokenizer = _with_vocabulary(ref)
+    if ref.fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"{loaded.source} was trained with a {ref.name!r} vocabulary of fingerprint {ref.fingerprint}, expected "
-            f"{tokenizer.fingerprint}; its ids mean other text here."
+            f"{tokenizer.fingerprint}; its ids mean other text here. {_WAYS_OUT}"
         )
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size + len(ref.added) != rows:
         raise CheckpointError(
-            f"{loaded.source} has {vocab_size:,} tokens, its tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,}."
+            f"{loaded.source} has {rows:,} tokens, its tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,}. "
+            f"{_WAYS_OUT}"
+        )
+    if not ref.added:
+        return tokenizer
+    tokenizer = AddedTokens(tokenizer, ref.added)
+    if n := len(tokenizer.textless):
+        warn(
+            f"{loaded.source}: {n:,} rows beyond GPT-2's {loaded.n_text_tokens:,} tokens have no text; "
+            "they are never sampled."
         )
     return tokenizer
+
+
+def _by_size(loaded: LoadedModel) -> TokenizerRef:
+    """GPT-2's, for a model of its size that names none."""
+    rows = loaded.model.config.vocab_size
+    if rows not in (GPT2_TOKENS, GPT2_ROWS):
+        raise CheckpointError(
+            f"{loaded.source} does not say which tokenizer it was trained with, and its {rows:,} tokens are "
+            f"not GPT-2's {GPT2_TOKENS:,}. {_META_MEND} {_WAYS_OUT}"
+        )
+    warn(f"{loaded.source} does not say which tokenizer it was trained with; taking GPT-2's, of the same size.")
+    return TokenizerRef("gpt2", VOCAB_SHA256, added=(None,) * (rows - GPT2_TOKENS))
+
+
+def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
+    """The characters of a model that does not hold them, by nanoGPT's `meta.pkl`."""
+    ref, rows = loaded.tokenizer, loaded.model.config.vocab_size
+    place = Path(split_activation(loaded.source)[0])
+    if meta is None:
+        unknown = rows not in (GPT2_TOKENS, GPT2_ROWS) if ref is None else ref.name == CharacterTokenizer.name
+        meta = (place if place.is_dir() else place.parent) / META_NAME
+        if not unknown or (ref is not None and ref.characters is not None):
+            return None
+        if not (place.exists() and meta.is_file()):
+            if ref is None:
+                return None
+            raise CheckpointError(f"{loaded.source} does not hold the characters that its ids are. {_META_MEND}")
+    tokenizer = read_meta(meta / META_NAME if meta.is_dir() else meta)
+    if ref is not None and ref.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{loaded.source} was trained with a {ref.name!r} vocabulary of fingerprint {ref.fingerprint}, {meta} has "
+            f"characters of fingerprint {tokenizer.fingerprint}; give the {META_NAME} of its own data."
+        )
+    return TokenizerRef(tokenizer.name, tokenizer.fingerprint, characters=tokenizer.characters)
+
+
+def _with_vocabulary(ref: TokenizerRef) -> Tokenizer:
+    """From the characters, or for GPT-2's the merges, that came with the weights: so it needs no network."""
+    if ref.characters is not None:
+        return CharacterTokenizer(ref.characters)
+    merges = ref.merges if isinstance(ref, Vocabulary) else None
+    if ref.name == "gpt2" and merges is not None and sha256_bytes(merges) == VOCAB_SHA256:
+        return Gpt2Tokenizer(merges)
+    return load_tokenizer(ref.name)
 
 
 class _Screen:
@@ -163,5 +296,5 @@ def _show(texts: list[str]) -> None:
         say(text)
 
 
-def _up_to(ids: list[int], stop_id: int) -> list[int]:
+def _up_to(ids: list[int], stop_id: int | None) -> list[int]:
     return ids[: ids.index(stop_id)] if stop_id in ids else ids

@@ -250,6 +250,19 @@ def figures_of(name: str, setup: Setup, rows: Sequence[dict[str, Any]], folder: 
     return figures
 
 
+def test_end_of_text_in_a_text_is_one_token_as_for_the_harness_s_own_model(setup: Setup, their_model: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    our_model, end = harness_model(setup.context), "<|endoftext|>"
+    texts = [end, f"One{end}two", f"{end}{end} three\n", f"a {end} b{end}", "<|endof", f"é {end}\n\n日本"]
+    for text in texts:
+        assert our_model.tok_encode(text) == their_model.tok_encode(text)
+        assert our_model.tok_encode(text).count(TOKENIZER.eot) == text.count(end)
+    pairs = [Instance("loglikelihood", {}, (text, f" and{end} more"), 0) for text in texts]
+    ours, theirs = our_model.loglikelihood(pairs), their_model.loglikelihood(pairs)
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-3)
+
+
 TEXTS = ["a", "One two three.", " ".join(made_up_words(random.Random(5), 100)), "", "日本 🙂\n\n" * 16]
 
 

@@ -1,5 +1,6 @@
 """What we write as GGUF, in the hands of llama.cpp and of its own Python reader."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_convert_asks_llamacpp(tmp_path: Path, name: str, dtype: str, capsys: py
     (tmp_path / "a").mkdir()
     native.write(random_model(load_tokenizer(name).vocab_size), tmp_path / "a", vocabulary(name))
     convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "a.gguf", to="gguf", dtype=dtype))
+    assert "llama.cpp computes the same log probabilities within" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("added", [("[PAD]", "<|user|>"), (None,) * 47], ids=["named", "padded"])
+def test_convert_asks_llamacpp_of_rows_beyond_gpt2s(
+    tmp_path: Path, added: tuple[str | None, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "a").mkdir()
+    native.write(random_model(50257 + len(added)), tmp_path / "a", replace(vocabulary("gpt2"), added=added))
+    convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "a.gguf", to="gguf"))
     assert "llama.cpp computes the same log probabilities within" in capsys.readouterr().out
 
 

@@ -18,8 +18,12 @@ SHAPE: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=16, block_size=300, voc
 
 @pytest.mark.parametrize(
     ("config", "beside"),
-    [(GPTConfig(**SHAPE), False), (GPTConfig(**SHAPE), True), (ModernConfig(**SHAPE, zero_init=False), False)],
-    ids=["gpt2", "weights beside", "modern"],
+    [
+        (GPTConfig(**SHAPE), False),
+        (GPTConfig(**SHAPE, activation="gelu"), True),
+        (ModernConfig(**SHAPE, zero_init=False), False),
+    ],
+    ids=["gpt2", "exact GELU, weights beside", "modern"],
 )
 def test_onnxruntime_computes_our_logits_for_every_batch_and_length(
     tmp_path: Path, config: GPTConfig, beside: bool, monkeypatch: pytest.MonkeyPatch

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import tyro
 from torch import Tensor
 
+from ranks import spawn
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.world import World
 from regpt2.config import RunConfig, defaults_for, differences, read_toml, to_toml
@@ -263,7 +263,7 @@ def rank_main(rank: int, port: int, out: str) -> None:
 
 
 def test_two_ranks_are_one(tmp_path: Path, unused_port: int) -> None:
-    mp.spawn(rank_main, args=(unused_port, str(tmp_path)), nprocs=2)
+    spawn(rank_main, args=(unused_port, str(tmp_path)), nprocs=2)
     model, x = random_model(), ids(4, 32)
     model(x, x.roll(-1, 1)).backward()
     for file in [tmp_path / f"{strategy}_{rank}.pt" for strategy in STRATEGIES for rank in range(2)]:

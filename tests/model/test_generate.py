@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, no id is outside the vocabulary, draws follow a NumPy reference."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.generate import KVCache, generate, next_token
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.packed import in_int8
+from regpt2.model.replay import StaticStep
 
 numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reference" / "numpy_gpt2.py")))
 
@@ -79,6 +82,32 @@ def test_padding_ids_are_never_drawn() -> None:
     assert len(drawn.unique()) == CONFIG.vocab_size
 
 
+@pytest.mark.parametrize("path", ["uncached", "cached", "transposed", "bf16", "int8", "static"])
+def test_ids_that_are_never_to_be_drawn_are_not_on_any_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that this model would draw most, greedily and at random; in fp32 the rest is what a plain loop draws."""
+    model, ids = random_gpt(replace(CONFIG, block_size=64)), prompt(2, 4)
+    never = generate(model, ids, 50, generator=seeded(), top_k=8)[:, 4:].flatten().bincount().topk(9).indices.tolist()
+    if path == "int8" and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no int8 instructions")
+    if path == "static":
+        static = lambda model, k, v, *_: StaticStep(model, k, v)  # noqa: E731
+        monkeypatch.setattr("regpt2.model.generate.recorded_if_faster", static)
+    twin = {"int8": in_int8, "bf16": lambda model: model.bfloat16()}.get(path, lambda model: model)(
+        random_gpt(model.config)
+    )
+    n = 60 if path == "transposed" else 40  # from 50 on the matrices are transposed
+    for options in ({"temperature": 0.0}, {"temperature": 3.0, "top_k": 5}, {"top_k": 0}, {"top_k": 0, "top_p": 0.9}):
+        new = generate(twin, ids, n, never=never, generator=seeded(), use_cache=path != "uncached", **options)[:, 4:]
+        assert new.shape == (2, n) and not torch.isin(new, torch.tensor(never)).any()
+        if "temperature" in options and options["temperature"] == 0 and path not in ("bf16", "int8"):
+            expected = ids
+            for _ in range(n):
+                logits = model(expected)[:, -1].detach()
+                logits[:, never] = -torch.inf
+                expected = torch.cat([expected, logits.argmax(1, keepdim=True)], dim=1)
+            assert torch.equal(new, expected[:, 4:])
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (2.0, 8, 0.7), (1.0, 99, 0.9), (1.0, 4, 0.01)],
@@ -99,6 +128,23 @@ def test_zero_temperature_takes_the_likeliest() -> None:
     assert torch.equal(next_token(logits, 0.0, 50, 1.0), logits.argmax(dim=1))
     assert torch.equal(next_token(logits, 1.0, 1, 1.0), logits.argmax(dim=1))
     assert torch.equal(next_token(logits, 1.0, 0, 1e-9), logits.argmax(dim=1))  # top_p keeps one
+
+
+@pytest.mark.parametrize("options", [(0, 1.0), (50, 1.0), (0, 0.9), (5, 0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-40, 1e-300, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest(
+    temperature: float, dtype: torch.dtype, options: tuple[int, float]
+) -> None:
+    logits = (torch.randn(8, 60, generator=seeded()) * 40).to(dtype)
+    logits[:, 7] = -torch.inf  # as one that is never to be drawn
+    assert torch.equal(next_token(logits, temperature, *options, seeded()), logits.argmax(dim=1))
+
+
+def test_of_equal_logits_a_small_temperature_draws_any() -> None:
+    logits = torch.tensor([3.0, 5.0, 5.0, -torch.inf]).repeat(400, 1)
+    drawn = next_token(logits, 1e-40, 0, 1.0, seeded()).bincount(minlength=4)
+    assert drawn[0] == drawn[3] == 0 and 140 < drawn[1] < 260  # 200 of 400; 6 deviations are 60
 
 
 def test_a_stopped_row_is_filled_and_the_end_of_all_ends_generation() -> None:

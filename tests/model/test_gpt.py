@@ -2,6 +2,7 @@
 
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,12 @@ SHAPES = [
     GPTConfig(n_layer=4, n_head=2, n_embd=64, block_size=24, vocab_size=1000, vocab_multiple=1),
     GPTConfig(n_layer=2, n_head=12, n_embd=96, block_size=64, vocab_size=50257),
 ]
+EXACT = replace(SHAPES[2], activation="gelu")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def shape_name(config: GPTConfig) -> str:
-    return f"L{config.n_layer}-H{config.n_head}-C{config.n_embd}-V{config.vocab_size}"
+    return f"L{config.n_layer}-H{config.n_head}-C{config.n_embd}-V{config.vocab_size}-{config.activation}"
 
 
 @torch.no_grad()
@@ -58,6 +60,7 @@ def transformers_twin(model: GPT) -> Any:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
         )
     ).eval()
     theirs = dict(twin.transformer.named_parameters())
@@ -94,7 +97,7 @@ def gradient_differences(model: GPT, twin: Any, targets: Tensor | None = None) -
     return result
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=shape_name)
+@pytest.mark.parametrize("config", [*SHAPES, EXACT], ids=shape_name)
 def test_logits_and_loss_match_transformers(config: GPTConfig) -> None:
     model = random_gpt(config)
     twin = transformers_twin(model)
@@ -111,7 +114,7 @@ def test_logits_and_loss_match_transformers(config: GPTConfig) -> None:
 
 
 # 1e-4 of the largest gradient in a tensor: fp32 sums of a few thousand terms in another order differ by about 1e-6.
-@pytest.mark.parametrize("config", SHAPES, ids=shape_name)
+@pytest.mark.parametrize("config", [*SHAPES, EXACT], ids=shape_name)
 def test_all_gradients_match_transformers(config: GPTConfig) -> None:
     model = random_gpt(config)
     differences = gradient_differences(model, transformers_twin(model))
@@ -119,8 +122,8 @@ def test_all_gradients_match_transformers(config: GPTConfig) -> None:
     assert max(differences.values()) < 1e-4, differences
 
 
-def test_logits_match_numpy_from_the_paper() -> None:
-    config = SHAPES[2]
+@pytest.mark.parametrize("config", [SHAPES[2], EXACT], ids=shape_name)
+def test_logits_match_numpy_from_the_papers(config: GPTConfig) -> None:
     model = random_gpt(config).double()
     weights = {
         name: (p[: config.vocab_size] if name == "wte.weight" else p).detach().numpy()
@@ -130,7 +133,7 @@ def test_logits_match_numpy_from_the_paper() -> None:
     with torch.no_grad():
         got = model(ids).numpy()
     for row, logits in zip(ids.tolist(), got, strict=True):
-        expected = numpy_gpt2.logits(weights, config.n_layer, config.n_head, row)
+        expected = numpy_gpt2.logits(weights, config.n_layer, config.n_head, row, config.activation)
         assert np.abs(logits - expected).max() < 1e-9
 
 

@@ -1,17 +1,22 @@
 """Models by name: run folders, checkpoints, folders, the hub; a bad checkpoint is passed over aloud."""
 
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_weights_shelf import unpickle_here
 
+from hub_server import FakeHub
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
 from regpt2.base.files import sha256_file
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.load import TokenizerRef, Vocabulary, load_model
-from regpt2.model.weights import huggingface, native
+from regpt2.model.weights import huggingface, nanogpt, native
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=50)
 BYTES = Vocabulary("bytes", "f" * 64, eot=49)
@@ -182,6 +187,107 @@ def test_hub_names_are_found_in_the_hub_cache(offline_cache: Path, spec: str, re
     loaded = load_model(spec)
     assert has_seed(loaded.model, 8)
     assert loaded.source == f"hf:{repo}"
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub without models, and an empty cache."""
+    from huggingface_hub import constants
+
+    with FakeHub({}) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield hub
+
+
+def repository(folder: Path, weights: list[str]) -> dict[str, bytes]:
+    """The files of a model's repository with these kinds of weights, each in two shards if it is so called."""
+    folder.mkdir()
+    huggingface.write(GPT(CONFIG, seed=8), folder, BYTES)
+    raw = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for kind in weights:
+        stem, end, save = (
+            ("model", "safetensors", save_file) if "safetensors" in kind else ("pytorch_model", "bin", torch.save)
+        )
+        if "shards" not in kind:
+            save(raw, folder / f"{stem}.{end}")
+            continue
+        names = {name: f"{stem}-0000{1 + n % 2}-of-00002.{end}" for n, name in enumerate(raw)}
+        for shard in set(names.values()):
+            save({name: tensor for name, tensor in raw.items() if names[name] == shard}, folder / shard)
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "tf_model.h5").write_bytes(b"x" * 999)  # what nobody asked for
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "safetensors in shards", "bin", "bin in shards"])
+def test_a_model_is_fetched_whatever_kind_of_weights_it_has(
+    tmp_path: Path, online: FakeHub, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once: the second time nothing is sent but the listing."""
+    unpickle_here(monkeypatch)
+    online.put("someone/else", repository(tmp_path / "repository", [kind]))
+    assert has_seed(load_model("hf:someone/else").model, 8)
+    fetched = {request.path for request in online.requests if request.n_sent}
+    assert fetched & {"tf_model.h5"} == set() and any(kind.split()[0] in path for path in fetched)
+    online.requests.clear()
+    assert has_seed(load_model("hf:someone/else").model, 8)
+    assert not any(request.n_sent for request in online.requests)
+
+
+def test_pickled_weights_are_not_fetched_beside_safetensors(tmp_path: Path, online: FakeHub) -> None:
+    online.put("someone/else", repository(tmp_path / "repository", ["safetensors", "bin", "bin in shards"]))
+    assert has_seed(load_model("hf:someone/else").model, 8)
+    assert not [request.path for request in online.requests if request.path.endswith(".bin")]
+
+
+@pytest.mark.parametrize("spec", ["hf:a/b/c", "hf:../x", "hf:", "hf:a b"])
+def test_what_can_be_no_name_on_the_hub_is_refused_before_asking_it(spec: str) -> None:
+    with pytest.raises(UsageError, match="names no model of the hub; give hf:gpt2, or hf:owner/name"):
+        load_model(spec)
+
+
+def nanogpt_checkpoint(path: Path, seed: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    nanogpt.write(GPT(CONFIG, seed=seed), path, BYTES)
+
+
+def test_a_folder_of_nanogpt_is_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpickle_here(monkeypatch)
+    nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", 3)
+    (tmp_path / "out" / "notes.pt").write_text("no checkpoint")
+    assert has_seed(load_model(tmp_path / "out").model, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_folder_of_build_nanogpt_is_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpickle_here(monkeypatch)
+    for step in (5000, 19072, 10000):
+        nanogpt_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt", step)
+    (tmp_path / "log" / "log.txt").write_text("0 train 10.9")
+    assert has_seed(load_model(tmp_path / "log").model, 19072)
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'log'} holds 3 checkpoints. model_19072.pt is taken, of the last step" in said
+
+
+def test_checkpoints_without_numbers_are_named_and_not_guessed(tmp_path: Path) -> None:
+    for age, name in enumerate(("best.pt", "ckpt.pt", "a.pt")):
+        nanogpt_checkpoint(tmp_path / "out" / name, 1)
+        os.utime(tmp_path / "out" / name, (1e9 - age, 1e9 - age))
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path / "out")
+    said = str(caught.value)
+    assert "holds 3 checkpoints: a.pt, best.pt, ckpt.pt. Name one of them as MODEL; the newest is" in said
+    assert said.endswith(f"{tmp_path / 'out' / 'best.pt'}.")
 
 
 @pytest.mark.parametrize("spec", ["hf:gpt2", "hf:no/such-name"])

@@ -26,6 +26,7 @@ OFF_SWITCHES |= {"softcap": 0.0}  # zero_init is not here: it changes no formula
 OFF = dataclasses.replace(ON, **OFF_SWITCHES)
 CONFIGS = {"all": ON, "none": OFF}
 CONFIGS |= {f"all but {name}": dataclasses.replace(ON, **{name: off}) for name, off in OFF_SWITCHES.items()}
+CONFIGS["none, exact GELU"] = dataclasses.replace(OFF, activation="gelu")
 CONFIGS |= {f"only {name}": dataclasses.replace(OFF, **{name: getattr(ON, name)}) for name in OFF_SWITCHES}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

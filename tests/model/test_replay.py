@@ -1,5 +1,6 @@
 """The step of fixed shapes: GPT's logits, whatever lies in the places to come. Its recording needs a GPU."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from test_gpt import random_gpt
 from torch import Tensor
 
 from regpt2.model import replay
+from regpt2.model.activation import Activation
 from regpt2.model.generate import KVCache, generate
 from regpt2.model.gpt import GPT, GPTConfig
 
@@ -19,10 +21,11 @@ def some_ids(batch: int, length: int) -> Tensor:
     return torch.randint(CONFIG.vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
 @pytest.mark.parametrize(("batch", "n_prompt"), [(1, 1), (3, 7), (2, 23)])
 @torch.no_grad()
-def test_every_step_is_that_of_gpt_without_a_cache(batch: int, n_prompt: int) -> None:
-    model, ids = random_gpt(CONFIG).eval(), some_ids(batch, 24)
+def test_every_step_is_that_of_gpt_without_a_cache(activation: Activation, batch: int, n_prompt: int) -> None:
+    model, ids = random_gpt(replace(CONFIG, activation=activation)).eval(), some_ids(batch, 24)
     cache = KVCache(CONFIG, batch, 31, device=torch.device("cpu"), dtype=torch.float32)
     model.hidden(ids[:, :n_prompt], cache.layers)
     cache.k[:, :, :, n_prompt:], cache.v[:, :, :, n_prompt:] = 100.0, -100.0

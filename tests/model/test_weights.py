@@ -1,6 +1,7 @@
 """Weight formats: what we write, transformers reads, and the reverse; what is damaged or no GPT-2 is refused."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_gpt import SHAPES, batch, random_gpt, shape_name, transformers_twin
+from test_weights_shelf import unpickle_here
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from regpt2.base.errors import CheckpointError
@@ -85,7 +87,7 @@ def test_transformers_reads_our_export(tmp_path: Path, config: GPTConfig) -> Non
 def test_we_read_what_transformers_writes(tmp_path: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     model = random_gpt(CONFIG)
     transformers_twin(model).to(dtype).save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert (tmp_path / huggingface.INDEX).exists() == (max_shard_size == "20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "20KB")
     loaded = load_model(tmp_path)
     assert same(loaded.model, model.to(dtype).float())
     assert loaded.tokenizer is None
@@ -108,6 +110,102 @@ def test_a_pickle_is_read_as_tensors_only(tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     assert same(load_model(tmp_path).model, model)
+
+
+def test_pickled_shards_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpickle_here(monkeypatch)
+    model = exported(tmp_path, huggingface)
+    raw = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    shards = {name: f"pytorch_model-0000{1 + n % 2}-of-00002.bin" for n, name in enumerate(raw)}
+    for shard in set(shards.values()):
+        torch.save({name: tensor for name, tensor in raw.items() if shards[name] == shard}, tmp_path / shard)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert same(load_model(tmp_path).model, model)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin is missing"):
+        load_model(tmp_path)
+
+
+WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "_fsdp_wrapped_module."]
+
+
+@pytest.mark.parametrize("before", WRAPPED)
+@pytest.mark.parametrize("within", ["", "_orig_mod.", "_checkpoint_wrapped_module."])
+def test_names_by_ddp_and_compile_in_any_order_are_the_models_own(tmp_path: Path, before: str, within: str) -> None:
+    """Around the whole, and around each block."""
+    model = exported(tmp_path, huggingface)
+    raw = load_file(tmp_path / "model.safetensors")
+    renamed = {before + name.replace(".mlp.", f".{within}mlp."): tensor for name, tensor in raw.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    assert same(load_model(tmp_path).model, model)
+
+
+def test_the_same_tensor_by_two_names_must_be_the_same(tmp_path: Path) -> None:
+    model = exported(tmp_path, huggingface)
+    raw = load_file(tmp_path / "model.safetensors")
+    twice = {f"module.{name}": tensor.clone() for name, tensor in raw.items() if "wpe" in name}
+    save_file(raw | twice, tmp_path / "model.safetensors")
+    assert same(load_model(tmp_path).model, model)
+    save_file(raw | {name: tensor + 1 for name, tensor in twice.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a second wpe\.weight, with other numbers"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("positions", ["max_position_embeddings", "n_ctx", "both"])
+def test_other_names_of_the_sizes_are_read_as_transformers_reads_them(tmp_path: Path, positions: str) -> None:
+    model = exported(tmp_path, huggingface)
+    document = json.loads((tmp_path / "config.json").read_text())
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    for key in ("n_embd", "n_layer", "n_head", "n_positions", "n_ctx"):
+        del document[key]
+    sizes |= {positions: 32} if positions != "both" else {"n_positions": 32, "n_ctx": 1024}  # the first counts
+    (tmp_path / "config.json").write_text(json.dumps(document | sizes))
+    loaded: Any = load_model(tmp_path).model
+    assert same(loaded, model) and loaded.config.n_head == 4
+    if positions == "max_position_embeddings":  # transformers passes over n_ctx
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+        ids, _ = batch(CONFIG)
+        with torch.no_grad():
+            assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_a_folder_without_model_type_is_known_by_its_class(tmp_path: Path) -> None:
+    model = exported(tmp_path, huggingface)
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: document[key] for key in document if key != "model_type"}))
+    assert same(load_model(tmp_path).model, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("file", ["huggingface", "native", "pickle"])
+def test_quantized_weights_are_refused_by_their_type(
+    tmp_path: Path, dtype: torch.dtype, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpickle_here(monkeypatch)
+    exported(tmp_path, native if file == "native" else huggingface)
+    raw = load_file(tmp_path / "model.safetensors")
+    (name,) = (name for name in raw if name.endswith("h.1.mlp.c_fc.weight"))
+    raw[name] = raw[name].to(dtype)
+    if file == "pickle":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(raw, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(raw, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"h\.1\.mlp\.c_fc\.weight.* of type .*: quantized weights, whose"
+    ) as caught:
+        load_model(tmp_path)
+    assert "damaged" not in str(caught.value)
+
+
+def test_another_head_is_named_with_its_class(tmp_path: Path) -> None:
+    exported(tmp_path, huggingface)
+    raw = load_file(tmp_path / "model.safetensors")
+    save_file(raw | {"score.weight": torch.ones(2, 48)}, tmp_path / "model.safetensors")
+    change_json(tmp_path / "config.json", architectures=["GPT2ForSequenceClassification"])
+    with pytest.raises(CheckpointError, match=r"score\.weight is no .* saved as \['GPT2ForSequenceClassification'\]"):
+        load_model(tmp_path)
 
 
 class Evil:
@@ -133,9 +231,30 @@ def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path: Path, 
         path.write_bytes(b"no zip at all")
     else:
         torch.save({"wte.weight": Evil(tmp_path / "touched")} if content == "code" else torch.ones(3), path)
-    with pytest.raises(CheckpointError, match=r"holds more than tensors|is no zip archive"):
+    with pytest.raises(
+        CheckpointError, match=r"holds more than tensors|refers to test_weights\.open_|is no zip archive"
+    ):
         load_model(tmp_path)
     assert not (tmp_path / "touched").exists()
+
+
+class Shell:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("true",)
+
+
+def test_what_a_pickle_would_run_is_named_and_torchs_advice_to_run_it_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpickle_here(monkeypatch)
+    exported(tmp_path, huggingface)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"wte.weight": Shell()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"refers to (posix|nt)\.system, which may run code") as caught:
+        load_model(tmp_path)
+    assert "weights_only" not in str(caught.value)
 
 
 ODD_TEXTS = [
@@ -182,7 +301,7 @@ def test_vocabulary_of_a_foreign_folder_is_told_by_its_merges(
     if beside == "nothing":
         assert ref is None
     else:
-        assert ref is not None and ref.name == "gpt2"
+        assert ref is not None and (ref.name == "gpt2") == (ref.objection is None) == (beside != "other merges")
         assert (ref.fingerprint == gpt2_tokenizer.fingerprint) == (beside != "other merges")
 
 
@@ -190,7 +309,13 @@ def test_vocabulary_of_a_foreign_folder_is_told_by_its_merges(
     ("values", "message"),
     [
         ({"model_type": "llama"}, "model_type = 'llama', expected 'gpt2'"),
-        ({"activation_function": "relu"}, "activation_function = 'relu', expected 'gelu_new' or 'gelu_pytorch_tanh'"),
+        ({"activation_function": "relu"}, "activation_function = 'relu', expected 'gelu_new' or 'gelu'"),
+        ({"activation_function": "gelu_10"}, "activation_function = 'gelu_10', expected 'gelu_new' or 'gelu'"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon = '1e-5' is of type str, expected 1e-05, of type float"),
+        ({"scale_attn_weights": None}, "scale_attn_weights = None is of type NoneType, expected True, of type bool"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config of 'gptq': quantized weights"),
+        ({"hidden_size": 64}, "n_embd = 48 and hidden_size = 64 are two names of the same size"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings = 'many' must be a whole number"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True, expected False"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True, expected False"),
         ({"scale_attn_weights": False}, "scale_attn_weights = False, expected True"),
@@ -236,7 +361,7 @@ def test_an_untied_head_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_index_is_refused(tmp_path: Path, weight_map: Any, message: str) -> None:
     exported(tmp_path, huggingface)
     (tmp_path / "model.safetensors").rename(tmp_path / "shard.safetensors")
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError) as caught:
         load_model(tmp_path)
     assert message in str(caught.value)
@@ -269,7 +394,7 @@ def test_damaged_weights_are_refused(
 def test_a_folder_without_weights_is_refused(tmp_path: Path, entry: Any) -> None:
     exported(tmp_path, entry)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing|holds none of model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing|holds no weights: none of model"):
         load_model(tmp_path)
 
 
@@ -286,7 +411,10 @@ MODEL = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "vocab_size"
         ({"model": MODEL | {"n_layer": True}}, "model.n_layer = True must be of type int."),
         ({"model": {"n_layer": 3}}, "model.n_head is missing."),
         ({"model": MODEL | {"n_head": 5}}, "model.n_embd = 48 must be a multiple of model.n_head = 5"),
-        ({"model": MODEL | {"block_size": 33}}, "tensor wpe.weight has shape [32, 48], expected [33, 48]."),
+        (
+            {"model": MODEL | {"block_size": 33}},
+            "wpe.weight has shape [32, 48], expected [33, 48] by the configuration: ",
+        ),
         ({"tokenizer": {"name": "gpt2"}}, "must have a 'name' and a 'fingerprint', or be null."),
     ],
     ids=str,
@@ -302,7 +430,10 @@ def test_a_wrong_native_configuration_is_refused(tmp_path: Path, values: dict[st
 def test_refused_tensors_change_nothing() -> None:
     model, before = random_gpt(CONFIG), random_gpt(CONFIG)
     tensors = native.tensors(random_gpt(CONFIG, seed=9))
-    with pytest.raises(CheckpointError, match=r"tensor ln_f\.weight has shape \[47\], expected \[48\]\."):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tensor ln_f\.weight has shape \[47\], expected \[48\] by the config",
+    ):
         load_into(model, tensors | {"ln_f.weight": torch.ones(47)})
     assert same(model, before)
 

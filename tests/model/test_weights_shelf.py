@@ -27,7 +27,7 @@ def unpickle_here(monkeypatch: pytest.MonkeyPatch) -> None:
         try:
             pickled.unpickle(path, copy, kind)
         except Exception as error:
-            return str(error)
+            return pickled.refusal(error)
         return ""
 
     monkeypatch.setattr(pickled, "_run_child", unpickle)

@@ -5,6 +5,7 @@ ReLU), Zhang & Sennrich 2019 (RMS norm), Gemma Team 2024 (soft-capped logits), a
 It shares no code with the package, loops where a loop is clearer, and is slow.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,12 @@ def attention(block: dict[str, Array], x: Array, config: Any) -> Array:
 
 
 def feed_forward(block: dict[str, Array], x: Array, config: Any) -> Array:
-    """Four times as wide in the middle, with the square of what is above zero there, or GELU in its tanh form."""
+    """Four times as wide in the middle, with the square of what is above zero there, or either form of GELU."""
     x = x @ block["mlp.c_fc.weight"].T
     if config.relu_squared:
         x = np.maximum(x, 0) ** 2
+    elif config.activation == "gelu":
+        x = x * np.vectorize(lambda a: 0.5 * (1 + math.erf(a / math.sqrt(2))))(x)
     else:
         x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     return x @ block["mlp.c_proj.weight"].T

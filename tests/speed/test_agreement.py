@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from regpt2.base.device import Precision, choose_compute
 from regpt2.model import gpt
+from regpt2.model.activation import Activation
 from regpt2.model.gpt import GPTConfig
 from regpt2.speed import agreement as module
 from regpt2.speed.agreement import Trial, adamw_difference, agreement, head_difference, make_trial, tolerances, trials
@@ -36,8 +37,17 @@ def test_right_kernels_agree_within_rounding(trial: Trial, precision: Precision)
     assert found.gradient > 0  # it is not compared with itself
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_the_formula_has_the_models_gelu(activation: Activation) -> None:
+    """In fp64: the losses of the two forms are 2e-7 apart here, which rounding in fp32 would hide."""
+    trial = make_trial(dataclasses.replace(SMALL, activation=activation), 1, 20)
+    with torch.no_grad():
+        assert abs(trial.model.double()(trial.ids, trial.targets) - trial.loss) < 1e-12
+
+
 def test_a_small_trial_has_the_kernels_of_the_model() -> None:
-    long, wide = trials(GPTConfig(n_head=6, n_embd=768, vocab_size=1000), 40)
+    long, wide = trials(GPTConfig(n_head=6, n_embd=768, vocab_size=1000, activation="gelu"), 40)
+    assert long.model.config.activation == wide.model.config.activation == "gelu"
     assert (long.model.config.n_embd // long.model.config.n_head, long.ids.shape) == (128, (1, 40))
     assert (wide.model.config.padded_vocab_size, wide.ids.shape) == (1024, (12, 16))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regpt2.model.activation import Activation
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.speed.lecture import LecturePart, lecture_model, unfused_adamw
 from regpt2.training.optimizer import OptimConfig, build_optimizer
@@ -37,11 +38,13 @@ def lively(model: GPT) -> GPT:
     return model
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
 @pytest.mark.parametrize("parts", [*((part,) for part in PARTS), ("plain_attention", "kept_gelu", "whole_logits")])
-def test_each_part_gives_our_loss_and_gradients(parts: Collection[LecturePart]) -> None:
+def test_each_part_gives_our_loss_and_gradients(parts: Collection[LecturePart], activation: Activation) -> None:
     """In fp64, where two orders of the same sums differ by 1e-15 or so."""
-    expected, gradients = loss_and_gradients(lively(GPT(TINY, seed=1)).double())
-    model = lively(lecture_model(TINY, parts, torch.bfloat16, 1)).double()
+    config = replace(TINY, activation=activation)
+    expected, gradients = loss_and_gradients(lively(GPT(config, seed=1)).double())
+    model = lively(lecture_model(config, parts, torch.bfloat16, 1)).double()
     loss, found = loss_and_gradients(model)
     assert abs(loss - expected) < 1e-12
     assert found.keys() == gradients.keys()

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.files import sha256_bytes
+from regpt2.model.activation import Activation
 from regpt2.model.gpt import GPTConfig
-from regpt2.model.load import TokenizerRef, Vocabulary
+from regpt2.model.load import GPT2_TOKENS, QUANTIZED, Vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
+GPT2_TEXTS_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"  # of `token_texts`, one a line
 MOST_LAYERS = 1000  # GPT-3 has 96; a header must not make us build millions of empty ones
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
+_MASKS = (".attn.bias", ".attn.masked_bias")  # causal ones, saved as if they were weights
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
@@ -87,7 +92,9 @@ def read_array(file: IO[bytes], path: Path, dtype: str, shape: tuple[int, ...]) 
     return torch.from_numpy(values).view(shape)
 
 
-def config_of(path: Path, sizes: Mapping[str, Any], dropout: float = 0.0) -> GPTConfig:
+def config_of(
+    path: Path, sizes: Mapping[str, Any], dropout: float = 0.0, activation: Activation = "gelu_tanh"
+) -> GPTConfig:
     """The shape of a model by what a file says of it.
 
     Raises:
@@ -99,9 +106,28 @@ def config_of(path: Path, sizes: Mapping[str, Any], dropout: float = 0.0) -> GPT
     if sizes["n_layer"] > MOST_LAYERS:
         raise CheckpointError(f"{path}: n_layer = {sizes['n_layer']:,}, expected at most {MOST_LAYERS:,}.")
     try:
-        return GPTConfig(**{name: sizes[name] for name in SIZES}, dropout=dropout)
+        return GPTConfig(**{name: sizes[name] for name in SIZES}, dropout=dropout, activation=activation)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def own_weights(path: Path, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict by GPT's names, in fp32: without masks, and without what compiled and parallel models add to names.
+
+    Raises:
+        CheckpointError: two tensors have the same name and differ, or one is quantized.
+    """
+    tensors: dict[str, Tensor] = {}
+    for theirs, tensor in raw.items():
+        name = ".".join(part for part in theirs.split(".") if part not in _WRAPPERS).removeprefix("transformer.")
+        if name.endswith(_MASKS):
+            continue
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            raise CheckpointError(f"{path}: tensor {theirs} is of type {str(tensor.dtype)[6:]}: {QUANTIZED}")
+        if name in tensors and not torch.equal(tensors[name], tensor.to(torch.float32)):
+            raise CheckpointError(f"{path}: {theirs} is a second {name}, with other numbers; which one is meant?")
+        tensors[name] = tensor.to(torch.float32)
+    return tensors
 
 
 def drop_equal_head(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -144,6 +170,20 @@ def merges_of(vocabulary: Vocabulary) -> list[str]:
     return (vocabulary.merges or b"").decode().split("\n")[1:-1]
 
 
-def gpt2_tokenizer(merges: list[str]) -> TokenizerRef:
-    """Which tokenizer these merges make: named by the SHA-256 of `vocab.bpe`, which has one line before them."""
-    return TokenizerRef("gpt2", sha256_bytes("\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")))
+def gpt2_tokenizer(merges: list[str]) -> Vocabulary | None:
+    """GPT-2's vocabulary, if these are its merges, in its order: by the SHA-256 of `vocab.bpe`."""
+    vocab = "\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")
+    return Vocabulary("gpt2", GPT2_SHA256, merges=vocab) if sha256_bytes(vocab) == GPT2_SHA256 else None
+
+
+def is_gpt2_order(texts: list[str]) -> bool:
+    """Are these GPT-2's tokens in its order of ids, in printable form?"""
+    return sha256_bytes("\n".join(texts).encode("utf-8", "replace")) == GPT2_TEXTS_SHA256
+
+
+def added_texts(texts: Mapping[int, str], rows: int) -> tuple[str | None, ...]:
+    """The texts of the rows beyond GPT-2's tokens, None for a row without one; of equal texts the first row's."""
+    of_row = {text: row for row, text in sorted(texts.items(), reverse=True)}
+    return tuple(
+        texts[row] if texts.get(row) and of_row[texts[row]] == row else None for row in range(GPT2_TOKENS, rows)
+    )

@@ -1,6 +1,6 @@
 """Ids to more ids. In: a model and a prompt (B, T); out: the prompt and up to n new ids (B, T + n), with a KV cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from regpt2.model.packed import packed_if_faster
 from regpt2.model.replay import StaticStep, recorded_if_faster
 
 # B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size, K candidates
+
+_SMALL = 1e-3  # logits are below 1e35
+_LEAST = torch.finfo(torch.float32).tiny  # a smaller divisor may be zero on the device
 
 
 class KVCache:
@@ -62,7 +65,7 @@ def next_token(
     """Draw one id for each row: logits (B, V) -> ids (B,).
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest id.
+        temperature: divides the logits; 0 takes the likeliest id; one near 0 takes it as well.
         top_k: only the k likeliest ids; 0 = all.
         top_p: of those, the fewest that together have this probability (nucleus), at least one; above 0, 1 = all.
         generator: on the device of the logits; torch's own if None.
@@ -70,6 +73,8 @@ def next_token(
     logits = logits.float()  # in bf16 torch's argmax takes four times as long on a CPU
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=1)
+    if temperature < _SMALL:  # the quotients may be infinite: 0 for the likeliest, and below it -inf, are no NaN
+        logits, temperature = logits - logits.amax(dim=1, keepdim=True), max(temperature, _LEAST)
     logits = logits / temperature
     if top_k == 0 and top_p == 1:
         return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
@@ -94,6 +99,7 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     stop_id: int | None = None,
+    never: Sequence[int] = (),
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens.
@@ -105,6 +111,7 @@ def generate(
         temperature, top_k, top_p, generator: see `next_token`.
         use_cache: False computes every token from the whole sequence: slow, and what the cache is tested against.
         stop_id: a row that has drawn this id is filled up with it; when all have, generation ends.
+        never: ids that are not drawn, as those that stand for no text.
         on_token: is given the new ids (B,) as soon as they are drawn.
 
     Raises:
@@ -115,6 +122,7 @@ def generate(
     _check_prompt(model.config, prompt_ids, max_new_tokens)
     B, T = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
+    banned = _mask(never, model.config.vocab_size, ids.device)
     stopped = torch.zeros(B, dtype=torch.bool, device=ids.device)
     decoder = packed_if_faster(model, max_new_tokens, rows=B) if use_cache else model
     cache = _cache_for(decoder, B, ids.shape[1]) if use_cache else None
@@ -128,7 +136,7 @@ def generate(
             logits = step(ids[:, end - 1], end - 1) if step else _last_logits(decoder, ids[:, :end], cache)  # (B, V)
             if end == T and not logits.isfinite().all():
                 raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
-            new = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            new = next_token(_without(logits, banned), temperature, top_k, top_p, generator)  # (B,)
             if stop_id is not None:
                 new = new.masked_fill(stopped, stop_id)
                 stopped |= new == stop_id
@@ -140,6 +148,19 @@ def generate(
     finally:
         model.train(was_training)
     return ids
+
+
+def _mask(ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
+    """True at these ids: (V,); None if there are none."""
+    if not ids:
+        return None
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[list(ids)] = True
+    return mask.to(device)
+
+
+def _without(logits: Tensor, banned: Tensor | None) -> Tensor:  # (B, V), (V,) -> (B, V)
+    return logits if banned is None else logits.masked_fill(banned, -torch.inf)
 
 
 def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:

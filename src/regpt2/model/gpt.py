@@ -64,11 +64,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = config.dropout
+        self.gelu_form, self.dropout = config.gelu_form, config.dropout
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = self.c_fc(x)  # (B, T, 4C)
-        x = recomputed(lambda x: self.c_proj(F.gelu(x, approximate="tanh")), x)  # (B, T, C); GPT-2 has the tanh form
+        x = recomputed(lambda x: self.c_proj(F.gelu(x, approximate=self.gelu_form)), x)  # (B, T, C)
         return F.dropout(x, self.dropout, self.training)
 
 

@@ -5,12 +5,13 @@ A page of its own each: GPT-2 (gpt.py) and the modern one (modern.py). All else 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from regpt2.base.errors import ConfigError
+from regpt2.model.activation import GELU_FORMS, Activation
 
 # B sequences, T tokens, S = T + tokens in the cache, C = n_embd, H = n_head, D = C / H
 
@@ -33,6 +34,8 @@ class GPTConfig:
     """Real tokens: 50,000 merges + 256 bytes + <|endoftext|>."""
     vocab_multiple: int = 64
     """The embedding matrix has rows up to the next multiple of this, for the matmul's sake: 50257 -> 50304."""
+    activation: Activation = "gelu_tanh"
+    """gelu_tanh, the approximation that GPT-2 has, or gelu, the exact one (erf), as nanoGPT has since May 2023."""
     dropout: float = 0.0
     """Dropout of embeddings, attention and residuals; 0 for pre-training on more data than parameters."""
 
@@ -50,8 +53,15 @@ class GPTConfig:
                 f"model.n_embd = {self.n_embd} must be a multiple of model.n_head = {self.n_head}; "
                 f"the nearest is {nearest}."
             )
+        if self.activation not in GELU_FORMS:
+            raise ConfigError(f"model.activation = {self.activation!r:.80} must be {' or '.join(GELU_FORMS)}.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout = {self.dropout} must be at least 0 and below 1.")
+
+    @property
+    def gelu_form(self) -> Literal["tanh", "none"]:
+        """What F.gelu takes as `approximate`."""
+        return GELU_FORMS[self.activation]
 
     @property
     def padded_vocab_size(self) -> int:
@@ -77,6 +87,13 @@ class LanguageModel(nn.Module, ABC):
     config: GPTConfig
     h: nn.ModuleList
     """The blocks, which their own page alone calls."""
+    trained_seq_len: int | None = None
+    """Tokens of the sequences that its weights were trained on; None: not known, so block_size."""
+
+    @property
+    def context_size(self) -> int:
+        """The longest context that training has seen: evaluation and sampling take no longer one unless told to."""
+        return self.trained_seq_len or self.config.block_size
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:

@@ -12,6 +12,8 @@ and one that writes has
     FILES                      names that `write` can leave in a folder; none: the format is one file
     DTYPES                     types of weights that it can write, the default first
     ANY_ARCHITECTURE           True if it holds every model of ours; left out: GPT-2 alone
+    ACTIVATION                 the only form of GELU that its readers compute; left out: it says which
+    CHARACTERS_NOTE            what to say where the model's ids are characters; left out: it does not hold them
 
 and, where others read the format, may have
 
@@ -23,7 +25,7 @@ and, where others read the format, may have
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,17 @@ from torch import Tensor
 
 from regpt2.base import plugins
 from regpt2.base.console import warn
-from regpt2.base.errors import CheckpointError, DownloadError, UsageError
+from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.base.files import read_small, sha256_file
+from regpt2.model.activation import Activation, choose_activation, split_activation
 from regpt2.model.architecture import build_model
+from regpt2.model.hub import fetch, repo_id
 from regpt2.model.language_model import GPTConfig, LanguageModel
 
 SHELF = "model.weights"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VOCABULARY = {"wte.weight", "lm_head.weight"}  # matrices with a row for each token, and rows of padding
+GPT2_TOKENS, GPT2_ROWS = 50257, 50304  # many pad the matrix to the second, and give it as the vocabulary's size
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_./-]{1,256}")
 MAX_HEADER_BYTES = 1 << 20  # GPT-2 XL's is 54 kB, its optimizer's 176 kB
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,9 +55,11 @@ KINDS = (
     "a run folder (with checkpoints/), a checkpoint, a Hugging Face folder, a file or folder of another known format, "
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
+QUANTIZED = (
+    "quantized weights, whose scales only the program that made them knows; get the model in fp32, fp16 or bf16."
+)
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 _STEP = re.compile(r"step-(\d{8,})")
-_HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
-_HUB_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", "merges.txt", "tokenizer.json"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,17 @@ class TokenizerRef:
 
     name: str
     fingerprint: str
+    added: tuple[str | None, ...] = field(default=(), kw_only=True)
+    """The texts of the rows beyond that vocabulary, as fine-tuned and padded models have them; None: it has no text."""
+    characters: str | None = field(default=None, kw_only=True)
+    """Where each id is a character: all of them, in the order of ids."""
+    objection: str | None = field(default=None, kw_only=True, compare=False)
+    """A sentence: why it is none of ours, where files beside the weights show that."""
 
 
 @dataclass(frozen=True)
 class Vocabulary(TokenizerRef):
-    """What an export can say about the tokenizer beyond its name."""
+    """What is at hand of the tokenizer beyond its name: for an export, or beside the weights that were read."""
 
     eot: int | None = None
     """The id of <|endoftext|>."""
@@ -80,6 +93,19 @@ class ModelFiles:
     config: GPTConfig
     tensors: dict[str, Tensor]
     tokenizer: TokenizerRef | None = None
+    trained_seq_len: int | None = None
+    """As `LanguageModel.trained_seq_len`."""
+    doubt: str | None = None
+    """Where the file does not say which GELU its model has: a sentence behind its name, of what is taken and why."""
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How a model is wanted."""
+
+    device: str | torch.device
+    dtype: torch.dtype
+    activation: Activation | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +120,14 @@ class LoadedModel:
     step: int | None = None
     """Updates made, if it came from a run."""
 
+    @property
+    def n_text_tokens(self) -> int:
+        """Tokens that text encodes to: without the rows that were added beyond the vocabulary, named or padding."""
+        rows = self.model.config.vocab_size
+        if self.tokenizer is None:
+            return GPT2_TOKENS if rows == GPT2_ROWS else rows
+        return rows - len(self.tokenizer.added)
+
 
 def load_model(
     spec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -102,37 +136,38 @@ def load_model(
 
     Args:
         spec: a run folder (its newest whole checkpoint), a checkpoint, a file or folder of any format on the shelf
-            model/weights/, or "hf:gpt2" and the like from the Hugging Face hub.
+            model/weights/, or "hf:gpt2" and the like from the Hugging Face hub; ":gelu" or ":gelu_tanh" behind it is
+            the form of GELU to use it with.
 
     Raises:
         UsageError: `spec` names nothing.
         CheckpointError: what it names is missing, damaged, or no GPT-2.
         DownloadError: the hub could not be reached, or has no such model.
     """
-    if str(spec).startswith("hf:"):
-        name = str(spec).removeprefix("hf:")
-        if not _HUB_NAME.fullmatch(name) or ".." in name:
-            raise UsageError(f"MODEL = {str(spec)!r:.200} names no model of the hub; give {KINDS}.")
-        return _load_folder(_fetch(name), device, dtype, source=f"hf:{_repo_id(name)}")
+    spec, activation = split_activation(str(spec))
+    use = _Use(device, dtype, activation)
+    if spec.startswith("hf:"):
+        name = spec.removeprefix("hf:")
+        return _load_folder(fetch(name), use, source=f"hf:{repo_id(name)}")
     folder = Path(spec)
     if not folder.exists():
-        hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", str(spec)) else ""
-        raise UsageError(f"MODEL = {str(spec)!r} does not exist; give {KINDS}.{hint}")
+        hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", spec) else ""
+        raise UsageError(f"MODEL = {spec!r} does not exist; give {KINDS}.{hint}")
     if folder.name == "checkpoints" and not (folder / CONFIG).exists():
         folder = folder.parent
     if (folder / "checkpoints").is_dir():
-        return _load_run(folder, device, dtype)
-    return _load_folder(folder, device, dtype)
+        return _load_run(folder, use)
+    return _load_folder(folder, use)
 
 
-def _load_run(run: Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load_run(run: Path, use: _Use) -> LoadedModel:
     """The newest checkpoint that is whole; a bad one is named aloud and the one before it tried."""
     folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         try:
             if not (folder / "manifest.json").exists():
                 raise CheckpointError(f"{folder} has no manifest.json: it was not written to its end.")
-            return _load_folder(folder, device, dtype)
+            return _load_folder(folder, use)
         except CheckpointError as error:
             warn(f"{error} It is passed over, for the checkpoint before it.")
     raise CheckpointError(
@@ -141,22 +176,25 @@ def _load_run(run: Path, device: str | torch.device, dtype: torch.dtype) -> Load
     )
 
 
-def _load_folder(
-    folder: Path, device: str | torch.device, dtype: torch.dtype, source: str | None = None
-) -> LoadedModel:
+def _load_folder(folder: Path, use: _Use, source: str | None = None) -> LoadedModel:
     verify_files(folder, (WEIGHTS, CONFIG))
     files = _read(folder)
+    source = source or str(folder)
+    activation = choose_activation(source, files.config.activation, files.doubt, use.activation)
+    files = replace(files, config=replace(files.config, activation=activation))
     try:
         _check_sizes(files)
         with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
             model = build_model(files.config)
         check_tensors(model, files.tensors)
-        model = model.to(dtype).to_empty(device=device)
+        model = model.to(use.dtype).to_empty(device=use.device)
         load_into(model, files.tensors)
+        model.trained_seq_len = files.trained_seq_len
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     step = _STEP.fullmatch(folder.resolve().name)
-    return LoadedModel(model.eval(), files.tokenizer, source or str(folder), int(step.group(1)) if step else None)
+    source += f":{use.activation}" if use.activation else ""
+    return LoadedModel(model.eval(), files.tokenizer, source, int(step.group(1)) if step else None)
 
 
 def _read(path: Path) -> ModelFiles:
@@ -239,7 +277,11 @@ def check_tensors(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"tensor {name} {list(tensors[name].shape)} belongs to no GPT of this shape.")
     for name, place in expected.items():
         if tensors[name].shape != place.shape:
-            raise CheckpointError(f"tensor {name} has shape {list(tensors[name].shape)}, expected {list(place.shape)}.")
+            sizes = ", ".join(f"{size} = {getattr(model.config, size)}" for size in _SIZES)
+            got, wanted = list(tensors[name].shape), list(place.shape)
+            raise CheckpointError(f"tensor {name} has shape {got}, expected {wanted} by the configuration: {sizes}.")
+        if not tensors[name].is_floating_point() and tensors[name].dtype != torch.bool:
+            raise CheckpointError(f"tensor {name} is of type {str(tensors[name].dtype)[6:]}: {QUANTIZED}")
 
 
 def tensors_of(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -276,11 +318,14 @@ def _check_header(path: Path) -> None:
     """Refuse what the library lets pass: a long header, odd names, types that no GPT has. It checks sizes and places.
 
     Raises:
+        CheckpointError: a tensor is quantized.
         ValueError, RecursionError: the header is none.
     """
     header = _header(path)
     for name, value in header.items() if isinstance(header, dict) else ():
         dtype = str(value.get("dtype")) if isinstance(value, dict) else None
+        if str(dtype).startswith(("F4", "F6_", "F8_")):
+            raise CheckpointError(f"{path}: tensor {name!r:.80} is of type {dtype!r:.20}: {QUANTIZED}")
         if name != "__metadata__" and (not TENSOR_NAME.fullmatch(name) or dtype not in DTYPES):
             raise ValueError(f"a tensor {name!r:.80} of type {dtype!r:.20}")
 
@@ -351,22 +396,3 @@ def peek_json(path: Path) -> dict[str, Any]:
         return read_json(path)
     except (CheckpointError, OSError):
         return {}
-
-
-def _repo_id(name: str) -> str:
-    return name if "/" in name else f"openai-community/{name}"
-
-
-def _fetch(name: str) -> Path:
-    """The folder of a model from the hub, in huggingface_hub's cache; fetched if it is not there yet."""
-    import huggingface_hub  # noqa: PLC0415  (slow to import, needed for hf: only)
-
-    repo = _repo_id(name)
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DownloadError(
-            f"hf:{name}: could not get {repo} from the Hugging Face hub ({reason}). Without network here: run "
-            f"`hf download {repo} {CONFIG} {WEIGHTS} --local-dir FOLDER` elsewhere, copy FOLDER, give it as MODEL."
-        ) from None

@@ -40,7 +40,7 @@ class ModernConfig(GPTConfig):
     qk_norm: bool = True
     """Queries and keys have RMS 1, so that no attention score exceeds sqrt(D) (arXiv:2010.04245; arXiv:2302.05442)."""
     relu_squared: bool = True
-    """The MLP's nonlinearity is relu(x)^2 (Primer, arXiv:2109.08668); off: GELU, tanh form."""
+    """The MLP's nonlinearity is relu(x)^2 (Primer, arXiv:2109.08668); off: GELU, in the form of `activation`."""
     zero_init: bool = True
     """What ends a branch starts at zero: c_proj, an untied head (Fixup, arXiv:1901.09321; muP, arXiv:2203.03466)."""
     untied_head: bool = True
@@ -58,6 +58,11 @@ class ModernConfig(GPTConfig):
             raise ConfigError(
                 f"model.dropout = {self.dropout} must be 0: the modern model has none. Leave it out, "
                 "or take model.architecture = gpt2."
+            )
+        if self.relu_squared and self.activation != GPTConfig.activation:
+            raise ConfigError(
+                f"model.activation = {self.activation!r} has no effect beside model.relu_squared = true: "
+                "then the MLP has no GELU. Leave it out, or set relu_squared = false."
             )
         if not 0 <= self.softcap < math.inf:
             raise ConfigError(f"model.softcap = {self.softcap} must be 0 (off) or more; 15 is usual.")
@@ -155,14 +160,14 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
-        self.relu_squared = config.relu_squared
+        self.relu_squared, self.gelu_form = config.relu_squared, config.gelu_form
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = self.c_fc(x)  # (B, T, 4C)
         return recomputed(self._nonlinearity_and_back, x)  # (B, T, C)
 
     def _nonlinearity_and_back(self, x: Tensor) -> Tensor:  # (B, T, 4C) -> (B, T, C)
-        x = F.relu(x).square() if self.relu_squared else F.gelu(x, approximate="tanh")
+        x = F.relu(x).square() if self.relu_squared else F.gelu(x, approximate=self.gelu_form)
         y: Tensor = self.c_proj(x)
         return y
 

@@ -80,6 +80,7 @@ class PackedBlock(nn.Module):
     def __init__(self, block: Block, linear: Layout) -> None:
         super().__init__()
         self.ln_1, self.ln_2, self.n_head = block.ln_1, block.ln_2, block.attn.n_head
+        self.gelu_form = block.mlp.gelu_form
         matrices = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (linear(m.weight, m.bias) for m in matrices)
 
@@ -92,7 +93,7 @@ class PackedBlock(nn.Module):
             k, v = cache.append(k, v)  # (B, H, S, D)
         y = causal_attention(q, k, v)  # (B, H, T, D)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(-1, C))
-        x = x + self.mlp_proj(F.gelu(self.c_fc(_norm(x, self.ln_2)), approximate="tanh"))
+        x = x + self.mlp_proj(F.gelu(self.c_fc(_norm(x, self.ln_2)), approximate=self.gelu_form))
         return x.view(B, T, C)
 
 
@@ -105,7 +106,7 @@ class PackedGPT(GPT):
 
     def __init__(self, model: GPT, linear: Layout = PackedLinear) -> None:
         nn.Module.__init__(self)
-        self.config = model.config
+        self.config, self.trained_seq_len = model.config, model.trained_seq_len
         self.wte, self.wpe, self.ln_f = model.wte, model.wpe, model.ln_f
         self.h = nn.ModuleList(PackedBlock(block, linear) for block in model.h if isinstance(block, Block))
         self.lm_head = linear(model.wte.weight)

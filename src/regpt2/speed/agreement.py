@@ -83,6 +83,7 @@ def trials(model: GPTConfig, seq_len: int) -> tuple[Trial, Trial]:
         block_size=model.block_size,
         vocab_size=500,
         vocab_multiple=model.vocab_multiple,
+        activation=model.activation,
     )
     wide = dataclasses.replace(long, vocab_size=model.vocab_size)
     return make_trial(long, 1, min(2048, seq_len)), make_trial(wide, 12, min(16, seq_len))
@@ -162,7 +163,11 @@ def _plain_loss(p: dict[str, Tensor], config: GPTConfig, ids: Tensor, targets: T
         gathered = torch.einsum("bhts,bshd->bthd", torch.softmax(scores, dim=-1), v).flatten(2)  # (B, T, C)
         x = x + linear(gathered, f"{block}.attn.c_proj")
         wide = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")  # (B, T, 4C)
-        wide = wide * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+        if config.activation == "gelu":
+            inside = torch.erf(wide / math.sqrt(2))
+        else:
+            inside = torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+        wide = wide * 0.5 * (1 + inside)
         x = x + linear(wide, f"{block}.mlp.c_proj")
     logits = norm(x, "ln_f") @ p["wte.weight"][: config.vocab_size].T
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -62,10 +62,10 @@ class LectureMLP(nn.Module):
 
     def __init__(self, ours: MLP) -> None:
         super().__init__()
-        self.c_fc, self.c_proj = ours.c_fc, ours.c_proj
+        self.c_fc, self.c_proj, self.gelu_form = ours.c_fc, ours.c_proj, ours.gelu_form
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        projected: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        projected: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu_form))
         return projected
 
 

@@ -7,7 +7,7 @@ are stored in the chosen type; norms, biases and positions stay F32. The tokeniz
 import importlib
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,22 +16,25 @@ import torch
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
-from regpt2.base.files import atomic_file
+from regpt2.base.files import atomic_file, sha256_bytes
 from regpt2.model.foreign import (
     Cursor,
+    added_texts,
     begins_with,
     config_of,
     damaged,
     drop_equal_head,
     gpt2_tokenizer,
+    is_gpt2_order,
     merges_of,
     read_array,
     token_texts,
 )
 from regpt2.model.gpt import GPT
-from regpt2.model.load import ModelFiles, TokenizerRef, Vocabulary, tensors_of
+from regpt2.model.load import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary, tensors_of
 
 FILES: tuple[str, ...] = ()
+ACTIVATION = "gelu_tanh"
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
 CLIENT = "llama.cpp"
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -39,8 +42,9 @@ MOST_HEADER_BYTES = 16 << 20  # GPT-2's, which holds its vocabulary, has 1.9 MB
 BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: one fp16 scale, 32 int8
 TENSOR_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 8, "bf16": 30}
 FILE_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 7, "bf16": 32}
-MERGES = "tokenizer.ggml.merges"
-NORMAL, CONTROL = 1, 3  # kinds of tokens
+KIND, SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 MOST_TOKENS, A_WHOLE_TOKEN = 1 << 20, 64  # 64 is a letter or a sign in both our vocabularies
 
 # Kinds of values: numbers by their code in `struct`, text, and arrays of either.
@@ -103,7 +107,7 @@ def read(path: Path) -> ModelFiles:
             tensors[_our_name(path, name)] = _read_tensor(file, path, place)
     drop_equal_head(path, tensors)
     vocab_size = tensors["wte.weight"].shape[0] if tensors.get("wte.weight", torch.empty(0)).dim() == 2 else 0
-    return ModelFiles(config_of(path, config | {"vocab_size": vocab_size}), tensors, _tokenizer(keys))
+    return ModelFiles(config_of(path, config | {"vocab_size": vocab_size}), tensors, _tokenizer(path, keys, vocab_size))
 
 
 def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
@@ -179,15 +183,18 @@ def _keys(model: GPT, vocabulary: Vocabulary | None, dtype: str) -> list[bytes]:
         keys.append(_key("regpt2.tokenizer.name", _TEXT, vocabulary.name))
         keys.append(_key("regpt2.tokenizer.fingerprint", _TEXT, vocabulary.fingerprint))
     texts = token_texts(vocabulary)
-    if vocabulary is None or texts is None or len(texts) != config.vocab_size:
-        return [*keys, _key("tokenizer.ggml.model", _TEXT, "none")]
+    if vocabulary is None or texts is None or len(texts) + len(vocabulary.added) != config.vocab_size:
+        return [*keys, _key(KIND, _TEXT, "none")]
     end = len(texts) - 1
+    types = [NORMAL] * end + [CONTROL] + [UNUSED if text is None else CONTROL for text in vocabulary.added]
+    # A row without a text has a name all the same, as by llama.cpp's own converter.
+    texts += [f"[PAD{n}]" if text is None else text for n, text in enumerate(vocabulary.added, start=len(texts))]
     return [
         *keys,
-        _key("tokenizer.ggml.model", _TEXT, "gpt2"),
-        _key("tokenizer.ggml.pre", _TEXT, "gpt-2"),
-        _array("tokenizer.ggml.tokens", _TEXT, texts),
-        _array("tokenizer.ggml.token_type", _I32, [NORMAL] * end + [CONTROL]),
+        _key(KIND, _TEXT, "gpt2"),
+        _key(SPLIT, _TEXT, "gpt-2"),
+        _array(TOKENS, _TEXT, texts),
+        _array(TOKEN_TYPES, _I32, types),
         _array(MERGES, _TEXT, merges_of(vocabulary)),
         _key("tokenizer.ggml.bos_token_id", _U32, end),
         _key("tokenizer.ggml.eos_token_id", _U32, end),
@@ -252,16 +259,17 @@ def _read_keys(cursor: Cursor, n_keys: int) -> dict[str, Any]:
         if name in keys:
             raise damaged(cursor.path, f"the key {name!r:.80} twice")
         kind = cursor.value("I")
-        keys[name] = _read_list(cursor, keep=name == MERGES) if kind == _ARRAY else _read_value(cursor, kind)
+        kept = name in (TOKENS, TOKEN_TYPES, MERGES)
+        keys[name] = _read_list(cursor, kept) if kind == _ARRAY else _read_value(cursor, kind)
     return keys
 
 
-def _read_list(cursor: Cursor, keep: bool) -> list[str] | None:
-    """A list of texts, if it is to be kept; else only where it ends is found."""
+def _read_list(cursor: Cursor, keep: bool) -> list[Any] | None:
+    """A list of texts or numbers, if it is to be kept; else only where it ends is found."""
     kind, n = cursor.value("I"), cursor.value("Q")
     if kind in _NUMBERS:
-        cursor.take(n * struct.calcsize("<" + _NUMBERS[kind]))
-        return None
+        data = cursor.take(n * struct.calcsize("<" + _NUMBERS[kind]))
+        return [value for (value,) in struct.iter_unpack("<" + _NUMBERS[kind], data)] if keep else None
     texts = []
     for _ in range(n):  # each takes bytes
         text = _read_value(cursor, kind)
@@ -328,12 +336,28 @@ def _config(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
     return {ours: keys.get(f"gpt2.{theirs}") for ours, theirs in names.items()}
 
 
-def _tokenizer(keys: dict[str, Any]) -> TokenizerRef | None:
-    """By our own note, else by the merges."""
+def _tokenizer(path: Path, keys: dict[str, Any], rows: int) -> TokenizerRef | None:
+    """By the tokenizer in the file, else by our own note; None where there is neither."""
+    kind, split, merges = keys.get(KIND), keys.get(SPLIT), _list(keys, MERGES)
     name, fingerprint = keys.get("regpt2.tokenizer.name"), keys.get("regpt2.tokenizer.fingerprint")
-    if isinstance(name, str) and isinstance(fingerprint, str):
+    if isinstance(name, str) and isinstance(fingerprint, str) and (name != "gpt2" or not merges):
         return TokenizerRef(name, fingerprint)
-    return gpt2_tokenizer(keys[MERGES]) if keys.get(MERGES) else None
+    if kind in (None, "none") and not merges:
+        return None
+    found, texts = gpt2_tokenizer([str(merge) for merge in merges]), [str(text) for text in _list(keys, TOKENS)]
+    if kind != "gpt2" or split not in (None, "gpt-2"):
+        why = f"of kind {kind!r:.80} and splits text as {split!r:.80}, expected 'gpt2' and 'gpt-2'"
+    elif found is None or not is_gpt2_order(texts[:GPT2_TOKENS]):
+        why = "of other tokens or merges, or has them in another order"
+    else:
+        unused = {n for n, type_ in enumerate(_list(keys, TOKEN_TYPES)) if type_ == UNUSED}
+        return replace(found, added=added_texts({n: text for n, text in enumerate(texts) if n not in unused}, rows))
+    own = sha256_bytes("\n".join([*texts, *map(str, merges)]).encode("utf-8", "replace"))
+    return TokenizerRef(str(kind)[:80], own, objection=f"The tokenizer in {path} is not GPT-2's: it is {why}.")
+
+
+def _list(keys: dict[str, Any], name: str) -> list[Any]:
+    return found if isinstance(found := keys.get(name), list) else []
 
 
 def _our_name(path: Path, name: str) -> str:

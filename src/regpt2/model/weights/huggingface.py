@@ -7,6 +7,7 @@ prefix `transformer.`, and their Conv1D keeps a weight as (in, out) where nn.Lin
 import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.base.files import read_small, write_atomic
-from regpt2.model.foreign import END_OF_TEXT, drop_equal_head, gpt2_tokenizer, token_texts
+from regpt2.base.files import write_atomic
+from regpt2.model.activation import Activation
+from regpt2.model.description import describe_tokenizer, parse_tokenizer
+from regpt2.model.foreign import drop_equal_head, own_weights
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.load import (
     CONFIG,
+    QUANTIZED,
     TORCH_DTYPES,
     WEIGHTS,
     ModelFiles,
@@ -31,20 +35,37 @@ from regpt2.model.load import (
     tensors_of,
 )
 from regpt2.model.pickled import read_pickled
+from regpt2.model.tokenizer_files import FILES as TOKENIZER_FILES
+from regpt2.model.tokenizer_files import read_tokenizer, write_tokenizer
 
-INDEX, PICKLE = f"{WEIGHTS}.index.json", "pytorch_model.bin"
-FILES = (CONFIG, WEIGHTS, "generation_config.json", "merges.txt", "vocab.json", "tokenizer_config.json")
+PICKLE = "pytorch_model.bin"
+FILES = (CONFIG, WEIGHTS, "generation_config.json", *TOKENIZER_FILES)
 DTYPES = ("fp32", "bf16", "fp16")
+CHARACTERS_NOTE = "They are in config.json for regpt2; transformers has no tokenizer of this kind."
 CLIENT = "transformers"
 PREFIX = "transformer."
 _SHARD = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, kept as weights by older versions
 
+# By the name of a size: GPT-2's own key of config.json, and the one that other models have, as transformers reads both.
+_KEYS = {
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "vocab_size": ("vocab_size",),
+}
+# All of transformers' names for the two forms of GELU; the one that is written first. gelu_10 and others are neither.
+_GELUS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    "gelu_python": "gelu",
+}
 # What our GPT-2 is, by key of config.json: the values that it can stand for, the default of transformers first.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": tuple(_GELUS),
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
@@ -55,19 +76,21 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def matches(path: Path) -> bool:
-    """Does `config.json` name a model type, as every one of transformers does?"""
-    return "model_type" in peek_json(path / CONFIG)
+    """Does `config.json` name a model type, as every one of transformers does, or at least a class of GPT-2's?"""
+    document = peek_json(path / CONFIG)
+    return "model_type" in document or "GPT2" in str(document.get("architectures"))
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in folder `path`: one file or shards, with or without the prefix, 16-bit weights as fp32.
+    """The model in folder `path`: one file or shards, safetensors or pickled, 16-bit weights as fp32.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the model is no GPT-2.
     """
     document = read_json(path / CONFIG)
     config = _config(path / CONFIG, document)
-    return ModelFiles(config, _our_tensors(path, _read_raw(path)), _tokenizer(path, document.get("regpt2")))
+    tokenizer = _tokenizer(path, config.vocab_size, document.get("regpt2"))
+    return ModelFiles(config, _our_tensors(path, _read_raw(path), document.get("architectures")), tokenizer)
 
 
 def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
@@ -82,7 +105,7 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = 
         folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
     )
     if vocabulary is not None and vocabulary.merges is not None:
-        _write_tokenizer(folder, vocabulary, model.config.block_size)
+        write_tokenizer(folder, vocabulary, model.config.block_size)
     dtype_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     _write_json(folder / CONFIG, _their_config(model.config, vocabulary) | {"dtype": dtype_name})
 
@@ -110,7 +133,7 @@ def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
         "vocab_size": config.vocab_size,
-        "activation_function": "gelu_new",
+        "activation_function": next(name for name, form in _GELUS.items() if form == config.activation),
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
         "resid_pdrop": config.dropout,
@@ -121,27 +144,8 @@ def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str,
         "tie_word_embeddings": True,
     }
     if vocabulary is not None:  # for our own reading; transformers keeps what it does not know
-        document["regpt2"] = {"tokenizer": {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint}}
+        document["regpt2"] = {"tokenizer": describe_tokenizer(vocabulary)}
     return document
-
-
-def _write_tokenizer(folder: Path, vocabulary: Vocabulary, block_size: int) -> None:
-    """The three files from which transformers makes GPT-2's tokenizer."""
-    ids = {token: n for n, token in enumerate(token_texts(vocabulary) or ())}
-    write_atomic(folder / "merges.txt", vocabulary.merges or b"")
-    write_atomic(folder / "vocab.json", json.dumps(ids))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": block_size,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-        },
-    )
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -149,87 +153,91 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _config(place: Path, document: dict[str, Any]) -> GPTConfig:
+    if document.get("quantization_config") is not None:
+        got = document["quantization_config"]
+        method = got.get("quant_method") if isinstance(got, dict) else got
+        raise CheckpointError(f"{place}: quantization_config of {method!r:.80}: {QUANTIZED}")
     for key, supported in _SUPPORTED.items():
-        got = document.get(key, supported[0])
+        got, kind = document.get(key, supported[0]), type(supported[0])
+        expected = " or ".join(map(repr, supported[:2]))
+        if type(got) is not kind:
+            raise CheckpointError(
+                f"{place}: {key} = {got!r:.80} is of type {type(got).__name__}, expected {expected}, "
+                f"of type {kind.__name__}; correct it, or leave the key out."
+            )
         if got not in supported:
-            expected = " or ".join(map(repr, supported))
-            raise CheckpointError(f"{place}: {key} = {got!r}, expected {expected}: it is another model than GPT-2.")
-    for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
-        if type(document.get(key, 1)) is not int:
-            raise CheckpointError(f"{place}: {key} = {document[key]!r:.80} must be a whole number.")
-    n_embd = document.get("n_embd", 768)
-    if document.get("n_inner") not in (None, 4 * n_embd):
-        raise CheckpointError(f"{place}: n_inner = {document['n_inner']}, this GPT-2 has 4 x n_embd = {4 * n_embd}.")
+            raise CheckpointError(f"{place}: {key} = {got!r:.80}, expected {expected}: it is another model than GPT-2.")
+    sizes: dict[str, Any] = {name: _size(place, document, name) for name in _KEYS}
+    if document.get("n_inner") not in (None, inner := 4 * sizes["n_embd"]):
+        raise CheckpointError(f"{place}: n_inner = {document['n_inner']}, this GPT-2 has 4 x n_embd = {inner}.")
     try:
         return GPTConfig(
-            n_layer=document.get("n_layer", 12),
-            n_head=document.get("n_head", 12),
-            n_embd=n_embd,
-            block_size=document.get("n_positions", 1024),
-            vocab_size=document.get("vocab_size", 50257),
+            **sizes,
+            activation=_GELUS[document.get("activation_function", "gelu_new")],
             dropout=document.get("resid_pdrop", 0.1),
         )
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{place}: {error}") from None
 
 
-def _tokenizer(folder: Path, ours: Any) -> TokenizerRef | None:
-    """The vocabulary by our own export's note, else by the merges beside the weights; None where there is neither."""
-    try:
-        return TokenizerRef(str(ours["tokenizer"]["name"]), str(ours["tokenizer"]["fingerprint"]))
-    except (TypeError, KeyError):
-        merges = _merges(folder)
-    return None if merges is None else gpt2_tokenizer(merges)
+def _size(place: Path, document: dict[str, Any], name: str) -> int:
+    """A size of the model; where the configuration leaves it out, GPT-2's."""
+    given = {key: document[key] for key in _KEYS[name] if key in document}
+    if not given and name == "block_size" and "n_ctx" in document:  # all that the oldest files have
+        given = {"n_ctx": document["n_ctx"]}
+    for key, value in given.items():
+        if type(value) is not int:
+            raise CheckpointError(f"{place}: {key} = {value!r:.80} must be a whole number.")
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{key} = {value}" for key, value in given.items())
+        raise CheckpointError(f"{place}: {both} are two names of the same size; leave the wrong one out.")
+    return int(next(iter(given.values()), getattr(GPTConfig, name)))
 
 
-def _merges(folder: Path) -> list[str] | None:
-    """The merges of a byte-pair encoding, "a b" each, from either of the files that can hold them."""
-    if (folder / "merges.txt").exists():
-        try:
-            lines = read_small(folder / "merges.txt", CheckpointError).split("\n")
-        except ValueError as error:
-            raise CheckpointError(f"{folder / 'merges.txt'} is no text ({error}); copy it again.") from None
-        return [line for line in lines if line and not line.startswith("#version")]
-    bpe = peek_json(folder / "tokenizer.json").get("model")
-    merges = bpe.get("merges") if isinstance(bpe, dict) else None
-    if not isinstance(merges, list):
-        return None
-    return [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in merges]
+def _tokenizer(folder: Path, rows: int, ours: Any) -> TokenizerRef | None:
+    """By the tokenizer's files beside the weights, else by our own export's note; None where there is neither.
+
+    Whoever changes an export keeps the note, and writes files of the tokenizer that now is the model's.
+    """
+    if (found := read_tokenizer(folder, rows)) is not None:
+        return found
+    return parse_tokenizer(folder / CONFIG, ours.get("tokenizer") if isinstance(ours, dict) else None)
 
 
 def _read_raw(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder, as they are there."""
-    if (folder / WEIGHTS).exists():
-        return read_tensors(folder / WEIGHTS)
-    if (folder / INDEX).exists():
-        return _read_shards(folder)
-    if (folder / PICKLE).exists():
-        return read_pickled(folder / PICKLE)
-    raise CheckpointError(f"{folder} holds none of {WEIGHTS}, {INDEX}, {PICKLE}: there are no weights to read.")
+    """All tensors of the folder, as they are there: of the same files that transformers would take."""
+    for name, read_file in {WEIGHTS: read_tensors, PICKLE: read_pickled}.items():
+        if (folder / name).exists():
+            return read_file(folder / name)
+        if (folder / f"{name}.index.json").exists():
+            return _read_shards(folder / f"{name}.index.json", read_file)
+    raise CheckpointError(
+        f"{folder} holds no weights: none of {WEIGHTS}, {PICKLE}, and neither's .index.json with its shards."
+    )
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+def _read_shards(index: Path, read_file: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX} has no object 'weight_map' from tensors to files.")
+        raise CheckpointError(f"{index} has no object 'weight_map' from tensors to files.")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         if not _SHARD.fullmatch(file):
-            raise CheckpointError(
-                f"{folder / INDEX} points outside of its folder: {file!r:.100}, expected a file name."
-            )
-        tensors |= read_tensors(folder / file)
+            raise CheckpointError(f"{index} points outside of its folder: {file!r:.100}, expected a file name.")
+        tensors |= read_file(index.parent / file)
     if lost := sorted(weight_map.keys() - tensors.keys()):
-        raise CheckpointError(f"{folder / INDEX}: tensor {lost[0]} is not in {weight_map[lost[0]]}.")
+        raise CheckpointError(f"{index}: tensor {lost[0]} is not in {weight_map[lost[0]]}.")
     return tensors
 
 
-def _our_tensors(folder: Path, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+def _our_tensors(folder: Path, raw: dict[str, Tensor], architectures: Any) -> dict[str, Tensor]:
     """By GPT's names, in its orientation, in fp32; without masks, and without a head that only repeats `wte`."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in raw.items():
-        name = name.removeprefix(PREFIX)
-        if not name.endswith(_BUFFERS):
-            tensors[name] = (tensor.T if name.endswith(_CONV1D) else tensor).to(torch.float32)
+    tensors = own_weights(folder, raw)
+    for name in tensors:
+        if name.split(".")[0] not in ("wte", "wpe", "h", "ln_f", "lm_head"):
+            raise CheckpointError(
+                f"{folder}: tensor {name} is no language model's: it was saved as {architectures!r:.80}, expected "
+                "GPT2LMHeadModel or GPT2Model. To use it as a language model, save its `transformer` alone."
+            )
     drop_equal_head(folder, tensors)
-    return tensors
+    return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in tensors.items()}

@@ -22,6 +22,7 @@ from regpt2.model.load import TORCH_DTYPES, ModelFiles, Vocabulary, tensors_of
 
 MODEL, TOKENIZER = "model.bin", "gpt2_tokenizer.bin"
 FILES = (MODEL, TOKENIZER)
+ACTIVATION = "gelu_tanh"
 DTYPES = ("fp32", "bf16")
 MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
 VERSIONS = {"fp32": 3, "bf16": 5}

@@ -1,45 +1,54 @@
 """Checkpoints of nanoGPT and build-nanogpt. In: a `.pt` file; out: a model's files, and back, without running it.
 
 nanoGPT says the model's shape in `model_args`, build-nanogpt in a pickled `GPTConfig`. Their names have the prefix
-`transformer.`, and `_orig_mod.` where a compiled model was saved; the head is there a second time.
+`transformer.`, and more where a compiled or parallel model was saved; the head is there a second time. Neither says
+which GELU it has: build-nanogpt's is the tanh form, nanoGPT's the exact one since May 2023, and was the other before.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import atomic_file
-from regpt2.model.foreign import SIZES, begins_with, config_of, drop_equal_head
+from regpt2.model.activation import GELU_FORMS, Activation
+from regpt2.model.foreign import SIZES, begins_with, config_of, drop_equal_head, own_weights
 from regpt2.model.gpt import GPT
-from regpt2.model.load import ModelFiles, TokenizerRef, Vocabulary, tensors_of
-from regpt2.model.pickled import read_training_checkpoint
+from regpt2.model.load import CONFIG, ModelFiles, TokenizerRef, Vocabulary, tensors_of
+from regpt2.model.pickled import FROM_OBJECT, read_training_checkpoint
 
 FILES: tuple[str, ...] = ()
 DTYPES = ("fp32",)
-PREFIXES = ("_orig_mod.", "module.", "transformer.")
+ACTIVATION = "gelu"
+MAGIC = b"PK\x03\x04"
+DATASET = "characters"
+CHARACTERS_NOTE = f"nanoGPT's sample.py reads them from data/{DATASET}/meta.pkl: copy the data's meta.pkl to there."
 GPT2_TOKENS, GPT2_ROWS = 50257, 50304  # they give the padded size as the vocabulary's
-_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
+_NUMBERED = re.compile(r"[A-Za-z_-]*(\d+)\.pt")
 
 
 def matches(path: Path) -> bool:
-    """Is the file an archive, as `torch.save` writes it?"""
-    return begins_with(path, b"PK\x03\x04")
+    """Is the file an archive, as `torch.save` writes it, or a folder with such files?"""
+    return begins_with(path, MAGIC) or (path.is_dir() and bool(_checkpoints(path)))
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in the file, 16-bit weights as fp32, missing biases as zeros. Of 50304 tokens GPT-2's 50257 are taken.
+    """The model in the file, or in the newest of a folder. Weights become fp32, missing biases zeros; of 50304 tokens
+    GPT-2's 50257 are taken.
 
     Raises:
         CheckpointError: it is damaged, holds code, or is no GPT-2.
     """
+    path = _newest(path) if path.is_dir() else path
     raw, settings = read_training_checkpoint(path)
     rows, dropout = settings.get("vocab_size"), settings.get("dropout")
     sizes = settings | {"vocab_size": GPT2_TOKENS if rows == GPT2_ROWS else rows}
-    config = config_of(path, sizes, dropout if isinstance(dropout, float) else 0.0)
-    tensors = _our_tensors(raw)
+    activation, doubt = _activation(path, settings)
+    config = config_of(path, sizes, dropout if isinstance(dropout, float) else 0.0, activation)
+    tensors = own_weights(path, raw)
     drop_equal_head(path, tensors)
     if "wte.weight" in tensors and tensors["wte.weight"].shape != (rows, config.n_embd):
         got = list(tensors["wte.weight"].shape)
@@ -51,7 +60,10 @@ def read(path: Path) -> ModelFiles:
         tensors["wte.weight"] = tensors["wte.weight"][: config.vocab_size]
     name, fingerprint = settings.get("tokenizer"), settings.get("tokenizer_fingerprint")
     known = isinstance(name, str) and isinstance(fingerprint, str)
-    return ModelFiles(config, tensors, TokenizerRef(str(name), str(fingerprint)) if known else None)
+    characters = settings.get("characters")
+    characters = characters if isinstance(characters, str) else None
+    tokenizer = TokenizerRef(str(name), str(fingerprint), characters=characters) if known else None
+    return ModelFiles(config, tensors, tokenizer, doubt=doubt)
 
 
 def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
@@ -62,19 +74,52 @@ def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "f
     checkpoint: dict[str, Any] = {
         "model": state | {"transformer.wte.weight": wte, "lm_head.weight": wte},
         "model_args": {name: getattr(model.config, name) for name in (*SIZES, "dropout")} | {"bias": True},
+        "activation": model.config.activation,  # for our own reading; nanoGPT has the exact one
     }
     if vocabulary is not None:
         checkpoint |= {"tokenizer": vocabulary.name, "tokenizer_fingerprint": vocabulary.fingerprint}
+    if vocabulary is not None and vocabulary.characters is not None:
+        checkpoint |= {"characters": vocabulary.characters, "config": {"dataset": DATASET}}
     with atomic_file(path) as file:
         torch.save(checkpoint, file)
 
 
-def _our_tensors(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By GPT's names, in fp32, without masks."""
-    tensors = {}
-    for name, tensor in raw.items():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        if not name.endswith(_BUFFERS):
-            tensors[name] = tensor.to(torch.float32)
-    return tensors
+def _activation(path: Path, settings: dict[str, Any]) -> tuple[Activation, str | None]:
+    """The form of GELU, and what is said of it where the file leaves it open."""
+    said = settings.get("activation")
+    if said is not None and said not in GELU_FORMS:
+        raise CheckpointError(f"{path}: activation = {said!r:.80}, expected {' or '.join(GELU_FORMS)}.")
+    if said is not None:
+        return said, None
+    ours = "tokenizer_fingerprint" in settings  # from before we had the exact one
+    if ours or settings[FROM_OBJECT] or "bias" not in settings:  # build-nanogpt; nanoGPT before 2023-01-27
+        return "gelu_tanh", None
+    return "gelu", "does not say which GELU it has: the exact one is taken, as nanoGPT has it since May 2023."
+
+
+def _newest(folder: Path) -> Path:
+    """The checkpoint in nanoGPT's out_dir, or in build-nanogpt's log the one of the last step.
+
+    Raises:
+        CheckpointError: there are several, without numbers.
+    """
+    paths = _checkpoints(folder)
+    if len(paths) == 1:
+        return paths[0]
+    of_step = {int(found[1]): path for path in paths if (found := _NUMBERED.fullmatch(path.name))}
+    if len(of_step) < len(paths):
+        names = ", ".join(sorted(path.name for path in paths))
+        newest = max(paths, key=lambda path: path.stat().st_mtime)
+        raise CheckpointError(
+            f"{folder} holds {len(paths)} checkpoints: {names:.200}. Name one of them as MODEL; the newest is {newest}."
+        )
+    path = of_step[max(of_step)]
+    warn(f"{folder} holds {len(paths)} checkpoints. {path.name} is taken, of the last step; name another as MODEL.")
+    return path
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """None beside a config.json, which says another format."""
+    if (folder / CONFIG).exists():
+        return []
+    return [path for path in folder.glob("*.pt") if begins_with(path, MAGIC)]

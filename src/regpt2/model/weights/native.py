@@ -11,12 +11,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.files import write_atomic
-from regpt2.model.description import FORMAT, NamedTokenizer, describe, parse
+from regpt2.model.description import FORMAT, describe, parse
 from regpt2.model.language_model import GPTConfig, LanguageModel
 from regpt2.model.load import (
     CONFIG,
     WEIGHTS,
     ModelFiles,
+    TokenizerRef,
     Vocabulary,
     peek_json,
     read_json,
@@ -27,6 +28,7 @@ from regpt2.model.load import (
 FILES = (CONFIG, WEIGHTS)
 DTYPES = ("fp32",)
 ANY_ARCHITECTURE = True
+CHARACTERS_NOTE = ""
 
 
 def tensors(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -34,9 +36,9 @@ def tensors(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None
     return tensors_of(model, parameters)
 
 
-def config_json(config: GPTConfig, tokenizer: NamedTokenizer | None) -> str:
+def config_json(config: GPTConfig, tokenizer: TokenizerRef | None, trained_seq_len: int | None = None) -> str:
     """The text of `config.json`."""
-    return describe(config, tokenizer)
+    return describe(config, tokenizer, trained_seq_len)
 
 
 def matches(path: Path) -> bool:
@@ -50,11 +52,11 @@ def read(path: Path) -> ModelFiles:
     Raises:
         CheckpointError: a file is missing or damaged, or from a later version of the format.
     """
-    config, tokenizer = parse(path / CONFIG, read_json(path / CONFIG))
-    return ModelFiles(config, read_tensors(path / WEIGHTS), tokenizer)
+    config, tokenizer, trained_seq_len = parse(path / CONFIG, read_json(path / CONFIG))
+    return ModelFiles(config, read_tensors(path / WEIGHTS), tokenizer, trained_seq_len)
 
 
 def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write both files into `folder`, the configuration last."""
     write_atomic(folder / WEIGHTS, save(tensors(model)))
-    write_atomic(folder / CONFIG, config_json(model.config, vocabulary))
+    write_atomic(folder / CONFIG, config_json(model.config, vocabulary, model.trained_seq_len))

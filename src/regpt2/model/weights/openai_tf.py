@@ -16,8 +16,8 @@ from torch import Tensor
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import sha256_file
 from regpt2.model.crc32c import crc32c, masked
-from regpt2.model.foreign import Cursor, config_of, damaged, read_array
-from regpt2.model.load import ModelFiles, TokenizerRef, read_json
+from regpt2.model.foreign import GPT2_SHA256, Cursor, config_of, damaged, read_array
+from regpt2.model.load import ModelFiles, TokenizerRef, Vocabulary, read_json
 
 HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 VOCAB = "vocab.bpe"
@@ -69,9 +69,16 @@ def read(path: Path) -> ModelFiles:
             if masked(crc32c(tensor.numpy().reshape(-1).view(np.uint8))) != entry.checksum:
                 raise damaged(data, f"the checksum of {name!r:.80} differs")
             tensors[_our_name(path, name)] = _our_orientation(name, tensor)
-    vocab = path / VOCAB
-    tokenizer = TokenizerRef("gpt2", sha256_file(vocab)) if vocab.is_file() else None
-    return ModelFiles(config, tensors, tokenizer)
+    return ModelFiles(config, tensors, _tokenizer(path / VOCAB))
+
+
+def _tokenizer(vocab: Path) -> TokenizerRef | None:
+    """By `vocab.bpe`, which serves as the vocabulary if it is GPT-2's."""
+    if not vocab.is_file():
+        return None
+    fingerprint = sha256_file(vocab)
+    merges = vocab.read_bytes() if fingerprint == GPT2_SHA256 else None
+    return Vocabulary("gpt2", fingerprint, merges=merges)
 
 
 def _our_name(path: Path, name: str) -> str:

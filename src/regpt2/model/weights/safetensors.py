@@ -5,7 +5,6 @@ Tensors have the model's own names and orientation, and the metadata holds what 
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 
 from regpt2.base.files import write_atomic
@@ -37,12 +36,14 @@ def read(path: Path) -> ModelFiles:
     Raises:
         CheckpointError: it is damaged, or from a later version of the format.
     """
-    tensors = {name: tensor.to(torch.float32) for name, tensor in read_tensors(path).items()}
-    config, tokenizer = parse(path, parse_json(path, peek_metadata(path, FORMAT) or ""))
-    return ModelFiles(config, tensors, tokenizer)
+    raw = read_tensors(path)
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
+    config, tokenizer, trained_seq_len = parse(path, parse_json(path, peek_metadata(path, FORMAT) or ""))
+    return ModelFiles(config, tensors, tokenizer, trained_seq_len)
 
 
 def write(model: LanguageModel, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write the file."""
     tensors = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in tensors_of(model).items()}
-    write_atomic(path, save(tensors, metadata={"format": "pt", FORMAT: describe(model.config, vocabulary)}))
+    description = describe(model.config, vocabulary, model.trained_seq_len)
+    write_atomic(path, save(tensors, metadata={"format": "pt", FORMAT: description}))

@@ -1,0 +1,42 @@
+"""The two forms of GELU. In: MODEL as it was typed, and what its file says; out: the form to use, and a word about it.
+
+GELU is x times the share of the normal distribution below x: by erf, or as GPT-2 has it, by a tanh that comes near it.
+A model that was trained with one and is used with the other has logits that are off by a thousandth of the largest.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from regpt2.base.console import warn
+
+Activation = Literal["gelu_tanh", "gelu"]
+GELU_FORMS: dict[Activation, Literal["tanh", "none"]] = {"gelu_tanh": "tanh", "gelu": "none"}  # as torch calls them
+
+
+def split_activation(spec: str) -> tuple[str, Activation | None]:
+    """`ckpt.pt:gelu_tanh` -> `ckpt.pt` and the form of GELU to use it with; None where MODEL names none."""
+    for activation in GELU_FORMS:
+        if spec.endswith(f":{activation}") and not Path(spec).exists():
+            return spec.removesuffix(f":{activation}"), activation
+    return spec, None
+
+
+def choose_activation(source: str, stated: Activation, doubt: str | None, asked: Activation | None) -> Activation:
+    """The form that was asked for, else the one that the file states, or that is taken in doubt; aloud if it is unsure.
+
+    Args:
+        source: the model's name, for messages.
+        stated: what the file says, or what is likely.
+        doubt: a sentence, where the file does not say it.
+        asked: what `split_activation` found.
+    """
+    if asked is None and doubt is not None:
+        warn(f"{source} {doubt} If it has the other one, give {source}:{other_activation(stated)} as MODEL.")
+    if asked not in (None, stated) and doubt is None:
+        warn(f"{source} has activation = {stated!r}; its weights are used with {asked!r}, as MODEL asks.")
+    return asked or stated
+
+
+def other_activation(activation: Activation) -> Activation:
+    """Of the two, the one that this is not."""
+    return "gelu" if activation == "gelu_tanh" else "gelu_tanh"
