@@ -14,6 +14,7 @@ import pytest
 from torch import Tensor
 from torch.nn import functional as F
 
+from ranks import command_on_ranks
 from regpt2 import doctor
 from regpt2.base.errors import UsageError
 from regpt2.model import gpt
@@ -39,6 +40,7 @@ def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "checks", lambda patient: {})
 
 
+@pytest.mark.seconds
 def test_a_good_machine_is_ready(
     recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,17 +251,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def on_two_ranks(script: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    command = [*launcher, "doctor", *map(str, arguments), "--quick"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def test_ranks_are_examined_together_and_one_speaks(recipe: Path, tmp_path: Path) -> None:
-    done = on_two_ranks(["-m", "regpt2", "--"], recipe, "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" software ") == 1
-    assert "2 ranks, sums right" in done.stdout
+def test_ranks_are_examined_together_and_one_speaks(recipe: Path, tmp_path: Path, unused_port: int) -> None:
+    said = command_on_ranks(2, unused_port, tmp_path, "doctor", recipe, "--json", tmp_path / "out.json", "--quick")
+    assert said.count(" software ") == 1
+    assert "2 ranks, sums right" in said
     rows = json.loads((tmp_path / "out.json").read_text())["findings"]
     assert [row["rank"] for row in rows if row["check"] == "math fp32"] == [0, 1]
     assert [row["rank"] for row in rows if row["check"] == "run folder"] == [0]
@@ -268,7 +263,9 @@ def test_ranks_are_examined_together_and_one_speaks(recipe: Path, tmp_path: Path
 def test_wrong_sums_of_one_rank_fail_all(recipe: Path, tmp_path: Path) -> None:
     """Only of large tensors: those that every start checks are right."""
     (tmp_path / "planted.py").write_text(PLANT)
-    done = on_two_ranks([str(tmp_path / "planted.py")], recipe)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "planted.py"), "doctor", str(recipe), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert re.search(r"^FAIL  all-reduce    of [\d,]+ sums over 2 ranks are wrong: 1 on rank 1\.$", done.stdout, re.M)
     assert "1 failed: not ready." in done.stdout

@@ -1,15 +1,13 @@
 """The verb evaluate: figures beside published ones, a failure that costs no other evaluation, any number of ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import Run, needs_bf16
+from ranks import command_on_ranks
 from regpt2.base.errors import UsageError
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evaluate import GROUPS, main, paper_table
@@ -77,7 +75,7 @@ def test_one_that_fails_does_not_cost_the_others(
 
 def test_offline_a_missing_data_set_is_one_clear_message(model: Path, tmp_path: Path, regpt2: Run) -> None:
     proxy = {"https_proxy": "http://127.0.0.1:9", "REGPT2_CACHE": str(tmp_path / "cache")}
-    done = regpt2("evaluate", model, "--evals", "hellaswag", timeout_s=60, **proxy)
+    done = regpt2("evaluate", model, "--evals", "hellaswag", **proxy)
     assert done.returncode == 1
     assert "could not download" in done.stderr and "--files hellaswag=PATH" in done.stderr
     assert "Traceback" not in done.stderr
@@ -117,13 +115,10 @@ def test_wrong_options_are_refused_before_any_work(model: Path, arguments: list[
         main([str(model), *arguments])
 
 
-def test_two_ranks_count_as_one(model: Path, tmp_path: Path) -> None:
+def test_two_ranks_count_as_one(model: Path, tmp_path: Path, unused_port: int) -> None:
     arguments = ["--evals", "copa", "lambada", *files(model, "copa", "lambada"), "--batch", "1", "--device", "cpu"]
     alone = run(model, tmp_path / "one.json", *arguments)["results"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "regpt2"]
-    command = [*torchrun, "--", "evaluate", str(model), *arguments, "--out", str(tmp_path / "two.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, timeout=120, capture_output=True, env=environment)
+    command_on_ranks(2, unused_port, tmp_path, "evaluate", model, *arguments, "--out", tmp_path / "two.json")
     both = json.loads((tmp_path / "two.json").read_text())["results"]
     for name, figures in alone.items():
         for key in set(figures) - {"elapsed_s"}:

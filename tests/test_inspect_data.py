@@ -354,11 +354,11 @@ def test_bad_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_an_unknown_split_is_refused_and_the_command_itself_runs(
-    tmp_path: Path, regpt2: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, regpt2_process: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = prepared(tmp_path / "made", [byte_ids("text")])
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(folder), "--split", "test"])
     assert "train" in capsys.readouterr().err
-    done = regpt2("inspect", folder)
+    done = regpt2_process("inspect", folder)
     assert done.returncode == 0 and "1 document; each" in done.stdout

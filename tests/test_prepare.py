@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines += [json.dumps({"text": text}, ensure_ascii=False)] * rng.choice([1, 1, 1, 2])
         (folder / f"{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "long.txt").write_text("A paragraph of text, and more of it.\n\n" * 80_000)
+    (folder / "wide.txt").write_text("Ein Absatz, größer als ein Stück.\n\n" * 10_000, encoding="utf-16")
+    (folder / "wide2.txt").write_bytes(b"\xfe\xff" + "Ein \ud800Dokument.\n\n".encode("utf-16-be", "surrogatepass"))
+    (folder / "table.csv").write_text("not read")
     return folder
 
 
@@ -89,10 +93,12 @@ def test_shards_hold_every_token_of_every_document_in_order(corpus: Path, refere
         assert expected[split]
         assert got[: len(expected[split])] == expected[split]
         pieces += gpt2.decode(token for token in got[len(expected[split]) :] if token != 50256)
-    assert pieces == (corpus / "long.txt").read_text()
+    whole = (corpus / "long.txt").read_text() + (corpus / "wide.txt").read_text(encoding="utf-16")
+    whole += "Ein \ufffdDokument.\n\n"
+    assert sorted(pieces.split("\n\n")) == sorted(whole.split("\n\n"))
 
 
-def test_manifest_says_what_the_shards_hold(reference: dict[str, bytes], tmp_path: Path) -> None:
+def test_manifest_says_what_the_shards_hold(corpus: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     for name, data in reference.items():
         (tmp_path / name).write_bytes(data)
     manifest = Manifest.read(tmp_path)
@@ -104,7 +110,11 @@ def test_manifest_says_what_the_shards_hold(reference: dict[str, bytes], tmp_pat
         with open_tokens(tmp_path, name) as stream:
             assert stream.read(0, stream.n_tokens).tolist() == tokens
     assert len(manifest.splits["train"].shards) > 5
-    assert set(manifest.skipped) == {"documents empty"}
+    lines = (line for path in corpus.glob("*.jsonl") for line in path.read_text(encoding="utf-8").split("\n"))
+    empty = sum(not json.loads(line)["text"].strip() for line in lines)
+    damaged, unread = "files kept with invalid UTF-16 replaced", "files of a kind not read (.csv)"
+    assert manifest.skipped == {"documents empty": empty, damaged: 1, unread: 1}
+    assert manifest.first_skipped == {"documents empty": "0.jsonl", damaged: "wide2.txt", unread: "table.csv"}
     assert (manifest.source, manifest.tokenizer) == ("corpus", "gpt2")
     assert set(reference) == {"manifest.json", *(shard.file for shard in manifest.shards)}
 
@@ -277,7 +287,7 @@ def test_inputs_that_change_on_the_way_are_refused(
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([""], r"no document in the input \(documents empty: 1\)"),
+        ([""], r"no document in the input \(documents empty: 1, first in 0\.txt\)"),
         (["one document"], "none of the 1 documents fell to the val split; choose a larger --val-fraction"),
     ],
 )
@@ -358,3 +368,52 @@ def test_half_surrogates_are_repaired_and_counted(tmp_path: Path) -> None:
     manifest = prepare(options)
     assert manifest.skipped == {"documents kept with half surrogate pairs replaced": 20}
     assert sum(split.documents for split in manifest.splits.values()) == 20
+
+
+def test_what_was_left_out_or_repaired_is_named_in_the_summary_and_in_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "one.txt").write_bytes(b"caf\xe9")
+    (source / "table.csv").write_text("text")
+    (source / "loop").symlink_to(source)
+    command = ["text_files", "--input", str(source), "--tokenizer", "bytes", "--workers", "1", "--out"]
+    with pytest.raises(DataError, match="none of the 1 documents fell to") as told:
+        main([*command, str(tmp_path / "out")])
+    for n in range(40):
+        (source / f"two{n}.TXT").write_bytes(b"na\xefve %d" % n)
+    main([*command, str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    for said in (str(told.value), shown):
+        assert "files of a kind not read (.csv): 1, first in table.csv" in said
+        assert "folders behind a link: 1, first in loop" in said
+        assert "nothing was skipped" not in said
+    assert "documents kept with invalid UTF-8 replaced: 41, first in one.txt" in shown
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.first_skipped["documents kept with invalid UTF-8 replaced"] == "one.txt"
+
+
+def test_text_without_a_mark_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text("fine")
+    (source / "b.txt").write_text("from Windows", encoding="utf-16-le")
+    with pytest.raises(DataError, match=r"b\.txt looks like UTF-16 without a byte-order mark.*iconv -f UTF-16LE"):
+        prepare(options_for(source, tmp_path / "out", tokenizer="bytes"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_without_first_places_is_read_and_one_of_other_reasons_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(40)) + "{\n")
+    written = prepare(options_for(tmp_path / "in.jsonl", tmp_path / "out", tokenizer="bytes"))
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    first = content.pop("first_skipped")
+    assert first == written.first_skipped != {}
+    path.write_text(json.dumps(content))
+    assert Manifest.read(tmp_path / "out") == replace(written, first_skipped={})
+    for wrong in ({"another": "a.txt"}, {next(iter(first)): 5}, []):
+        path.write_text(json.dumps(content | {"first_skipped": wrong}))
+        with pytest.raises(DataError, match="first_skipped"):
+            Manifest.read(tmp_path / "out")

@@ -5,6 +5,7 @@ Precedence: default < recipe < command line.
 """
 
 import dataclasses
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -79,8 +80,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("n", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"sample.{name} = {getattr(self, name)} must be at least {least}.")
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"sample.{name} = {getattr(self, name)} must be a number of at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,8 @@ from regpt2.base.console import say, warn
 from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
-from regpt2.base.world import World, start_world
+from regpt2.base.world import start_world
 from regpt2.data.shards import open_tokens
-from regpt2.data.tokenizer import Tokenizer
 from regpt2.evals import EvalContext, Figures
 from regpt2.model.load import KINDS, LoadedModel, load_model
 from regpt2.references.scores import PAPER, Reference, nearest, references_for
@@ -59,6 +59,8 @@ class Options:
     """Entries of the shelf evals/, or paper (the table of the GPT-2 paper), or choices (all multiple choice)."""
     data: Path | None = None
     """The prepared data folder, for val_loss."""
+    tokenizer: Path | None = None
+    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
     files: tuple[str, ...] = ()
     """Data given by hand, each as NAME=PATH; the rest is looked for in the cache, then downloaded and checked."""
     limit: int = 0
@@ -66,7 +68,8 @@ class Options:
     val_tokens: int = 10_485_760
     """Tokens of the validation split to score, from its beginning, in whole windows; all, if it has fewer."""
     seq_len: int | None = None
-    """Tokens per window; by default the model's block_size."""
+    """Tokens per window, and the most of a context; by default as many as the model was trained on, at most its
+    block_size."""
     batch: int = 8
     """Sequences of seq_len tokens per forward pass; shorter ones are packed to as many tokens."""
     device: str = "auto"
@@ -93,14 +96,16 @@ def main(arguments: list[str]) -> int:
     with start_world(pick_device(options.device)) as world:
         loaded = load_model(options.model, device=world.device)
         dataset = _check(options, loaded)
+        if world.is_main and (untrained := _untrained(options, loaded)):
+            warn(untrained)
         context = EvalContext(
             model=in_compute_type(loaded.model, compute.dtype),
             world=world,
             data=options.data,
-            seq_len=options.seq_len or loaded.model.config.block_size,
+            seq_len=options.seq_len or loaded.model.context_size,
             batch=options.batch,
             val_tokens=options.val_tokens,
-            tokenizer=_tokenizer(loaded, world),
+            tokenizer=cache(lambda: tokenizer_of(loaded, options.tokenizer)),  # val_loss does without
             files=files,
             limit=options.limit,
         )
@@ -146,25 +151,30 @@ def _check(options: Options, loaded: LoadedModel) -> str | None:
         raise UsageError(f"--seq-len {options.seq_len} must lie between 1 and the model's block_size, {block_size}.")
     if options.data is None:
         return None
+    ours, rows = loaded.tokenizer, loaded.model.config.vocab_size
     with open_tokens(options.data, "val") as tokens:
-        theirs = loaded.tokenizer.name if loaded.tokenizer else None
-        if theirs not in (None, tokens.tokenizer_name) or tokens.vocab_size != loaded.model.config.vocab_size:
+        # Of ids without a manifest nobody can tell: they are taken to be the model's.
+        is_another = ours is not None and tokens.tokenizer_fingerprint not in (None, ours.fingerprint)
+        if is_another or tokens.vocab_size not in (loaded.n_text_tokens, rows):
             raise DataError(
                 f"{options.data} was made with the tokenizer {tokens.tokenizer_name!r} ({tokens.vocab_size} tokens), "
-                f"{loaded.source} was trained with {theirs!r} ({loaded.model.config.vocab_size} tokens); "
+                f"{loaded.source} was trained with {ours.name if ours else None!r} ({rows} tokens); "
                 "prepare the data with the model's tokenizer."
             )
         return tokens.dataset
 
 
-def _tokenizer(loaded: LoadedModel, world: World) -> Tokenizer | None:
-    """The model's, if it can be had; val_loss does without."""
-    try:
-        return tokenizer_of(loaded)
-    except Problem as problem:
-        if world.is_main:
-            warn(str(problem))
-        return None
+def _untrained(options: Options, loaded: LoadedModel) -> str:
+    """What to say of positions that the model has and training never saw."""
+    trained, block_size = loaded.model.context_size, loaded.model.config.block_size
+    if options.seq_len is None and trained < block_size:
+        return (
+            f"{loaded.source} has a block_size of {block_size:,} and was trained on sequences of {trained:,} tokens: "
+            f"it is measured on {trained:,} at a time (--seq-len {block_size} for all)."
+        )
+    if (options.seq_len or 0) > trained:
+        return f"{loaded.source} was trained on sequences of {trained:,} tokens: positions from there on are untrained."
+    return ""
 
 
 def _check_against_fp32(
@@ -227,6 +237,7 @@ def _finish(
     if options.out is not None:
         about = {"model": loaded.source, "step": loaded.step, "device": device_name(pick_device(options.device))}
         about |= {"precision": precision, "torch": torch.__version__, "version": __version__, "limit": options.limit}
+        about |= {"seq_len": options.seq_len or loaded.model.context_size}
         write_atomic(options.out, json.dumps({**about, "results": results, "failed": failed}, indent=2) + "\n")
 
 

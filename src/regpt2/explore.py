@@ -89,6 +89,8 @@ def explore(loaded: LoadedModel, words: Sequence[str] | None = None, prompt: str
         if words is not None or prompt is not None:
             raise
         no_text = str(problem)
+    if tokenizer is not None and words is None and prompt is None and not tokenizer.can_encode(DEFAULT_PROMPT):
+        tokenizer, no_text = None, f"{DEFAULT_PROMPT!r} has other characters than the model: give a text to --prompt."
     tensors = tensors_of(loaded.model)
     wte, wpe = tensors["wte.weight"], tensors.get("wpe.weight")
     return Explored(
@@ -155,7 +157,8 @@ def parts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def neighbors(wte: Tensor, tokenizer: Tokenizer, words: Sequence[str] | None) -> list[Neighbors]:  # wte (V, C)
     """For each word, which must be one token, the tokens whose embeddings have the largest cosines with its own."""
-    encoded = [(word, tokenizer.encode(word)) for word in (DEFAULT_TOKENS if words is None else words)]
+    wanted = filter(tokenizer.can_encode, DEFAULT_TOKENS) if words is None else words
+    encoded = [(word, tokenizer.encode(word)) for word in wanted]
     if words is not None:
         for word, ids in encoded:
             if len(ids) != 1:
@@ -165,6 +168,8 @@ def neighbors(wte: Tensor, tokenizer: Tokenizer, words: Sequence[str] | None) ->
                     "of these (a space before a word belongs to its token)."
                 )
     chosen = [ids[0] for _, ids in encoded if len(ids) == 1]
+    if not chosen:
+        return []
     lengths = wte.norm(dim=1)  # (V,)
     cosines = (wte @ wte[chosen].T) / (lengths[:, None] * lengths[chosen]).clamp(min=1e-12)  # (V, chosen)
     cosines[chosen, range(len(chosen))] = -torch.inf  # itself is no neighbor
@@ -186,7 +191,7 @@ def attention(model: LanguageModel, tokenizer: Tokenizer, prompt: str | None) ->
     whole = tokenizer.encode(DEFAULT_PROMPT if prompt is None else prompt)
     if not whole:
         raise UsageError("--prompt is empty, expected a text; leave it out for the default.")
-    ids = whole[: min(MOST_TOKENS, model.config.block_size)]
+    ids = whole[: min(MOST_TOKENS, model.context_size)]
     weights = all_attention_weights(model, torch.tensor(ids))
     tokens = [_shown(tokenizer, token) for token in ids]
     return Attention(tokens, len(whole), weights.numpy(), habits_of(weights, ids))

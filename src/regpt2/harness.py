@@ -48,7 +48,8 @@ class Options:
     limit: int = 0
     """Only the first so many examples of each task; 0 = all."""
     batch: int = 8
-    """Sequences of block_size tokens per forward pass; shorter ones are packed to as many tokens."""
+    """Sequences, as long as those that the model was trained on, per forward pass; shorter ones are packed to as many
+    tokens."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
             model=in_compute_type(loaded.model, compute.dtype),
             world=world,
             data=None,
-            seq_len=loaded.model.config.block_size,
+            seq_len=loaded.model.context_size,
             batch=options.batch,
             val_tokens=0,
             tokenizer=tokenizer_of(loaded),
@@ -154,16 +155,16 @@ class Requests:
         super().__init__()
         self.context = context
         self.encoding = context.need_tokenizer()
-        self.max_length = context.gpt.config.block_size
+        self.max_length = context.context_size
 
     @property
     def eot_token_id(self) -> int:
         """What stands before a text that has no context."""
-        return self.encoding.eot
+        return self.encoding.start_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; `<|endoftext|>` in it stays text, where Hugging Face's tokenizer makes it the one token."""
-        return self.encoding.encode(string)
+        """Ids of a text; `<|endoftext|>` in it is the one token, as for the harness's own models."""
+        return self.encoding.encode_with_end_of_text(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -223,6 +224,7 @@ class Requests:
                 top_k=wanted.get("top_k", 0),
                 top_p=wanted.get("top_p", 1.0),
                 generator=torch.Generator(device).manual_seed(seed),
+                never=self.encoding.textless,
                 on_token=text.feed,
             )
         return text.so_far

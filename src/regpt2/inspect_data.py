@@ -19,13 +19,14 @@ from rich.cells import chop_cells, set_cell_size
 from regpt2.base.console import ProgressLine, safe_text, say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
+from regpt2.data.characters import META_NAME
 from regpt2.data.counts import STRETCH_TOKENS, Counts, count_tokens
 from regpt2.data.excerpts import Excerpt, excerpt, find_parting
 from regpt2.data.findings import Findings, check_data
 from regpt2.data.foreign import foreign_files
-from regpt2.data.manifest import MANIFEST_NAME, SPLITS, Manifest
+from regpt2.data.manifest import MANIFEST_NAME, SPLITS, Manifest, described
 from regpt2.data.shards import TokenStream, open_tokens
-from regpt2.data.tokenizer import Tokenizer, load_tokenizer
+from regpt2.data.tokenizer import Tokenizer
 
 COLUMNS = 100
 MOST_COUNTED = 1_000_000_000  # tokens of a split; of a larger one, a sample
@@ -118,7 +119,7 @@ def open_folder(path: Path, split: str | None, stack: ExitStack) -> Folder:
     names = [split] if split else [name for name in SPLITS if _has(path, manifest, name)] or ["train"]
     splits = {name: stack.enter_context(open_tokens(path, name)) for name in names}
     stream = splits[names[0]]
-    tokenizer = load_tokenizer(stream.tokenizer_name)
+    tokenizer = stream.tokenizer()
     if stream.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise DataError(
             f"{path} was prepared with a {tokenizer.name} vocabulary of fingerprint {stream.tokenizer_fingerprint}, "
@@ -170,7 +171,7 @@ def _print_folder(folder: Folder) -> None:
             say(f"  {name:<5} {stream.n_tokens:,} tokens in {_files(stream)}")
         return
     say(f"{folder.path}: {manifest.dataset}, {manifest.source}")
-    skipped = "; ".join(f"{reason}: {number:,}" for reason, number in manifest.skipped.items())
+    skipped = "; ".join(described(manifest.skipped, manifest.first_skipped))
     for name, value in {
         "revision": manifest.revision,
         "tokenizer": f"{manifest.tokenizer}, {manifest.vocab_size:,} ids, {manifest.tokenizer_fingerprint}",
@@ -220,8 +221,9 @@ def _print_counts(name: str, counts: Counts, folder: Folder) -> None:
 
 
 def _print_documents(counts: Counts, folder: Folder, name: str) -> None:
-    if not counts.ids[counts.eot]:
-        say(f"  no end of text (id {counts.eot}) among them: where documents begin cannot be seen")
+    if not counts.n_ends:
+        missing = "no end of text" if counts.eot is None else f"no end of text (id {counts.eot})"
+        say(f"  {missing} among them: where documents begin cannot be seen")
         return
     if counts.eot_last:
         how = "end of text ends each one (as in nanoGPT), instead of beginning it"
@@ -278,7 +280,7 @@ def _counts_for_json(counts: Counts, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokens": counts.n_tokens,
         "tokens_counted": counts.n_read,
         "documents": counts.n_documents,
-        "end_of_text": "last" if counts.eot_last else "first",
+        "end_of_text": None if counts.eot is None else "last" if counts.eot_last else "first",
         "continued_tokens": counts.head,
         "ids_used": counts.n_used,
         "vocab_size": tokenizer.vocab_size,
@@ -312,9 +314,7 @@ def compare(a: Folder, b: Folder, n_tokens: int) -> dict[str, Any]:
     """Print where two folders differ; return the same for JSON, with `equal`: are their tokens?"""
     for name, folder in (("A", a), ("B", b)):
         manifest = folder.manifest
-        about = (
-            f"{manifest.dataset}, {manifest.source}" if manifest else "no manifest.json, its tokens taken to be GPT-2's"
-        )
+        about = f"{manifest.dataset}, {manifest.source}" if manifest else f"no manifest.json, {_whose_tokens(folder)}"
         say(f"{name}  {folder.path}: {about}")
     ours, theirs = _facts(a), _facts(b)
     fields = {name: (ours.get(name), theirs.get(name)) for name in ours | theirs}
@@ -332,6 +332,12 @@ def compare(a: Folder, b: Folder, n_tokens: int) -> dict[str, Any]:
     equal = all(split["equal"] for split in splits.values()) and a.tokenizer.fingerprint == b.tokenizer.fingerprint
     say("\nTheir tokens are equal." if equal else "\nTheir tokens are different.")
     return {"a": str(a.path), "b": str(b.path), "fields": fields, "splits": splits, "equal": equal}
+
+
+def _whose_tokens(folder: Folder) -> str:
+    """What the tokens of a folder without a manifest are taken to be."""
+    stream = next(iter(folder.splits.values()))
+    return "its tokens taken to be GPT-2's" if stream.characters is None else f"its tokens those of {META_NAME}"
 
 
 def _facts(folder: Folder) -> dict[str, str]:

@@ -24,7 +24,7 @@ from regpt2.data.documents import Part, Plan, Source
 from regpt2.data.encoders import EncoderName, fast_tokenizer
 from regpt2.data.engine import Engine, check_options, encode
 from regpt2.data.filters import Filters
-from regpt2.data.manifest import MANIFEST_NAME, Manifest, Split
+from regpt2.data.manifest import MANIFEST_NAME, Manifest, Split, described
 from regpt2.data.packing import Ledger, Packer, Packing, clear, discard
 from regpt2.data.parts import PARTS_NAME, Job, PartResult, forget_copies
 from regpt2.data.ready import collect
@@ -53,7 +53,7 @@ class PrepareOptions:
     input: Path | None = None
     """Your file or folder, for text_files; or a local copy of a data set that is downloaded."""
     field: str = "text"
-    """The field or column that holds the text in .jsonl and .parquet."""
+    """The field or column that holds the text in .jsonl, .json and .parquet; meta.text is the one within meta."""
     repo: str = ""
     """For hub: the data set's id there, owner/name."""
     config: str = ""
@@ -340,7 +340,7 @@ def _advance(line: ProgressLine, n_bytes: int) -> None:
 def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: Packer) -> Manifest:
     """The last shards, then the manifest, then nothing else is needed."""
     try:
-        tallies, skipped = packer.finish()
+        tallies, skipped = packer.finish(plan.skipped)
     except DataError:
         discard(options.out, options.dataset)  # other options are another preparation
         raise
@@ -357,7 +357,8 @@ def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: P
             name: Split(tally.documents, tally.tokens, tally.text_bytes, tuple(progress[name].shards))
             for name, tally in tallies.items()
         },
-        skipped=dict(sorted((plan.skipped | skipped).items())),
+        skipped=dict(sorted(skipped.items())),
+        first_skipped=dict(sorted(skipped.first.items())),
     )
     manifest.write(options.out)
     clear(options.out)
@@ -373,8 +374,8 @@ def _summarize(manifest: Manifest, options: PrepareOptions, elapsed_s: float) ->
             f"  {name:5} {split.documents:,} documents, {split.tokens:,} tokens, {count(split.text_bytes)} bytes "
             f"({split.text_bytes / split.tokens:.3f} per token), {len(split.shards)} shard(s){short}"
         )
-    for reason, number in manifest.skipped.items():
-        say(f"  {reason}: {number:,}")
+    for line in described(manifest.skipped, manifest.first_skipped):
+        say(f"  {line}")
     if not manifest.skipped:
         say("  nothing was skipped")
     say(f"  fingerprint {manifest.fingerprint[:16]}, in {options.out}")

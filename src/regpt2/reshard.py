@@ -23,6 +23,8 @@ from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, say, warn
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock, fsync_dir, require_free_space
+from regpt2.data.characters import META_NAME
+from regpt2.data.counts import eot_is_last
 from regpt2.data.foreign import foreign_files
 from regpt2.data.manifest import MANIFEST_NAME, TOKEN_BYTES, Manifest
 from regpt2.data.outgoing import Piece, SplitTokens, TokenData, TokenRow
@@ -53,7 +55,7 @@ class ReshardOptions:
     name: str | None = None
     """What the files are called by; by default what DATA says that its text is, else "tokens"."""
     tokenizer: str | None = None
-    """Whose ids they are, if DATA has no manifest.json: gpt2 (the default) or bytes."""
+    """Whose ids they are, if DATA has no manifest.json and no meta.pkl: gpt2 (the default) or bytes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ class _Source:
 
     streams: dict[str, TokenStream]
     tokenizer: Tokenizer
-    has_manifest: bool
     source: str
     revision: str
 
@@ -74,16 +75,11 @@ class _Source:
         """All tokens, those of val first, with end of text before each document."""
         for stream in self.streams.values():
             n_tokens = stream.n_tokens
-            if self.is_turned(stream):
-                yield np.array([self.tokenizer.eot], dtype=np.uint16)
+            if eot_is_last(stream, self.tokenizer.eot):  # the one at the very end belongs to the beginning
+                yield np.array([self.tokenizer.start_id], dtype=np.uint16)
                 n_tokens -= 1
             for start in range(0, n_tokens, READ_TOKENS):
                 yield stream.read(start, min(READ_TOKENS, n_tokens - start))
-
-    def is_turned(self, stream: TokenStream) -> bool:
-        """Does end of text stand after each document? Then the one at the very end belongs to the beginning."""
-        eot = self.tokenizer.eot
-        return not self.has_manifest and stream.read(0, 1)[0] != eot == stream.read(stream.n_tokens - 1, 1)[0]
 
 
 class _Watched:
@@ -117,6 +113,7 @@ def reshard(options: ReshardOptions) -> None:
     _check(options, entry)
     with ExitStack() as stack:
         source = _open_source(options, stack)
+        _check_holds(entry, options, source)
         name = _name(options, source)
         sizes = _sizes(options, source)
         require_free_space(options.out, int(1.05 * TOKEN_BYTES * sum(sizes.values())) + (1 << 20), "these tokens")
@@ -145,6 +142,16 @@ def _check(options: ReshardOptions, entry: ModuleType) -> None:
         raise UsageError(f"OUT = {options.out} exists and is not an empty folder; name another place.")
 
 
+def _check_holds(entry: ModuleType, options: ReshardOptions, source: _Source) -> None:
+    """Most formats hold bare ids; ids of characters without the characters would be read as GPT-2's."""
+    if source.tokenizer.characters is not None and not getattr(entry, "HOLDS_CHARACTERS", False):
+        shelf = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+        able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "HOLDS_CHARACTERS", False))
+        raise UsageError(
+            f"--to {options.to} cannot say which characters the ids of {options.data} are; formats that can: {able}."
+        )
+
+
 def _open_source(options: ReshardOptions, stack: ExitStack) -> _Source:
     """Open all splits; the tokenizer is the one that the manifest names, or that the user does."""
     folder, has_manifest = options.data, (options.data / MANIFEST_NAME).exists()
@@ -158,25 +165,27 @@ def _open_source(options: ReshardOptions, stack: ExitStack) -> _Source:
     if has_manifest:
         return _native_source(options, streams)
     warn(train.note)
-    tokenizer = load_tokenizer(options.tokenizer or "gpt2")
+    if train.characters is not None and options.tokenizer not in (None, train.tokenizer_name):
+        raise UsageError(f"--tokenizer {options.tokenizer}: {META_NAME} says {train.tokenizer_name}; leave it out.")
+    tokenizer = load_tokenizer(options.tokenizer or "gpt2") if train.characters is None else train.tokenizer()
     for stream in streams.values():
         stream.tokenizer_name, stream.vocab_size = tokenizer.name, tokenizer.vocab_size
     files = [file.path.name for stream in streams.values() for file in stream.files]
     source = f"another project's folder of {len(files)} token files, the first {files[0]}"
-    return _Source(streams, tokenizer, False, source, train.fingerprint)
+    return _Source(streams, tokenizer, source, train.fingerprint)
 
 
 def _native_source(options: ReshardOptions, streams: dict[str, TokenStream]) -> _Source:
     manifest = Manifest.read(options.data)
     if options.tokenizer not in (None, manifest.tokenizer):
         raise UsageError(f"--tokenizer {options.tokenizer}: {options.data} says {manifest.tokenizer}; leave it out.")
-    tokenizer = load_tokenizer(manifest.tokenizer)
+    tokenizer = streams["train"].tokenizer()
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{options.data}: its {manifest.tokenizer} tokenizer has fingerprint {manifest.tokenizer_fingerprint}, "
             f"this program's {tokenizer.fingerprint}; prepare the folder again."
         )
-    return _Source(streams, tokenizer, True, manifest.source, manifest.revision)
+    return _Source(streams, tokenizer, manifest.source, manifest.revision)
 
 
 def _name(options: ReshardOptions, source: _Source) -> str:
@@ -209,7 +218,7 @@ def _write_and_compare(
         watched = {}
         for split, n_tokens in sizes.items():
             pieces = row.take(n_tokens)
-            if entry.END_OF_TEXT_LAST:
+            if entry.END_OF_TEXT_LAST and source.tokenizer.eot is not None:
                 pieces = end_of_text_last(pieces, source.tokenizer.eot)
             watched[split] = _Watched(pieces, progress)
         splits = tuple(SplitTokens(split, n_tokens, TokenRow(watched[split])) for split, n_tokens in sizes.items())

@@ -18,21 +18,22 @@ from hypothesis import strategies as st
 from regpt2.base import plugins
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.data import documents as documents_module
-from regpt2.data import records
+from regpt2.data import json_records, records
 from regpt2.data.datasets import python_library, text_files, tiny_shakespeare
-from regpt2.data.documents import Document, Source
+from regpt2.data.documents import Document, Skipped, Source
 
 INVALID = "documents kept with invalid UTF-8 replaced"
 
 
-def read_all(entry: ModuleType, source: Source) -> tuple[list[Document], dict[str, int]]:
+def read_all(entry: ModuleType, source: Source) -> tuple[list[Document], Skipped]:
     """Every document of every part, as a worker would read them, and everything counted."""
     plan = entry.plan(source)
-    skipped = Counter(plan.skipped)
+    skipped = Skipped()
+    skipped.include(plan.skipped, plan.skipped.first)
     found = []
     for part in plan.parts:
         found += entry.documents(pickle.loads(pickle.dumps(part)), skipped)
-    return found, dict(skipped)
+    return found, skipped
 
 
 def texts(path: Path, field: str = "text") -> list[str]:
@@ -101,7 +102,7 @@ def test_jsonl_cut_anywhere_gives_every_line_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "PART_BYTES", part_bytes)
         patch.setattr(documents_module, "PART_BYTES", part_bytes)
-        patch.setattr(records, "LINE_BYTES", line_bytes)
+        patch.setattr(json_records, "LINE_BYTES", line_bytes)
         found, skipped = read_all(text_files, Source(path))
     fitting = [word for word, line in zip(words, lines, strict=True) if len(line) < line_bytes]
     assert [document.text for document in found] == fitting
@@ -183,22 +184,48 @@ def test_split_follows_the_content_and_the_fraction() -> None:
 
 
 def test_folders_are_read_in_order_and_the_rest_is_counted(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/10.md", "a.txt", "c.TXT", ".hidden.txt", ".git/x.txt", "picture.png", "noend"):
+    for name in (
+        "b/2.txt",
+        "b/10.md",
+        "a.txt",
+        "c.TXT",
+        ".hidden.txt",
+        ".git/x.txt",
+        "picture.png",
+        "b/another.png",
+        "noend",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)
     (tmp_path / "dead.txt").symlink_to(tmp_path / "nowhere")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "b" / "up").symlink_to("..")
     found, skipped = read_all(text_files, Source(tmp_path))
     assert [document.text for document in found] == ["a.txt", "b/10.md", "b/2.txt", "c.TXT"]
-    assert skipped == {
-        "folders hidden": 1,
-        "files hidden": 1,
-        "files of a kind not read (.png)": 1,
-        "files of a kind not read (no suffix)": 1,
-        "files missing behind a link, or not plain files": 1 + hasattr(os, "mkfifo"),
+    left_out = {
+        "folders behind a link": (2, "loop"),
+        "folders hidden": (1, ".git"),
+        "files hidden": (1, ".hidden.txt"),
+        "files of a kind not read (.png)": (2, "b/another.png"),
+        "files of a kind not read (no suffix)": (1, "noend"),
+        "files missing behind a link, or not plain files": (1 + hasattr(os, "mkfifo"), "dead.txt"),
     }
+    assert {reason: (number, skipped.first[reason]) for reason, number in skipped.items()} == left_out
+
+
+def test_suffixes_beyond_a_few_are_counted_together(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for n in range(100, 130):
+        (tmp_path / f"frame.{n}").touch()
+    (tmp_path / "frame.\x1b[2J").touch()
+    _, skipped = read_all(text_files, Source(tmp_path))
+    assert len(skipped) == 21
+    assert skipped["files of a kind not read (other suffixes)"] == 11
+    assert skipped.first["files of a kind not read (other suffixes)"] == "frame.119"
+    assert "\x1b" not in repr(skipped.first) + repr(list(skipped))
 
 
 def test_many_small_files_share_a_part(tmp_path: Path) -> None:
@@ -217,7 +244,7 @@ def test_plan_is_the_same_for_a_copy_but_notices_every_change(tmp_path: Path) ->
     os.utime(path, ns=(1, 1))
     assert text_files.plan(Source(path.parent)).fingerprint != one.fingerprint
     with pytest.raises(DataError, match=r"a\.txt was changed while it was being prepared"):
-        list(text_files.documents(one.parts[0], Counter()))
+        list(text_files.documents(one.parts[0], Skipped()))
     path.write_text("longer text")
     assert text_files.plan(Source(path.parent)).revision != one.revision
 
@@ -228,7 +255,7 @@ def test_wrong_inputs_say_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         text_files.plan(Source(tmp_path / "absent"))
     (tmp_path / "a.pdf").touch()
-    with pytest.raises(DataError, match=r"no \.txt.* 1 files of a kind not read \(\.pdf\)"):
+    with pytest.raises(DataError, match=r"no \.txt.* files of a kind not read \(\.pdf\): 1, first in a\.pdf"):
         text_files.plan(Source(tmp_path))
     with pytest.raises(UsageError, match="takes no --input"):
         python_library.plan(Source(tmp_path))

@@ -43,6 +43,7 @@ def check_equal(tokenizer: Tokenizer, tiktoken: Gpt2Tokenizer, text: str) -> Non
     assert np.array_equal(ids, tiktoken.encode_to_numpy(text)), ascii(text[:200])
 
 
+@pytest.mark.seconds
 def test_20_000_random_strings_have_equal_ids(gigatoken: ProvenTokenizer, tiktoken: Gpt2Tokenizer) -> None:
     rng = random.Random(20_000)
     spans = (range(0x100), range(0x2000, 0x2100), range(0x3000), range(0x1F300, 0x1FB00), range(0x110000))
@@ -52,6 +53,7 @@ def test_20_000_random_strings_have_equal_ids(gigatoken: ProvenTokenizer, tiktok
         check_equal(gigatoken, tiktoken, "".join(pieces))
 
 
+@pytest.mark.seconds
 def test_every_character_is_classified_alike_or_left_to_tiktoken(
     gigatoken: ProvenTokenizer, tiktoken: Gpt2Tokenizer
 ) -> None:

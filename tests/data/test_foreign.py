@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from regpt2.base.errors import DataError
+from regpt2.data.foreign import token_file
 from regpt2.data.shards import open_tokens
 
 EOT = 50256
@@ -180,4 +181,40 @@ def test_a_split_in_two_formats_is_refused(tmp_path: Path) -> None:
         assert tokens.n_tokens == 9
     np.arange(9, dtype="<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(DataError, match=r"holds train tokens in several formats \(\.bin, \.npy\), perhaps the same"):
+        open_tokens(tmp_path, "train")
+
+
+def write_llmc(path: Path, magic: int, ids: list[int]) -> None:
+    """A header of 256 numbers and the tokens, as every `.bin` of llm.c's begins."""
+    path.write_bytes(struct.pack("<256i", magic, 1, len(ids), *[0] * 253) + struct.pack(f"<{len(ids)}H", *ids))
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "TinyStories"])
+def test_llm_c_s_token_files_that_end_with_the_split_are_read(tmp_path: Path, name: str) -> None:
+    for split, docs in (("train", TRAIN), ("val", VAL)):
+        write_llmc(tmp_path / f"{name}_{split}.bin", 20240520, flat(docs))
+    for split, docs in (("train", TRAIN), ("val", VAL)):
+        with open_tokens(tmp_path, split) as stream:
+            assert stream.read(0, stream.n_tokens).tolist() == flat(docs)
+            assert "left out" not in stream.note
+
+
+def test_llm_c_s_hellaswag_beside_tokens_is_left_out_and_named(tmp_path: Path) -> None:
+    write_llmc(tmp_path / "fineweb_train_000001.bin", 20240520, flat(TRAIN))
+    write_llmc(tmp_path / "hellaswag_val.bin", 20240522, [65535, 4, 0, 0, 2])
+    with open_tokens(tmp_path, "train") as stream:
+        assert "hellaswag_val" not in stream.note
+    with pytest.raises(DataError, match=r"no val tokens here .* hellaswag_val\.bin is left out: it holds .* questions"):
+        open_tokens(tmp_path, "val")
+    write_llmc(tmp_path / "fineweb_val_000000.bin", 20240520, flat(VAL))
+    with open_tokens(tmp_path, "val") as stream:
+        assert stream.read(0, stream.n_tokens).tolist() == flat(VAL)
+        assert "hellaswag_val.bin is left out" in stream.note
+    with pytest.raises(DataError, match=r"holds the questions of an evaluation.* --files hellaswag=PATH"):
+        token_file(tmp_path / "hellaswag_val.bin")
+
+
+def test_a_file_without_a_header_that_ends_with_the_split_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine_train.bin").write_bytes(struct.pack("<400H", *range(400)))
+    with pytest.raises(DataError, match=r"mine_train\.bin starts with neither 20240520"):
         open_tokens(tmp_path, "train")

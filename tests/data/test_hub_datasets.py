@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ import pytest
 from hub_server import FakeHub
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.data.datasets import fineweb, fineweb_edu, hub, openwebtext, wikitext
-from regpt2.data.documents import Document, Plan, Source
+from regpt2.data.documents import Document, Plan, Skipped, Source
 from regpt2.data.parts import local_copies
 from regpt2.prepare import PrepareOptions, prepare
 
@@ -63,9 +62,10 @@ def edu_hub(online: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield server
 
 
-def read_all(entry: ModuleType, plan: Plan, folder: Path) -> tuple[list[Document], Counter[str]]:
+def read_all(entry: ModuleType, plan: Plan, folder: Path) -> tuple[list[Document], Skipped]:
     """Every document of every part, as a worker reads them."""
-    found, skipped = [], Counter[str](plan.skipped)
+    found, skipped = list[Document](), Skipped()
+    skipped.include(plan.skipped, plan.skipped.first)
     folder.mkdir(exist_ok=True)
     for index, part in enumerate(plan.parts):
         with local_copies(part, folder, index, lambda count: None) as local:

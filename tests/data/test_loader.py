@@ -49,6 +49,7 @@ def test_a_step_has_the_same_windows_for_any_world_size_and_micro_batch(
         assert digest(alone, step) == digest(many, step)
 
 
+@pytest.mark.seconds
 @settings(max_examples=60, deadline=None)
 @given(
     shard_lengths=st.lists(st.integers(1, 60), min_size=2, max_size=6),
@@ -109,6 +110,7 @@ def test_the_digest_tells_tokens_and_places() -> None:
     assert one.batch(1).digest != before
 
 
+@pytest.mark.seconds
 @settings(max_examples=60, deadline=None)
 @given(
     n_tokens=st.integers(10, 700),

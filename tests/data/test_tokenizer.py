@@ -7,6 +7,7 @@ import time
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,27 @@ def test_ids_equal_those_of_transformers(gpt2: Tokenizer) -> None:
     assert gpt2.encode(text) == theirs.encode(text).ids
     table = json.loads((SHARED_BPE / "encoder.json").read_text(encoding="utf-8"))
     assert {token: n for token, n in table.items() if n != gpt2.eot} == slow_index()
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=tricky)
+def test_end_of_text_within_a_text_is_the_token_that_transformers_makes_of_it(
+    gpt2: Tokenizer, theirs_with_end_of_text: Any, text: str
+) -> None:
+    ids = gpt2.encode_with_end_of_text(text)
+    assert ids == theirs_with_end_of_text.encode(text, add_special_tokens=False)
+    assert ids.count(gpt2.eot) == text.count("<|endoftext|>") and gpt2.eot not in gpt2.encode(text)
+
+
+@pytest.fixture(scope="module")
+def theirs_with_end_of_text(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' GPT-2 tokenizer, from the vocabulary and the merges as OpenAI numbered them."""
+    from transformers import GPT2Tokenizer
+
+    folder = tmp_path_factory.mktemp("theirs")
+    (folder / "vocab.json").write_text(json.dumps(slow_index() | {"<|endoftext|>": 50256}), encoding="utf-8")
+    (folder / "merges.txt").write_bytes(find_vocab().read_bytes())
+    return GPT2Tokenizer.from_pretrained(folder)
 
 
 @settings(max_examples=200, deadline=None)

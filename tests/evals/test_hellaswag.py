@@ -2,6 +2,7 @@
 
 import json
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,61 @@ def test_a_bad_line_is_named(line: str, told: str, tmp_path: Path) -> None:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=told):
         evaluate(context(path))
+
+
+def write_llmc(path: Path, rows: list[dict[str, object]]) -> Path:
+    """As llm.c's dev/data/hellaswag.py packs them: a header of 256 int32, then uint16."""
+    encode, stream, longest = load_tokenizer("gpt2").encode, list[int](), 0
+    for number, row in enumerate(rows):
+        tokens = [encode(str(row["ctx"])), *(encode(f" {ending}") for ending in row["endings"])]  # type: ignore[attr-defined]
+        one = [65535, 0, number, row["label"], 4]
+        for ids in tokens:
+            one += [len(ids), *ids]
+        one[1] = 2 * len(one)
+        longest = max(longest, one[1])  # type: ignore[call-overload]
+        stream += one  # type: ignore[arg-type]
+    header = struct.pack("<256i", 20240522, 1, len(rows), longest, *[0] * 252)
+    path.write_bytes(header + struct.pack(f"<{len(stream)}H", *stream))
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> dict[str, object]:
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=50257), seed=3)
+    return {"model": model, "tokenizer": load_tokenizer("gpt2"), "seq_len": 64}
+
+
+def test_llm_c_s_packed_file_gives_the_figures_of_the_text(
+    gpt2: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = scenes(30, seed=2)
+    text = evaluate(context(write(tmp_path / "h.jsonl", rows), **gpt2, brief=True))
+    assert text["acc_norm"] != text["acc"], "the two should differ on this set"
+    folder = tmp_path / "llm.c"
+    folder.mkdir()
+    path = write_llmc(folder / "hellaswag_val.bin", rows)
+    assert evaluate(context(path, **gpt2, brief=True)) == text
+    assert not capsys.readouterr().err
+    assert evaluate(context(folder, **gpt2)) == text
+    assert "holds no text, so only acc_norm and acc" in capsys.readouterr().err
+    assert evaluate(context(path, **gpt2, limit=7))["count"] == 7
+
+
+def test_llm_c_s_packed_file_is_refused_for_another_tokenizer_and_where_it_is_damaged(
+    gpt2: dict[str, object], tmp_path: Path
+) -> None:
+    path = write_llmc(tmp_path / "hellaswag_val.bin", scenes(3))
+    with pytest.raises(DataError, match=r"tokens of GPT-2's tokenizer, this model's is bytes; give the text: --files"):
+        evaluate(context(path))
+    whole = path.read_bytes()
+    for length in (100, 1025, 1024, 1030, len(whole) // 4 * 2, len(whole) - 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"hellaswag_val\.bin"):
+            evaluate(context(path, **gpt2))
+    for place, value in ((4, 2), (8, 0), (8, 4), (1024, 1), (1026, 3), (1030, 4), (1032, 3), (1034, 0), (1036, 50257)):
+        path.write_bytes(whole[:place] + struct.pack("<H", value) + whole[place + 2 :])
+        with pytest.raises(DataError, match=r"hellaswag_val\.bin"):
+            evaluate(context(path, **gpt2))
 
 
 def test_the_harness_s_wording_of_a_scene_with_tags() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from ranks import spawn
 from regpt2.base.errors import DataError, Problem
 from regpt2.base.world import World
 from regpt2.data.tokenizer import load_tokenizer
@@ -188,7 +188,7 @@ def test_two_ranks_give_the_figures_of_one_and_none_waits_for_one_without_data(
     tmp_path: Path, unused_port: int
 ) -> None:
     passages(tmp_path / "p.jsonl", *(f"passage {'x' * n} of word{n}" for n in range(40)))
-    mp.spawn(one_rank, args=(unused_port, str(tmp_path)), nprocs=2)
+    spawn(one_rank, args=(unused_port, str(tmp_path)), nprocs=2)
     alone = lambada.evaluate(given("lambada", tmp_path / "p.jsonl"))
     for rank, failure in enumerate(("there is no file", "lambada failed on 1 other rank(s)")):
         figures, said = (tmp_path / f"{rank}.txt").read_text().split("\n")

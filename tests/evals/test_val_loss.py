@@ -2,15 +2,16 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from ranks import spawn
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.world import World
 from regpt2.data.baselines import baselines
@@ -79,6 +80,12 @@ def test_the_mode_of_the_model_is_restored_also_after_an_error(tiny_data: Path) 
     assert broken.training
 
 
+def test_dropout_is_off_while_a_model_is_scored(tiny_data: Path) -> None:
+    """A run evaluates the model that it trains, in training mode."""
+    dropping = GPT(replace(MODEL.config, dropout=0.5), seed=1)
+    assert evaluate(context(tiny_data, model=dropping.train())) == evaluate(context(tiny_data))
+
+
 def test_what_is_missing_is_said(tiny_data: Path) -> None:
     with pytest.raises(UsageError, match="--data DIR"):
         evaluate(context(None))
@@ -103,7 +110,7 @@ def failing_rank(rank: int, port: int, data: str, out: str) -> None:
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting(tiny_data: Path, tmp_path: Path, unused_port: int) -> None:
-    mp.spawn(failing_rank, args=(unused_port, str(tiny_data), str(tmp_path)), nprocs=2)
+    spawn(failing_rank, args=(unused_port, str(tiny_data), str(tmp_path)), nprocs=2)
     assert (tmp_path / "0.txt").read_text() == "3.0\nval_loss failed on 1 other rank(s)"
     assert (tmp_path / "1.txt").read_text().startswith("3.0\n")
     assert "no such data folder" in (tmp_path / "1.txt").read_text()

@@ -21,7 +21,7 @@ class Counts:
     """What was found in `n_read` of the `n_tokens` of a split."""
 
     n_tokens: int
-    eot: int
+    eot: int | None
     eot_last: bool
     """Documents end with the end of text, instead of beginning with it."""
     n_read: int = 0
@@ -40,7 +40,12 @@ class Counts:
     @property
     def n_documents(self) -> int:
         """Documents, by their ends of text; of a sample an estimate."""
-        return round(int(self.ids[self.eot]) * self.n_tokens / self.n_read)
+        return round(self.n_ends * self.n_tokens / self.n_read)
+
+    @property
+    def n_ends(self) -> int:
+        """Ends of text that were met; of a vocabulary without one, none."""
+        return 0 if self.eot is None else int(self.ids[self.eot])
 
     @property
     def n_used(self) -> int:
@@ -75,7 +80,10 @@ class Counts:
 
 
 def count_tokens(
-    stream: TokenStream, eot: int, n_stretches: int | None = None, on_tokens: Callable[[int], object] | None = None
+    stream: TokenStream,
+    eot: int | None,
+    n_stretches: int | None = None,
+    on_tokens: Callable[[int], object] | None = None,
 ) -> Counts:
     """Count a split, or so many evenly spread stretches of it. `on_tokens` is told of progress.
 
@@ -88,12 +96,17 @@ def count_tokens(
     return counts
 
 
-def eot_is_last(stream: TokenStream, eot: int) -> bool:
+def ends_of_text(ids: npt.NDArray[np.uint16], eot: int | None) -> npt.NDArray[np.int64]:
+    """The places of ends of text among ids."""
+    return np.empty(0, dtype=np.int64) if eot is None else np.flatnonzero(ids == eot)
+
+
+def eot_is_last(stream: TokenStream, eot: int | None) -> bool:
     """Does the end of text stand last in each document? Then it ends the split, and does not begin it.
 
     In a folder with a manifest it never does, wherever its splits are cut.
     """
-    if stream.tokenizer_fingerprint is not None:
+    if eot is None or stream.tokenizer_fingerprint is not None:
         return False
     first, last = stream.read(0, 1)[0], stream.read(stream.n_tokens - 1, 1)[0]
     return bool(first != eot and last == eot)
@@ -114,7 +127,7 @@ def _count_stretch(
     for at in range(start, stop, STRETCH_TOKENS):
         ids = stream.read(at, min(STRETCH_TOKENS, stop - at))
         counts.ids += np.bincount(ids, minlength=N_IDS)
-        begins = at + counts.eot_last + np.flatnonzero(ids == counts.eot)
+        begins = at + counts.eot_last + ends_of_text(ids, counts.eot)
         if start == 0 and not len(begun):
             counts.head = int(begins[0]) if len(begins) else at + len(ids)
         begun = np.concatenate([begun, begins])

@@ -2,16 +2,20 @@
 
 An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
 `plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
-`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, and counts what it leaves
-out. Files that are elsewhere (`InputFile.url`) have been fetched by then. `ready` has shards and no text: instead of
-the two, `shards(source) -> ReadyPlan` (data/ready.py).
+`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, says in `skipped.file` which
+file it reads, and counts what it leaves out. Files that are elsewhere (`InputFile.url`) have been fetched by then.
+`ready` has shards and no text: instead of the two, `shards(source) -> ReadyPlan` (data/ready.py).
 """
 
+import errno
 import hashlib
-from collections.abc import Iterable
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from regpt2.base.console import safe_text
 from regpt2.base.files import sha256_bytes
 
 PART_BYTES = 2 << 20  # of text, about: a worker's task, 0.1 s of work with tiktoken
@@ -34,6 +38,30 @@ class Source:
     """Branch, tag or commit."""
     first: int | None = None
     """Only so many of its files."""
+
+
+_MOST_CHARACTERS = 300  # kept of where something was met first: names come from strangers
+
+
+class Skipped(Counter[str]):
+    """What was left out or repaired: how often for each reason, and in `first` the file where each was met first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
+        self.file = ""
+        """The name of the file that is being read."""
+
+    def add(self, reason: str, where: str = "") -> None:
+        """Count one more. `where` is the place, if it is not `file` alone."""
+        self[reason] += 1
+        if place := where or self.file:
+            self.first.setdefault(reason, safe_text(place)[:_MOST_CHARACTERS])
+
+    def include(self, counts: Mapping[str, int], first: Mapping[str, str]) -> None:
+        """Add what was counted in later files."""
+        self.update(counts)
+        self.first = {**first, **self.first}
 
 
 @dataclass(frozen=True)
@@ -75,7 +103,7 @@ class Plan:
     parts: tuple[Part, ...]
     source: str
     revision: str
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: Skipped = field(default_factory=Skipped)
     n_tokens: int = 0
     """GPT-2 tokens by the publisher's own count; 0 if unknown."""
     val_tokens: int = 0
@@ -129,6 +157,17 @@ def input_file(path: Path, name: str) -> InputFile:
     """Note the size and time of a file."""
     status = path.stat()
     return InputFile(str(path), name, status.st_size, status.st_mtime_ns)
+
+
+def plain_file(path: Path, name: str) -> InputFile | None:
+    """The same; None where there is no file but a link to nothing, a pipe or the like."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None
+    return InputFile(str(path), name, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 def revision_of(files: Iterable[InputFile]) -> str:

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 
 from regpt2.base.console import ProgressLine
-from regpt2.data.counts import STRETCH_TOKENS, eot_is_last
+from regpt2.data.counts import STRETCH_TOKENS, ends_of_text, eot_is_last
 from regpt2.data.shards import TokenStream
 from regpt2.data.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class Parting:
     """The document of the first split that holds the token there, from 1; 0 before its first beginning."""
 
 
-def find_parting(a: TokenStream, b: TokenStream, eot: int, what: str) -> Parting | None:
+def find_parting(a: TokenStream, b: TokenStream, eot: int | None, what: str) -> Parting | None:
     """Where two splits part, or None if they are equal. Only tokens count, not the files that hold them.
 
     Raises:
@@ -82,15 +82,15 @@ def find_parting(a: TokenStream, b: TokenStream, eot: int, what: str) -> Parting
             differs = ids != others
             if differs.any():
                 at = int(np.argmax(differs))
-                return _parting(a, eot, start + at, n_eot + int(np.count_nonzero(ids[:at] == eot)))
-            n_eot += int(np.count_nonzero(ids == eot))
+                return _parting(a, eot, start + at, n_eot + len(ends_of_text(ids[:at], eot)))
+            n_eot += len(ends_of_text(ids, eot))
             line.advance(count)
     return None if a.n_tokens == b.n_tokens else _parting(a, eot, n_both, n_eot)
 
 
-def _parting(a: TokenStream, eot: int, position: int, n_eot: int) -> Parting:
+def _parting(a: TokenStream, eot: int | None, position: int, n_eot: int) -> Parting:
     """`n_eot` ends of text stand before the position."""
     if eot_is_last(a, eot):
         return Parting(position, n_eot + 1)
-    begins = position < a.n_tokens and a.read(position, 1)[0] == eot
-    return Parting(position, n_eot + int(begins))
+    begins = len(ends_of_text(a.read(position, min(1, a.n_tokens - position)), eot))
+    return Parting(position, n_eot + begins)

@@ -11,6 +11,7 @@ from pathlib import Path
 from regpt2.base.console import ProgressLine, say
 from regpt2.base.errors import DataError, Problem
 from regpt2.base.files import describe_os_error
+from regpt2.data.counts import ends_of_text
 from regpt2.data.foreign import foreign_files
 from regpt2.data.manifest import MANIFEST_NAME, SPLITS, Manifest
 from regpt2.data.shards import LEDGER_NAME, Shard, open_tokens, verify_shard
@@ -104,7 +105,7 @@ def _check_ids(data: Path, split: str, manifest: Manifest | None, findings: Find
         ):
             for start in range(0, tokens.n_tokens, _IDS_AT_ONCE):
                 ids = tokens.read(start, min(_IDS_AT_ONCE, tokens.n_tokens - start))  # refuses ids that no token has
-                documents += int((ids == eot).sum())
+                documents += len(ends_of_text(ids, eot))
                 progress.advance(len(ids))
             n_tokens = tokens.n_tokens
         if manifest is None or eot is None:
@@ -120,7 +121,7 @@ def _end_of_text(manifest: Manifest | None, findings: Findings) -> int | None:
     if manifest is None:
         return None
     try:
-        return load_tokenizer(manifest.tokenizer).eot
+        return None if manifest.characters is not None else load_tokenizer(manifest.tokenizer).eot
     except Problem as error:
         findings.add(manifest.tokenizer, "note", f"the documents are not counted: {error}")
         return None

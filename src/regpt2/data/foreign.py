@@ -24,6 +24,7 @@ from regpt2.data.manifest import HEADER_BYTES, TOKEN_BYTES
 
 MAGIC = 20240520
 VERSION = 1
+QUESTIONS_MAGIC = 20240522  # llm.c's hellaswag_val.bin: questions with their endings, no tokens to train on
 MEND = "prepare or download it again"
 
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
@@ -32,6 +33,10 @@ MEGATRON_UINT16 = 8
 MEGATRON_WIDTHS = {4: 4, MEGATRON_UINT16: 2}  # int32, uint16
 INDEX_SUFFIX = ".index"  # datatrove: after the whole name
 _AT_ONCE = 1 << 16  # numbers of an index
+
+
+class _Questions(DataError):
+    """A file of questions, which lies beside tokens and is named as they are."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,10 @@ def foreign_files(folder: Path, split: str) -> list[TokenFile]:
                 continue
             files.append(_megatron(folder / name) if suffix == ".idx" else _datatrove(folder / name))
         elif f"{stem}.idx" not in names and _is_of_split(name, split):
-            files.append(token_file(folder / name))
+            try:
+                files.append(token_file(folder / name))
+            except _Questions:
+                continue
         else:
             continue
         suffixes.add(suffix)
@@ -78,6 +86,13 @@ def foreign_files(folder: Path, split: str) -> list[TokenFile]:
             "twice; move all but one elsewhere."
         )
     return files
+
+
+def left_out(folder: Path, split: str, files: list[TokenFile]) -> list[str]:
+    """The names that are as those of a split's tokens, but hold an evaluation's questions."""
+    names, taken = {entry.name for entry in os.scandir(folder)}, {file.path.name for file in files}
+    of_split = (name for name in names - taken if _is_of_split(name, split))
+    return sorted(name for name in of_split if f"{os.path.splitext(name)[0]}.idx" not in names)
 
 
 def foreign_dataset(files: list[TokenFile]) -> str | None:
@@ -102,6 +117,11 @@ def token_file(path: Path) -> TokenFile:
             return _npy(path, file, size)
     if len(head) >= 4 and struct.unpack_from("<i", head)[0] == MAGIC:
         return _with_header(path, head, size)
+    if len(head) >= 4 and struct.unpack_from("<i", head)[0] == QUESTIONS_MAGIC:
+        raise _Questions(
+            f"{path} holds the questions of an evaluation, as llm.c writes them (it starts with {QUESTIONS_MAGIC}), no "
+            "tokens; give it to `regpt2 evaluate` with --files hellaswag=PATH."
+        )
     if path.stem not in ("train", "val"):
         raise DataError(
             f"{path} starts with neither {MAGIC} (llm.c) nor a .npy header, and only train.bin and val.bin may be raw "
@@ -132,7 +152,7 @@ def regular_file_bytes(path: Path) -> int:
 def _is_of_split(name: str, split: str) -> bool:
     stem, suffix = os.path.splitext(name)
     if suffix == ".bin":
-        return stem == split or f"_{split}_" in name or (split == "train" and stem.startswith("train"))
+        return stem == split or f"_{split}_" in f"{stem}_" or (split == "train" and stem.startswith("train"))
     return suffix == ".npy" and split in stem
 
 

@@ -10,13 +10,12 @@ import io
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
 from regpt2.base.errors import DataError
-from regpt2.data.documents import Document, InputFile
+from regpt2.data.documents import Document, InputFile, Skipped
 
 WHOLE_BYTES = 64 << 10  # a text up to this size is one document
 PIECE_BYTES = 32 << 10
@@ -27,7 +26,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @contextmanager
-def open_input(file: InputFile) -> Iterator[IO[bytes]]:
+def open_input(file: InputFile) -> Iterator[io.BufferedReader]:
     """Open a planned file, decompressing .gz and .zst on the way.
 
     Raises:
@@ -51,13 +50,13 @@ def open_input(file: InputFile) -> Iterator[IO[bytes]]:
         raise DataError(f"{file.path} cannot be decompressed ({error}); get the file again, or remove it.") from error
 
 
-def decode(data: bytes, skipped: Counter[str]) -> str:
+def decode(data: bytes, skipped: Skipped) -> str:
     """UTF-8 to text without a byte-order mark. Invalid bytes become U+FFFD, and the document is counted."""
     data = data.removeprefix(_BOM)
     try:
         return data.decode()
     except UnicodeDecodeError:
-        skipped["documents kept with invalid UTF-8 replaced"] += 1
+        skipped.add("documents kept with invalid UTF-8 replaced")
         return data.decode("utf-8", "replace")
 
 
@@ -66,7 +65,7 @@ def n_pieces(n_bytes: int) -> int:
     return -(-n_bytes // PIECE_BYTES)
 
 
-def text_documents(file: IO[bytes], skipped: Counter[str]) -> Iterator[Document]:
+def text_documents(file: IO[bytes], skipped: Skipped) -> Iterator[Document]:
     """A text of unknown size from its beginning: one document if it is short, else its pieces."""
     head = file.read(WHOLE_BYTES + 1)
     if len(head) <= WHOLE_BYTES:
@@ -75,13 +74,13 @@ def text_documents(file: IO[bytes], skipped: Counter[str]) -> Iterator[Document]
     yield from _cut(head, file, 0, None, skipped)
 
 
-def text_pieces(file: IO[bytes], first: int, stop: int | None, skipped: Counter[str]) -> Iterator[Document]:
+def text_pieces(file: IO[bytes], first: int, stop: int | None, skipped: Skipped) -> Iterator[Document]:
     """The pieces [first, stop) of a long text."""
     file.seek(first * PIECE_BYTES)
     yield from _cut(b"", file, first, stop, skipped)
 
 
-def _cut(head: bytes, file: IO[bytes], first: int, stop: int | None, skipped: Counter[str]) -> Iterator[Document]:
+def _cut(head: bytes, file: IO[bytes], first: int, stop: int | None, skipped: Skipped) -> Iterator[Document]:
     """`head` is what has been read of `file` already, from the beginning of the block of piece `first`."""
     source = _Joined(head, file)
     block, piece = source.read(PIECE_BYTES), first
@@ -113,7 +112,7 @@ class _Joined:
         return data + self._file.read(count - len(data)) if len(data) < count else data
 
 
-def _decompressed(file: InputFile) -> IO[bytes]:
+def _decompressed(file: InputFile) -> io.BufferedReader:
     if file.name.lower().endswith(".gz"):
         return io.BufferedReader(gzip.open(file.path, "rb"))
     import pyarrow  # noqa: PLC0415  (slow to import, needed for .zst and .parquet only)

@@ -4,7 +4,8 @@ It is the same, byte for byte, for the same input and options: it holds no times
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Manifest:
     options: dict[str, str]
     splits: dict[str, Split]
     skipped: dict[str, int]
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    """For a reason in `skipped` where it was met first: the file, by its name within the input."""
+    characters: str | None = None
+    """For the tokenizer "characters" the character of each id, in order."""
 
     @property
     def fingerprint(self) -> str:
@@ -66,6 +71,10 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, atomically."""
         content = {"version": MANIFEST_VERSION, **asdict(self), "fingerprint": self.fingerprint}
+        if not self.first_skipped:
+            del content["first_skipped"]
+        if self.characters is None:
+            del content["characters"]
         write_atomic(folder / MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -90,11 +99,15 @@ class Manifest:
                 "prepare the folder again, or use the program that wrote it."
             )
         reader = _Strict(path)
+        if isinstance(content, dict):
+            content.setdefault("first_skipped", {})
         top = reader.fields(
             "manifest",
             content,
             {"version": int, "fingerprint": str, "options": dict, "splits": dict, "skipped": dict, "vocab_size": int}
-            | dict.fromkeys(("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint"), str),
+            | {"first_skipped": dict}
+            | dict.fromkeys(("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint"), str)
+            | ({"characters": str} if isinstance(content, dict) and "characters" in content else {}),
         )
         top.pop("version")
         stated = top.pop("fingerprint")
@@ -102,11 +115,21 @@ class Manifest:
             raise reader.wrong("splits", f"unknown {sorted(unknown)}")
         top["options"] = reader.fields("options", top["options"], dict.fromkeys(top["options"], str))
         top["skipped"] = reader.fields("skipped", top["skipped"], dict.fromkeys(top["skipped"], int))
+        if stray := top["first_skipped"].keys() - top["skipped"].keys():
+            raise reader.wrong("first_skipped", f"got {sorted(stray)}, which are not in skipped")
+        first: dict[str, type] = dict.fromkeys(top["first_skipped"], str)
+        top["first_skipped"] = reader.fields("first_skipped", top["first_skipped"], first)
         top["splits"] = {name: reader.split(f"splits.{name}", value) for name, value in top["splits"].items()}
         manifest = cls(**top)
         if manifest.fingerprint != stated:
             raise reader.wrong("fingerprint", f"got {stated}, the shards listed give {manifest.fingerprint}")
         return manifest
+
+
+def described(skipped: Mapping[str, int], first_skipped: Mapping[str, str]) -> list[str]:
+    """What was left out or repaired: for each reason how often, and where first."""
+    where = {reason: f", first in {place}" for reason, place in first_skipped.items()}
+    return [f"{reason}: {number:,}{where.get(reason, '')}" for reason, number in sorted(skipped.items())]
 
 
 class _Strict:

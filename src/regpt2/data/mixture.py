@@ -20,6 +20,7 @@ from regpt2.base.console import count
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.base.files import sha256_bytes
 from regpt2.data.shards import TokenStream, open_tokens
+from regpt2.data.tokenizer import Tokenizer
 
 _PARTS = 1_000_000  # so a number of windows times a weight stays within 63 bits
 WORTHWHILE_EPOCHS = 4  # up to here repeated text is nearly as good as new: Muennighoff et al. 2023, arXiv:2305.16264
@@ -100,7 +101,6 @@ class Mixture:
         self.weights = [part / sum(self.parts) for part in self.parts]
         self.n_tokens = sum(stream.n_tokens for stream in streams)
         self.notes = [stream.note for stream in streams if stream.note]
-        self.tokenizer_name = streams[0].tokenizer_name
         self.fingerprint, self.dataset = streams[0].fingerprint, streams[0].dataset
         if len(shares) > 1:
             lines = [f"{stream.fingerprint} {part}" for stream, part in zip(streams, self.parts, strict=True)]
@@ -144,6 +144,21 @@ class Mixture:
             if len(self.shares) > 1 and one["epochs"] > WORTHWHILE_EPOCHS
         ]
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the data.
+
+        Raises:
+            DataError: a folder was made with another vocabulary than ours of the same name.
+        """
+        tokenizer = self.streams[0].tokenizer()
+        for share, stream in zip(self.shares, self.streams, strict=True):
+            if stream.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+                raise DataError(
+                    f"{share.folder} was made with a {tokenizer.name!r} vocabulary of fingerprint "
+                    f"{stream.tokenizer_fingerprint}, this one is {tokenizer.fingerprint}; prepare the data again."
+                )
+        return tokenizer
+
     def close(self) -> None:
         """Close the files."""
         for stream in self.streams:
@@ -156,6 +171,10 @@ class Mixture:
         self.close()
 
 
+def _vocabulary(stream: TokenStream) -> tuple[str, int | None, str | None]:
+    return stream.tokenizer_name, stream.vocab_size, stream.characters
+
+
 def open_mixture(shares: Sequence[Share], split: str = "train") -> Mixture:
     """The tokens of a split of each.
 
@@ -166,11 +185,12 @@ def open_mixture(shares: Sequence[Share], split: str = "train") -> Mixture:
         streams = [opened.enter_context(open_tokens(share.folder, split)) for share in shares]
         first = streams[0]
         for share, stream in zip(shares, streams, strict=True):
-            if (stream.tokenizer_name, stream.vocab_size) != (first.tokenizer_name, first.vocab_size):
+            if _vocabulary(stream) != _vocabulary(first):
                 raise DataError(
                     f"{share.folder} was made with the tokenizer {stream.tokenizer_name!r} of {stream.vocab_size} "
-                    f"tokens, {shares[0].folder} with {first.tokenizer_name!r} of {first.vocab_size}; prepare all data "
-                    "sets of a mixture with one tokenizer."
+                    f"tokens, {shares[0].folder} with {'other ' if stream.characters and first.characters else ''}"
+                    f"{first.tokenizer_name!r} of {first.vocab_size}; prepare all data sets of a mixture with one "
+                    "tokenizer."
                 )
         opened.pop_all()
     return Mixture(shares, streams)

@@ -2,7 +2,8 @@
 
 An entry of the shelf `data/token_formats/` has `write(folder, data)`, which writes all splits, one after another, into
 an empty folder, and two constants. `SHARDED`: a split is several files of `shard_tokens`. `END_OF_TEXT_LAST`: it stands
-after each document, not before it as elsewhere, and so it comes in the rows that are given.
+after each document, not before it as elsewhere, and so it comes in the rows that are given. One that can also say which
+character each id is has a third, `HOLDS_CHARACTERS = True`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regpt2.base.files import atomic_file
+from regpt2.data.counts import ends_of_text
 from regpt2.data.tokenizer import Tokenizer
 
 Piece = npt.NDArray[np.uint16]
@@ -68,7 +70,7 @@ class TokenData:
     splits: tuple[SplitTokens, ...]
 
 
-def write_documents(tokens: Path, ends: Path, split: SplitTokens, eot: int) -> int:
+def write_documents(tokens: Path, ends: Path, split: SplitTokens, eot: int | None) -> int:
     """Write a split as bare tokens, and where its documents end, in tokens, as uint64; the number of documents.
 
     A document ends after its end of text, the last one with the split.
@@ -77,7 +79,7 @@ def write_documents(tokens: Path, ends: Path, split: SplitTokens, eot: int) -> i
     with atomic_file(tokens) as tokens_file, atomic_file(ends) as ends_file:
         for piece in split.all():
             tokens_file.write(piece.astype("<u2", copy=False).tobytes())
-            found = np.flatnonzero(piece == eot) + (n_tokens + 1)
+            found = ends_of_text(piece, eot) + (n_tokens + 1)
             last_end = _append(ends_file, found, last_end)
             n_tokens, n_documents = n_tokens + len(piece), n_documents + len(found)
         if last_end < n_tokens:

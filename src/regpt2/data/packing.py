@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import write_atomic
+from regpt2.data.documents import Skipped
 from regpt2.data.filters import Seen
-from regpt2.data.manifest import SPLITS, TOKEN_BYTES, Shard
+from regpt2.data.manifest import SPLITS, TOKEN_BYTES, Shard, described
 from regpt2.data.parts import DOCUMENT_TABLE, PARTS_NAME, PartResult, Tally, part_file, table_file
 from regpt2.data.shards import LEDGER_NAME, shard_name, write_shard
 from regpt2.data.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class Ledger:
     folded: int = 0
     tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in SPLITS})
     skipped: dict[str, int] = field(default_factory=dict)
+    first_skipped: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=lambda: {name: Progress() for name in SPLITS})
     encoders: list[str] = field(default_factory=list)
 
@@ -115,16 +117,20 @@ class Packer:
             self._take(self.upcoming)
             self.upcoming += 1
 
-    def finish(self) -> tuple[dict[str, Tally], dict[str, int]]:
+    def finish(self, left_out: Skipped) -> tuple[dict[str, Tally], Skipped]:
         """Write what is left to a last, shorter shard of each split; the amounts of everything and the skips.
+
+        `left_out` is what the plan did not take.
 
         Raises:
             DataError: a split has no document.
         """
         tallies = {name: Tally(**asdict(tally)) for name, tally in self.ledger.tallies.items()}
-        skipped = Counter(self.ledger.skipped)
+        skipped = Skipped()
+        skipped.include(left_out, left_out.first)
+        skipped.include(self.ledger.skipped, self.ledger.first_skipped)
         for result in self._results.values():
-            skipped.update(result.skipped)
+            skipped.include(result.skipped, result.first_skipped)
             for name in SPLITS:
                 tallies[name].add(result.splits[name])
         if self.packing.val_tokens:
@@ -135,7 +141,7 @@ class Packer:
         for name in SPLITS:
             if self._waiting[name]:
                 self._write_shard(name, self._waiting[name])
-        return tallies, dict(sorted(skipped.items()))
+        return tallies, skipped
 
     @property
     def waiting_bytes(self) -> int:
@@ -234,6 +240,7 @@ class Packer:
         while ledger.folded < needed:
             result = self._results.pop(ledger.folded)
             ledger.skipped = dict(Counter(ledger.skipped) + Counter(result.skipped))
+            ledger.first_skipped = result.first_skipped | ledger.first_skipped
             ledger.encoders = sorted({*ledger.encoders, result.encoder})
             for name in SPLITS:
                 ledger.tallies[name].add(result.splits[name])
@@ -293,7 +300,7 @@ def discard(folder: Path, dataset: str) -> None:
             path.unlink()
 
 
-def _require_tokens(n_tokens: int, val_tokens: int, skipped: Counter[str]) -> None:
+def _require_tokens(n_tokens: int, val_tokens: int, skipped: Skipped) -> None:
     if n_tokens <= val_tokens:
         raise DataError(
             f"there are {n_tokens:,} tokens, no more than the {val_tokens:,} for validation ({_reasons(skipped)}); "
@@ -301,11 +308,11 @@ def _require_tokens(n_tokens: int, val_tokens: int, skipped: Counter[str]) -> No
         )
 
 
-def _reasons(skipped: Counter[str]) -> str:
-    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted(skipped.items())) or "nothing was skipped"
+def _reasons(skipped: Skipped) -> str:
+    return "; ".join(described(skipped, skipped.first)) or "nothing was skipped"
 
 
-def _require_documents(tallies: dict[str, Tally], skipped: Counter[str]) -> None:
+def _require_documents(tallies: dict[str, Tally], skipped: Skipped) -> None:
     if not any(tally.documents for tally in tallies.values()):
         raise DataError(f"there is no document in the input ({_reasons(skipped)}).")
     for name, tally in tallies.items():

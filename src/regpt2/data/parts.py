@@ -7,10 +7,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +20,7 @@ from regpt2.base import plugins
 from regpt2.base.download import fetch
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, write_atomic
-from regpt2.data.documents import Document, InputFile, Part
+from regpt2.data.documents import Document, InputFile, Part, Skipped
 from regpt2.data.encoders import EncoderName, fast_tokenizer
 from regpt2.data.filters import Filters
 from regpt2.data.inputs import COMPRESSED
@@ -82,6 +81,8 @@ class PartResult:
     splits: dict[str, Tally]
     skipped: dict[str, int]
     encoder: str
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    """For each reason in `skipped` the file where it was met first."""
 
     @classmethod
     def read(cls, folder: Path, index: int) -> "PartResult | None":
@@ -89,7 +90,7 @@ class PartResult:
         try:
             content = json.loads((folder / f"{index:06d}.json").read_text(encoding="utf-8"))
             tallies = {name: Tally(**content["splits"][name]) for name in SPLITS}
-            return cls(tallies, content["skipped"], content["encoder"])
+            return cls(tallies, content["skipped"], content["encoder"], content.get("first_skipped", {}))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -103,7 +104,7 @@ class PartEncoder:
 
     def __call__(self, task: tuple[int, Part], report: Report) -> None:
         index, planned = task
-        folder, skipped = self.job.folder, Counter[str]()
+        folder, skipped = self.job.folder, Skipped()
         progress = _Progress(planned, report)
         self.tokenizer.new_part()
         with local_copies(planned, folder, index, progress.downloaded) as part, ExitStack() as stack:
@@ -115,11 +116,11 @@ class PartEncoder:
             for document in self.entry.documents(part, skipped):
                 text, data = _valid(document.text, skipped)
                 if (reason := "documents empty" if not text.strip() else self.job.filters.reason(text)) is not None:
-                    skipped[reason] += 1
+                    skipped.add(reason)
                     continue
                 digest, split = self._digest_and_split(document, data)
                 ids = self.tokenizer.encode_utf8(data)
-                outputs[split].add(self.tokenizer.eot, ids, len(data))
+                outputs[split].add(self.tokenizer.start_id, ids, len(data))
                 progress.encoded(len(data))
                 if self.job.dedup:
                     rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
@@ -128,7 +129,7 @@ class PartEncoder:
         if self.job.dedup:
             write_atomic(table_file(folder, index), np.array(rows, dtype=DOCUMENT_TABLE).tobytes())
         tallies = {name: output.tally for name, output in outputs.items()}
-        result = PartResult(tallies, dict(sorted(skipped.items())), self.tokenizer.encoder)
+        result = PartResult(tallies, dict(sorted(skipped.items())), self.tokenizer.encoder, skipped.first)
         write_atomic(folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
         progress.finished()
 
@@ -181,12 +182,12 @@ def raw_file(folder: Path, index: int, n: int, name: str) -> Path:
     return folder / f"raw-{index:06d}-{n}{packed}"
 
 
-def _valid(text: str, skipped: Counter[str]) -> tuple[str, bytes]:
+def _valid(text: str, skipped: Skipped) -> tuple[str, bytes]:
     """The text and its UTF-8, repaired and counted where it is none."""
     try:
         return text, text.encode()
     except UnicodeEncodeError:
-        skipped["documents kept with half surrogate pairs replaced"] += 1
+        skipped.add("documents kept with half surrogate pairs replaced")
         text = valid_text(text)
         return text, text.encode()
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
+from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
 from regpt2.data.foreign import (
     MAGIC,
     VERSION,
@@ -25,10 +26,12 @@ from regpt2.data.foreign import (
     expect_bytes,
     foreign_dataset,
     foreign_files,
+    left_out,
     regular_file_bytes,
     token_file,
 )
 from regpt2.data.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard, Split
+from regpt2.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Manifest",
@@ -71,8 +74,9 @@ def write_shard(path: Path, n_tokens: int, pieces: Iterable[npt.NDArray[np.uint1
 class TokenStream:
     """The tokens of one split, as one long row across its files. Many threads may read from it at once.
 
-    `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder says; `note`, unless empty, is what a
-    person should be told about it. Files are read, never memory-mapped: a mapped file that shrinks kills the process.
+    `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder says, `characters` are its ids' if they are
+    characters; `note`, unless empty, is what a person should be told about it. Files are read, never memory-mapped: a
+    mapped file that shrinks kills the process.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class TokenStream:
         tokenizer_fingerprint: str | None,
         vocab_size: int | None,
         dataset: str | None = None,
+        characters: str | None = None,
         note: str = "",
     ) -> None:
         self.files = files
@@ -92,11 +97,20 @@ class TokenStream:
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.vocab_size = vocab_size
         self.dataset = dataset
+        self.characters = characters
         self.note = note
         self._ends = list(accumulate(file.n_tokens for file in files))
         self.n_tokens = self._ends[-1]
         self._handles: dict[int, IO[bytes]] = {}
         self._lock = threading.Lock()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of this name; whether its fingerprint is this one, the caller has to see.
+
+        Raises:
+            Problem: there is none of this name, or its vocabulary is not at hand.
+        """
+        return load_tokenizer(self.tokenizer_name) if self.characters is None else CharacterTokenizer(self.characters)
 
     def read(self, start: int, count: int) -> npt.NDArray[np.uint16]:
         """Tokens [start, start + count), across files where need be.
@@ -194,26 +208,46 @@ def open_tokens(folder: Path, split: str) -> TokenStream:
 
 def _open_foreign(folder: Path, split: str) -> TokenStream:
     files = foreign_files(folder, split)
+    strangers = left_out(folder, split, files)
+    aside = f" {', '.join(strangers)} is left out: it holds an evaluation's questions, no tokens." if strangers else ""
     if not sum(file.n_tokens for file in files):
         mend = f"make them with `regpt2 prepare DATASET --out {folder}`"
         if split == "val" and foreign_files(folder, "train"):
             mend = f"`regpt2 reshard {folder} OUT --to native --val-tokens N` takes them from the beginning of train"
         raise DataError(
             f"{folder}: no {split} tokens here (no manifest.json, no *_{split}_*.bin, *{split}*.npy, {split}.bin, "
-            f"*{split}*.idx or *{split}*.ds); {mend}."
+            f"*{split}*.idx or *{split}*.ds); {mend}.{aside}"
         )
-    names = "\n".join(f"{file.path.name} {file.n_tokens}" for file in files)
+    names = [f"{file.path.name} {file.n_tokens}" for file in files]
+    if (folder / META_NAME).exists():
+        return _characters(files, names, read_meta(folder / META_NAME))
     note = f"{folder} has no manifest.json: its tokens are taken to be GPT-2's, and its content cannot be verified."
     if files[-1].whole_documents and files[-1].last_token() not in (GPT2_EOT, None):
         note += " No end of text stands between its documents: they run together."
+    note += aside
     return TokenStream(
         files,
-        fingerprint=sha256_bytes(names.encode()),
+        fingerprint=sha256_bytes("\n".join(names).encode()),
         tokenizer_name="gpt2",
         tokenizer_fingerprint=None,
         vocab_size=GPT2_VOCAB_SIZE,
         dataset=foreign_dataset(files),
         note=note,
+    )
+
+
+def _characters(files: list[TokenFile], names: list[str], tokenizer: CharacterTokenizer) -> TokenStream:
+    """The tokens of nanoGPT's character-level data, whose `meta.pkl` says what they are."""
+    folder = files[0].path.parent
+    return TokenStream(
+        files,
+        fingerprint=sha256_bytes("\n".join([*names, tokenizer.fingerprint]).encode()),
+        tokenizer_name=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        characters=tokenizer.characters,
+        note=f"{folder} has no manifest.json: its tokens are the {tokenizer.vocab_size:,} characters of its "
+        f"{META_NAME}, and its content cannot be verified.",
     )
 
 
@@ -268,4 +302,5 @@ def _open_native(folder: Path, split: str) -> TokenStream:
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         vocab_size=manifest.vocab_size,
         dataset=manifest.dataset,
+        characters=manifest.characters,
     )

@@ -9,6 +9,7 @@ import importlib.metadata
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +46,23 @@ class Tokenizer(ABC):
 
     name: str
     vocab_size: int
-    eot: int
+    eot: int | None
+    """The id of end of text; None where there is none, as in nanoGPT's characters."""
+    start_id: int
+    """What a text begins with that nothing comes before: end of text, or where there is none, a line end or id 0."""
+    textless: tuple[int, ...] = ()
+    """Ids that stand for no text: rows of a model beyond its vocabulary. None is ever sampled."""
     fingerprint: str
+    characters: str | None = None
+    """The character of each id, where each is one."""
     encoder: str
     """The program that encodes, with its version."""
 
     def __init__(self, id_bytes: list[bytes]) -> None:
         self.id_bytes = id_bytes
         self._sizes = np.array([len(piece) for piece in id_bytes], dtype=np.int32)
-        self._sizes[self.eot] = 0
+        if self.eot is not None:
+            self._sizes[self.eot] = 0
 
     @abstractmethod
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
@@ -69,6 +78,17 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, as a list."""
         return [int(token) for token in self.encode_to_numpy(text)]
+
+    def can_encode(self, text: str) -> bool:
+        """Has the text ids? Always, but where ids are characters, and it has others."""
+        return self.characters is None or set(text) <= set(self.characters)
+
+    def encode_with_end_of_text(self, text: str) -> list[int]:
+        """Ids of a text in which `<|endoftext|>` is the id of end of text, where there is one."""
+        if self.eot is None:
+            return self.encode(text)
+        first, *others = (self.encode(part) for part in text.split(END_OF_TEXT))
+        return list(chain(first, *([self.eot, *ids] for ids in others)))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for; a single id may hold only a part of a character."""
@@ -89,7 +109,8 @@ class Tokenizer(ABC):
 
     def count(self, ids: npt.NDArray[np.uint16]) -> tuple[int, int]:
         """How many documents begin in `ids`, by their ends of text, and the bytes of text that they stand for."""
-        return int(np.count_nonzero(ids == self.eot)), int(self._sizes[ids].sum(dtype=np.int64))
+        n_documents = 0 if self.eot is None else int(np.count_nonzero(ids == self.eot))
+        return n_documents, int(self._sizes[ids].sum(dtype=np.int64))
 
 
 class StreamDecoder:
@@ -113,7 +134,8 @@ class BytesTokenizer(Tokenizer):
 
     name = "bytes"
     vocab_size = 257
-    eot = 256
+    eot: int = 256
+    start_id = eot
     fingerprint = sha256_bytes(b"regpt2 bytes 1: ids 0-255 are bytes of UTF-8, 256 is <|endoftext|>")
     encoder = "regpt2"
 
@@ -129,11 +151,13 @@ class Gpt2Tokenizer(Tokenizer):
 
     name = "gpt2"
     vocab_size = 50257
-    eot = 50256
+    eot: int = 50256
+    start_id = eot
     fingerprint = VOCAB_SHA256
     encoder = f"tiktoken {tiktoken.__version__}"
 
     def __init__(self, vocab: bytes) -> None:
+        self.vocab = vocab
         ranks = _merge_ranks(vocab.decode())
         super().__init__([*ranks, END_OF_TEXT.encode()])
         self._bpe = tiktoken.Encoding(

@@ -4,10 +4,12 @@ import re
 from dataclasses import dataclass
 
 from regpt2.base.console import warn
+from regpt2.base.errors import DataError
 from regpt2.scoring.assets import Asset, find
 from regpt2.scoring.choices import Example, Record, accuracy, predictions, read_examples
 from regpt2.scoring.context import EvalContext, Figures
 from regpt2.scoring.endings import Question, Scored, score_endings
+from regpt2.scoring.llmc_questions import PackedQuestion, is_packed, read_packed
 from regpt2.scoring.questions import question, read_on_all_ranks
 
 DESCRIPTION = "HellaSwag, validation: 10,042 scenes with four endings"
@@ -24,7 +26,7 @@ ASSETS = (
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
         "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
         licence="MIT",
-        other_names=("hellaswag_val.processed.jsonl.xz",),
+        other_names=("hellaswag_val.processed.jsonl.xz", "hellaswag_val.bin"),
     ),
 )
 FIELDS = "activity_label, ctx_a, ctx_b, ctx, endings, label"
@@ -40,20 +42,20 @@ class _Scene:
 
 
 def evaluate(context: EvalContext) -> Figures:
-    """Four accuracies with their standard errors, and `count`; with context.brief only the completion's two."""
+    """Four accuracies with their standard errors, and `count`; with context.brief only the completion's two.
 
-    def read() -> list[_Scene]:
-        path = find(ASSETS[0], "hellaswag", context.files)
-        return read_examples(path, _scene, FIELDS, limit=context.limit)
-
-    scenes = read_on_all_ranks(context, "hellaswag", read)
+    So it is, too, where the file is llm.c's, which has the completion's tokens and no text.
+    """
+    scenes, packed = read_on_all_ranks(context, "hellaswag", lambda: _read(context))
+    if packed:
+        return _evaluate_packed(context, packed)
     if any(scene.processed for scene in scenes) and context.world.is_main:
         warn("hellaswag: this file's text is processed; published figures are of the raw text, hellaswag_val.jsonl.")
     tokenizer = context.need_tokenizer()
     questions = []
     for scene in scenes:
         endings = tuple(tokenizer.encode(f" {ending}") for ending in scene.completion.choices)
-        questions.append(Question(tokenizer.encode(scene.completion.context) or [tokenizer.eot], endings))
+        questions.append(Question(tokenizer.encode(scene.completion.context) or [tokenizer.start_id], endings))
     if not context.brief:
         harness = (scene.harness for scene in scenes)
         questions += [question(tokenizer, one.context, [f" {ending}" for ending in one.choices]) for one in harness]
@@ -61,6 +63,30 @@ def evaluate(context: EvalContext) -> Figures:
     figures = _figures(scenes, scored, brief=context.brief)
     figures["count"] = len(scenes)
     return figures | ({"processed_text": 1} if any(scene.processed for scene in scenes) else {})
+
+
+def _read(context: EvalContext) -> tuple[list[_Scene], list[PackedQuestion]]:
+    """Of a file of text its scenes, of llm.c's file of tokens its questions."""
+    path = find(ASSETS[0], "hellaswag", context.files)
+    if not is_packed(path):
+        return read_examples(path, _scene, FIELDS, limit=context.limit), []
+    if (name := context.need_tokenizer().name) != "gpt2":
+        raise DataError(
+            f"{path} holds tokens of GPT-2's tokenizer, this model's is {name}; give the text: --files "
+            "hellaswag=hellaswag_val.jsonl."
+        )
+    return [], read_packed(path, context.limit)
+
+
+def _evaluate_packed(context: EvalContext, packed: list[PackedQuestion]) -> Figures:
+    if not context.brief and context.world.is_main:
+        warn(
+            "hellaswag: this file is llm.c's and holds no text, so only acc_norm and acc can be measured; for the "
+            "harness's figures give hellaswag_val.jsonl."
+        )
+    scored, gold = score_endings(context, "hellaswag", [one.question for one in packed]), [one.gold for one in packed]
+    by_mean = accuracy("acc_norm", predictions(scored.nats, scored.n_tokens.tolist()), gold)
+    return {**by_mean, **accuracy("acc", predictions(scored.nats), gold), "count": len(packed)}
 
 
 def _figures(scenes: list[_Scene], scored: Scored, *, brief: bool) -> Figures:

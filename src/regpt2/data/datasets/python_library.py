@@ -8,12 +8,11 @@ import ast
 import os
 import platform
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from regpt2.base.errors import DataError, UsageError
-from regpt2.data.documents import Document, Part, Plan, Slice, Source, group, input_file, revision_of
+from regpt2.data.documents import Document, Part, Plan, Skipped, Slice, Source, group, input_file, revision_of
 from regpt2.data.inputs import decode, open_input
 
 DESCRIPTION = "built in: source and documentation of the running Python's standard library, about 11 MB"
@@ -40,9 +39,10 @@ def plan(source: Source) -> Plan:
     )
 
 
-def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
+def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
     """A document for each file, and for each topic of help()."""
     for piece in part.slices:
+        skipped.file = piece.file.name
         with open_input(piece.file) as file:
             text = decode(file.read(), skipped)
         if piece.file.name == TOPICS:

@@ -1,21 +1,22 @@
-"""Your own text: a file or folder of .txt, .md, .jsonl, .parquet (each also .gz, .zst) in, its documents out.
+"""Your own text: a file or folder of .txt, .md, .jsonl, .json, .parquet (each also .gz, .zst) in, its documents out.
 
-How a file of each kind is read stands in data/records.py. What is left out is counted with its reason.
+How a file of each kind is read is in data/records.py. What is left out is counted by its reason, and named.
 """
 
 import os
-import stat
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from regpt2.base.console import safe_text
 from regpt2.base.errors import DataError, UsageError
 from regpt2.data import records
-from regpt2.data.documents import InputFile, Plan, Source, group, input_file, revision_of
+from regpt2.data.documents import InputFile, Plan, Skipped, Source, group, plain_file, revision_of
+from regpt2.data.manifest import described
 
-DESCRIPTION = "your own text: a file or folder (--input) of .txt .md .jsonl .parquet, each also .gz .zst"
+DESCRIPTION = "your own text: a file or folder (--input) of .txt .md .jsonl .json .parquet, each also .gz .zst"
 
-KINDS = (*records.TEXT, ".jsonl", *records.PARQUET)
+KINDS = (*records.TEXT, *records.JSONL, *records.PARQUET)
+_MOST_SUFFIXES = 20  # counted apart
 
 documents = records.documents
 
@@ -23,48 +24,61 @@ documents = records.documents
 def plan(source: Source) -> Plan:
     """The parts of a file or of everything below a folder, by name."""
     if source.input is None:
-        raise UsageError("text_files needs --input PATH: a file, or a folder of .txt, .md, .jsonl or .parquet files.")
+        raise UsageError(
+            "text_files needs --input PATH: a file, or a folder of .txt, .md, .jsonl, .json or .parquet files."
+        )
     if not source.input.exists():
         raise UsageError(f"--input {source.input}: there is no such file or folder.")
-    skipped: Counter[str] = Counter()
+    skipped = Skipped()
     files = _find(source.input, skipped)
     if not files:
-        reasons = "".join(f"; {count} {reason}" for reason, count in sorted(skipped.items()))
-        raise DataError(f"{source.input}: no .txt, .md, .jsonl or .parquet (also .gz, .zst) file in it{reasons}.")
+        reasons = "".join(f"; {line}" for line in described(skipped, skipped.first))
+        raise DataError(
+            f"{source.input}: no .txt, .md, .jsonl, .json or .parquet (also .gz, .zst) file in it{reasons}."
+        )
     slices = (sized for file in files for sized in records.slices(file, source.field))
     return Plan(
         parts=group(slices, source.field),
         source=source.input.resolve().name,
         revision=f"{len(files)} files, names and sizes {revision_of(files)}",
-        skipped=dict(skipped),
+        skipped=skipped,
     )
 
 
-def _find(top: Path, skipped: Counter[str]) -> list[InputFile]:
+def _find(top: Path, skipped: Skipped) -> list[InputFile]:
     """Every file that we can read, sorted by its name below `top`; the others are counted."""
-    paths = sorted(_walk(top, skipped), key=lambda path: path.relative_to(top).parts) if top.is_dir() else [top]
-    files = []
-    for path in paths:
+    named: list[tuple[tuple[str, ...], Path]] = [((top.name,), top)]
+    if top.is_dir():
+        named = sorted((path.relative_to(top).parts, path) for path in _walk(top, skipped))
+    files, unread = [], set[str]()
+    for parts, path in named:
+        name = "/".join(parts)
         if path.name.startswith(".") and path is not top:
-            skipped["files hidden"] += 1
+            skipped.add("files hidden", name)
         elif records.kind_of(path.name) not in KINDS:
-            skipped[f"files of a kind not read ({path.suffix.lower() or 'no suffix'})"] += 1
-        elif not path.exists() or not stat.S_ISREG(path.stat().st_mode):
-            skipped["files missing behind a link, or not plain files"] += 1
+            suffix = safe_text(path.suffix.lower()) or "no suffix"
+            if suffix not in unread and len(unread) == _MOST_SUFFIXES:
+                suffix = "other suffixes"
+            else:
+                unread.add(suffix)
+            skipped.add(f"files of a kind not read ({suffix})", name)
+        elif (file := plain_file(path, name)) is None:
+            skipped.add("files missing behind a link, or not plain files", name)
         else:
-            files.append(input_file(path, path.relative_to(top).as_posix() if path is not top else path.name))
+            files.append(file)
     return files
 
 
-def _walk(top: Path, skipped: Counter[str]) -> Iterator[Path]:
+def _walk(top: Path, skipped: Skipped) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
     for folder, folders, names in os.walk(top, onerror=refuse):
-        seen = [name for name in folders if not name.startswith(".")]
-        if len(seen) < len(folders):
-            skipped["folders hidden"] += len(folders) - len(seen)
-        if links := [name for name in seen if os.path.islink(os.path.join(folder, name))]:
-            skipped["folders behind a link"] += len(links)
-        folders[:] = seen
+        within = Path(folder).relative_to(top)
+        for name in sorted(folders):
+            if name.startswith("."):
+                skipped.add("folders hidden", (within / name).as_posix())
+            elif os.path.islink(os.path.join(folder, name)):
+                skipped.add("folders behind a link", (within / name).as_posix())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder, name) for name in names)

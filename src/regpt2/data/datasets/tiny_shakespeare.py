@@ -1,12 +1,11 @@
 """The lecture's first data set: 1,115,394 bytes of Shakespeare's plays, downloaded once, cut into pieces of 32 KiB."""
 
-from collections import Counter
 from collections.abc import Iterator
 
 from regpt2.base.download import download
 from regpt2.base.errors import DataError
 from regpt2.base.files import cache_dir, sha256_file
-from regpt2.data.documents import Document, Part, Plan, Slice, Source, group, input_file
+from regpt2.data.documents import Document, Part, Plan, Skipped, Slice, Source, group, input_file
 from regpt2.data.inputs import open_input, text_documents
 
 DESCRIPTION = "the lecture's first data set, 1.1 MB; downloaded once, or a local copy by --input"
@@ -29,7 +28,8 @@ def plan(source: Source) -> Plan:
     return Plan(parts=group([(Slice(file), file.n_bytes)]), source=URL, revision=SHA256)
 
 
-def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
+def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
     """The pieces of the text."""
+    skipped.file = part.slices[0].file.name
     with open_input(part.slices[0].file) as file:
         yield from text_documents(file, skipped)

@@ -3,11 +3,10 @@
 Its own split is kept: train is train, validation is val, and test is left alone.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from regpt2.data import records
-from regpt2.data.documents import Document, Part, Plan, Slice, Source
+from regpt2.data.documents import Document, Part, Plan, Skipped, Slice, Source
 from regpt2.data.published import Publication, find, refuse
 
 CONFIGS = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
@@ -37,7 +36,7 @@ def plan(source: Source) -> Plan:
     return Plan(tuple(parts), found.source, found.revision)
 
 
-def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
+def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
     """The articles of a split."""
     split = next(split for beginning, split in SPLITS.items() if _name(part.slices[0].file.name).startswith(beginning))
     rows = (row.text for row in records.documents(part, skipped))

@@ -10,6 +10,7 @@ from regpt2.data.tokenizer import Tokenizer
 
 SHARDED = True
 END_OF_TEXT_LAST = False
+HOLDS_CHARACTERS = True
 
 
 def write(folder: Path, data: TokenData) -> None:
@@ -24,6 +25,7 @@ def write(folder: Path, data: TokenData) -> None:
         options=data.options,
         splits={split.name: _write_split(folder, data, split) for split in data.splits},
         skipped={},
+        characters=data.tokenizer.characters,
     ).write(folder)
 
 
