@@ -8,9 +8,11 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
 CLIENTS := $(VENV)/.clients-installed
+# Neighbors stay together: what the tests of a file share is made once, and not by each worker.
+TWO := -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check format gpu-check gpu-carry faults faults-full clients fuzz clean
+.PHONY: help setup demo test check quick format gpu-check gpu-carry faults faults-full mutants clients fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,7 +51,13 @@ test: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest $(TWO)
+
+# make quick   the tests that start no process and take no seconds: in a minute and a half, while you work
+quick: $(TOOLS)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pytest $(TWO) --quick
 
 format: $(TOOLS)
 	$(BIN)/ruff format .
@@ -80,9 +88,13 @@ faults-full: $(TOOLS)
 	$(BIN)/python tests/faults/run.py --full
 	$(BIN)/pytest -m slow -rs
 
+# make mutants  bugs planted one by one in a copy of the source: do the tests feel each? ARGS="--only loader --sample 10"
+mutants: $(TOOLS)
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
 # make clients  our exports run by llama.cpp, onnxruntime, CTranslate2, transformers; our scores beside lm-evaluation-harness's
 clients: $(CLIENTS)
-	$(BIN)/pytest -m clients -rs -n 2
+	$(BIN)/pytest -m clients -rs $(TWO)
 
 $(CLIENTS): $(TOOLS)
 	$(PIP) -e '.[test,clients]'

@@ -178,6 +178,7 @@ def test_one_command_measures_and_leaves_out_who_is_missing(
     )
 
 
+@pytest.mark.seconds
 def test_a_profile_finds_every_matmul_and_a_floor_for_it() -> None:
     found = profile_step.profile_step(TINY, "fp32", steps=1)
     parts = {part["part"]: part for part in found["parts"]}

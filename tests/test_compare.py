@@ -126,6 +126,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "compared"
 
 
+@pytest.mark.seconds
 def test_it_trains_compares_tells_what_failed_and_trains_nothing_twice(
     here: Path, tiny_recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def check_files(out: Path) -> None:
     assert first_losses[0] == first_losses[1] != first_losses[2], "a seed is one order of data and one start"
 
 
+@pytest.mark.seconds
 def test_equal_time_is_measured_once_and_the_tables_are_written_again(
     here: Path, tiny_recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

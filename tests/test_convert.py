@@ -50,6 +50,7 @@ def test_there_and_back_gives_the_same_bytes(tmp_path: Path, capsys: pytest.Capt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+@pytest.mark.seconds
 def test_gpt2_export_works_in_transformers_as_it_is(tmp_path: Path) -> None:
     model = write_native(tmp_path / "a", "gpt2", GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32))
     convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "out", to="huggingface"))

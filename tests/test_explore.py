@@ -125,6 +125,7 @@ def test_attention_weights_of_a_modern_model_are_those_that_it_uses(switches: di
             torch.testing.assert_close(attn.c_proj(gathered), gave[0], rtol=1e-4, atol=1e-4)  # another order of sums
 
 
+@pytest.mark.seconds
 def test_what_a_modern_model_has_not_is_said(tmp_path: Path) -> None:
     model = build_model(ModernConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257))
     found = explore(LoadedModel(model, BYTES, "here"))
@@ -205,6 +206,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+@pytest.mark.seconds
 def test_page_holds_every_picture_in_light_and_dark_and_nothing_from_elsewhere(tmp_path: Path) -> None:
     write_page(explore(LoadedModel(sharp(), BYTES, HOSTILE), ["e", "<", "\n"], HOSTILE), tmp_path)
     text = (tmp_path / "explore.html").read_text(encoding="utf-8")
@@ -226,6 +228,7 @@ def test_page_holds_every_picture_in_light_and_dark_and_nothing_from_elsewhere(t
     assert {"scope"} == set().union(*page.all("th"))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_a_tiny_model_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], block_size: int) -> None:
     config = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=block_size, vocab_size=257)

@@ -95,6 +95,7 @@ def test_it_is_sampled_in_bf16(straight: Path) -> None:
     assert main(["sample", str(straight), "ab", "--max-new-tokens", "8", "--dtype", "bf16"]) == 0
 
 
+@pytest.mark.seconds
 def test_it_is_measured_sampled_and_looked_at(
     straight: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

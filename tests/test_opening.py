@@ -32,6 +32,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(run / "metrics.jsonl") if event["event"] == kind]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("what", ["seed", "data"])
 def test_a_run_started_afresh_in_a_used_folder_is_that_run_alone(
     tmp_path: Path, tiny_recipe: Path, tiny_data: Path, what: str

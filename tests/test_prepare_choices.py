@@ -103,6 +103,7 @@ class Killed(BaseException):
     """Stands for the end of the process at one exact place."""
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("choice", [{"val_tokens": 45_000}, {"dedup": True}, {"dedup": True, "val_tokens": 45_000}])
 def test_stopped_at_every_write_it_ends_with_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, object]

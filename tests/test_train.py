@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY_RECIPE, Run, write_data
+from conftest import TINY_RECIPE, Run, pages_written, write_data
+from ranks import command_on_ranks
 from regpt2 import observe as observe_module
 from regpt2 import train as train_module
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -54,7 +55,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     """One uninterrupted run, with dropout."""
     folder = tmp_path_factory.mktemp("straight")
     (folder / "tiny.toml").write_text(TINY_RECIPE)
-    run_train(folder / "tiny.toml", tiny_data, folder / "run")
+    with pages_written():
+        run_train(folder / "tiny.toml", tiny_data, folder / "run")
     return folder / "run"
 
 
@@ -223,7 +225,7 @@ def torchrun(n: int, recipe: Path, data: Path, run: Path, *more: str) -> None:
 
 
 def test_two_ranks_train_as_one_and_a_run_may_change_their_number(
-    tmp_path: Path, tiny_data: Path, straight: Path
+    tmp_path: Path, tiny_data: Path, straight: Path, unused_port: int
 ) -> None:
     """torchrun on gloo: the same windows, so losses agree to rounding; and 2 ranks can go on where 1 stopped."""
     recipe = tmp_path / "tiny.toml"
@@ -237,7 +239,7 @@ def test_two_ranks_train_as_one_and_a_run_may_change_their_number(
     mixed = tmp_path / "mixed"
     shutil.copytree(straight, mixed)
     shutil.rmtree(mixed / "checkpoints" / "step-00000012")
-    torchrun(2, recipe, tiny_data, mixed)
+    command_on_ranks(2, unused_port, tmp_path, "train", recipe, "--data", tiny_data, "--run", mixed)
     assert losses(mixed)[12] == pytest.approx(alone[12], abs=1e-4)
 
 

@@ -53,6 +53,7 @@ def randoms() -> st.SearchStrategy[Random]:
     return st.integers(0, 2**32).map(Random)
 
 
+@pytest.mark.seconds
 @every_target
 def test_every_file_is_read_or_refused(name: str) -> None:
     n = EXAMPLES.get(name, 2000)

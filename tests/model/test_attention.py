@@ -102,6 +102,7 @@ def test_dropout_drops_only_when_asked(block: int, monkeypatch: pytest.MonkeyPat
     assert torch.allclose(mean, causal_attention(q, k, v).float(), atol=0.15)
 
 
+@pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 def test_a_compiler_takes_it_as_one_graph() -> None:
     """By torch's own attention, which in fp32 takes what is longer than a block, and by blocks."""

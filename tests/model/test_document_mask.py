@@ -206,6 +206,7 @@ def test_endings_are_scored_within_their_documents() -> None:
         assert float(found[i, j]) == pytest.approx(nats, abs=1e-4)  # endings are summed from fp32 logits
 
 
+@pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("flex", [False, True])
 def test_a_compiler_gets_one_graph_with_the_same_gradients(flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +228,7 @@ def test_a_compiler_gets_one_graph_with_the_same_gradients(flex: bool, monkeypat
     assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore")
 def test_the_mask_of_a_compiled_model_is_flexattentions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_takes_flex", lambda *_: torch.compiler.is_compiling())

@@ -255,6 +255,7 @@ def test_planted_exact_gelu_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (model(ids) - twin(ids).logits).abs().max() > 1e-4
 
 
+@pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiler_gets_one_graph_with_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its code generator, whose work differs by device: what it is given, forward and backward."""

@@ -231,6 +231,7 @@ def test_qk_norm_in_bf16_rounds_once_and_keeps_its_output_alone(is_rotary: bool)
     assert (d_x - wanted).norm() < 2**-9 * wanted.norm()
 
 
+@pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiler_gets_one_graph_with_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its code generator, whose work differs by device: what it is given, forward and backward.

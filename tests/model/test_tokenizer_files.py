@@ -62,6 +62,7 @@ def random_texts(n: int) -> list[str]:
     return [" ".join(four) for four in words] + ["".join(map(chr, draw.choices(any_at_all, k=20))) for _ in range(n)]
 
 
+@pytest.mark.seconds
 def test_every_reader_of_our_files_gives_tiktokens_ids(tmp_path: Path, texts: dict[str, str]) -> None:
     lay(tmp_path, texts)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')

@@ -1,5 +1,6 @@
 """OpenAI's checkpoints, against a writer of TensorFlow's format that shares nothing with the reader."""
 
+import functools
 import json
 import struct
 from pathlib import Path
@@ -18,6 +19,7 @@ CONFIG = GPTConfig(n_layer=11, n_head=2, n_embd=16, block_size=8, vocab_size=20)
 MODEL, INDEX, DATA = "model.ckpt", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 
 
+@functools.cache  # the same tensors again and again
 def checksum(data: bytes) -> int:
     """CRC-32C bit by bit, and the mask over it."""
     register = 0xFFFFFFFF

@@ -84,6 +84,7 @@ def random_batches(one: Setup) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(row, row) for row in ids]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("seq_len", [128, 512])
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ CASES = [
 SQUARE = ((1, 4, 128, 257), 9, 512, 1, "fp32")  # the backward pass through relu(x)^2 counts most
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("kind", "shape", "micro_batch", "seq_len", "accum", "precision"),
     [*((kind, *case) for kind in (GPTConfig, ModernConfig) for case in CASES), (ModernConfig, *SQUARE)],

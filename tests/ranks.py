@@ -1,0 +1,43 @@
+"""Ranks for a test. In: a function of rank and arguments, the number of ranks; out: processes that have run it.
+
+They are forks of one process that has imported torch and what ranks need, and that has computed nothing: importing it
+all takes each interpreter three seconds. A rank sees the environment as it was when the first was started.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from regpt2.cli import main
+
+WARM = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "safetensors.torch", "regpt2.train"]
+
+
+def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+    """As torch.multiprocessing.spawn, which starts an interpreter for each."""
+    multiprocessing.set_forkserver_preload(WARM)
+    mp.start_processes(function, args, nprocs, start_method="forkserver")
+
+
+def command_on_ranks(n: int, port: int, folder: Path, *arguments: object) -> str:
+    """`regpt2 ARGUMENTS` on `n` ranks, as torchrun starts them; it has to end with 0. Returns what they wrote.
+
+    tests/test_train.py and tests/test_deploy.py have torchrun itself.
+    """
+    logs = [folder / f"rank-{rank}.log" for rank in range(n)]
+    spawn(_command, (n, port, [str(log) for log in logs], [str(argument) for argument in arguments]), n)
+    return "".join(log.read_text() for log in logs)
+
+
+def _command(rank: int, n: int, port: int, logs: list[str], arguments: list[str]) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    output = os.open(logs[rank], os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(main(arguments))
