@@ -41,7 +41,10 @@ def test_text_of_every_type_is_read(tmp_path: Path, kind: str) -> None:
     is_view = "view" in kind  # pyarrow cannot cut these, so it writes them as one row group
     within = pa.StructArray.from_arrays([texts, pa.array(range(len(ROWS)))], ["body", "n"])
     table = pa.table({"id": range(len(ROWS)), "text": texts, "in": within})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=len(ROWS) if is_view else 100)
+    try:
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=len(ROWS) if is_view else 100)
+    except pa.ArrowNotImplementedError as error:
+        pytest.skip(f"this pyarrow cannot write it: {error}")
     for field in ("text", "in.body"):
         found, skipped = read(tmp_path / "a.parquet", field)
         assert found == [row for row in ROWS if row is not None]
@@ -70,7 +73,8 @@ def test_a_column_whose_name_has_a_dot_goes_before_one_within_another(tmp_path: 
 
 
 def test_where_the_column_is_missing_or_no_text_all_are_listed(tmp_path: Path) -> None:
-    table = pa.table({"id": [1], "data": [{"text": "x", "n": 1.5}], "list": [["a"]]})
+    data = pa.StructArray.from_arrays([pa.array(["x"]), pa.array([1.5])], ["text", "n"])
+    table = pa.table({"id": [1], "data": data, "list": [["a"]]})
     pq.write_table(table, tmp_path / "a.parquet")
     listed = r"It has: id \(int64\), data\.text \(string\), data\.n \(double\), list \(list<"
     with pytest.raises(DataError, match=rf"a\.parquet has no column 'text'; did you mean 'data\.text'\? {listed}"):

@@ -130,7 +130,7 @@ def code(canary: Path) -> dict[str, bytes]:
         "code thrown away": b"(" + run + b"t0}",
         "code remembered": system + b"q\x000h\x00(" + shell + b"tR",
         "code within a number of NumPy's": call(name("numpy._core.multiarray", "scalar"), run, run),
-        "code within the state of an array of NumPy's": name("numpy", "ndarray") + b")R" + run + b"b",
+        "code within the state of an array of NumPy's": call(name("numpy", "ndarray"), integers(1)) + run + b"b",
         "BUILD with code": name("collections", "OrderedDict") + b")R}" + text("x") + run + b"sb",
     }
     dotted = ("os within torch", "STACK_GLOBAL of a dotted name")  # only protocol 4 follows the dots

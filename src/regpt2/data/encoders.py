@@ -80,6 +80,7 @@ class ProvenTokenizer(Tokenizer):
     name = Gpt2Tokenizer.name
     vocab_size = Gpt2Tokenizer.vocab_size
     eot = Gpt2Tokenizer.eot
+    start_id = Gpt2Tokenizer.start_id
     fingerprint = Gpt2Tokenizer.fingerprint
 
     def __init__(self, reference: Gpt2Tokenizer) -> None:
