@@ -66,6 +66,7 @@ def fake(wall_s: float) -> list[str]:
     return [sys.executable, "-c", FAKE, str(BENCHMARKS), str(wall_s)]
 
 
+@pytest.mark.process
 def test_sides_take_turns_and_the_ratio_is_of_neighbors() -> None:
     warmup, rows = sides.take_turns({"a": fake(1.0), "b": fake(3.0)}, least=3, most=9, seconds=0)
     assert len(warmup) == 1 and len(rows) == 3
@@ -73,11 +74,13 @@ def test_sides_take_turns_and_the_ratio_is_of_neighbors() -> None:
     assert sides.ratios(rows, "a", "b", "cpu_s") == []  # not measured
 
 
+@pytest.mark.process
 def test_short_work_is_done_many_times_a_turn() -> None:
     _, rows = sides.take_turns({"a": fake(0.1), "b": fake(0.2)}, least=1, most=1, seconds=0)
     assert rows[0]["a"]["wall_s"] == pytest.approx(0.1 / 5)  # a turn of 0.5 s is 5 works, and each answer is for all
 
 
+@pytest.mark.process
 def test_a_side_that_dies_is_named_with_its_last_words() -> None:
     dies = [sys.executable, "-c", "import sys; sys.exit('no such kernel')"]
     with pytest.raises(sides.SideFailed, match="b: no such kernel"):
@@ -158,6 +161,7 @@ def test_a_side_with_another_model_is_found_out() -> None:
             run.sameness(step, step.rivals[0], {"loss": 5.5}, {"loss": loss})
 
 
+@pytest.mark.process
 def test_one_command_measures_and_leaves_out_who_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,7 @@ def test_evaluate_refuses_other_characters(place: Path, tmp_path: Path, capsys: 
     assert "prepare the data with the model's tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("to", ["native", "nanogpt", "safetensors"])
 def test_convert_says_where_the_characters_are(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
@@ -129,6 +130,7 @@ def test_convert_says_where_the_characters_are(
         assert torch.load(tmp_path / "out", weights_only=True)["config"]["dataset"] == "characters"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("to", ["native", "huggingface", "nanogpt", "gguf"])
 def test_an_export_holds_its_characters_or_takes_them_from_meta_pkl(place: Path, tmp_path: Path, to: str) -> None:
     model, tokenizer = load_model(place / "run").model, CharacterTokenizer(CHARACTERS)
@@ -157,6 +159,7 @@ def nanogpt(place: Path) -> LoadedModel:
     return load_model(f"{checkpoint_path}{NANOGPT_FORM}")
 
 
+@pytest.mark.process
 def test_characters_of_nanogpts_own_checkpoint_come_from_meta_pkl(
     place: Path, nanogpt: LoadedModel, tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_characters_of_nanogpts_own_checkpoint_come_from_meta_pkl(
         tokenizer_of(load_model(place / "run"), tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("nanogpt")
 def test_nanogpts_own_checkpoint_is_sampled_evaluated_and_converted(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -169,6 +169,7 @@ FILES = ["gguf", "nanogpt", "safetensors"]
 ROUNDED = [("gguf", "fp16"), ("gguf", "bf16"), ("gguf", "q8_0"), ("llmc", "bf16"), ("safetensors", "fp16")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("to", [*FILES, "llmc"])
 def test_every_format_there_and_back_to_the_same_bytes(tmp_path: Path, to: str) -> None:
     write_native(tmp_path / "a", config=replace(SMALL, activation="gelu" if to == "nanogpt" else "gelu_tanh"))

@@ -39,6 +39,7 @@ def told(work: StepWork, **_: object) -> StepTimes:
     )  # fmt: skip
 
 
+@pytest.mark.process
 def test_it_measures_shows_writes_and_does_not_measure_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_prepared_data_are_looked_at(tiny_recipe: Path, tiny_data: Path, tmp_pat
     assert found["disk"]["to_prepare_bytes"] == 0
 
 
+@pytest.mark.process
 def test_measured_steps_tell_the_time(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "MEASURE_S", 0.0)
     code, found = planned(tmp_path, str(tiny_recipe), "--measure")

@@ -235,6 +235,7 @@ def _start_hungry() -> object:
     return _run_out_of_memory
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("start", "message"), [(_start_mortal, "exit code -9"), (_start_hungry, "out of memory")])
 def test_a_worker_that_dies_ends_the_command_with_a_message(start: object, message: str) -> None:
     with pytest.raises(Problem, match=message):

@@ -136,6 +136,7 @@ def test_stopped_at_every_write_it_ends_with_the_same_bytes(
     assert folder_bytes(out) == folder_bytes(tmp_path / "reference")
 
 
+@pytest.mark.process
 def test_workers_make_no_difference_to_copies_and_head(corpus: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
         prepare(options_for(corpus, tmp_path / str(workers), workers=workers, dedup=True, val_tokens=45_000))

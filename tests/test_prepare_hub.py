@@ -140,6 +140,7 @@ def test_the_first_files_and_a_local_copy_give_the_same_shards(
     assert (here.source, here.splits) == (there.source, there.splits)
 
 
+@pytest.mark.process
 def test_the_disk_never_holds_more_than_the_limit(
     hub: FakeHub, texts: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

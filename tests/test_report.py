@@ -20,6 +20,8 @@ from regpt2.pages.panels import MOST_RUNS, look_of, panels
 from regpt2.pages.record import read_record, smooth, spread, thin, thin_peaks
 from regpt2.report import main, write_report
 
+pytestmark = pytest.mark.seconds
+
 RUN: dict[str, Any] = {
     "time": "2026-11-21T05:00:00+00:00",
     "recipe": "demo",

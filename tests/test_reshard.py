@@ -174,6 +174,7 @@ def test_datatrove_reads_what_we_write(native: Path, tmp_path: Path) -> None:
     assert read_datatrove(out / "00000_made_test_val.ds") == [[*doc, EOT] for doc in VAL]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("read_tokens", [1 << 20, 1])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_there_and_back_gives_the_same_fingerprint(

@@ -103,6 +103,7 @@ def test_the_corpus_sees_each_missing_guard(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.process
 def test_a_foreign_file_is_unpickled_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.ones(2, dtype=torch.bfloat16)}
@@ -117,6 +118,7 @@ def test_a_foreign_file_is_unpickled_in_another_process(tmp_path: Path, monkeypa
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.process
 def test_a_model_that_transformers_saved_by_pickle_is_read(tmp_path: Path) -> None:
     """With `lm_head.weight` tied to `wte.weight`: one storage, two names."""
     config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=300)
@@ -129,6 +131,7 @@ def test_a_model_that_transformers_saved_by_pickle_is_read(tmp_path: Path) -> No
         assert (model(ids)[..., :300] - theirs(ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.process
 def test_unpickling_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "model.bin")
     monkeypatch.setattr(pickled, "SPARE_S", 0.05)

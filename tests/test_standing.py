@@ -112,6 +112,7 @@ def own_curve(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> st
     return "own"
 
 
+@pytest.mark.seconds
 def test_a_run_is_told_where_it_stands_and_why(
     own_curve: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_run_is_told_where_it_stands_and_why(
     assert hot[-1]["checks"][0] == "learning rate: 0.3, the reference has 0.01"
 
 
+@pytest.mark.seconds
 def test_without_a_reference_it_speaks_once_and_a_broken_verdict_costs_nothing(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

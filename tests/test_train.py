@@ -288,6 +288,7 @@ def test_an_evaluation_without_its_data_is_left_out_and_said(
     assert measured == [(0, 1), (6, 1), (12, 1)]
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_training_agrees_with_eager(tmp_path: Path, tiny_data: Path) -> None:
     recipe = tmp_path / "tiny.toml"
@@ -304,6 +305,7 @@ def test_compiled_training_agrees_with_eager(tmp_path: Path, tiny_data: Path) ->
         assert "wte.weight" in set(file.keys())
 
 
+@pytest.mark.seconds
 def test_one_batch_can_be_learned_by_heart(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", n_train=257)
     recipe = tmp_path / "tiny.toml"

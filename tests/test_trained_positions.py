@@ -118,6 +118,7 @@ def test_sample_goes_as_far_as_training_unless_told_to_go_on(
     assert "positions from there on are untrained" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("to", ["huggingface", "native", "safetensors"])
 def test_convert_names_the_positions_and_our_own_formats_keep_them(
     run: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]

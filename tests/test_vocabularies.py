@@ -81,6 +81,7 @@ def test_no_verb_makes_or_scores_text_with_another_tokenizer(tmp_path: Path, reg
     assert "Nearest tokens and attention are left out." in regpt2("explore", folder).stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("to", ["huggingface", "gguf", "native", "safetensors", "nanogpt", "llmc"])
 def test_exports_of_it_carry_no_vocabulary_and_its_name(tmp_path: Path, regpt2: Run, to: str) -> None:
     gelu = ":gelu" if to == "nanogpt" else ""
@@ -168,6 +169,7 @@ def test_a_padded_model_without_files_is_taken_for_gpt2s(tmp_path: Path, capsys:
     assert "does not say which tokenizer it was trained with; taking GPT-2's" in err and "47 rows beyond" in err
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("to", ["native", "safetensors", "huggingface", "gguf"])
 @pytest.mark.parametrize(("model", "added"), [(padded, PADDED), (named, NAMED)], ids=["padded", "named"])
 def test_exports_keep_the_texts_of_added_rows(
@@ -196,6 +198,7 @@ def test_gguf_has_an_entry_for_each_row(tmp_path: Path, regpt2: Run) -> None:
     assert keys[gguf.TOKEN_TYPES][50255:50258] == [1, 3, 5]
 
 
+@pytest.mark.process
 def test_a_format_that_loses_rows_is_refused(tmp_path: Path, regpt2: Run) -> None:
     """nanoGPT's files of 50,304 rows are read as GPT-2's 50,257."""
     done = regpt2("convert", f"{padded(tmp_path / 'a')}:gelu", tmp_path / "b", "--to", "nanogpt")
@@ -211,7 +214,6 @@ def test_a_format_that_loses_rows_is_refused(tmp_path: Path, regpt2: Run) -> Non
         ("no merges", lambda keys: keys.pop(gguf.MERGES), "of other tokens or merges"),
         ("tokens", lambda keys: keys[gguf.TOKENS].reverse(), "of other tokens or merges"),
     ],
-    ids=str,
 )
 def test_another_tokenizer_inside_gguf_is_refused(
     name: str, edit: Callable[[dict[str, Any]], object], message: str
@@ -247,6 +249,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGPT2_CACHE", str(tmp_path / "empty"))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("by", ["merges", "crlf", "tokenizer.json", "gguf"])
 def test_the_merges_beside_the_weights_serve_as_the_vocabulary(
     tmp_path: Path, nowhere: None, by: str, regpt2: Run

@@ -27,6 +27,7 @@ def test_places_share_the_threads_or_take_a_gpu_each(monkeypatch: pytest.MonkeyP
         places(3, cuda)
 
 
+@pytest.mark.process
 def test_every_command_ends_with_its_code_and_its_words(tmp_path: Path) -> None:
     commands = [Command([word], tmp_path / word / "log") for word in ("--version", "nonesuch", "--help")]
     assert dict(run_commands(commands, [{}, {}])) == {0: 0, 1: 2, 2: 0}

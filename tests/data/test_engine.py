@@ -202,6 +202,7 @@ def finished(out: Path) -> int:
     return folded + sum(int(path.stem) >= folded for path in (out / ".parts").glob("[0-9]*.json"))
 
 
+@pytest.mark.process
 def test_two_workers_of_datatrove_give_the_same_bytes(
     corpus: Path, tmp_path: Path, plain: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_killed_worker_of_datatrove_is_no_endless_wait(start: Start, tmp_path:
     assert not of_command(out)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["datatrove", "slurm"])
 def test_a_problem_of_a_rank_is_one_message_and_mended_is_gone_on_with(
     name: str, tmp_path: Path, slurm: Path, capfd: pytest.CaptureFixture[str]

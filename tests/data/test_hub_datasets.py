@@ -174,6 +174,7 @@ def test_offline_is_one_message_and_a_local_copy_needs_no_hub(tmp_path: Path, mo
     assert names(fineweb_edu.plan(Source(copy))) == [f"sample/10BT/{n:03d}_00000.parquet" for n in (0, 1, 10)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", ["repository", "folder"])
 def test_a_local_copy_gives_the_shards_of_the_download(
     edu_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str

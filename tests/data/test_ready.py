@@ -82,6 +82,7 @@ def assert_complete(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES.keys() - {"README.md"}, "manifest.json"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards_become_a_folder_that_says_what_it_holds(hub: FakeHub, out: Path, gpt2: Tokenizer, workers: int) -> None:
     manifest = collect(entry.shards(Source()), out, None, workers)
@@ -154,6 +155,7 @@ def test_what_is_published_must_be_gpt2_tokens(hub: FakeHub, out: Path, content:
     assert not (out / "manifest.json").exists()
 
 
+@pytest.mark.process
 def test_a_problem_in_a_worker_is_one_message(hub: FakeHub, out: Path) -> None:
     hub.put(REPO, FILES | {"finewebedu_train_000003.bin": shard([EOT, 60000])})
     with pytest.raises(DataError, match="holds id 60000 at token 1"):
@@ -179,6 +181,7 @@ def test_a_script_without_a_main_guard_is_told_and_does_not_hang(hub: FakeHub, o
     assert "a worker process ended by itself (exit code 1)" in done.stderr
 
 
+@pytest.mark.process
 def test_the_command_gets_them(hub: FakeHub, out: Path, regpt2: Run) -> None:
     done = regpt2("prepare", "ready", "--out", out, "--workers", 2)
     assert (done.returncode, done.stderr) == (0, "")

@@ -18,6 +18,8 @@ from regpt2.model.foreign import GPT2_SHA256, GPT2_TEXTS_SHA256, is_gpt2_order, 
 from regpt2.model.load import GPT2_TOKENS, TokenizerRef, Vocabulary
 from regpt2.model.tokenizer_files import ADDED, FAST, FILES, IDS, KNOWN, MERGES, SETTINGS, read_tokenizer
 
+pytestmark = pytest.mark.seconds
+
 VOCAB = find_vocab().read_bytes()
 TIKTOKEN = Gpt2Tokenizer(VOCAB)
 OURS = Vocabulary("gpt2", VOCAB_SHA256, TIKTOKEN.eot, VOCAB)

@@ -105,6 +105,7 @@ def test_names_without_prefix_masks_and_an_equal_head_are_accepted(tmp_path: Pat
     assert same(load_model(tmp_path).model, model)
 
 
+@pytest.mark.process
 def test_a_pickle_is_read_as_tensors_only(tmp_path: Path) -> None:
     model = exported(tmp_path, huggingface)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
@@ -222,6 +223,7 @@ def open_for_writing(path: str) -> None:
     Path(path).touch()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("content", ["code", "garbage", "no dict"])
 def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path: Path, content: str) -> None:
     exported(tmp_path, huggingface)

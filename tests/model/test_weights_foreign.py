@@ -141,6 +141,7 @@ def test_a_checkpoint_of_nanogpt_is_read(tmp_path: Path, prefix: str, monkeypatc
     assert same(load_model(tmp_path / "ckpt.pt").model, model)
 
 
+@pytest.mark.process
 def test_what_is_no_tensor_beside_the_model_is_left_out(tmp_path: Path) -> None:
     """Losses that were counted with NumPy, states of every generator. By the real child."""
     model, numbers = random_gpt(WHOLE), np.random.default_rng(0).standard_normal(5)
@@ -175,6 +176,7 @@ def object_of_script(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
     return made(**sizes)
 
 
+@pytest.mark.process
 def test_a_checkpoint_of_build_nanogpt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its 50304 rows are GPT-2's 50257 tokens and padding, which is cut off. By the real child."""
     model = random_gpt(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16))

@@ -111,6 +111,7 @@ def model() -> GPT:
     return random_gpt(CONFIG)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("n_blocks", [1, 3, 200])
 @pytest.mark.parametrize("share", [True, False])
 def test_a_checkpoint_of_tensorflow_is_read(tmp_path: Path, model: GPT, n_blocks: int, share: bool) -> None:

@@ -25,6 +25,7 @@ TINY = StepWork(
 )
 
 
+@pytest.mark.process
 def test_the_timed_step_is_the_step_of_a_run() -> None:
     told: list[int] = []
     times = measure(TINY, on_step=told.append)
@@ -42,12 +43,14 @@ def test_the_timed_step_is_the_step_of_a_run() -> None:
         assert norm == pytest.approx(float(stats.grad_norm), rel=1e-3)
 
 
+@pytest.mark.process
 def test_what_needs_more_memory_than_there_is_does_not_fit() -> None:
     huge = replace(TINY, model=replace(TINY.model, vocab_size=1 << 40))  # an embedding of 140 TB
     with pytest.raises(DoesNotFit, match="memory"):
         measure(huge)
 
 
+@pytest.mark.process
 def test_a_process_that_fails_or_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Problem, match=r"not timed within 0 s"):
         measure(TINY, timeout_s=0.2)

@@ -50,6 +50,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "changes", [{"log_every": 7}, {"log_every": 100}, {"log_every": 100, "save_every": 3}], ids=str
 )
@@ -62,6 +63,7 @@ def test_neither_log_nor_saves_change_what_is_skipped(
     assert state_of(tmp_path / "run", STEPS) == state_of(straight, STEPS)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("at", [5, 17, 31])
 def test_a_stop_and_a_resume_change_nothing_of_it(
     tmp_path: Path, tiny_data: Path, straight: Path, at: int, monkeypatch: pytest.MonkeyPatch
@@ -99,6 +101,7 @@ def spiking_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "train_step", wrapped)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("scale", [None, LossScale(factor=2.0**10)], ids=["fp32", "scaled"])
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_spikes_that_are_skipped_in_a_row_end_the_run_also_with_a_loss_scale(

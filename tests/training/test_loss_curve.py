@@ -72,6 +72,7 @@ def expected(pairs: Pairs) -> list[float]:
     return losses
 
 
+@pytest.mark.seconds
 # Sums in another order; the 8 bits of bf16 in every activation, which a mean over 256 tokens does not all cancel.
 @pytest.mark.parametrize(("dtype", "largest", "mean"), [(torch.float32, 1e-5, 1e-6), (torch.bfloat16, 2e-3, 5e-4)])
 def test_the_loss_curve_is_that_of_plain_fp32(

@@ -228,6 +228,7 @@ def machine(sequences: int, *, derandomize: bool = True) -> Counter[str]:
     return Retention.counts
 
 
+@pytest.mark.seconds
 def test_a_good_checkpoint_outlasts_every_order_of_events() -> None:
     counts = machine(200)
     for kind in ("saves", "kills in a save", "kills in a prune", "damage", "higher steps"):
