@@ -124,6 +124,7 @@ def test_what_does_not_fit_ends_with_1_and_the_micro_batch_that_does(
     assert planned(tmp_path, "gpt2_1558m", "--machine", "T4")[1]["best_micro_batch"] is None
 
 
+@pytest.mark.seconds
 def test_a_disk_that_is_too_small_ends_with_1(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_disk_that_is_too_small_ends_with_1(
     assert "TOO LITTLE" in capsys.readouterr().out
 
 
+@pytest.mark.seconds
 def test_prepared_data_are_looked_at(tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     found = planned(tmp_path, str(tiny_recipe), "--data", str(tiny_data))[1]
     assert found["disk"]["data_bytes"] == 2 * 20_000

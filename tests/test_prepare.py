@@ -158,6 +158,7 @@ class Killed(BaseException):
     """Stands for the end of the process at one exact place."""
 
 
+@pytest.mark.seconds
 def test_stopped_at_every_write_it_ends_with_the_same_bytes(
     corpus: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

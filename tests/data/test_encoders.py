@@ -75,6 +75,7 @@ def test_real_text_has_equal_ids(gigatoken: ProvenTokenizer, tiktoken: Gpt2Token
                 check_equal(gigatoken, tiktoken, json.loads(line)["text"])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("unit", [" ", "\n", "a", "\xa0", "中", "7", " \t", "=", "<|endoftext|>"])
 def test_long_runs_have_equal_ids(gigatoken: ProvenTokenizer, tiktoken: Gpt2Tokenizer, unit: str) -> None:
     for end in ("", "end"):

@@ -96,6 +96,7 @@ def test_a_step_has_the_same_windows_for_any_world_size(order: str, world_size: 
         assert alone[0].batch(step).digest == sum(one.batch(step).digest for one in many) % 2**64
 
 
+@pytest.mark.seconds
 @settings(max_examples=20, deadline=None)
 @given(
     sets=st.lists(st.tuples(st.integers(9, 200), st.integers(1, 1000)), min_size=1, max_size=4),

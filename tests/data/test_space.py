@@ -42,6 +42,7 @@ def test_too_low_a_limit_and_too_full_a_disk_are_refused(tmp_path: Path, monkeyp
         Space(plan(100, 1_000_000), "gpt2", 1_000_000, 2, None).require(tmp_path)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("tokens_per_byte", [0.1, 0.22, 0.5])
 @pytest.mark.parametrize("workers", [1, 2, 16])
 def test_without_a_limit_no_worker_waits(tokens_per_byte: float, workers: int) -> None:

@@ -209,6 +209,7 @@ def test_encoding_in_pieces_equals_encoding_at_once(text: str) -> None:
         assert gpt2.encode(text) == whole
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "\xa0", "中", "7", " \t", "=", "a1", "\x00"])
 def test_a_megabyte_without_a_word_boundary_is_encoded_in_bounded_time(gpt2: Tokenizer, unit: str) -> None:
     text = "x " + unit * (1_000_000 // len(unit)) + "end"

@@ -89,7 +89,7 @@ def test_dropout_is_off_while_a_model_is_scored(tiny_data: Path) -> None:
 def test_what_is_missing_is_said(tiny_data: Path) -> None:
     with pytest.raises(UsageError, match="--data DIR"):
         evaluate(context(None))
-    with pytest.raises(DataError, match="2,000 tokens, one window needs 5,001"):
+    with pytest.raises(DataError, match="2,000 tokens, expected at least 5,001"):
         evaluate(context(tiny_data, seq_len=5_000))
 
 

@@ -120,6 +120,7 @@ PLANTS: dict[str, tuple[str, object, str, object, type[BaseException]]] = {
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("what", PLANTS)
 def test_a_planted_fault_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, owner, attribute, wrong, seen = PLANTS[what]

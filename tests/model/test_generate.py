@@ -82,6 +82,7 @@ def test_padding_ids_are_never_drawn() -> None:
     assert len(drawn.unique()) == CONFIG.vocab_size
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("path", ["uncached", "cached", "transposed", "bf16", "int8", "static"])
 def test_ids_that_are_never_to_be_drawn_are_not_on_any_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that this model would draw most, greedily and at random; in fp32 the rest is what a plain loop draws."""

@@ -216,6 +216,7 @@ def test_a_chunk_has_a_tile_even_where_that_is_too_much() -> None:
     assert chunk_rows(7, 1_000_000_000, 4, "cpu") == 1
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_the_operator_keeps_what_it_promises_the_compiler(dtype: torch.dtype, with_gradient: bool) -> None:

@@ -41,6 +41,7 @@ def written(folder: Path, name: str, config: GPTConfig, dtype: str = "fp32") -> 
     return model, place
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", BOTH_WAYS)
 @pytest.mark.parametrize("config", SHAPES, ids=shape_name)
 def test_every_format_gives_back_the_same_bits(
