@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 from torch.nn import functional as F
 
-from ranks import command_on_ranks
+from rank_processes import command_on_ranks
 from regpt2 import doctor
 from regpt2.base.errors import UsageError
 from regpt2.model import gpt

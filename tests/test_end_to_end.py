@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conftest import shard_tokens, write_data
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base.device import Compute
 from regpt2.base.metrics import read_events
 from regpt2.config import RunConfig, load_recipe

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import Run, needs_bf16
-from ranks import command_on_ranks
+from rank_processes import command_on_ranks
 from regpt2.base.errors import UsageError
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evaluate import GROUPS, main, paper_table

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from conftest import TINY_RECIPE, Run, pages_written, write_data
-from ranks import command_on_ranks
+from rank_processes import command_on_ranks
 from regpt2 import observe as observe_module
 from regpt2 import train as train_module
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, UsageError

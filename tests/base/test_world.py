@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base import world as world_module
 from regpt2.base.errors import ConfigError, DataError, FailedElsewhere, Problem
 from regpt2.base.world import World, check_exchange, start_world

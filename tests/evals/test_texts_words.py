@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base.errors import DataError, Problem
 from regpt2.base.world import World
 from regpt2.data.tokenizer import load_tokenizer

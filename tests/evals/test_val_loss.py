@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.world import World
 from regpt2.data.baselines import baselines

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.world import World
 from regpt2.config import RunConfig, defaults_for, differences, read_toml, to_toml

@@ -1,8 +1,8 @@
 """GPT-2's forward pass in NumPy, from the papers alone. In: weights by name, ids (T,); out: logits (T, V), fp64.
 
 Written from Radford et al. 2019 (pre-norm blocks, a final norm, tied embeddings), Vaswani et al. 2017 (attention),
-Hendrycks & Gimpel 2016 (GELU, exact and in its tanh form), Ba et al. 2016 (layer norm). It shares no code with the package, loops where
-a loop is clearer, and is slow.
+Hendrycks & Gimpel 2016 (GELU, exact and in its tanh form), Ba et al. 2016 (layer norm). It shares no code with the
+package, loops where a loop is clearer, and is slow.
 """
 
 import math

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
 from regpt2.model.gpt import GPT, GPTConfig

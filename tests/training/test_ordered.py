@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ranks import spawn
+from rank_processes import spawn
 from regpt2.base.device import choose_compute
 from regpt2.base.errors import ConfigError
 from regpt2.base.world import World
