@@ -44,6 +44,7 @@ def hostile_output(bench: Bench) -> Outcome:
     for text in HOSTILE[: bench.planned]:
         run = bench.new("run")
         options = ("--max-steps", 2, "--sample-every", 1, "--sample.prompt", text, "--sample.max-new-tokens", 8)
+        options += ("--model.block-size", 128, "--batch.seq-len", 128)  # room for each text and more
         process = trial.start(bench, run, *options, before=lambda text=text: _make_it_say(text), page=True)
         code, said = process.wait(), process.log.read_bytes().decode(errors="replace")
         wrong = [] if code == 0 else [f"exit code {code}: {said[-500:]}"]

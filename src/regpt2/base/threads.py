@@ -2,7 +2,7 @@
 
 import os
 
-SPIN_COUNT = "1000"  # of benchmarks/busy.py: nothing lost on a quiet machine, much won on a busy one
+SPIN_COUNT = "5000"  # by benchmarks/busy.py: nothing lost on a quiet machine, half the time or less on a busy one
 _CHOSEN_BY_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
