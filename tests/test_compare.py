@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from regpt2 import cli, compare, train
+from regpt2 import cli, compare
 from regpt2.arms import read_arms, read_budget, steps_within, within
 from regpt2.base.errors import UsageError
 from regpt2.base.processes import Command, Place
@@ -121,7 +121,6 @@ def run_here(
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Runs without processes and without reports of their own; the folder of the comparison."""
     monkeypatch.setattr(compare, "run_commands", run_here)
-    monkeypatch.setattr(train, "write_report", lambda run: run)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "compared"
 

@@ -19,9 +19,7 @@ def begun(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfi
     (folder / "tiny.toml").write_text(TINY_RECIPE)
     config = load_recipe(str(folder / "tiny.toml"))
     config = dataclasses.replace(config, data=str(tiny_data), run=str(folder / "run"), eval_every=0, sample_every=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regpt2.train.write_report", lambda run: run)
-        train(dataclasses.replace(config, max_steps=2))
+    train(dataclasses.replace(config, max_steps=2))
     return config
 
 

@@ -33,11 +33,6 @@ def rates(recipe: Path, data: Path, run: Path) -> dict[int, float]:
 EXPECTED = {step: pytest.approx(lecture_rate(step), rel=1e-12) for step in range(1, LAST + 1)}
 
 
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "write_report", lambda run: run / "report.html")
-
-
 def test_the_rates_of_record_and_screen_are_those_of_the_schedule(
     tmp_path: Path, tiny_recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,18 +9,12 @@ import pytest
 
 from conftest import TINY_RECIPE, write_data
 from regpt2 import observe as observe_module
-from regpt2 import train as train_module
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.base.metrics import read_events
 from regpt2.config import RunConfig, load_recipe
 from regpt2.train import train
 
 MIXED = 'mix = ["{0}=0.5", "{1}=0.5"]\n'
-
-
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "write_report", lambda run: run / "report.html")
 
 
 def configured(folder: Path, recipe: str, **changes: Any) -> RunConfig:

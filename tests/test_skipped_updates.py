@@ -33,11 +33,6 @@ RECIPE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regpt2.train.write_report", lambda run: run)
-
-
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU in fp16."""

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from regpt2 import observe
-from regpt2 import train as train_module
 from regpt2.base.metrics import read_events
 from regpt2.config import RunConfig, read_toml
 from regpt2.data.manifest import Manifest, Split
@@ -69,11 +68,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         skipped={},
     ).write(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "write_report", lambda run: run / "report.html")
 
 
 def run(folder: Path, text: Path, **changes: Any) -> list[dict[str, Any]]:

@@ -64,7 +64,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     config = dataclasses.replace(config, data=str(tiny_data), run=str(folder / "run"), evals=evals, sample_every=2)
     with pytest.MonkeyPatch.context() as patch:
         found = watched(patch)
-        patch.setattr(train_module, "write_report", lambda run: run / "report.html")
         train_module.train(config)
     assert max(found) == 16
     return folder / "run"
@@ -157,9 +156,8 @@ def test_an_impossible_length_is_refused(tmp_path: Path, wrong: Any) -> None:
 
 
 def test_where_every_position_is_trained_nothing_is_said(
-    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_module, "write_report", lambda run: run / "report.html")
     (tmp_path / "tiny.toml").write_text(TINY_RECIPE.replace("max_steps = 12", "max_steps = 1"))
     config = load_recipe(str(tmp_path / "tiny.toml"))
     train_module.train(dataclasses.replace(config, data=str(tiny_data), run=str(tmp_path / "run")))
