@@ -20,6 +20,8 @@ from regpt2.base.errors import UsageError
 from regpt2.model import gpt
 from regpt2.speed import health
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 
 def lines(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, str]]:
     """The exit code, and status and text of each check by its name."""

@@ -12,6 +12,8 @@ from regpt2.base.errors import DataError, UsageError
 from regpt2.data import packing, parts
 from regpt2.prepare import PrepareOptions, prepare
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 EOT = 256
 
 

@@ -22,6 +22,8 @@ from regpt2.data.manifest import Manifest
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.prepare import PrepareOptions, prepare
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 REPO = "HuggingFaceFW/fineweb-edu"
 COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 N_FILES = 6

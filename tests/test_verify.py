@@ -18,6 +18,8 @@ from regpt2.prepare import PrepareOptions, prepare
 from regpt2.train import train
 from regpt2.verify import main
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

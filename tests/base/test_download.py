@@ -20,6 +20,8 @@ from regpt2.base.errors import DownloadError, UsageError
 from regpt2.base.hub_settings import hub_endpoint, hub_token, is_offline
 from regpt2.base.web import get_json
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 BLOB = hashlib.sha1(b"blob 300000\0" + CONTENT).hexdigest()

@@ -16,6 +16,8 @@ from regpt2.data import hub, hub_splits
 from regpt2.data.hub import HubFile, list_files, resolve
 from regpt2.data.hub_splits import files_of, matches
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 FILES = {
     "notes.txt": b"",
     "README.md": b"# Texts\n",

@@ -22,6 +22,8 @@ from regpt2.data.ready import collect
 from regpt2.data.shards import open_tokens, verify
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
 
+pytestmark = pytest.mark.seconds  # all of them together
+
 REPO = entry.SETS["fineweb_edu_10B"].repo
 EOT = 50256
 
