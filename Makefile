@@ -53,7 +53,7 @@ test: $(TOOLS)
 	$(BIN)/mypy
 	$(BIN)/pytest $(TWO)
 
-# make quick   the tests that start no process and take no seconds: in a minute and a half, while you work
+# make quick  the tests that start no process and take no seconds: in a minute or two, while you work
 quick: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
