@@ -20,7 +20,7 @@ from regpt2.data.tokenizer import Tokenizer
 
 META_NAME = "meta.pkl"
 MOST_CHARACTERS = 1 << 16  # ids are uint16
-MOST_BYTES = 4 << 20  # twice what so many characters take
+MOST_BYTES = 4 << 20  # about twice what 65,536 characters take
 _SHOWN = 200  # of the characters, in a message
 
 _TEXTS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}

@@ -180,7 +180,7 @@ class _Values:
         )
 
     def _read_more(self, n_characters: int) -> bool:
-        """At least so many more; False if the text has ended before."""
+        """Read until `n_characters` more are there; False if the text ends before."""
         blocks, n_new = [self._text[self._at :]], 0
         self._dropped, self._at = self._dropped + self._at, 0
         while n_new < n_characters and (block := self._blocks.read()):

@@ -75,7 +75,7 @@ class _Another(Exception):
 
 
 def read_tokenizer(folder: Path, rows: int) -> TokenizerRef | None:
-    """Whose tokenizer lies beside the weights of a model of so many rows; None where there is none.
+    """Which tokenizer lies beside the weights of a model with `rows` tokens; None if there is none.
 
     GPT-2's comes with its merges, where they are at hand, and the texts of added rows; any other with the objection.
     """

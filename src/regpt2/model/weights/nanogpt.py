@@ -85,7 +85,7 @@ def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "f
 
 
 def _activation(path: Path, settings: dict[str, Any]) -> tuple[Activation, str | None]:
-    """The form of GELU, and what is said of it where the file leaves it open."""
+    """The form of GELU, and a warning if the file does not name it."""
     said = settings.get("activation")
     if said is not None and said not in GELU_FORMS:
         raise CheckpointError(f"{path}: activation = {said!r:.80}, expected {' or '.join(GELU_FORMS)}.")
