@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import points
+import ranks
 import trial
 from suite import Bench, Fault, Outcome
 
-import ranks
 from regpt2 import cli
 
 STEP = 10
