@@ -49,7 +49,7 @@ PATIENCE = {"first": 100}  # without it nothing else counts: it may take longer 
 COMPILER_CACHE = "compiler-cache"
 CACHE_BYTES = 120_000_000  # before they are packed, which makes a tenth of them
 # Before the items' processes are forked. None of it asks the GPU for anything: CUDA does not survive a fork.
-IMPORTED_ONCE = ["regpt2.speed.steps", "torch._dynamo"]
+IMPORTED_ONCE = ["regpt2.machine.speed.steps", "torch._dynamo"]
 
 
 def main() -> int:

@@ -24,17 +24,17 @@ from regpt2.base.device import (
     pick_device,
     synchronize,
 )
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
+from regpt2.machine.machines import recognize
+from regpt2.machine.planning.formulas import Place, step_seconds
+from regpt2.machine.speed.kernels import attention_kernel
+from regpt2.machine.speed.lecture_steps import lecture_model
+from regpt2.machine.speed.steps import DoesNotFit, StepTimes, StepWork, measure, read_work, time_steps
 from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 from regpt2.model.gpt import GPTConfig
-from regpt2.speed.cost import Place, step_seconds
-from regpt2.speed.kernels import attention_kernel
-from regpt2.speed.lecture import lecture_model
-from regpt2.speed.machines import recognize
-from regpt2.speed.memory import Setup, step_memory
-from regpt2.speed.steps import DoesNotFit, StepTimes, StepWork, measure, read_work, time_steps
+from regpt2.training.memory import Setup, step_memory
 from regpt2.training.optimizer import build_optimizer
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 from sides import serve
 

@@ -19,13 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from regpt2.base.device import choose_compute
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evals import EvalContext
+from regpt2.evals.scoring.choices import predictions
+from regpt2.evals.scoring.endings import Question, score_endings
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.scoring.choices import predictions
-from regpt2.scoring.endings import Question, score_endings
-from regpt2.training.parallel import in_compute_type
+from regpt2.training.ranks.strategy import in_compute_type
 from sides import compare, keep, serve
 
 

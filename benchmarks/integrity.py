@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import save_file
 
 from regpt2.base.device import device_name
-from regpt2.base.world import World
-from regpt2.config import RunConfig, load_recipe
+from regpt2.base.ranks.world import World
+from regpt2.config.run import RunConfig, load_recipe
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.train import train
+from regpt2.run.loop import train
 from regpt2.training import checkpoint
-from regpt2.training.ordered import PairwiseSum
-from regpt2.training.replicas import weight_sums
+from regpt2.training.ranks.ordered_sums import PairwiseSum
+from regpt2.training.ranks.replicas import weight_sums
 
 STEPS, SAVE_EVERY = 90, 30
 
@@ -78,7 +78,7 @@ def seconds_of_training(data: Path, *, sure: bool) -> float:
         config = recipe(data, Path(folder) / "run")
         if not sure:
             config = without(config, held)
-        held.enter_context(mock.patch("regpt2.train.write_report", lambda run: run))
+        held.enter_context(mock.patch("regpt2.run.loop.write_report", lambda run: run))
         began_at = time.perf_counter()
         train(config)
         return time.perf_counter() - began_at

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from regpt2.data.shards import write_shard
+from regpt2.data.tokens.shards import write_shard
 from sides import serve
 from works import PLACES, TrainingWork
 

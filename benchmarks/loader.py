@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from regpt2.data.loader import BatchConfig, Loader
-from regpt2.data.shards import open_tokens, write_shard
+from regpt2.data.tokens.shards import open_tokens, write_shard
 
 STALL_TOKENS, SMALL_SHARD = 200_000_000, 500_000
 

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regpt2.base.device import choose_compute
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.loader import BatchConfig, Loader
-from regpt2.data.shards import open_tokens
+from regpt2.data.tokens.shards import open_tokens
+from regpt2.machine.speed.lecture_steps import lecture_model, unfused_adamw
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.speed.lecture import lecture_model, unfused_adamw
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 from sides import keep
 from training import build_nanogpt

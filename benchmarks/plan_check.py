@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from regpt2.base.device import device_name, pick_device
-from regpt2.base.source import commit
-from regpt2.config import RunConfig
+from regpt2.base.version import commit
+from regpt2.config.run import RunConfig
 from regpt2.data.loader import BatchConfig
-from regpt2.estimate import find_target, formula_time, measured_time, setup_at
+from regpt2.machine.planning.run_time import find_target, formula_time, measured_time, setup_at
+from regpt2.machine.speed.steps import StepWork, measure
 from regpt2.model.gpt import GPTConfig
-from regpt2.speed.memory import step_memory
-from regpt2.speed.steps import StepWork, measure
+from regpt2.training.memory import step_memory
 
 BYTES = {"n_layer": 8, "n_head": 8, "n_embd": 512, "vocab_size": 257}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384}

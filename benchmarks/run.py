@@ -29,7 +29,7 @@ import torch
 
 from regpt2.base.device import device_name
 from regpt2.base.files import write_atomic
-from regpt2.base.source import commit, digest
+from regpt2.base.version import commit, digest
 from sides import SideFailed, ratios, take_turns
 from tables import update_readme
 from works import PLACES, Comparison, SideSpec, TrainingWork, plan, profiles

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regpt2.base.device import can_compile, choose_compute, peak_bytes, synchronize
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 from sides import serve
 from works import TrainingWork

@@ -25,9 +25,9 @@ import torch
 import quick
 from regpt2.base.device import _cpu_has_bf16
 from regpt2.cli import main
-from regpt2.data.manifest import Manifest, Split
-from regpt2.data.shards import write_shard
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens.manifest import Manifest, Split
+from regpt2.data.tokens.shards import write_shard
 
 needs_bf16 = pytest.mark.skipif(not _cpu_has_bf16(), reason="this CPU does not compute in bf16")
 
@@ -93,11 +93,12 @@ def pages_written(*, are: bool = True) -> Iterator[None]:
 
     Runs in processes of their own always do.
     """
-    from regpt2 import report, train  # they need tyro, which a GPU's machine may lack
+    from regpt2.commands import report
+    from regpt2.run import loop
 
     write = report.write_report if are else lambda run: run / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "write_report", write)
+        patch.setattr(loop, "write_report", write)
         yield
 
 

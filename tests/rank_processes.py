@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from regpt2.cli import main
 
-WARM = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "safetensors.torch", "regpt2.train"]
+WARM = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "safetensors.torch", "regpt2.run.loop"]
 
 
 def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
@@ -27,7 +27,7 @@ def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> 
 def command_on_ranks(n: int, port: int, folder: Path, *arguments: object) -> str:
     """`regpt2 ARGUMENTS` on `n` ranks, as torchrun starts them; it has to end with 0. Returns what they wrote.
 
-    tests/test_train.py and tests/test_deploy.py have torchrun itself.
+    tests/run/test_train.py and tests/test_deploy.py have torchrun itself.
     """
     logs = [folder / f"rank-{rank}.log" for rank in range(n)]
     spawn(_command, (n, port, [str(log) for log in logs], [str(argument) for argument in arguments]), n)

@@ -10,18 +10,18 @@ import torch
 
 from regpt2.base import plugins
 from regpt2.base.device import be_deterministic, can_compile
-from regpt2.base.world import World
-from regpt2.config import load_recipe
+from regpt2.base.ranks.world import World
+from regpt2.config.run import load_recipe
+from regpt2.machine.speed.kernels import attention_kernel
 from regpt2.model.architecture import build_model
-from regpt2.model.generate import generate
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.loss import IGNORED, gpu_kernel, linear_cross_entropy, reference_cross_entropy
+from regpt2.model.kernels.loss import IGNORED, gpu_kernel, linear_cross_entropy, reference_cross_entropy
 from regpt2.model.modern import ModernConfig
-from regpt2.speed.kernels import attention_kernel
+from regpt2.sampling.generate import generate
 from regpt2.training.guard import Guard, GuardConfig
 from regpt2.training.host_copy import HostCopies
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 
 DEVICE = os.environ.get("REGPT2_TEST_DEVICE", "cuda")
@@ -78,8 +78,9 @@ def test_loss_and_gradients_are_those_of_the_cpu_in_fp32(
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_every_precision_learns(tmp_path: Path, tiny_recipe: Path, tiny_data: Path, precision: str) -> None:
     pytest.importorskip("tyro", reason="the training loop needs tyro")
-    from regpt2.train import train
     from test_train import losses
+
+    from regpt2.run.loop import train
 
     config = dataclasses.replace(
         load_recipe(str(tiny_recipe)),
@@ -99,8 +100,9 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     tmp_path: Path, tiny_recipe: Path, tiny_data: Path, compile: str
 ) -> None:
     pytest.importorskip("tyro", reason="the training loop needs tyro")
-    from regpt2.train import train
     from test_train import evals, losses, state_of
+
+    from regpt2.run.loop import train
 
     config = dataclasses.replace(
         load_recipe(str(tiny_recipe)),

@@ -129,7 +129,7 @@ def planted(tmp_path: Path) -> Path:
     for name in ("gpu_check.py", "gpu_card.py", "gpu_carry.py", "gpu_summary.py", "gpu_items/__init__.py"):
         shutil.copy(BENCHMARKS / name, folder / name)
     script = folder / "gpu_check.py"
-    script.write_text(script.read_text().replace('["regpt2.speed.steps", "torch._dynamo"]', "[]"))
+    script.write_text(script.read_text().replace('["regpt2.machine.speed.steps", "torch._dynamo"]', "[]"))
     for item, text in PLANTED.items():
         (folder / "gpu_items" / f"{item}.py").write_text(text)
     return script

@@ -15,15 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import TINY_RECIPE, Run
 from regpt2.base.console import safe_text, say, warn
 from regpt2.base.errors import CheckpointError
-from regpt2.base.metrics import MetricsLog, read_events
+from regpt2.base.record.metrics import MetricsLog, read_events
+from regpt2.commands.report import write_report
+from regpt2.commands.sample import SampleOptions, sample
 from regpt2.data.tokenizer import load_tokenizer
-from regpt2.model import pickled
+from regpt2.model.files import safe_pickle
+from regpt2.model.files.load import MAX_HEADER_BYTES, Vocabulary, load_model
+from regpt2.model.files.safe_pickle import read_pickled
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import MAX_HEADER_BYTES, Vocabulary, load_model
-from regpt2.model.pickled import read_pickled
 from regpt2.model.weights import native
-from regpt2.report import write_report
-from regpt2.sample import SampleOptions, sample
 
 CORPUS = Path(__file__).parent / "security" / "corpus.py"
 
@@ -134,7 +134,7 @@ def test_a_model_that_transformers_saved_by_pickle_is_read(tmp_path: Path) -> No
 @pytest.mark.process
 def test_unpickling_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "model.bin")
-    monkeypatch.setattr(pickled, "SPARE_S", 0.05)
+    monkeypatch.setattr(safe_pickle, "SPARE_S", 0.05)
     with pytest.raises(CheckpointError, match=r"model\.bin is damaged.*reading it took more than 0 s"):
         read_pickled(tmp_path / "model.bin")
 
@@ -261,7 +261,7 @@ def test_what_a_model_writes_never_drives_the_terminal(
             on_token(torch.tensor([token]))  # type: ignore[operator]
         return torch.cat([prompt, torch.tensor([ids] * n)], dim=1)
 
-    monkeypatch.setattr("regpt2.sample.generate", writes)
+    monkeypatch.setattr("regpt2.commands.sample.generate", writes)
     texts = sample(SampleOptions(str(bytes_model), HOSTILE, n=n))
     shown = capsys.readouterr()
     assert unsafe(texts[0]) and not unsafe(shown.out) and not unsafe(shown.err)

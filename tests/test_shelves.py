@@ -14,7 +14,7 @@ CONTRACTS = {
     "training.optim": {"build": 4},
     "evals": {"evaluate": 1},
 }
-# One is only written, one only read, and `ready` has no text but `shards` (tests/data/test_ready.py).
+# One is only written, one only read, and `ready` has no text but `shards` (tests/data/preparing/test_ready_shards.py).
 ONE_WAY = {("model.weights", "onnx"), ("model.weights", "openai_tf"), ("data.datasets", "ready")}
 ENTRIES = [(shelf, name) for shelf in CONTRACTS for name in plugins.entries(shelf)]
 

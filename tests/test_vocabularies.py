@@ -12,12 +12,12 @@ from transformers import GPT2LMHeadModel
 
 from conftest import Run, needs_bf16
 from regpt2.base.errors import CheckpointError, DownloadError
+from regpt2.commands.sample import SampleOptions, sample, tokenizer_of
 from regpt2.data import tokenizer as tokenizer_module
 from regpt2.data.tokenizer import VOCAB_SHA256, find_vocab
+from regpt2.model.files.load import Vocabulary, load_model
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import Vocabulary, load_model
 from regpt2.model.weights import gguf, huggingface, native
-from regpt2.sample import SampleOptions, sample, tokenizer_of
 
 VOCAB = find_vocab().read_bytes()
 PADDED, NAMED = (None,) * 47, ("[PAD]", "<|user|>")
@@ -111,7 +111,7 @@ def test_val_loss_needs_no_tokenizer_and_is_that_of_transformers(
     tmp_path: Path, regpt2: Run, monkeypatch: pytest.MonkeyPatch, model: Callable[[Path], Path]
 ) -> None:
     folder, data = model(tmp_path / "a"), write_ids(tmp_path / "data", 50257)
-    monkeypatch.setattr("regpt2.evaluate.tokenizer_of", lambda _: pytest.fail("it was asked for"))
+    monkeypatch.setattr("regpt2.commands.evaluate.tokenizer_of", lambda _: pytest.fail("it was asked for"))
     done = regpt2("evaluate", folder, "--data", data, "--evals", "val_loss", "--out", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "a.json").read_text())["results"]["val_loss"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regpt2.model.gpt import GPTConfig
-from regpt2.model.loss import linear_cross_entropy
+from regpt2.model.kernels.loss import linear_cross_entropy
 
 
 def lecture_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, softcap: float) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.model.architecture import build_model
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import ParallelConfig, make_trainable
+from regpt2.training.ranks.strategy import ParallelConfig, make_trainable
 from regpt2.training.step import train_step
 
 RANKS = 8

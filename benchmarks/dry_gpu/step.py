@@ -14,14 +14,14 @@ import counts
 import torch
 
 from regpt2.base.device import choose_compute
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
+from regpt2.machine.speed.kernels import attention_kernel
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig
-from regpt2.speed.kernels import attention_kernel
-from regpt2.speed.memory import Setup, step_memory
+from regpt2.training.memory import Setup, step_memory
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 
 MODELS: dict[str, tuple[type[GPTConfig], dict[str, Any]]] = {

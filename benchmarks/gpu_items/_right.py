@@ -12,8 +12,8 @@ from gpu_items import Check
 from gpu_timing import TINY
 from regpt2.base.device import Precision, choose_compute
 from regpt2.base.errors import UsageError
+from regpt2.machine.health.agreement import agreement, trials
 from regpt2.model.gpt import GPTConfig
-from regpt2.speed.agreement import agreement, trials
 
 TESTS = Path(__file__).parents[2] / "tests"
 BY_VALUES = re.compile("updates in a row were skipped|stopped by signal 1 ")

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu_items import Check
 from gpu_timing import call_times, spread
 from regpt2.base.device import pick_device
-from regpt2.model.loss import linear_cross_entropy, reference_cross_entropy
+from regpt2.model.kernels.loss import linear_cross_entropy, reference_cross_entropy
 
 # B sequences, T tokens, N = B T tokens, C = n_embd, H heads, D = C / H, V = padded_vocab_size
 

@@ -10,11 +10,11 @@ import torch
 from gpu_items import Check
 from gpu_timing import TINY
 from regpt2.base.device import choose_compute, pick_device, synchronize
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training import checkpoint
 from regpt2.training.optimizer import OptimConfig, build_optimizer, state_tensors
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 
 

@@ -20,10 +20,10 @@ from gpu_items._right import BY_VALUES
 from gpu_timing import TINY, call_times, spread
 from regpt2.base.device import be_deterministic, can_compile, choose_compute, pick_device
 from regpt2.base.errors import Problem
-from regpt2.base.metrics import read_events
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
+from regpt2.base.record.metrics import read_events
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 
 TEXTS = Path(__file__).parents[2] / "docs"
 RECIPE = """

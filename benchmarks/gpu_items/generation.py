@@ -5,8 +5,8 @@ import torch
 from gpu_items import Check
 from gpu_timing import TINY, call_times, spread
 from regpt2.base.device import choose_compute, pick_device
-from regpt2.model.generate import generate
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.sampling.generate import generate
 
 
 def run(check: Check) -> None:

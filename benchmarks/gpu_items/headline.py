@@ -21,8 +21,8 @@ from gpu_items import Check
 from gpu_timing import TINY, figures_of, side_command, spread, step_work
 from regpt2.base.device import peak_flops, pick_device
 from regpt2.base.errors import Problem
+from regpt2.machine.speed.steps import StepTimes, StepWork
 from regpt2.model.flops import mfu
-from regpt2.speed.steps import StepTimes, StepWork
 from sides import Side, SideFailed, ratios
 from works import GPT2, Comparison, Shape, SideSpec, TrainingWork
 

@@ -12,11 +12,11 @@ from gpu_items import Check, Skip
 from gpu_timing import TINY, call_times
 from hellaswag_cpu import one_at_a_time, ours
 from regpt2.base.device import choose_compute, pick_device
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.evals import EvalContext
+from regpt2.evals.scoring.endings import Question
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.scoring.endings import Question
-from regpt2.training.parallel import in_compute_type
+from regpt2.training.ranks.strategy import in_compute_type
 
 
 def run(check: Check) -> None:

@@ -7,8 +7,8 @@ import dataclasses
 
 from gpu_items import Check
 from gpu_timing import figures_of, step_work, time_step
-from regpt2.speed.rungs import RUNGS, Change, Rung, climb, find_rungs
-from regpt2.speed.steps import StepWork
+from regpt2.machine.speed.rungs import RUNGS, Change, Rung, climb, find_rungs
+from regpt2.machine.speed.steps import StepWork
 
 MEASURED = ["bf16", "compile", "stream", "ours"]
 

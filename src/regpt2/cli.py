@@ -10,8 +10,8 @@ from regpt2 import __version__
 from regpt2.base.console import safe_text, set_least_width
 from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
+from regpt2.base.ranks.signals import leave_if_one_of_many
 from regpt2.base.screen import STREAMS, open_closed_streams, require_output, watch_streams
-from regpt2.base.signals import leave_if_one_of_many
 from regpt2.base.threads import spin_briefly
 
 VERBS = {
@@ -118,7 +118,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
-    code: int = importlib.import_module(f"regpt2.{MODULES.get(verb, verb)}").main(arguments)
+    code: int = importlib.import_module(f"regpt2.commands.{MODULES.get(verb, verb)}").main(arguments)
     return code
 
 

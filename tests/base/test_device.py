@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from regpt2 import evaluate, sample, train
 from regpt2.base.device import be_deterministic, undetermined_operation
 from regpt2.base.errors import Problem
+from regpt2.commands import evaluate, sample, train
 
 CODE = """
 import json, os, torch, torch._inductor.config

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from regpt2.base import memory
-from regpt2.base.memory import free_bytes
+from regpt2.base import free_memory
+from regpt2.base.free_memory import free_bytes
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -24,15 +24,15 @@ def test_a_process_may_take_what_the_machine_has_free() -> None:
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_free_on_machine", lambda: 8_000)
-    monkeypatch.setattr(memory, "_free_in_groups", list)
+    monkeypatch.setattr(free_memory, "_free_on_machine", lambda: 8_000)
+    monkeypatch.setattr(free_memory, "_free_in_groups", list)
     assert free_bytes(CPU) == 8_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(CPU) == 2_000
 
 
 def test_a_limit_on_address_space_counts() -> None:
-    code = "import torch; from regpt2.base.memory import free_bytes; print(free_bytes(torch.device('cpu')))"
+    code = "import torch; from regpt2.base.free_memory import free_bytes; print(free_bytes(torch.device('cpu')))"
     limit = 8 << 30
 
     def limited() -> None:
@@ -48,19 +48,19 @@ def test_the_narrowest_control_group_counts(
 ) -> None:
     outer, inner = tmp_path / "box", tmp_path / "box" / "job"
     inner.mkdir(parents=True)
-    limit, taken = ("memory.max", "memory.current") if version == "2" else memory._GROUPS[1][1:3]
+    limit, taken = ("memory.max", "memory.current") if version == "2" else free_memory._GROUPS[1][1:3]
     for folder, limit_bytes, taken_bytes in ((outer, 1_000, 900), (inner, 700, 400)):
         (folder / limit).write_text(f"{limit_bytes}\n")
         (folder / taken).write_text(f"{taken_bytes}\n")
         (folder / "memory.stat").write_text(f"anon 7\n{cached} 50\n")
     line = "0::/box/job\n" if version == "2" else "4:memory:/box/job\n0::/\n"
     (tmp_path / "cgroup").write_text(line)
-    groups = tuple((str(tmp_path), *names[1:]) for names in memory._GROUPS)
-    monkeypatch.setattr(memory, "_GROUPS", groups)
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
-    assert sorted(memory._free_in_groups()) == [150, 350]
+    groups = tuple((str(tmp_path), *names[1:]) for names in free_memory._GROUPS)
+    monkeypatch.setattr(free_memory, "_GROUPS", groups)
+    monkeypatch.setattr(free_memory, "_CGROUP", tmp_path / "cgroup")
+    assert sorted(free_memory._free_in_groups()) == [150, 350]
     (inner / limit).write_text("max\n")
-    assert memory._free_in_groups() == [150]
+    assert free_memory._free_in_groups() == [150]
 
 
 def test_a_real_control_group_counts(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_real_control_group_counts(tmp_path: Path) -> None:
         (group / "memory.limit_in_bytes").write_text(str(2 << 30))
     except OSError:
         pytest.skip("control groups may not be made here")
-    code = "import torch; from regpt2.base.memory import free_bytes; print(free_bytes(torch.device('cpu')))"
+    code = "import torch; from regpt2.base.free_memory import free_bytes; print(free_bytes(torch.device('cpu')))"
     inside = f'echo $$ > {group}/cgroup.procs && exec {sys.executable} -c "{code}"'
     try:
         done = subprocess.run(["sh", "-c", inside], capture_output=True, text=True, check=True)

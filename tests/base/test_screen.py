@@ -13,7 +13,7 @@ import pytest
 from regpt2.base import screen
 from regpt2.base.console import ProgressLine, say, warn
 from regpt2.base.errors import Problem
-from regpt2.base.metrics import MetricsLog, read_events
+from regpt2.base.record.metrics import MetricsLog, read_events
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full and /proc of Linux")
 

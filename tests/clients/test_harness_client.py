@@ -22,12 +22,12 @@ import torch
 
 from regpt2.base import plugins
 from regpt2.base.errors import Problem, UsageError
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
+from regpt2.commands.harness import harness_model, main
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
 from regpt2.evals import EvalContext
-from regpt2.harness import harness_model, main
+from regpt2.model.files.load import Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import Vocabulary
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from regpt2.base.errors import CheckpointError
-from regpt2.convert import ConvertOptions, convert
+from regpt2.commands.convert import ConvertOptions, convert
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
+from regpt2.model.files.load import Vocabulary, load_model, tensors_of
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import Vocabulary, load_model, tensors_of
 from regpt2.model.weights import gguf as our_gguf
 from regpt2.model.weights import native
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from regpt2.convert import ConvertOptions, convert
+from regpt2.commands.convert import ConvertOptions, convert
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from regpt2.convert import ConvertOptions, convert
+from regpt2.commands.convert import ConvertOptions, convert
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
-from regpt2.model.generate import generate
+from regpt2.model.files.load import Vocabulary, load_model
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import Vocabulary, load_model
 from regpt2.model.weights import native
+from regpt2.sampling.generate import generate
 
 pytestmark = pytest.mark.clients
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)

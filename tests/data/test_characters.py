@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from regpt2.base.errors import DataError, UsageError
 from regpt2.cli import main
 from regpt2.data.characters import CharacterTokenizer, meta_bytes, read_meta
-from regpt2.data.findings import Findings, check_data
-from regpt2.data.manifest import Manifest
+from regpt2.data.checks.integrity import Findings, check_data
 from regpt2.data.mixture import open_mixture, read_shares
-from regpt2.data.shards import open_tokens
 from regpt2.data.tokenizer import StreamDecoder
+from regpt2.data.tokens.manifest import Manifest
+from regpt2.data.tokens.shards import open_tokens
 
 TEXT = "First Citizen:\nWe are accounted poor citizens, é 日 🙂.\n"
 CHARACTERS = "".join(sorted(set(TEXT)))

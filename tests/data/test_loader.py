@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.data.loader import BatchConfig, Loader, permute
-from regpt2.data.shards import open_tokens
+from regpt2.data.tokens.shards import open_tokens
 
 
 class Counting:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from conftest import write_data
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.data.loader import BatchConfig, Loader
-from regpt2.data.manifest import Manifest
 from regpt2.data.mixture import deal, open_mixture, read_shares
+from regpt2.data.tokens.manifest import Manifest
 
 PARTS = st.lists(st.integers(1, 1_000_000), min_size=1, max_size=6).map(lambda parts: sorted(parts, reverse=True))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regpt2.base.errors import DataError
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evals import EvalContext
 from regpt2.evals.hellaswag import _scene, evaluate

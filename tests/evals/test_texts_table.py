@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from regpt2.base.errors import DataError, DownloadError, UsageError
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evals import enwik8, one_billion_words, ptb, text8, wikitext
+from regpt2.evals.scoring.context import EvalContext
+from regpt2.evals.scoring.detokenize import wikitext as detokenized
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.scoring.context import EvalContext
-from regpt2.scoring.detokenize import wikitext as detokenized
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "eval"
 V, T = 257, 64

@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from rank_processes import spawn
 from regpt2.base.errors import DataError, Problem
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.evals import cbt, lambada
+from regpt2.evals.scoring.context import EvalContext
+from regpt2.evals.scoring.questions import question
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.scoring.context import EvalContext
-from regpt2.scoring.questions import question
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "eval" / "lambada_test.jsonl"
 V, T = 257, 256

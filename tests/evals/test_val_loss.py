@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rank_processes import spawn
 from regpt2.base.errors import DataError, Problem, UsageError
-from regpt2.base.world import World
-from regpt2.data.baselines import baselines
-from regpt2.data.shards import open_tokens
+from regpt2.base.ranks.world import World
+from regpt2.data.checks.baselines import baselines
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens.shards import open_tokens
 from regpt2.evals import EvalContext
 from regpt2.evals.val_loss import evaluate
 from regpt2.model.gpt import GPT, GPTConfig

@@ -15,10 +15,10 @@ from suite import Bench, Fault, Outcome
 
 from regpt2.base.errors import CheckpointError, DataError
 from regpt2.base.files import sha256_file
-from regpt2.data import shards
-from regpt2.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
-from regpt2.data.shards import open_tokens, write_shard
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens import shards
+from regpt2.data.tokens.manifest import MANIFEST_NAME, Manifest, Shard, Split
+from regpt2.data.tokens.shards import open_tokens, write_shard
 from regpt2.training import checkpoint
 
 Damage = Callable[[Path], None]

@@ -15,7 +15,7 @@ import torch
 import trial
 from suite import Bench, Fault, Outcome
 
-from regpt2 import train
+from regpt2.run import loop
 
 Spoil = Callable[[torch.Tensor], torch.Tensor]
 NAN, INF = math.nan, math.inf
@@ -71,7 +71,7 @@ def _spoil(where: str, value: float, steps: set[int]) -> None:
 
         return wrapped
 
-    points.patch(f"{train.__name__}:train_step", wrap)
+    points.patch(f"{loop.__name__}:train_step", wrap)
 
 
 def _with(gradient: torch.Tensor, value: float) -> torch.Tensor:
@@ -148,7 +148,7 @@ def evaluations(bench: Bench) -> Outcome:
                 raise error
 
             points.patch("regpt2.evals.val_loss:open_tokens", lambda real: fail)
-            points.patch("regpt2.observe:generate", lambda real: fail)
+            points.patch("regpt2.run.intervals:generate", lambda real: fail)
 
         process = trial.start(bench, run, before=break_it)
         code = process.wait()

@@ -16,10 +16,10 @@ import torch
 import trial
 from suite import Bench, Fault, Outcome
 
-from regpt2 import observe
-from regpt2.job import Job, save
-from regpt2.model.load import read_tensors
-from regpt2.train import Summary
+from regpt2.model.files.load import read_tensors
+from regpt2.run import intervals
+from regpt2.run.loop import Summary
+from regpt2.run.setup import Job, save
 from regpt2.training import checkpoint
 
 
@@ -107,7 +107,7 @@ def _limit_memory(step: int, room_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room_bytes, resource.RLIM_INFINITY))
 
     if step == 0:
-        points.patch("regpt2.train:build", lambda build: lambda *args, **more: (limit(), build(*args, **more))[1])
+        points.patch("regpt2.run.loop:build", lambda build: lambda *args, **more: (limit(), build(*args, **more))[1])
     elif step == 16:
         points.arm(points.Point("before the copy", "regpt2.training.checkpoint:snapshot"), step, limit)
     else:
@@ -140,7 +140,7 @@ def _instead_of_training(n: int, answer: Path) -> None:
     def measure(job: Job) -> Summary:
         work = {
             "save": lambda call: save(job, call),
-            "evaluate": lambda call: observe.evaluate(job, job.model, call, "val_loss"),
+            "evaluate": lambda call: intervals.evaluate(job, job.model, call, "val_loss"),
         }
         found: dict[str, list[dict[str, int]]] = {what: [] for what in work}
         for what, do in work.items():
@@ -152,7 +152,7 @@ def _instead_of_training(n: int, answer: Path) -> None:
         answer.write_text(json.dumps(found))
         return Summary(0, "measured", 0)
 
-    points.patch("regpt2.train:run", lambda run: measure)
+    points.patch("regpt2.run.loop:run", lambda run: measure)
 
 
 def _held() -> dict[str, int]:

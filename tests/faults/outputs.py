@@ -18,9 +18,9 @@ import torch
 import trial
 from suite import Bench, Fault, NotHere, Outcome
 
-from regpt2.base.download import download
 from regpt2.base.errors import DownloadError
 from regpt2.base.files import sha256_bytes
+from regpt2.base.net.download import download
 from regpt2.data.tokenizer import load_tokenizer
 
 HOSTILE = (
@@ -58,7 +58,7 @@ def hostile_output(bench: Bench) -> Outcome:
 def _make_it_say(text: str) -> None:
     """Whatever is sampled is the hostile text."""
     ids = list(load_tokenizer("bytes").encode(text))
-    points.patch("regpt2.observe:generate", lambda generate: lambda *_, **__: torch.tensor([ids]))
+    points.patch("regpt2.run.intervals:generate", lambda generate: lambda *_, **__: torch.tensor([ids]))
 
 
 def _record_is_one(run: Path) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from regpt2 import cli, train
+from regpt2 import cli
 from regpt2.base.files import sha256_file
 from regpt2.data.loader import Batch, Loader
+from regpt2.run import loop
 from regpt2.training import checkpoint, guard, step
 
 
@@ -48,7 +49,7 @@ def rng_not_restored() -> None:
         drawn += 1
         return seed + drawn
 
-    train.random_seed = running
+    loop.random_seed = running
 
 
 def per_rank_shard_boundary() -> None:
@@ -92,7 +93,7 @@ def mean_of_means() -> None:
             hook.remove()
 
     step.train_step = weighted
-    train.train_step = weighted
+    loop.train_step = weighted
 
 
 def nan_in_window() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import zygote
 
-from regpt2 import train
-from regpt2.base.metrics import MetricsLog
+from regpt2.base.record.metrics import MetricsLog
+from regpt2.run import loop
 
 __all__ = ["MIDDLE", "RESUME", "SAVE", "STEP", "Point", "arm", "arm_timer", "at_step", "zygote"]
 
@@ -60,22 +60,22 @@ SAVE = (
 STEP = (
     *_around("backward of the first micro-step", "torch:Tensor.backward"),
     *_around("the optimizer's step", "torch.optim:AdamW.step"),
-    *_around("a line of the record", "regpt2.base.metrics:MetricsLog.log"),
-    Point("in a line of the record", "regpt2.base.metrics:MetricsLog.log", "middle"),
+    *_around("a line of the record", "regpt2.base.record.metrics:MetricsLog.log"),
+    Point("in a line of the record", "regpt2.base.record.metrics:MetricsLog.log", "middle"),
     *_around("an evaluation", "regpt2.evals.val_loss:evaluate"),
     Point("in an evaluation", "regpt2.evals.val_loss:TokenStream.read", "after", nth=3),
-    *_around("a sample", "regpt2.observe:generate"),
-    *_around("the page", "regpt2.train:write_report"),
+    *_around("a sample", "regpt2.run.intervals:generate"),
+    *_around("the page", "regpt2.run.loop:write_report"),
 )
 # In going on with a run.
 RESUME = (
-    Point("after the lock is taken", "regpt2.train:run"),
+    Point("after the lock is taken", "regpt2.run.loop:run"),
     *_around("reading a checkpoint", f"{_SAVER}:read"),
     *_around("rename of config.toml", "os:replace", r"config\.toml$"),
     *_around("rename of the cut-back record", "os:replace", r"metrics\.jsonl$"),
-    Point("before the line of the resume", "regpt2.base.metrics:MetricsLog.log"),
-    Point("after the line of the resume", "regpt2.base.metrics:MetricsLog.log", "after"),
-    Point("before the first update", "regpt2.train:update"),
+    Point("before the line of the resume", "regpt2.base.record.metrics:MetricsLog.log"),
+    Point("after the line of the resume", "regpt2.base.record.metrics:MetricsLog.log", "after"),
+    Point("before the first update", "regpt2.run.loop:update"),
 )
 # In the system call that writes a file of many megabytes.
 MIDDLE = tuple(
@@ -135,7 +135,7 @@ def at_step() -> dict[str, int]:
 
         return wrapped
 
-    patch(f"{train.__name__}:update", wrap)
+    patch(f"{loop.__name__}:update", wrap)
     return clock
 
 

@@ -16,9 +16,9 @@ import trial
 from suite import Bench, Fault, Outcome
 
 from regpt2 import cli
-from regpt2.data.manifest import Manifest
-from regpt2.data.shards import open_tokens
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens.manifest import Manifest
+from regpt2.data.tokens.shards import open_tokens
 
 MAX_RSS_BYTES, MAX_S = 512 << 20, 30.0
 

@@ -21,8 +21,9 @@ import trial
 import zygote
 from suite import Bench, Fault, Outcome
 
-from regpt2 import cli, train
+from regpt2 import cli
 from regpt2.base.files import folder_lock
+from regpt2.run import loop
 
 LEAVE_S = 15.0  # a rank that others have left must not stay longer
 TIMEOUT_S = 6.0  # of the watchdog, in these trials
@@ -38,7 +39,7 @@ def start_ranks(
     def rank_main(rank: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        train.write_report = lambda run: run / "report.html"
+        loop.write_report = lambda run: run / "report.html"
         if before is not None:
             before(rank)
         return cli.main(argv)
@@ -199,7 +200,7 @@ def flipped_weights(bench: Bench) -> Outcome:
 
         def flip(rank: int, step: int = step, victim: int = victim, bit: int = bit, place: float = place) -> None:
             if rank == victim:
-                points.patch(f"{train.__name__}:update", lambda real: _flipping(real, step, bit, place))
+                points.patch(f"{loop.__name__}:update", lambda real: _flipping(real, step, bit, place))
 
         run = bench.new("run")
         more = ("--parallel.check-every", every, "--save-every", 100, "--eval-every", 0, "--sample-every", 0)
@@ -216,7 +217,7 @@ def flipped_weights(bench: Bench) -> Outcome:
 
 
 def _flipping(real: Callable[..., object], at: int, bit: int, place: float) -> Callable[..., object]:
-    def update(job: train.Job, step: int, batch: object) -> object:
+    def update(job: loop.Job, step: int, batch: object) -> object:
         if step == at:
             weights = job.model.h[0].mlp.c_fc.weight.data.view(torch.int32).view(-1)
             weights[int(place * len(weights))] ^= 1 << bit
@@ -278,7 +279,7 @@ def _run_in_turns(bench: Bench, run: Path, strategies: list[str], sizes: tuple[i
 
 def _stop_in(step: int) -> None:
     """SIGTERM to this process in the update of that number."""
-    points.arm(points.Point("update", "regpt2.train:update"), step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    points.arm(points.Point("update", "regpt2.run.loop:update"), step, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def signals_to_one_rank(bench: Bench) -> Outcome:
@@ -376,7 +377,7 @@ def _blind(bench: Bench, run: Path) -> Arm | None:
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "shard.bin")
 
-    return lambda rank: rank and points.patch("regpt2.train:open_data", lambda real: fail)
+    return lambda rank: rank and points.patch("regpt2.run.loop:open_data", lambda real: fail)
 
 
 REFUSALS: list[tuple[str, Callable[[Bench, Path], Arm | None], str]] = [

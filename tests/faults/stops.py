@@ -16,7 +16,7 @@ import points
 import trial
 from suite import Bench, Fault, Outcome
 
-from regpt2 import job
+from regpt2.run import setup
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAVE_STEP, STEP = 16, 10
@@ -67,7 +67,7 @@ def _arm_signal(number: signal.Signals, point: points.Point, step: int, note: Pa
 
         return received
 
-    points.patch("regpt2.base.signals:StopSignals._receive", wrap)
+    points.patch("regpt2.base.ranks.signals:StopSignals._receive", wrap)
 
 
 def _left_well(code: int, said: str, number: signal.Signals) -> list[str]:
@@ -188,7 +188,7 @@ def _shift_clock(offset_s: float, step: int) -> None:
             return datetime.fromtimestamp(plain() + shifted(), tz)
 
     time.time = lambda: plain() + shifted()
-    job.datetime = Moved  # type: ignore[attr-defined]
+    setup.datetime = Moved  # type: ignore[attr-defined]
 
 
 def _lying_times(bench: Bench, outcome: Outcome) -> None:

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from suite import Bench, Fault, Outcome
 
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.loader import Batch, BatchConfig, Loader
-from regpt2.data.shards import open_tokens, write_shard
+from regpt2.data.tokens.shards import open_tokens, write_shard
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training import step as step_module
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 
 T, WORLDS, SEED = 16, (1, 2, 3, 4, 5, 6, 7, 8), 11
 SHARDS = (1009, 211, 3001, 40, 977)  # several steps long, shorter than a step, prime, shorter than a window

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from regpt2.config import RECIPES, RunConfig, to_toml
-from regpt2.data.manifest import Manifest, Split
-from regpt2.data.shards import write_shard
+from regpt2.config.run import RECIPES, RunConfig, to_toml
 from regpt2.data.tokenizer import find_vocab
+from regpt2.data.tokens.manifest import Manifest, Split
+from regpt2.data.tokens.shards import write_shard
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf, huggingface, llmc, native, openai_tf, safetensors
 from regpt2.training import checkpoint

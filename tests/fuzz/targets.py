@@ -35,14 +35,14 @@ from seeds import (
 )
 
 from regpt2.base.errors import Problem
-from regpt2.base.metrics import MetricsLog, read_events
-from regpt2.config import load_recipe, read_toml, to_toml
+from regpt2.base.record.metrics import MetricsLog, read_events
+from regpt2.config.run import load_recipe, read_toml, to_toml
 from regpt2.data import tokenizer as tokenizer_module
-from regpt2.data.manifest import Manifest
-from regpt2.data.shards import open_tokens
-from regpt2.data.shards import verify as verify_data
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from regpt2.model.load import load_model, read_tensors
+from regpt2.data.tokens.manifest import Manifest
+from regpt2.data.tokens.shards import open_tokens
+from regpt2.data.tokens.shards import verify as verify_data
+from regpt2.model.files.load import load_model, read_tensors
 from regpt2.model.weights import openai_tf
 from regpt2.training import checkpoint as checkpoints
 from regpt2.training.schedule import learning_rate

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from mutations import mutate, odd, toml
 from safetensors import SafetensorError
 
-from regpt2 import config
 from regpt2.base.errors import DataError
-from regpt2.base.metrics import MetricsLog
-from regpt2.config import RunConfig
-from regpt2.data import foreign, shards, tokenizer
-from regpt2.model import load
+from regpt2.base.record.metrics import MetricsLog
+from regpt2.config.run import RunConfig, run
+from regpt2.data import tokenizer
+from regpt2.data.tokens import other_formats, shards
+from regpt2.model.files import load
 from regpt2.model.weights import gguf
 from regpt2.training import checkpoint
 
@@ -94,7 +94,7 @@ class Flood(DataError):
         return "x" * 5000
 
 
-def allocate(path: Path, file: IO[bytes], size: int) -> foreign.TokenFile:
+def allocate(path: Path, file: IO[bytes], size: int) -> other_formats.TokenFile:
     """Take the memory that a .npy header asks for, 64-fold: more than malloc has kept of earlier tests. Then look."""
     if found := re.search(rb"\((\d{9,12}),", file.read(200)):
         np.zeros((int(found[1]), 64), np.uint16)
@@ -102,11 +102,11 @@ def allocate(path: Path, file: IO[bytes], size: int) -> foreign.TokenFile:
     return look(path, file, size)
 
 
-look = foreign._npy
+look = other_formats._npy
 
 PLANTS: dict[str, tuple[str, object, str, object, type[BaseException]]] = {
-    "a size that nobody checks": ("shards", foreign, "expect_bytes", lambda *_: None, Exception),
-    "memory as a header asks for": ("shards", foreign, "_npy", allocate, MemoryError),
+    "a size that nobody checks": ("shards", other_formats, "expect_bytes", lambda *_: None, Exception),
+    "memory as a header asks for": ("shards", other_formats, "_npy", allocate, MemoryError),
     "a shard that is not hashed": ("manifest", shards, "verify_shard", lambda *_: None, AssertionError),
     "half a surrogate pair": ("tokenizer", tokenizer, "valid_text", lambda text: text, UnicodeEncodeError),
     "weights beyond the file": ("model_file", gguf, "_check_places", lambda *_: None, Exception),
@@ -116,7 +116,7 @@ PLANTS: dict[str, tuple[str, object, str, object, type[BaseException]]] = {
     "an error of a library": ("weights", load, "SafetensorError", KeyError, SafetensorError),
     "a checkpoint that is not hashed": ("checkpoint", checkpoint, "verify_files", lambda *_: None, Exception),
     "a slow reader": ("recipe", RunConfig, "__post_init__", wait, AssertionError),
-    "a message without end": ("recipe", config, "ConfigError", Flood, AssertionError),
+    "a message without end": ("recipe", run, "ConfigError", Flood, AssertionError),
 }
 
 

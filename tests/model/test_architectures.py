@@ -14,21 +14,21 @@ from torch import Tensor
 
 from rank_processes import spawn
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
-from regpt2.base.world import World
-from regpt2.config import RunConfig, defaults_for, differences, read_toml, to_toml
-from regpt2.convert import ConvertOptions, convert, largest_difference
+from regpt2.base.ranks.world import World
+from regpt2.commands.convert import ConvertOptions, convert, largest_difference
+from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, to_toml
+from regpt2.evals.scoring.context import EvalContext
+from regpt2.evals.scoring.endings import Question, score_endings
 from regpt2.model.architecture import ARCHITECTURES, build_model, switches_on
+from regpt2.model.files.load import TokenizerRef, Vocabulary, load_model, tensors_of
 from regpt2.model.flops import n_weights
-from regpt2.model.generate import generate
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.language_model import LanguageModel
-from regpt2.model.load import TokenizerRef, Vocabulary, load_model, tensors_of
 from regpt2.model.modern import ModernConfig
-from regpt2.model.packed import in_int8, packed_if_faster
 from regpt2.model.weights import native
-from regpt2.scoring.context import EvalContext
-from regpt2.scoring.endings import Question, score_endings
-from regpt2.training.parallel import ParallelConfig, load_weights, make_trainable, whole, whole_model
+from regpt2.sampling.cpu import in_int8, packed_if_faster
+from regpt2.sampling.generate import generate
+from regpt2.training.ranks.strategy import ParallelConfig, load_weights, make_trainable, whole, whole_model
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 SHAPE: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257)

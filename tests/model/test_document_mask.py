@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.evals import EvalContext
-from regpt2.model import attention
-from regpt2.model.attention import causal_attention, document_mask, document_numbers
-from regpt2.model.generate import KVCache, generate
+from regpt2.evals.scoring.endings import Question, score_endings
+from regpt2.model.kernels import attention
+from regpt2.model.kernels.attention import causal_attention, document_mask, document_numbers
 from regpt2.model.modern import ModernConfig, ModernGPT
-from regpt2.scoring.endings import Question, score_endings
+from regpt2.sampling.generate import KVCache, generate
 
 END = 10  # the last id of the vocabulary, as in both tokenizers
 T = 40

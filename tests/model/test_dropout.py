@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import TINY_RECIPE, write_tokens
-from regpt2.config import load_recipe
-from regpt2.model import attention
-from regpt2.model.attention import causal_attention
+from regpt2.config.run import load_recipe
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.train import train
+from regpt2.model.kernels import attention
+from regpt2.model.kernels.attention import causal_attention
+from regpt2.run.loop import train
 
 P = 0.3
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=64, dropout=P)
@@ -115,7 +115,7 @@ def test_every_micro_batch_of_every_update_has_masks_of_its_own_and_after_a_resu
         return losses[1:]  # the first is thrown away: the rehearsal
 
     monkeypatch.setattr(GPT, "forward", noting)
-    monkeypatch.setattr("regpt2.train.write_report", lambda run: run)
+    monkeypatch.setattr("regpt2.run.loop.write_report", lambda run: run)
     straight = run("straight", 4)
     assert len(straight) == 4 * 4, "four micro-batches in each of four updates"
     apart = sorted(straight)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regpt2.base.errors import ConfigError
-from regpt2.model import attention, recompute
+from regpt2.model.files.load import tensors_of
 from regpt2.model.gpt import GPT, MLP, GPTConfig
-from regpt2.model.load import tensors_of
+from regpt2.model.kernels import attention, recompute
 
-numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reference" / "numpy_gpt2.py")))
+numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "independent" / "numpy_gpt2.py")))
 
 SHAPES = [
     GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=11),

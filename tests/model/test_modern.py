@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from regpt2.base.errors import ConfigError
-from regpt2.model import attention, recompute
-from regpt2.model.generate import KVCache
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.kernels import attention, recompute
 from regpt2.model.modern import ModernConfig, ModernGPT, qk_norm, rotation_of
+from regpt2.sampling.generate import KVCache
 
-numpy_modern = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reference" / "numpy_modern.py")))
+numpy_modern = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "independent" / "numpy_modern.py")))
 
 ON = ModernConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, softcap=3.0)  # 3: its bend is seen
 OFF_SWITCHES = {name: False for name in ("rotary", "qk_norm", "relu_squared", "untied_head", "rms_norm")}

@@ -4,10 +4,10 @@ An entry plants one bug:
 
     [[mutant]]
     name = "the loop ignores the schedule"                      # a sentence: what the mutated program does
-    file = "train.py"                                           # below src/regpt2
+    file = "run/loop.py"                                           # below src/regpt2
     old = "learning_rate(config.schedule, config.optim.lr, ..."  # occurs exactly once in the file
     new = "config.optim.lr"
-    tests = ["tests/test_train.py::test_..."]                   # these have to feel it, and pass without it
+    tests = ["tests/run/test_train.py::test_..."]                   # these have to feel it, and pass without it
 """
 
 import ast

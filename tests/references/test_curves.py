@@ -7,7 +7,7 @@ import pytest
 
 from regpt2.references import curves
 from regpt2.references.curves import Curve, choose, load
-from regpt2.references.facts import dataset_of
+from regpt2.references.run_facts import dataset_of
 
 ENDS = {  # as the sources print them
     "fineweb_gpt2_124m_llmc": (19_560, 3.2722),

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regpt2.references.checks import Evidence, likeliest_first
+from regpt2.references.causes import Evidence, likeliest_first
 from regpt2.references.curves import Curve, choose
-from regpt2.references.facts import Facts, facts_of
+from regpt2.references.run_facts import Facts, facts_of
 from regpt2.references.verdict import Verdict, band_at, judge, of_record
 
 BATCH = 524_288

@@ -10,7 +10,7 @@ import torch
 from bad_pickles import FILE, bare, code, name, program, read_as_the_child, saved
 from cases import ODD_THINGS, Case, Content, archive, sparse
 
-from regpt2.model.load import load_model
+from regpt2.model.files.load import load_model
 
 CONFIG = b'{"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 4, "vocab_size": 4}'
 EMPTY_DICT = program(b"}")

@@ -10,9 +10,9 @@ from cases import ODD_THINGS, Case, Content, pipe, sparse
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import sha256_bytes
-from regpt2.data.manifest import Manifest, Shard, Split
-from regpt2.data.shards import open_tokens, verify
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens.manifest import Manifest, Shard, Split
+from regpt2.data.tokens.shards import open_tokens, verify
 
 SHARD, NPY, RAW, VOCAB = "fineweb_train_000000.bin", "edufineweb_train_000000.npy", "train.bin", "vocab.bpe"
 

@@ -13,17 +13,17 @@ from cases import Case, archive
 from torch import nn
 
 from regpt2.base.errors import CheckpointError
-from regpt2.model import pickled
+from regpt2.model.files import safe_pickle
 
 FILE = "pytorch_model.bin"
 
 
-def read_as_the_child(folder: Path, kind: str = pickled.STATE) -> object:
+def read_as_the_child(folder: Path, kind: str = safe_pickle.STATE) -> object:
     """What the child of `read_pickled` does, in this forked process: starting one for each file would take minutes."""
     said, sys.stderr = sys.stderr, io.StringIO()
     sys.argv = ["pickled", str(folder / FILE), str(folder.parent / "copy"), kind]
     try:
-        code = pickled.main()
+        code = safe_pickle.main()
         message = sys.stderr.getvalue()
     finally:
         sys.stderr = said
@@ -266,7 +266,7 @@ def pickle_cases(canary: Path) -> list[Case]:
     files |= {f"pickle: {what}": bare(body, four) for what, body in broken().items()}
     files |= {f"state: {what}": saved(state) for what, state in odd_states().items()}
     good = {f"state: {what}": saved(state) for what, state in good_states().items()}
-    as_checkpoint = partial(read_as_the_child, kind=pickled.CHECKPOINT)
+    as_checkpoint = partial(read_as_the_child, kind=safe_pickle.CHECKPOINT)
     return [
         *(Case(f"checkpoint: {what}", as_checkpoint, {FILE: bare(body, four)}) for what, body in code(canary).items()),
         *(Case(what, read_as_the_child, {FILE: data}) for what, data in files.items()),

@@ -9,12 +9,12 @@ from bad_tensors import DEEP, texts, written
 from cases import ODD_THINGS, Case, Content
 
 from regpt2.base.errors import Problem, UsageError
-from regpt2.base.metrics import read_events
+from regpt2.base.record.metrics import read_events
 from regpt2.cli import main
-from regpt2.config import load_recipe
-from regpt2.model.load import load_model
+from regpt2.commands.report import write_report
+from regpt2.config.run import load_recipe
+from regpt2.model.files.load import load_model
 from regpt2.model.weights import huggingface
-from regpt2.report import write_report
 
 HUB = {
     "climbing": "../../etc",

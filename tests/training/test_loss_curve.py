@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.data.loader import BatchConfig, Loader
-from regpt2.data.shards import open_tokens
-from regpt2.model import attention, recompute
+from regpt2.data.tokens.shards import open_tokens
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.kernels import attention, recompute
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import make_trainable
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=257)

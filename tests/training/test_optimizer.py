@@ -7,7 +7,7 @@ import torch
 
 from regpt2.base import plugins
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training.optimizer import (
     MuonConfig,

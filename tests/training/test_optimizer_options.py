@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regpt2.base import plugins
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training.optimizer import MuonConfig, OptimConfig, build_optimizer
 from regpt2.training.step import train_step

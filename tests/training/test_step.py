@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rank_processes import spawn
-from regpt2.base.world import World
-from regpt2.model import recompute
+from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.loss import reference_cross_entropy
+from regpt2.model.kernels import recompute
+from regpt2.model.kernels.loss import reference_cross_entropy
 from regpt2.training.optimizer import OptimConfig, build_optimizer
-from regpt2.training.parallel import InComputeType, ParallelConfig, make_trainable, whole
+from regpt2.training.ranks.strategy import InComputeType, ParallelConfig, make_trainable, whole
 from regpt2.training.step import LossScale, StepStats, train_step
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

@@ -10,7 +10,8 @@ from regpt2.base.errors import UsageError, did_you_mean
 def entries(shelf: str) -> list[str]:
     """Names on a shelf, sorted. `shelf` is a package below regpt2: "data.datasets", "training.optim", ..."""
     package = importlib.import_module(f"regpt2.{shelf}")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+    modules = pkgutil.iter_modules(package.__path__)
+    return sorted(one.name for one in modules if not one.ispkg and not one.name.startswith("_"))
 
 
 def load(shelf: str, name: str) -> ModuleType:

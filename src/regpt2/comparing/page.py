@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from regpt2.comparing.drawn import panels
-from regpt2.comparing.outcome import Outcome
+from regpt2.comparing.charts import panels
+from regpt2.comparing.outcomes import Outcome
 from regpt2.comparing.runs import Plan, Run
 from regpt2.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
-from regpt2.pages import figures, markdown
-from regpt2.pages.against import Sources
-from regpt2.pages.markup import Html, fill, join
-from regpt2.pages.page import chart, document, section
+from regpt2.pages import tables
+from regpt2.pages.published import Sources
+from regpt2.pages.report import markdown
+from regpt2.pages.report.page import chart, document, section
+from regpt2.pages.safe_html import Html, fill, join
 
 # What a `run` event says, as a reader calls it.
 _FACTS = {
@@ -81,7 +82,7 @@ def page(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], re
 
 
 def _table(caption: str, rows: Sequence[Sequence[str]], kind: str = "figures") -> Html:
-    return figures.table(caption, rows[0], rows[1:], kind)
+    return tables.table(caption, rows[0], rows[1:], kind)
 
 
 def text(

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from regpt2.base.console import count, duration
-from regpt2.comparing.outcome import MATTERS, Outcome
+from regpt2.comparing.outcomes import MATTERS, Outcome
 from regpt2.comparing.runs import Plan, Run
 
 NOTHING = "–"

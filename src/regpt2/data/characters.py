@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import sha256_bytes
-from regpt2.data.foreign import regular_file_bytes
 from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokens.other_formats import regular_file_bytes
 
 META_NAME = "meta.pkl"
 MOST_CHARACTERS = 1 << 16  # ids are uint16

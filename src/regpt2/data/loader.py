@@ -42,7 +42,7 @@ class Batch:
 
 
 class Tokens(Protocol):
-    """What the loader needs of a token stream (data/shards.py has the real one)."""
+    """What the loader needs of a token stream (data/tokens/shards.py has the real one)."""
 
     n_tokens: int
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from regpt2.base.console import count
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.base.files import sha256_bytes
-from regpt2.data.shards import TokenStream, open_tokens
 from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokens.shards import TokenStream, open_tokens
 
 _PARTS = 1_000_000  # so a number of windows times a weight stays within 63 bits
 WORTHWHILE_EPOCHS = 4  # up to here repeated text is nearly as good as new: Muennighoff et al. 2023, arXiv:2305.16264

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import tiktoken
 
 from regpt2.base.console import warn
-from regpt2.base.download import download
 from regpt2.base.errors import DataError, UsageError, did_you_mean
 from regpt2.base.files import cache_dir, sha256_bytes, sha256_file
+from regpt2.base.net.download import download
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZERS = ("gpt2", "bytes")

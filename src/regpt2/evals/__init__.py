@@ -11,6 +11,6 @@ Its reductions over ranks (`scoring.context.sum_over_ranks`) are the same on eve
 fails, so that none is left waiting. Published numbers beside its metrics are in references/scores.toml, by their names.
 """
 
-from regpt2.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.context import EvalContext, Figures
 
 __all__ = ["EvalContext", "Figures"]

@@ -1,8 +1,8 @@
 """ARC-Easy. In: a model and grade-school science questions; out: how often it finds the right answer likeliest."""
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import ACC, ACC_NORM, Example, Record, ai2, evaluate_choices, read_examples
-from regpt2.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Record, ai2, evaluate_choices, read_examples
+from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "ARC-Easy, test: 2,376 science questions, mostly with four answers"
 PROTOCOLS = {"acc": f"{ACC}; prompt 'Question: ...\\nAnswer:'", "acc_norm": ACC_NORM}

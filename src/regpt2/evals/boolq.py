@@ -1,8 +1,8 @@
 """BoolQ. In: a model, passages with a yes-or-no question; out: how often the right answer is the likelier one."""
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
-from regpt2.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "BoolQ, validation: 3,270 yes-or-no questions about a passage (always yes: 62.2 %)"
 PROTOCOLS = {"acc": f"{ACC}; prompt 'TITLE -- PASSAGE\\nQuestion: ...?\\nAnswer:', as SuperGLUE words the passage"}

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from regpt2.base.errors import DataError
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.corpora import read_text
-from regpt2.scoring.detokenize import penn_treebank
-from regpt2.scoring.endings import Question, score_endings
-from regpt2.scoring.questions import question, read_on_all_ranks
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.corpora import read_text
+from regpt2.evals.scoring.detokenize import penn_treebank
+from regpt2.evals.scoring.endings import Question, score_endings
+from regpt2.evals.scoring.questions import question, read_on_all_ranks
 
 _PROTOCOL = "the right one of ten words is the likeliest, with the rest of its sentence; validation set, detokenized"
 DESCRIPTION = "Children's Book Test, common nouns and named entities: accuracy, as in the GPT-2 paper's table"

@@ -1,8 +1,8 @@
 """COPA. In: a model and premises; out: how often it finds the right one of two causes or effects likelier."""
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
-from regpt2.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "COPA, validation: 100 premises, each with two causes or effects"
 PROTOCOLS = {"acc": f"{ACC}; 'PREMISE because' or 'PREMISE therefore', then the choice after two spaces, as there"}

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.corpora import last_bytes, read_member
-from regpt2.scoring.texts import Text, score_texts
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.corpora import last_bytes, read_member
+from regpt2.evals.scoring.texts import Text, score_texts
 
 N_TEST_BYTES = 5_000_000
 

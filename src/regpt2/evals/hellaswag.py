@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from regpt2.base.console import warn
 from regpt2.base.errors import DataError
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import Example, Record, accuracy, predictions, read_examples
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.endings import Question, Scored, score_endings
-from regpt2.scoring.llmc_questions import PackedQuestion, is_packed, read_packed
-from regpt2.scoring.questions import question, read_on_all_ranks
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import Example, Record, accuracy, predictions, read_examples
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.endings import Question, Scored, score_endings
+from regpt2.evals.scoring.llmc_questions import PackedQuestion, is_packed, read_packed
+from regpt2.evals.scoring.questions import question, read_on_all_ranks
 
 DESCRIPTION = "HellaSwag, validation: 10,042 scenes with four endings"
 PROTOCOLS = {

@@ -5,11 +5,11 @@ import math
 from collections.abc import Sequence
 
 from regpt2.base.errors import DataError
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.corpora import read_text
-from regpt2.scoring.endings import Question, score_endings
-from regpt2.scoring.questions import question, read_on_all_ranks
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.corpora import read_text
+from regpt2.evals.scoring.endings import Question, score_endings
+from regpt2.evals.scoring.questions import question, read_on_all_ranks
 
 DESCRIPTION = "LAMBADA, OpenAI's file: the last word of 5,153 passages, accuracy and perplexity"
 PROTOCOLS = {

@@ -1,8 +1,8 @@
 """OpenBookQA. In: a model and elementary science questions; out: how often it finds the right answer likeliest."""
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import ACC, ACC_NORM, Example, Record, ai2, evaluate_choices, read_examples
-from regpt2.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Record, ai2, evaluate_choices, read_examples
+from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "OpenBookQA, test: 500 elementary science questions with four answers, without the book"
 PROTOCOLS = {"acc": f"{ACC}; the question alone is the prompt", "acc_norm": ACC_NORM}

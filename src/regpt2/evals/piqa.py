@@ -3,10 +3,10 @@
 import zipfile
 from pathlib import Path
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import ACC, ACC_NORM, Example, Record, evaluate_choices, read_examples, simple
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.corpora import read_text
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.corpora import read_text
 
 DESCRIPTION = "PIQA, validation: 1,838 everyday goals, each with two ways to reach it"
 PROTOCOLS = {"acc": f"{ACC}; prompt 'Question: GOAL\\nAnswer:'", "acc_norm": ACC_NORM}

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.corpora import read_text, sentences
-from regpt2.scoring.texts import Text, score_texts
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.corpora import read_text, sentences
+from regpt2.evals.scoring.texts import Text, score_texts
 
 DESCRIPTION = "Penn Treebank test set: perplexity per original word, as in the GPT-2 paper's table"
 PROTOCOLS = {

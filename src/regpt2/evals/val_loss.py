@@ -13,9 +13,9 @@ import torch
 
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.data.mixture import read_shares
-from regpt2.data.shards import TokenStream, open_tokens
-from regpt2.scoring.assets import Asset
-from regpt2.scoring.context import EvalContext, Figures, scoring, sum_over_ranks
+from regpt2.data.tokens.shards import TokenStream, open_tokens
+from regpt2.evals.scoring.assets import Asset
+from regpt2.evals.scoring.context import EvalContext, Figures, scoring, sum_over_ranks
 
 DESCRIPTION = "loss on the validation split of a prepared data folder: nats, perplexity, bits per byte"
 PROTOCOLS = {

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from regpt2.base.console import warn
 from regpt2.base.errors import DataError, DownloadError
 from regpt2.data.tokenizer import Tokenizer
-from regpt2.scoring import detokenize
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.corpora import read_text
-from regpt2.scoring.texts import Text, score_texts
+from regpt2.evals.scoring import detokenize
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.corpora import read_text
+from regpt2.evals.scoring.texts import Text, score_texts
 
 DESCRIPTION = "WikiText-2 and WikiText-103 test set: as in the GPT-2 paper's table, as in the harness, and plain"
 PROTOCOLS = {

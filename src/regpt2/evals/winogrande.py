@@ -1,10 +1,10 @@
 """WinoGrande. In: a model, sentences with a blank; out: how often the right name makes the rest of it likelier."""
 
-from regpt2.scoring.assets import Asset, find
-from regpt2.scoring.choices import Record, accuracy, predictions, read_examples
-from regpt2.scoring.context import EvalContext, Figures
-from regpt2.scoring.endings import score_endings
-from regpt2.scoring.questions import question, read_on_all_ranks
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.choices import Record, accuracy, predictions, read_examples
+from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.endings import score_endings
+from regpt2.evals.scoring.questions import question, read_on_all_ranks
 
 DESCRIPTION = "WinoGrande, validation: 1,267 sentences with a blank and two names for it"
 PROTOCOLS = {

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regpt2.model.attention import causal_attention
+from regpt2.model.kernels.attention import causal_attention
+from regpt2.model.kernels.loss import linear_cross_entropy
+from regpt2.model.kernels.norm import layer_norm
+from regpt2.model.kernels.recompute import recomputed
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
-from regpt2.model.loss import linear_cross_entropy
-from regpt2.model.norm import layer_norm
-from regpt2.model.recompute import recomputed
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm", "Linear"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regpt2.base.errors import ConfigError
-from regpt2.model.activation import GELU_FORMS, Activation
+from regpt2.model.kernels.activation import GELU_FORMS, Activation
 
 # B sequences, T tokens, S = T + tokens in the cache, C = n_embd, H = n_head, D = C / H
 
@@ -70,7 +70,7 @@ class GPTConfig:
 
 
 class LayerCache(Protocol):
-    """Keys and values of the tokens before, for one block (see model/generate.py)."""
+    """Keys and values of the tokens before, for one block (see sampling/generate.py)."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new (B, H, T, D) and return all (B, H, S, D)."""

@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from regpt2.base.errors import ConfigError
-from regpt2.model.attention import DocumentMask, causal_attention, document_mask, document_numbers
 from regpt2.model.gpt import LayerNorm, Linear
+from regpt2.model.kernels.attention import DocumentMask, causal_attention, document_mask, document_numbers
+from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
+from regpt2.model.kernels.norm import RMS_EPS, reciprocal_rms, rms_norm, widened
+from regpt2.model.kernels.recompute import recomputed
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
-from regpt2.model.loss import linear_cross_entropy, softcapped
-from regpt2.model.norm import RMS_EPS, reciprocal_rms, rms_norm, widened
-from regpt2.model.recompute import recomputed
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
 

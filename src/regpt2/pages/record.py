@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import sha256_file
-from regpt2.base.metrics import read_events
+from regpt2.base.record.metrics import read_events
 
 Event = dict[str, Any]
 Column = NDArray[np.float64]

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from regpt2.references import curves
-from regpt2.references.checks import Evidence, likeliest_first
+from regpt2.references.causes import Evidence, likeliest_first
 from regpt2.references.curves import Curve
-from regpt2.references.facts import Column, Event, Facts, facts_of
+from regpt2.references.run_facts import Column, Event, Facts, facts_of
 from regpt2.references.scores import references_for
 
 RERUN_NATS, RERUN_TOKENS, DEVIATIONS, SAME_LENGTH, PROJECT_FROM = 0.02, 0.05, 3.0, 0.1, 0.25

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from regpt2.base import plugins
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.base.world import World
-from regpt2.training.parallel import shard_like
+from regpt2.base.ranks.world import World
+from regpt2.training.ranks.strategy import shard_like
 
 NamedParameters = list[tuple[str, Tensor]]
 

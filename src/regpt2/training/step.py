@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from regpt2.base.world import World
-from regpt2.training.ordered import PairwiseSum, sum_over_ranks
-from regpt2.training.parallel import gradient_sync, whole
+from regpt2.base.ranks.world import World
+from regpt2.training.ranks.ordered_sums import PairwiseSum, sum_over_ranks
+from regpt2.training.ranks.strategy import gradient_sync, whole
 
 
 @dataclass(frozen=True)

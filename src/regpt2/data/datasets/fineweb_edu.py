@@ -1,8 +1,8 @@
 """FineWeb-Edu, the text of the lecture's run: educational pages of the web in, its documents out, a row each."""
 
-from regpt2.data import records
-from regpt2.data.documents import Plan, Source
-from regpt2.data.published import Publication, plan_of
+from regpt2.data.sources import records
+from regpt2.data.sources.plan import Plan, Source
+from regpt2.data.sources.published import Publication, plan_of
 
 DESCRIPTION = (
     "FineWeb-Edu, the lecture's text (ODC-By 1.0); --config sample-10BT (usual, 28.5 GB to download), sample-100BT, "

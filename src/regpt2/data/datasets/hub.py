@@ -5,9 +5,9 @@ set has a validation split of its own.
 """
 
 from regpt2.base.errors import UsageError
-from regpt2.data import hub, hub_splits, records
-from regpt2.data.documents import Plan, Source
-from regpt2.data.published import described, whole_files
+from regpt2.data.sources import hub, hub_splits, records
+from regpt2.data.sources.plan import Plan, Source
+from regpt2.data.sources.published import described, whole_files
 
 DESCRIPTION = "any data set on the Hugging Face hub: --repo OWNER/NAME, and --config, --split, --field, --revision"
 

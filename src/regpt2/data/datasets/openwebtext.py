@@ -4,9 +4,9 @@ nanoGPT holds out 0.05 % of the documents at random (seed 2357); here they fall 
 --val-fraction 0.0005 for as many. The documents held out are others, the text is the same.
 """
 
-from regpt2.data import records
-from regpt2.data.documents import Plan, Source
-from regpt2.data.published import Publication, plan_of
+from regpt2.data.sources import records
+from regpt2.data.sources.plan import Plan, Source
+from regpt2.data.sources.published import Publication, plan_of
 
 DESCRIPTION = "OpenWebText, nanoGPT's data set: 24 GB to download, 9.0B tokens; --val-fraction 0.0005 is nanoGPT's"
 

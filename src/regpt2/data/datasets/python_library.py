@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from regpt2.base.errors import DataError, UsageError
-from regpt2.data.documents import Document, Part, Plan, Skipped, Slice, Source, group, input_file, revision_of
-from regpt2.data.inputs import decode, open_input
+from regpt2.data.sources.plan import Document, Part, Plan, Skipped, Slice, Source, group, input_file, revision_of
+from regpt2.data.sources.text_stream import decode, open_input
 
 DESCRIPTION = "built in: source and documentation of the running Python's standard library, about 11 MB"
 

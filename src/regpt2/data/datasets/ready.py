@@ -1,6 +1,7 @@
 """Ready-made shards of GPT-2 tokens, as llm.c and modded-nanogpt use them: a set's name in, its shards out.
 
-No text and no tokenizing, so instead of `plan` and `documents` there is `shards`; data/ready.py does the work.
+No text and no tokenizing, so instead of `plan` and `documents` there is `shards`;
+data/preparing/ready_shards.py does the work.
 """
 
 import re
@@ -11,10 +12,10 @@ from typing import NamedTuple
 
 from regpt2.base.console import warn
 from regpt2.base.errors import DataError, DownloadError, UsageError, did_you_mean
-from regpt2.data import hub
-from regpt2.data.documents import InputFile, Source, input_file, revision_of
-from regpt2.data.published import refuse
-from regpt2.data.ready import ReadyPlan
+from regpt2.data.preparing.ready_shards import ReadyPlan
+from regpt2.data.sources import hub
+from regpt2.data.sources.plan import InputFile, Source, input_file, revision_of
+from regpt2.data.sources.published import refuse
 
 DESCRIPTION = (
     "ready-made GPT-2 tokens, nothing to tokenize; --config fineweb_edu_10B (usual, 20 GB to download), fineweb_10B, "

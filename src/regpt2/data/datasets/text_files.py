@@ -1,6 +1,6 @@
 """Your own text: a file or folder of .txt, .md, .jsonl, .json, .parquet (each also .gz, .zst) in, its documents out.
 
-How a file of each kind is read is in data/records.py. What is left out is counted by its reason, and named.
+How a file of each kind is read is in data/sources/records.py. What is left out is counted by its reason, and named.
 """
 
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from regpt2.base.console import safe_text
 from regpt2.base.errors import DataError, UsageError
-from regpt2.data import records
-from regpt2.data.documents import InputFile, Plan, Skipped, Source, group, plain_file, revision_of
-from regpt2.data.manifest import described
+from regpt2.data.sources import records
+from regpt2.data.sources.plan import InputFile, Plan, Skipped, Source, group, plain_file, revision_of
+from regpt2.data.tokens.manifest import described
 
 DESCRIPTION = "your own text: a file or folder (--input) of .txt .md .jsonl .json .parquet, each also .gz .zst"
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from regpt2.base.download import download
 from regpt2.base.errors import DataError
 from regpt2.base.files import cache_dir, sha256_file
-from regpt2.data.documents import Document, Part, Plan, Skipped, Slice, Source, group, input_file
-from regpt2.data.inputs import open_input, text_documents
+from regpt2.base.net.download import download
+from regpt2.data.sources.plan import Document, Part, Plan, Skipped, Slice, Source, group, input_file
+from regpt2.data.sources.text_stream import open_input, text_documents
 
 DESCRIPTION = "the lecture's first data set, 1.1 MB; downloaded once, or a local copy by --input"
 

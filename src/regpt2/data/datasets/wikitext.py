@@ -5,9 +5,9 @@ Its own split is kept: train is train, validation is val, and test is left alone
 
 from collections.abc import Iterable, Iterator
 
-from regpt2.data import records
-from regpt2.data.documents import Document, Part, Plan, Skipped, Slice, Source
-from regpt2.data.published import Publication, find, refuse
+from regpt2.data.sources import records
+from regpt2.data.sources.plan import Document, Part, Plan, Skipped, Slice, Source
+from regpt2.data.sources.published import Publication, find, refuse
 
 CONFIGS = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
 DESCRIPTION = (

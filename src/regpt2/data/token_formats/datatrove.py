@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from regpt2.base.files import write_atomic
-from regpt2.data.foreign import INDEX_SUFFIX
-from regpt2.data.outgoing import TokenData, write_documents
+from regpt2.data.tokens.other_formats import INDEX_SUFFIX
+from regpt2.data.tokens.writing import TokenData, write_documents
 
 SHARDED = False
 END_OF_TEXT_LAST = True

@@ -6,8 +6,8 @@
 
 from pathlib import Path
 
-from regpt2.data.outgoing import TokenData
-from regpt2.data.shards import shard_name, write_shard
+from regpt2.data.tokens.shards import shard_name, write_shard
+from regpt2.data.tokens.writing import TokenData
 
 SHARDED = True
 END_OF_TEXT_LAST = False

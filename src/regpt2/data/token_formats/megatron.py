@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file
-from regpt2.data.foreign import MEGATRON_HEAD, MEGATRON_MAGIC, MEGATRON_UINT16
-from regpt2.data.manifest import TOKEN_BYTES
-from regpt2.data.outgoing import TokenData, write_documents
+from regpt2.data.tokens.manifest import TOKEN_BYTES
+from regpt2.data.tokens.other_formats import MEGATRON_HEAD, MEGATRON_MAGIC, MEGATRON_UINT16
+from regpt2.data.tokens.writing import TokenData, write_documents
 
 SHARDED = False
 END_OF_TEXT_LAST = True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regpt2.base.files import atomic_file, write_atomic
 from regpt2.data.characters import META_NAME, meta_bytes
-from regpt2.data.outgoing import TokenData
+from regpt2.data.tokens.writing import TokenData
 
 SHARDED = False
 END_OF_TEXT_LAST = True

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from regpt2.data.manifest import Manifest, Split
-from regpt2.data.outgoing import Piece, SplitTokens, TokenData
-from regpt2.data.shards import shard_name, write_shard
 from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokens.manifest import Manifest, Split
+from regpt2.data.tokens.shards import shard_name, write_shard
+from regpt2.data.tokens.writing import Piece, SplitTokens, TokenData
 
 SHARDED = True
 END_OF_TEXT_LAST = False

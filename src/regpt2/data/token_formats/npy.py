@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from regpt2.base.files import atomic_file
-from regpt2.data.outgoing import TokenData
-from regpt2.data.shards import shard_name
+from regpt2.data.tokens.shards import shard_name
+from regpt2.data.tokens.writing import TokenData
 
 SHARDED = True
 END_OF_TEXT_LAST = False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.base.files import atomic_file, sha256_bytes
-from regpt2.model.foreign import (
+from regpt2.model.files.binary import (
     Cursor,
     added_texts,
     begins_with,
@@ -30,8 +30,8 @@ from regpt2.model.foreign import (
     read_array,
     token_texts,
 )
+from regpt2.model.files.load import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary, tensors_of
 from regpt2.model.gpt import GPT
-from regpt2.model.load import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary, tensors_of
 
 FILES: tuple[str, ...] = ()
 ACTIVATION = "gelu_tanh"

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.files import write_atomic
-from regpt2.model.activation import Activation
-from regpt2.model.description import describe_tokenizer, parse_tokenizer
-from regpt2.model.foreign import drop_equal_head, own_weights
-from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import (
+from regpt2.model.files.binary import drop_equal_head, own_weights
+from regpt2.model.files.load import (
     CONFIG,
     QUANTIZED,
     TORCH_DTYPES,
@@ -34,9 +31,12 @@ from regpt2.model.load import (
     read_tensors,
     tensors_of,
 )
-from regpt2.model.pickled import read_pickled
-from regpt2.model.tokenizer_files import FILES as TOKENIZER_FILES
-from regpt2.model.tokenizer_files import read_tokenizer, write_tokenizer
+from regpt2.model.files.native_config import describe_tokenizer, parse_tokenizer
+from regpt2.model.files.safe_pickle import read_pickled
+from regpt2.model.files.tokenizer_files import FILES as TOKENIZER_FILES
+from regpt2.model.files.tokenizer_files import read_tokenizer, write_tokenizer
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.kernels.activation import Activation
 
 PICKLE = "pytorch_model.bin"
 FILES = (CONFIG, WEIGHTS, "generation_config.json", *TOKENIZER_FILES)

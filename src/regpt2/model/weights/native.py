@@ -11,9 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.files import write_atomic
-from regpt2.model.description import FORMAT, describe, parse
-from regpt2.model.language_model import GPTConfig, LanguageModel
-from regpt2.model.load import (
+from regpt2.model.files.load import (
     CONFIG,
     WEIGHTS,
     ModelFiles,
@@ -24,6 +22,8 @@ from regpt2.model.load import (
     read_tensors,
     tensors_of,
 )
+from regpt2.model.files.native_config import FORMAT, describe, parse
+from regpt2.model.language_model import GPTConfig, LanguageModel
 
 FILES = (CONFIG, WEIGHTS)
 DTYPES = ("fp32",)

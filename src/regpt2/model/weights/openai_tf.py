@@ -15,9 +15,9 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import sha256_file
-from regpt2.model.crc32c import crc32c, masked
-from regpt2.model.foreign import GPT2_SHA256, Cursor, config_of, damaged, read_array
-from regpt2.model.load import ModelFiles, TokenizerRef, Vocabulary, read_json
+from regpt2.model.files.binary import GPT2_SHA256, Cursor, config_of, damaged, read_array
+from regpt2.model.files.crc32c import crc32c, masked
+from regpt2.model.files.load import ModelFiles, TokenizerRef, Vocabulary, read_json
 
 HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 VOCAB = "vocab.bpe"

@@ -8,9 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from regpt2.base.files import write_atomic
-from regpt2.model.description import FORMAT, describe, parse
-from regpt2.model.language_model import LanguageModel
-from regpt2.model.load import (
+from regpt2.model.files.load import (
     TORCH_DTYPES,
     ModelFiles,
     Vocabulary,
@@ -19,6 +17,8 @@ from regpt2.model.load import (
     read_tensors,
     tensors_of,
 )
+from regpt2.model.files.native_config import FORMAT, describe, parse
+from regpt2.model.language_model import LanguageModel
 
 FILES: tuple[str, ...] = ()
 DTYPES = ("fp32", "bf16", "fp16")

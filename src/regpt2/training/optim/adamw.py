@@ -2,7 +2,7 @@
 
 import torch
 
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.training.optimizer import NamedParameters, OptimConfig, can_fuse, parameter_groups
 
 IGNORES = ("muon",)

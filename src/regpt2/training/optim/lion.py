@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.training.optimizer import NamedParameters, OptimConfig, assign, parameter_groups
 
 IGNORES = ("eps", "muon")

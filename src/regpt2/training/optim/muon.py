@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regpt2.base.errors import ConfigError
-from regpt2.base.world import World
+from regpt2.base.ranks.world import World
 from regpt2.model.language_model import GPTConfig
 from regpt2.training.optimizer import NamedParameters, OptimConfig, assign, can_fuse, parameter_groups
 

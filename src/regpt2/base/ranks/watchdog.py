@@ -1,0 +1,215 @@
+"""The end of a run that stands still. In: a beat with each piece of work; out: all ranks' stacks, exit code HUNG.
+
+A thread of each rank renews a small file in a folder that all ranks share. A rank that had no beat for `timeout_s`
+looks at the files of all: ranks whose threads do not tick are frozen (stopped, in C code that keeps the GIL, on a dead
+machine); if there are none, those with the fewest beats are behind. The first rank to judge writes `verdict.json` and
+speaks; then all dump their stacks and leave, so that torchrun can start them again.
+
+A rank whose torchrun was killed would train on alone, and hold the folder: it is asked to stop. So is a run that
+`regpt2 compare` started.
+
+What it cannot end: C code that keeps the GIL in a run of one process (nobody else is there to see it; `kill -USR2 PID`
+still writes the stacks), and a hang of the file system that holds the folder.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from regpt2.base.files import describe_os_error
+from regpt2.base.ranks import heartbeats
+from regpt2.base.ranks.heartbeats import Beat, Verdict
+
+HUNG = 70  # the exit code of every rank of a run that stood still; EX_SOFTWARE of sysexits.h
+PARENT = "REGPT2_PARENT"  # the environment variable with the process that a run follows, if it does
+JOIN_S = 1.2  # after a verdict: longer than a tick, so that every rank sees it and dumps its stacks
+WAKE_S = 0.8  # after that: for the stacks of frozen ranks, also those on other machines
+
+
+class Watchdog:
+    """Watches this rank while it is entered. `folder` is the same for all ranks; `timeout_s = 0` turns it off."""
+
+    def __init__(self, folder: Path, rank: int, size: int, timeout_s: float) -> None:
+        self.folder, self.rank, self.size, self.timeout_s = folder, rank, size, timeout_s
+        self._tick_s = min(1.0, timeout_s / 10)
+        self._last = (0, "starting")  # beats, and what is done: one tuple, so that the thread sees no half change
+        self._ticks = 0
+        self._warned = False
+        self._stacks: IO[str] | None = None
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get(PARENT, 0)) or None
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if not self.timeout_s:
+            return self
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear_former_attempt()
+            # Appended to: what a hang left can still be read after the restart.
+            self._stacks = open(heartbeats.stacks_file(self.folder, self.rank), "a", encoding="utf-8")
+        except OSError as error:
+            self._warn(error)
+        if sys.platform != "win32":  # a handler in C: it works while other C code keeps the GIL
+            faulthandler.register(signal.SIGUSR2, file=self._stacks or 2, all_threads=True)
+        self._renew(idle_s=0.0)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.timeout_s:
+            return
+        self._leaving.set()
+        self._thread.join()
+        if kind is not None and self.size > 1:  # others may still wait for this rank: its file tells them why
+            self.beat(f"{self._last[1]}, left by {kind.__name__}", counted=False)
+            self._renew(idle_s=0.0)
+        if sys.platform != "win32":
+            faulthandler.unregister(signal.SIGUSR2)
+        if self._stacks is not None:
+            self._stacks.close()
+        if kind is None or self.size == 1:
+            with contextlib.suppress(OSError):
+                heartbeats.beat_file(self.folder, self.rank).unlink(missing_ok=True)
+                unlink_if_empty(heartbeats.stacks_file(self.folder, self.rank))
+                self.folder.rmdir()  # succeeds for the last rank, unless there are stacks of a hang
+
+    def beat(self, doing: str, *, counted: bool = True) -> None:
+        """Something moves. Counts tell who is behind, so work that not all ranks do is not `counted`."""
+        self._last = (self._last[0] + counted, doing)
+
+    def _clear_former_attempt(self) -> None:
+        heartbeats.verdict_file(self.folder).unlink(missing_ok=True)
+        ranks = range(self.size)
+        if self.rank == 0:  # what ranks of a larger world left; the others' files are replaced by themselves
+            for path in set(self.folder.glob("rank-*.json")) - {heartbeats.beat_file(self.folder, r) for r in ranks}:
+                path.unlink(missing_ok=True)
+            for path in set(self.folder.glob("rank-*.txt")) - {heartbeats.stacks_file(self.folder, r) for r in ranks}:
+                unlink_if_empty(path)
+
+    def _watch(self) -> None:
+        before: dict[int, Beat] = {}  # the files of all ranks at half time
+        last, idle_s, ticked_at = self._last, 0.0, time.monotonic()
+        while not self._leaving.wait(self._tick_s):
+            now = time.monotonic()
+            # While this process does not run (Ctrl-Z, a sleeping laptop) it does not tick, and no time is counted.
+            idle_s += min(now - ticked_at, 2 * self._tick_s)
+            ticked_at = now
+            if self._last is not last:
+                last, idle_s = self._last, 0.0
+            self._renew(idle_s)
+            if self._agent is not None and os.getppid() != self._agent:
+                self._agent = None
+                tell(f"warning: the process that started rank {self.rank} is gone: it leaves too.\n")
+                os.kill(os.getpid(), signal.SIGTERM)  # as torchrun itself would have asked
+            if idle_s < self.timeout_s / 2:  # thousands of ranks do not read thousands of files while all is well
+                before = {}
+                continue
+            before = before or heartbeats.read_beats(self.folder, self.size)
+            verdict = heartbeats.read_verdict(self.folder)
+            if verdict is not None:
+                self._end(verdict, before, speaks=False)
+            elif idle_s >= self.timeout_s:
+                verdict = self._judge(before)
+                first = self._publish(verdict)
+                self._end(verdict if first else heartbeats.read_verdict(self.folder) or verdict, before, speaks=first)
+
+    def _judge(self, before: dict[int, Beat]) -> Verdict:
+        now = heartbeats.read_beats(self.folder, self.size)
+        mine = now.get(self.rank)
+        if mine is None or (mine.pid, mine.ticks) != (os.getpid(), self._ticks):
+            # What cannot be written here may be old everywhere: it convicts nobody.
+            return Verdict(f"  rank {self.rank} at {self._last[1]!r}; {self.folder} cannot be written\n", [], {})
+        return heartbeats.judge(before, now, self.rank, self.size)
+
+    def _publish(self, verdict: Verdict) -> bool:
+        """True if this rank shall speak: it was the first to judge, or cannot know."""
+        try:
+            return heartbeats.publish(self.folder, self.rank, verdict)
+        except OSError as error:
+            self._warn(error)
+            return True
+
+    def _end(self, verdict: Verdict, before: dict[int, Beat], *, speaks: bool) -> None:
+        """Dump the stacks of this rank, then of frozen neighbors; say why; end them and this process."""
+        with contextlib.suppress(OSError):
+            if self._stacks is not None:
+                self._stacks.write(f"\n{heartbeats.timestamp()} rank {self.rank}: no progress at {self._last[1]!r}\n")
+                self._stacks.flush()
+            faulthandler.dump_traceback(self._stacks or 2, all_threads=True)
+        time.sleep(JOIN_S)  # before anybody is woken: then the others, too, may go on from where they hang
+        frozen = [before[int(rank)] for rank, who in verdict.ends.items() if who == self.rank and int(rank) in before]
+        if sys.platform != "win32":
+            for beat in frozen:
+                send(beat, signal.SIGUSR2)
+                send(beat, signal.SIGCONT)  # a stopped process takes its signals when it goes on
+        time.sleep(WAKE_S)
+        if speaks:
+            shown = (verdict.suspects or [self.rank])[0]
+            stacks = heartbeats.stacks_file(self.folder, shown)
+            calls = heartbeats.innermost_calls(stacks, before[shown].stacks_bytes if shown in before else 0)
+            tell(
+                f"regpt2: no progress for {self.timeout_s:g} s; this run ends with exit code {HUNG}\n{verdict.text}"
+                + (f"  rank {shown}, innermost call first:\n{calls}" if calls else "")
+                + (f"  stacks: {self.folder / 'rank-*.stacks.txt'}\n" if self._stacks is not None else "")
+            )
+        if sys.platform != "win32":
+            for beat in frozen:  # or torchrun would wait half a minute for it
+                send(beat, signal.SIGKILL)
+        os._exit(HUNG)
+
+    def _renew(self, idle_s: float) -> None:
+        self._ticks += 1
+        n_beats, doing = self._last
+        try:
+            heartbeats.write_beat(
+                self.folder,
+                self.rank,
+                beats=n_beats,
+                ticks=self._ticks,
+                doing=doing,
+                idle_s=idle_s,
+                stacks_bytes=os.fstat(self._stacks.fileno()).st_size if self._stacks is not None else 0,
+            )
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            why = describe_os_error(error)
+            tell(f"warning: the watchdog of rank {self.rank} cannot write: {why} Training goes on.\n")
+        self._warned = True
+
+
+def send(beat: Beat, number: int) -> None:
+    """Send a signal to the very process that wrote this beat, or to none."""
+    if heartbeats.parent_and_start(beat.pid) == (beat.parent, beat.started) and beat.started:
+        with contextlib.suppress(OSError):
+            os.kill(beat.pid, number)
+
+
+def tell(text: str) -> None:
+    """Write to standard error, but wait a second at most: a pipe that nobody reads may be what the run hangs at."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+
+    teller = threading.Thread(target=write, daemon=True)
+    teller.start()
+    teller.join(1.0)
+
+
+def unlink_if_empty(path: Path) -> None:
+    """Remove a file in which nothing was written."""
+    if path.stat().st_size == 0:
+        path.unlink()

@@ -1,0 +1,1 @@
+"""What a run records while it runs: events in; metrics.jsonl and trackers out."""

@@ -1,0 +1,270 @@
+"""Measure a model. In: a model and names of evaluations; out: figures beside published ones, printed and as JSON.
+
+regpt2 evaluate runs/gpt2_124m --data DIR
+regpt2 evaluate hf:gpt2 --evals hellaswag lambada
+regpt2 evaluate runs/gpt2_124m --evals paper --out paper.json
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from regpt2 import __version__
+from regpt2.base import plugins
+from regpt2.base.console import say, warn
+from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
+from regpt2.base.errors import DataError, Problem, UsageError
+from regpt2.base.files import write_atomic
+from regpt2.base.ranks.world import start_world
+from regpt2.data.tokens.shards import open_tokens
+from regpt2.evals import EvalContext, Figures
+from regpt2.evals.scoring.assets import files_by_name
+from regpt2.model.files.load import KINDS, LoadedModel, load_model
+from regpt2.references.scores import PAPER, Reference, nearest, references_for
+from regpt2.sampling.tokenizer import tokenizer_of
+from regpt2.training.ranks.strategy import in_compute_type
+
+GROUPS = {
+    "paper": ("lambada", "cbt", "wikitext", "ptb", "enwik8", "text8", "one_billion_words"),
+    "choices": ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "boolq", "copa"),
+}
+# The table of the GPT-2 paper, column by column: its head, the evaluation, the metric.
+PAPER_TABLE = (
+    ("LAMBADA ppl", "lambada", "perplexity"),
+    ("LAMBADA acc", "lambada", "accuracy"),
+    ("CBT-CN", "cbt", "cn_accuracy"),
+    ("CBT-NE", "cbt", "ne_accuracy"),
+    ("WikiText2", "wikitext", "wikitext2_perplexity"),
+    ("PTB", "ptb", "perplexity"),
+    ("enwik8", "enwik8", "bits_per_byte"),
+    ("text8", "text8", "bits_per_character"),
+    ("WikiText103", "wikitext", "wikitext103_perplexity"),
+    ("1BW", "one_billion_words", "perplexity"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure a model."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help=KINDS)]
+    evals: tuple[str, ...] = ("val_loss",)
+    """Entries of the shelf evals/, or paper (the table of the GPT-2 paper), or choices (all multiple choice)."""
+    data: Path | None = None
+    """The prepared data folder, for val_loss."""
+    tokenizer: Path | None = None
+    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
+    files: tuple[str, ...] = ()
+    """Data given by hand, each as NAME=PATH; the rest is looked for in the cache, then downloaded and checked."""
+    limit: int = 0
+    """Only the first so many examples of each; 0 = all."""
+    val_tokens: int = 10_485_760
+    """Tokens of the validation split to score, from its beginning, in whole windows; all, if it has fewer."""
+    seq_len: int | None = None
+    """Tokens per window, and the most of a context; by default as many as the model was trained on, at most its
+    block_size."""
+    batch: int = 8
+    """Sequences of seq_len tokens per forward pass; shorter ones are packed to as many tokens."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Precision = "fp32"
+    """fp32 unless asked otherwise: an evaluation should not depend on the hardware."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time."""
+    check_fp32: int = 64
+    """In another precision: so many examples of each evaluation are scored in fp32 as well and compared; 0 = none."""
+    out: Path | None = None
+    """Also write the results to this JSON file."""
+
+
+def main(arguments: list[str]) -> int:
+    """`regpt2 evaluate MODEL [options]`."""
+    options = tyro.cli(Options, prog="regpt2 evaluate", args=arguments)
+    names = _names(options)
+    entries = {name: plugins.load("evals", name) for name in names}  # unknown names fail before any work
+    files = files_by_name(options.files, plugins.entries("evals"))
+    compute = choose_compute(options.precision, pick_device(options.device))
+    if options.deterministic:
+        be_deterministic(pick_device(options.device))
+    with start_world(pick_device(options.device)) as world:
+        loaded = load_model(options.model, device=world.device)
+        dataset = _check(options, loaded)
+        if world.is_main and (untrained := _untrained(options, loaded)):
+            warn(untrained)
+        context = EvalContext(
+            model=in_compute_type(loaded.model, compute.dtype),
+            world=world,
+            data=options.data,
+            seq_len=options.seq_len or loaded.model.context_size,
+            batch=options.batch,
+            val_tokens=options.val_tokens,
+            tokenizer=cache(lambda: tokenizer_of(loaded, options.tokenizer)),  # val_loss does without
+            files=files,
+            limit=options.limit,
+        )
+        results: dict[str, Any] = {}
+        failed: dict[str, str] = {}
+        for name, entry in entries.items():
+            started_at = time.perf_counter()
+            try:
+                figures = entry.evaluate(context)
+                wants_check = compute.precision != "fp32" and options.check_fp32
+                check = _check_against_fp32(entry, figures, context, loaded, options) if wants_check else {}
+            except Problem as problem:  # the others are measured all the same
+                if len(entries) == 1:
+                    raise
+                failed[name] = str(problem)
+                continue
+            references = _references(name, figures, dataset)
+            results[name] = _result(figures, entry.PROTOCOLS, references, check, time.perf_counter() - started_at)
+            if world.is_main:
+                _show(name, results[name], loaded.model.n_params())
+        if world.is_main:
+            _finish(options, loaded, compute.precision, results, failed)
+    return 1 if failed else 0
+
+
+def _names(options: Options) -> list[str]:
+    """The entries asked for, groups spelled out, each once."""
+    names = [name for asked in options.evals for name in GROUPS.get(asked, (asked,))]
+    if not names:
+        raise UsageError(f"--evals names none; there is: {', '.join([*GROUPS, *plugins.entries('evals')])}.")
+    if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
+        raise UsageError(f"--out {options.out} must be a file in a folder that exists.")
+    return list(dict.fromkeys(names))
+
+
+def _check(options: Options, loaded: LoadedModel) -> str | None:
+    """Numbers that fit the model, and data in the model's own vocabulary; the name of the data set."""
+    block_size = loaded.model.config.block_size
+    for name, least in (("val_tokens", 1), ("batch", 1), ("limit", 0), ("check_fp32", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}.")
+    if options.seq_len is not None and not 1 <= options.seq_len <= block_size:
+        raise UsageError(f"--seq-len {options.seq_len} must lie between 1 and the model's block_size, {block_size}.")
+    if options.data is None:
+        return None
+    ours, rows = loaded.tokenizer, loaded.model.config.vocab_size
+    with open_tokens(options.data, "val") as tokens:
+        # Of ids without a manifest nobody can tell: they are taken to be the model's.
+        is_another = ours is not None and tokens.tokenizer_fingerprint not in (None, ours.fingerprint)
+        if is_another or tokens.vocab_size not in (loaded.n_text_tokens, rows):
+            raise DataError(
+                f"{options.data} was made with the tokenizer {tokens.tokenizer_name!r} ({tokens.vocab_size} tokens), "
+                f"{loaded.source} was trained with {ours.name if ours else None!r} ({rows} tokens); "
+                "prepare the data with the model's tokenizer."
+            )
+        return tokens.dataset
+
+
+def _untrained(options: Options, loaded: LoadedModel) -> str:
+    """What to say of positions that the model has and training never saw."""
+    trained, block_size = loaded.model.context_size, loaded.model.config.block_size
+    if options.seq_len is None and trained < block_size:
+        return (
+            f"{loaded.source} has a block_size of {block_size:,} and was trained on sequences of {trained:,} tokens: "
+            f"it is measured on {trained:,} at a time (--seq-len {block_size} for all)."
+        )
+    if (options.seq_len or 0) > trained:
+        return f"{loaded.source} was trained on sequences of {trained:,} tokens: positions from there on are untrained."
+    return ""
+
+
+def _check_against_fp32(
+    entry: Any, figures: Figures, context: EvalContext, loaded: LoadedModel, options: Options
+) -> dict[str, Any]:
+    """How far the first examples, or the first part of a text, are from their figures in fp32."""
+    most = options.check_fp32 if "count" in figures else 1
+    n = min(most, context.limit or most)
+    val_tokens = min(context.val_tokens, options.check_fp32 * context.seq_len)
+    few = replace(context, limit=n, val_tokens=val_tokens)
+    lower, full = entry.evaluate(few), entry.evaluate(replace(few, model=loaded.model))
+    metrics = [metric for metric in entry.PROTOCOLS if full.get(metric) is not None]
+    return {"examples": n, "difference": {m: (lower[m] or 0.0) - (full[m] or 0.0) for m in metrics}}
+
+
+def _references(name: str, figures: Figures, dataset: str | None) -> dict[str, list[Reference]]:
+    """Published numbers beside each metric; a loss only beside those of the same text."""
+    where = (dataset or "") if name == "val_loss" else None
+    found = {metric: references_for(name, metric, where) for metric in figures}
+    return {metric: references for metric, references in found.items() if references}
+
+
+def _result(
+    figures: Figures,
+    protocols: dict[str, str],
+    references: dict[str, list[Reference]],
+    check: dict[str, Any],
+    elapsed_s: float,
+) -> dict[str, Any]:
+    """What the JSON holds of one evaluation."""
+    beside = {metric: [asdict(reference) for reference in found] for metric, found in references.items()}
+    about: dict[str, Any] = {"protocol": {metric: protocols[metric] for metric in figures if metric in protocols}}
+    about |= {"references": beside, "elapsed_s": round(elapsed_s, 3)}
+    return {**figures, **about, **({"fp32_check": check} if check else {})}
+
+
+def _show(name: str, result: dict[str, Any], n_params: int) -> None:
+    """One evaluation: each metric with its standard error and protocol, published numbers of this size beside it."""
+    count = result.get("count", result.get("tokens"))
+    say(f"{name}" + (f", {count:,.0f} {'examples' if 'count' in result else 'tokens'}" if count else ""))
+    for metric, protocol in result["protocol"].items():
+        stderr = result.get(f"{metric}_stderr")
+        spread = "" if stderr is None else f" +- {stderr:.2g}"
+        say(f"  {metric:<22} {_number(result[metric]) + spread:<20} {protocol}")
+        for one in nearest([Reference(**kept) for kept in result["references"].get(metric, ())], n_params):
+            say(f"  {'':<22} {_number(one.value):<20} {one.model}: {one.source}")
+    for metric, difference in result.get("fp32_check", {}).get("difference", {}).items():
+        if difference:
+            say(f"  {metric}: {difference:+.2g} against fp32 on the first {result['fp32_check']['examples']}")
+
+
+def _finish(
+    options: Options, loaded: LoadedModel, precision: str, results: dict[str, Any], failed: dict[str, str]
+) -> None:
+    """The table of the paper, if it was asked for; what could not be measured; the file."""
+    if "paper" in options.evals:
+        say(paper_table(results))
+    for name, why in failed.items():
+        warn(f"{name} was not measured: {why}")
+    if options.out is not None:
+        about = {"model": loaded.source, "step": loaded.step, "device": device_name(pick_device(options.device))}
+        about |= {"precision": precision, "torch": torch.__version__, "version": __version__, "limit": options.limit}
+        about |= {"seq_len": options.seq_len or loaded.model.context_size}
+        write_atomic(options.out, json.dumps({**about, "results": results, "failed": failed}, indent=2) + "\n")
+
+
+def paper_table(results: dict[str, Any]) -> str:
+    """This model's row of the GPT-2 paper's table 3, above the paper's own rows."""
+    heads = [head for head, _, _ in PAPER_TABLE]
+    rows: dict[str, list[float | None]] = {
+        "this model": [results.get(name, {}).get(metric) for _, name, metric in PAPER_TABLE]
+    }
+    for column, (_, name, metric) in enumerate(PAPER_TABLE):
+        for one in (one for one in references_for(name, metric) if one.source.startswith(PAPER)):
+            rows.setdefault(f"{one.model}, paper", [None] * len(heads))[column] = one.value
+    lines = [_row("", heads)]
+    for row, values in rows.items():
+        lines.append(_row(row, [_paper_number(h, value) for h, value in zip(heads, values, strict=True)]))
+    return "\n".join(lines)
+
+
+def _row(head: str, cells: Sequence[str]) -> str:
+    return f"{head:<20}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _paper_number(head: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}" if head in ("LAMBADA acc", "CBT-CN", "CBT-NE") else f"{value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.5g}"

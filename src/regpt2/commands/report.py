@@ -1,0 +1,36 @@
+"""Runs on one page. In: their folders with `metrics.jsonl`; out: `report.html`, which opens offline, a PNG, Markdown.
+
+regpt2 report runs/demo
+regpt2 report runs/demo --results results.json          with what regpt2 evaluate measured
+regpt2 report runs/a runs/b --out compared.html         side by side; also writes compared.png and compared.md
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from regpt2.base.console import say
+from regpt2.pages.report.write import write_report
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Make the report of a run, or of several side by side: a page that opens offline, a picture, and Markdown."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """The runs' folders, as `regpt2 train` wrote them."""
+    out: Path | None = None
+    """The page to write; beside it come .png and .md. By default report.html in the folder of the only run."""
+    results: Path | None = None
+    """The file that `regpt2 evaluate --out` wrote of the only run's model: its figures join those of the run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The verb `regpt2 report`."""
+    options = tyro.cli(ReportOptions, prog="regpt2 report", args=argv)
+    path = write_report(options.runs, options.out, options.results)
+    say(f"{path}, {path.with_suffix('.png').name} and {path.with_suffix('.md').name} are written.")
+    return 0

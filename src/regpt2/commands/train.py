@@ -1,0 +1,63 @@
+"""Start or resume a training run. In: a recipe and options; out: a run folder (see run/loop.py).
+
+regpt2 train demo
+regpt2 train gpt2_124m --run runs/mine --max-steps 1000
+"""
+
+import torch
+import tyro
+
+from regpt2.base.console import say
+from regpt2.base.device import is_out_of_memory, undetermined_operation
+from regpt2.base.errors import Problem, UsageError
+from regpt2.config.run import RunConfig, defaults_for, find_recipe, recipe_head, recipe_rows
+from regpt2.run.loop import train
+
+
+def main(arguments: list[str]) -> int:
+    """`regpt2 train RECIPE [options]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(usage())
+        return 0 if arguments else UsageError.exit_code
+    spec, options = arguments[0], arguments[1:]
+    if spec.startswith("-"):
+        raise UsageError(f"the recipe comes first: regpt2 train RECIPE {' '.join(arguments)}. {usage()}")
+    # `--data DIR` and the like are fields of RunConfig: one parser, and help that shows the recipe's own values.
+    config = tyro.cli(
+        RunConfig,
+        prog=f"regpt2 train {spec}",
+        description="\n\n".join(filter(None, recipe_head(find_recipe(spec)).split("\n"))),  # or lines would be joined
+        default=defaults_for(spec, options),
+        args=options,
+    )
+    try:
+        return train(config).exit_code
+    except (RuntimeError, MemoryError) as error:
+        if operation := undetermined_operation(error):
+            raise Problem(
+                f"{operation} has no deterministic form on this device in torch {torch.__version__}; train without "
+                "--deterministic (and without --parallel.strategy ordered), or with another torch."
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        raise Problem(
+            f"out of memory with micro_batch = {config.batch.micro_batch} x seq_len = {config.batch.seq_len} ({said}); "
+            "lower --batch.micro-batch: the update stays the same."
+        ) from error
+
+
+def usage() -> str:
+    """What `regpt2 train --help` prints: the recipes."""
+    return "\n".join(
+        [
+            "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] [--max-steps N] [--seed N]",
+            "                           [--resume auto|never|must] [--save-every N] [--eval-every N]",
+            "                           [--sample-every N] [--section.key VALUE ...]",
+            "       regpt2 train RECIPE --help    every option, with the recipe's values",
+            "       torchrun --standalone --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
+            "",
+            "RECIPE is a TOML file of your own, or one of:",
+            *recipe_rows(),
+        ]
+    )

@@ -1,0 +1,178 @@
+"""The arms of a comparison. In: recipes with options, and a budget; out: configurations that may be compared."""
+
+import bisect
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from regpt2.base.errors import UsageError, did_you_mean
+from regpt2.base.files import write_atomic
+from regpt2.comparing.runs import Arm
+from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, to_toml
+from regpt2.data.loader import BatchConfig
+
+_LABEL = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
+_BUDGET = re.compile(r"(\d+|\d*\.\d+)(k|M|B|s|min|h)?")
+_TOKENS = {None: 1, "k": 10**3, "M": 10**6, "B": 10**9}
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_OURS = ("--run", "--seed", "--resume", "--eval-every", "--keep-checkpoints")
+MOST_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Given:
+    """An arm as the command line has it."""
+
+    label: str
+    spec: str
+    config: RunConfig
+    keeps_steps: bool
+    """It says --max-steps itself."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take: tokens, or seconds of training."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def read_arms(specs: Sequence[str], common: Sequence[str]) -> list[Given]:
+    """Recipes with the options of all and their own, checked against each other.
+
+    Raises:
+        UsageError: one is no recipe, two have one name, or their losses would not compare.
+    """
+    arms = [_read_arm(spec, common) for spec in specs]
+    first = arms[0]
+    seen: dict[str, str] = {}
+    for arm in arms:
+        if (label := arm.label.casefold()) in seen:
+            raise UsageError(
+                f"two arms are called {arm.label!r}: {seen[label]!r} and {arm.spec!r}; give one another name, "
+                f'as in "NAME={arm.spec}".'
+            )
+        seen[label] = arm.spec
+        for name, here, there in (
+            ("data", arm.config.data, first.config.data),
+            ("mix", arm.config.mix, first.config.mix),
+            ("evals.val_tokens", arm.config.evals.val_tokens, first.config.evals.val_tokens),
+            ("model.vocab_size", arm.config.model.vocab_size, first.config.model.vocab_size),
+        ):
+            if here != there:
+                raise UsageError(
+                    f"{arm.label} has {name} = {here!r}, {first.label} has {there!r}: their losses would not compare. "
+                    "Options after -- go for all arms."
+                )
+        if "val_loss" not in arm.config.evals.names:
+            raise UsageError(
+                f"{arm.label} does not evaluate val_loss, by which arms are compared; add it to evals.names."
+            )
+    return arms
+
+
+def _read_arm(spec: str, common: Sequence[str]) -> Given:
+    named = _LABEL.fullmatch(spec)
+    try:
+        recipe, *own = shlex.split(named[2] if named else spec)
+    except ValueError:
+        raise UsageError(f"{spec!r} is not a recipe with options: it is empty, or a quotation mark is alone.") from None
+    options = [*common, *own]
+    for option in options:
+        if (name := option.partition("=")[0]) in _OURS:
+            raise UsageError(f"{name} is not for arms: the comparison sets it (--out, --seeds, --evaluations).")
+    config = tyro.cli(RunConfig, prog=f"regpt2 compare, {spec!r}:", default=defaults_for(recipe, options), args=options)
+    plain = " ".join([Path(recipe).stem, *own])
+    label = named[1] if named else re.sub(r"[^\w.+]+", "-", plain)[:MOST_CHARACTERS]
+    keeps_steps = any(option.partition("=")[0] == "--max-steps" for option in options)
+    return Given(label.strip("-.") or "arm", spec, config, keeps_steps)
+
+
+def read_budget(text: str, first: RunConfig) -> Budget:
+    """5M, or 10min; nothing is the tokens of the first arm.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not text:
+        return Budget(tokens=first.batch.tokens_until(first.max_steps))
+    found = _BUDGET.fullmatch(text.replace(",", "").replace("_", ""))
+    amount = float(found[1]) if found else 0.0
+    if found is None or not amount:
+        raise UsageError(f"--budget {text} is neither tokens (300k, 5M, 1.7B) nor time of training (90s, 10min, 2h).")
+    unit = found[2]
+    return Budget(seconds=amount * _SECONDS[unit]) if unit in _SECONDS else Budget(tokens=round(amount * _TOKENS[unit]))
+
+
+def within(given: Given, tokens: int, evaluations: int) -> RunConfig:
+    """The arm's configuration with as many whole updates as the tokens allow; its schedule spans them.
+
+    Raises:
+        UsageError: they are too few.
+    """
+    config = given.config
+    steps = config.max_steps if given.keeps_steps else steps_within(config.batch, tokens)
+    if steps <= config.schedule.warmup_steps or not steps:
+        raise UsageError(
+            f"{given.label}: {tokens:,} tokens are {steps:,} updates, and schedule.warmup_steps = "
+            f"{config.schedule.warmup_steps:,}; give a larger --budget, or a shorter warm-up."
+        )
+    every = max(1, round(steps / evaluations))
+    return replace(config, run="", seed=1, resume="auto", max_steps=steps, eval_every=every, keep_checkpoints=1)
+
+
+def steps_within(batch: BatchConfig, tokens: int) -> int:
+    """The most updates that take no more than so many tokens."""
+    return bisect.bisect_right(range(1, tokens // batch.seq_len + 2), tokens, key=batch.tokens_until)
+
+
+def keep_recipe(folder: Path, label: str, config: RunConfig) -> None:
+    """Write the arm's recipe into its folder, or find the same one there.
+
+    Raises:
+        UsageError: the arm was begun with another.
+    """
+    path = folder / label / "recipe.toml"
+    if not path.exists():
+        write_atomic(path, to_toml(config))
+        return
+    changed = [
+        f"{key} was {old!r} and is {new!r} now" for key, (old, new) in differences(read_toml(path), config).items()
+    ]
+    if changed:
+        raise UsageError(
+            f"{folder / label} was begun with another recipe: {'; '.join(changed)}. Set it back, give the arm another "
+            'name ("NAME=..."), or choose another --out.'
+        )
+
+
+def described(given: Given, config: RunConfig) -> Arm:
+    """The arm as its pages tell of it."""
+    return Arm(given.label, given.spec, config.max_steps, config.batch.tokens_until(config.max_steps), [])
+
+
+def with_baseline(folder: Path, arms: Sequence[Arm], baseline: str) -> list[Arm]:
+    """The arms with this one first, by default the one that is; each with the settings in which it differs from that.
+
+    Raises:
+        UsageError: there is no such arm.
+    """
+    labels = [arm.label for arm in arms]
+    if baseline and baseline not in labels:
+        raise UsageError(f"--baseline {baseline}{did_you_mean(baseline, labels)} There is: {', '.join(labels)}.")
+    ordered = sorted(arms, key=lambda arm: arm.label != (baseline or labels[0]))
+    first = read_toml(folder / ordered[0].label / "recipe.toml")
+    return [replace(arm, changes=_changes(first, read_toml(folder / arm.label / "recipe.toml"))) for arm in ordered]
+
+
+def _changes(old: RunConfig, new: RunConfig) -> list[str]:
+    return [f"{key} {_shown(a)} → {_shown(b)}" for key, (a, b) in differences(old, new).items() if key != "eval_every"]
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

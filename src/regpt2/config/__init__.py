@@ -1,0 +1,1 @@
+"""A recipe and options in, one checked configuration of a run out."""

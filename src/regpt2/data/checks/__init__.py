@@ -1,0 +1,1 @@
+"""A token folder in; its counts, excerpts, faults and baselines out."""

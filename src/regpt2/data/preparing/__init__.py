@@ -1,0 +1,1 @@
+"""From documents to token files: workers encode parts, the parts become shards."""

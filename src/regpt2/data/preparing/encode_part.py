@@ -1,0 +1,256 @@
+"""A part becomes tokens: planned slices of text in, `.parts/000042.{train,val}.bin` and `000042.json` out.
+
+The JSON is written last, so a part is there completely or not at all, whenever the process is killed.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from regpt2.base import plugins
+from regpt2.base.errors import DataError
+from regpt2.base.files import atomic_file, write_atomic
+from regpt2.base.net.download import fetch
+from regpt2.data.fast_tokenizer import EncoderName, fast_tokenizer
+from regpt2.data.preparing.workers import Report
+from regpt2.data.sources.filters import Filters
+from regpt2.data.sources.plan import Document, InputFile, Part, Skipped
+from regpt2.data.sources.text_stream import COMPRESSED
+from regpt2.data.tokenizer import Tokenizer, load_tokenizer, valid_text
+from regpt2.data.tokens.manifest import SPLITS
+
+PARTS_NAME = ".parts"
+BUFFER_TOKENS = 1 << 20
+REPORT_BYTES = 8 << 20  # progress within a part is told this often
+
+DOCUMENT_TABLE = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("is_val", "?")])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of one preparation needs to know."""
+
+    dataset: str
+    tokenizer: str
+    vocab: Path | None
+    encoder: EncoderName
+    val_fraction: float | None
+    """None: one stream of documents, whose first tokens become the validation split later."""
+    filters: Filters
+    dedup: bool
+    folder: Path
+    """Where the parts go."""
+
+    def start(self) -> "PartEncoder":
+        """Make ready to work: load the entry and the tokenizer, once per process."""
+        return PartEncoder(self, fast_tokenizer(self.encoder, load_tokenizer(self.tokenizer, self.vocab)))
+
+
+@dataclass
+class Tally:
+    """Amounts of one split."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def add(self, other: "Tally") -> None:
+        """Add the other's amounts to these."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.text_bytes += other.text_bytes
+
+    def subtract(self, other: "Tally") -> None:
+        """Take the other's amounts off these."""
+        self.add(Tally(-other.documents, -other.tokens, -other.text_bytes))
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What a finished part holds, and which encoder made its ids."""
+
+    splits: dict[str, Tally]
+    skipped: dict[str, int]
+    encoder: str
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    """For each reason in `skipped` the file where it was met first."""
+
+    @classmethod
+    def read(cls, folder: Path, index: int) -> "PartResult | None":
+        """The result of a part; None while it is not finished."""
+        try:
+            content = json.loads((folder / f"{index:06d}.json").read_text(encoding="utf-8"))
+            tallies = {name: Tally(**content["splits"][name]) for name in SPLITS}
+            return cls(tallies, content["skipped"], content["encoder"], content.get("first_skipped", {}))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+class PartEncoder:
+    """Reads and tokenizes parts; calling it with an index and its part writes that part's files."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self.job, self.tokenizer = job, tokenizer
+        self.entry = plugins.load("data.datasets", job.dataset)
+
+    def __call__(self, task: tuple[int, Part], report: Report) -> None:
+        index, planned = task
+        folder, skipped = self.job.folder, Skipped()
+        progress = _Progress(planned, report)
+        self.tokenizer.new_part()
+        with local_copies(planned, folder, index, progress.downloaded) as part, ExitStack() as stack:
+            outputs = {
+                name: _TokenFileWriter(stack.enter_context(atomic_file(part_file(folder, index, name))))
+                for name in SPLITS
+            }
+            rows: list[tuple[int, int, int, bool]] = []
+            for document in self.entry.documents(part, skipped):
+                text, data = _valid(document.text, skipped)
+                if (reason := "documents empty" if not text.strip() else self.job.filters.reason(text)) is not None:
+                    skipped.add(reason)
+                    continue
+                digest, split = self._digest_and_split(document, data)
+                ids = self.tokenizer.encode_utf8(data)
+                outputs[split].add(self.tokenizer.start_id, ids, len(data))
+                progress.encoded(len(data))
+                if self.job.dedup:
+                    rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
+            for output in outputs.values():
+                output.flush()
+        if self.job.dedup:
+            write_atomic(table_file(folder, index), np.array(rows, dtype=DOCUMENT_TABLE).tobytes())
+        tallies = {name: output.tally for name, output in outputs.items()}
+        result = PartResult(tallies, dict(sorted(skipped.items())), self.tokenizer.encoder, skipped.first)
+        write_atomic(folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
+        progress.finished()
+
+    def _digest_and_split(self, document: Document, data: bytes) -> tuple[bytes, str]:
+        val_fraction = self.job.val_fraction
+        by_content = val_fraction is not None and document.split is None and document.piece is None
+        digest = hashlib.sha256(data).digest() if self.job.dedup or by_content else b""
+        if val_fraction is not None:
+            return digest, document.split_for(val_fraction, digest)
+        if document.split is not None:
+            raise DataError(f"{self.job.dataset} has a validation split of its own; leave out --val-tokens.")
+        return digest, "train"
+
+
+@contextmanager
+def local_copies(part: Part, folder: Path, index: int, on_bytes: Report) -> Iterator[Part]:
+    """The part with its files that are elsewhere fetched; they are gone from the disk when it has been read."""
+    copies: dict[str, InputFile] = {}
+    for n, file in enumerate({piece.file.name: piece.file for piece in part.slices}.values()):
+        if not file.path:
+            path = raw_file(folder, index, n, file.name)
+            fetch(file.url, path, n_bytes=file.n_bytes, digest=file.digest, on_bytes=on_bytes)
+            copies[file.name] = replace(file, path=str(path), mtime_ns=path.stat().st_mtime_ns)
+    slices = tuple(replace(piece, file=copies.get(piece.file.name, piece.file)) for piece in part.slices)
+    yield replace(part, slices=slices)
+    for copy in copies.values():
+        os.unlink(copy.path)
+
+
+def forget_copies(folder: Path, is_finished: Callable[[int], bool]) -> None:
+    """Remove what a kill left of fetched files whose parts are finished."""
+    for path in folder.glob("raw-*"):
+        if is_finished(int(path.name.split("-")[1])):
+            path.unlink()
+
+
+def part_file(folder: Path, index: int, split: str) -> Path:
+    """Where the tokens of one split of a part lie: plain uint16, no header."""
+    return folder / f"{index:06d}.{split}.bin"
+
+
+def table_file(folder: Path, index: int) -> Path:
+    """Where a row for each document of a part lies (DOCUMENT_TABLE), if copies are to be left out."""
+    return folder / f"{index:06d}.documents"
+
+
+def raw_file(folder: Path, index: int, n: int, name: str) -> Path:
+    """Where the n-th fetched file of a part lies while it is read."""
+    packed = next((suffix for suffix in COMPRESSED if name.lower().endswith(suffix)), "")
+    return folder / f"raw-{index:06d}-{n}{packed}"
+
+
+def _valid(text: str, skipped: Skipped) -> tuple[str, bytes]:
+    """The text and its UTF-8, repaired and counted where it is none."""
+    try:
+        return text, text.encode()
+    except UnicodeEncodeError:
+        skipped.add("documents kept with half surrogate pairs replaced")
+        text = valid_text(text)
+        return text, text.encode()
+
+
+class _Progress:
+    """Of one part, in its planned bytes. Half of those of files from elsewhere are their way here."""
+
+    def __init__(self, part: Part, report: Report) -> None:
+        files = {piece.file.name: piece.file for piece in part.slices}.values()
+        to_download = sum(file.n_bytes for file in files if not file.path)
+        self._per_downloaded = part.n_bytes / 2 / max(1, to_download)
+        self._per_encoded = 0.5 if to_download else 1.0
+        self._planned, self._done, self._told, self._report = part.n_bytes, 0.0, 0, report
+
+    def downloaded(self, n_bytes: int) -> None:
+        self._advance(n_bytes * self._per_downloaded)
+
+    def encoded(self, n_bytes: int) -> None:
+        self._advance(n_bytes * self._per_encoded)
+
+    def finished(self) -> None:
+        """What was planned is what was done, whatever the text turned out to be."""
+        self._report(self._planned - self._told)
+
+    def _advance(self, amount: float) -> None:
+        self._done = min(self._done + amount, self._planned)
+        if abs(self._done - self._told) >= REPORT_BYTES:
+            self._report(int(self._done) - self._told)
+            self._told = int(self._done)
+
+
+class _TokenFileWriter:
+    """Collects documents and writes them in large pieces, so that memory does not grow with the part."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.tally = Tally()
+        self._file = file
+        self._buffer = np.empty(BUFFER_TOKENS, dtype="<u2")
+        self._filled = 0
+
+    def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int) -> None:
+        if self._filled + 1 + len(ids) > BUFFER_TOKENS:
+            self.flush()
+            _stop_if_orphaned()
+        if 1 + len(ids) > BUFFER_TOKENS:
+            self._file.write(np.array([eot], dtype="<u2").tobytes())
+            self._file.write(ids.astype("<u2", copy=False).tobytes())
+        else:
+            end = self._filled + 1 + len(ids)
+            self._buffer[self._filled] = eot
+            self._buffer[self._filled + 1 : end] = ids
+            self._filled = end
+        self.tally.documents += 1
+        self.tally.tokens += 1 + len(ids)
+        self.tally.text_bytes += text_bytes
+
+    def flush(self) -> None:
+        self._file.write(self._buffer[: self._filled].tobytes())
+        self._filled = 0
+
+
+def _stop_if_orphaned() -> None:
+    """End a worker whose command was killed; otherwise one would work on through a long compressed file."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit(1)

@@ -1,0 +1,325 @@
+"""Finished parts in, shards of a fixed size out, in the order of the plan; a ledger remembers how far that is.
+
+Each split has parts and shards of its own; or, with `val_tokens`, all documents are one stream, of which so many first
+tokens are the validation split, as in the lecture. Copies of an earlier document can be left out on the way.
+
+The ledger is replaced after every shard, and a part is deleted only when the ledger no longer needs it. So after a
+kill at any point the same calls go on from the last shard and write the same bytes.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regpt2.base.errors import DataError
+from regpt2.base.files import write_atomic
+from regpt2.data.preparing.encode_part import DOCUMENT_TABLE, PARTS_NAME, PartResult, Tally, part_file, table_file
+from regpt2.data.sources.filters import Seen
+from regpt2.data.sources.plan import Skipped
+from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokens.manifest import SPLITS, TOKEN_BYTES, Shard, described
+from regpt2.data.tokens.shards import LEDGER_NAME, shard_name, write_shard
+
+READ_TOKENS = 1 << 20
+COPIES = "documents left out as copies of earlier ones"
+
+Tokens = npt.NDArray[np.uint16]
+
+
+@dataclass
+class Progress:
+    """Where the packing of one split stands: the first token that is in no shard yet is `offset` in part `part`."""
+
+    part: int = 0
+    offset: int = 0
+    shards: list[Shard] = field(default_factory=list)
+
+
+@dataclass
+class Ledger:
+    """`.prepare.json`. Parts before `folded` are wholly in shards and their amounts in `tallies` and `skipped`."""
+
+    settings: dict[str, str]
+    plan: str  # fingerprint
+    folded: int = 0
+    tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in SPLITS})
+    skipped: dict[str, int] = field(default_factory=dict)
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    progress: dict[str, Progress] = field(default_factory=lambda: {name: Progress() for name in SPLITS})
+    encoders: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Replace the ledger in `folder`, atomically."""
+        write_atomic(folder / LEDGER_NAME, json.dumps(asdict(self), ensure_ascii=False))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Ledger | None":
+        """The ledger in `folder`; None if no preparation was begun there.
+
+        Raises:
+            DataError: it cannot be understood.
+        """
+        path = folder / LEDGER_NAME
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content["tallies"] = {name: Tally(**content["tallies"][name]) for name in SPLITS}
+            content["progress"] = {name: Progress(**content["progress"][name]) for name in SPLITS}
+            for progress in content["progress"].values():
+                progress.shards = [Shard(**shard) for shard in progress.shards]
+            return cls(**content)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read ({error}); remove {folder} and prepare it again.") from None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How parts become shards."""
+
+    dataset: str
+    shard_tokens: int
+    val_tokens: int
+    """0: the parts say what is for validation."""
+    dedup: bool
+    tokenizer: Tokenizer
+
+
+class Packer:
+    """Takes parts in the order of the plan and writes a shard as soon as there are tokens for one."""
+
+    def __init__(self, folder: Path, packing: Packing, ledger: Ledger) -> None:
+        self.folder, self.packing, self.ledger = folder, packing, ledger
+        self.parts_folder = folder / PARTS_NAME
+        self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
+        self._kept: dict[tuple[int, str], Stretches] = {}
+        self._waiting = dict.fromkeys(SPLITS, 0)  # their tokens that are in no shard yet
+        self.upcoming = ledger.folded
+        """The first part that has not been taken."""
+        self._finished: set[int] = set()
+        self._seen = Seen()
+        if packing.dedup:
+            for index in range(ledger.folded):
+                self._seen.first(self._table(index)["hash"])
+        self._fold()
+
+    def add(self, index: int) -> None:
+        """A part is finished; it is taken as soon as all parts before it have been."""
+        self._finished.add(index)
+        while self.upcoming in self._finished:
+            self._take(self.upcoming)
+            self.upcoming += 1
+
+    def finish(self, left_out: Skipped) -> tuple[dict[str, Tally], Skipped]:
+        """Write what is left to a last, shorter shard of each split; the amounts of everything and the skips.
+
+        `left_out` is what the plan did not take.
+
+        Raises:
+            DataError: a split has no document.
+        """
+        tallies = {name: Tally(**asdict(tally)) for name, tally in self.ledger.tallies.items()}
+        skipped = Skipped()
+        skipped.include(left_out, left_out.first)
+        skipped.include(self.ledger.skipped, self.ledger.first_skipped)
+        for result in self._results.values():
+            skipped.include(result.skipped, result.first_skipped)
+            for name in SPLITS:
+                tallies[name].add(result.splits[name])
+        if self.packing.val_tokens:
+            _require_tokens(tallies["train"].tokens, self.packing.val_tokens, skipped)
+            tallies["train"].subtract(tallies["val"])
+        else:
+            _require_documents(tallies, skipped)
+        for name in SPLITS:
+            if self._waiting[name]:
+                self._write_shard(name, self._waiting[name])
+        return tallies, skipped
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of tokens that have been taken and are in no shard yet."""
+        return TOKEN_BYTES * sum(self._waiting.values())
+
+    @property
+    def encoders(self) -> str:
+        """What made the ids."""
+        return ", ".join(sorted({*self.ledger.encoders, *(result.encoder for result in self._results.values())}))
+
+    def _take(self, index: int) -> None:
+        result = PartResult.read(self.parts_folder, index)
+        assert result is not None, f"part {index} is not finished"
+        self._results[index] = self._without_copies(index, result) if self.packing.dedup else result
+        for name in SPLITS:
+            progress = self.ledger.progress[name]
+            begun = progress.offset if index == progress.part else 0
+            self._waiting[name] += self._results[index].splits[name].tokens - begun if index >= progress.part else 0
+        for name in SPLITS:
+            self._write_full_shards(name)
+
+    def _table(self, index: int) -> npt.NDArray[np.void]:
+        return np.fromfile(table_file(self.parts_folder, index), dtype=DOCUMENT_TABLE)
+
+    def _without_copies(self, index: int, result: PartResult) -> PartResult:
+        """The result without documents that came before; what is left of each token file is noted."""
+        table = self._table(index)
+        is_new = self._seen.first(table["hash"])
+        tallies = {}
+        for name in SPLITS:
+            of_split = table["is_val"] == (name == "val")
+            rows, kept = table[of_split], is_new[of_split]
+            self._kept[index, name] = Stretches.of(rows["tokens"], kept)
+            amounts = (rows[column][kept].sum(dtype=np.int64) for column in ("tokens", "text_bytes"))
+            tallies[name] = Tally(int(kept.sum()), *map(int, amounts))
+        copies = {COPIES: int(len(table) - is_new.sum())} if not is_new.all() else {}
+        return replace(result, splits=tallies, skipped=result.skipped | copies)
+
+    def _write_full_shards(self, name: str) -> None:
+        size = self.packing.shard_tokens
+        if self.packing.val_tokens and name == "train":  # the one stream: its head is for validation
+            while head := min(self._missing_val_tokens(), size):
+                if self._waiting[name] < head:
+                    return
+                self._write_shard("val", head)
+        while self._waiting[name] >= size:
+            self._write_shard(name, size)
+
+    def _missing_val_tokens(self) -> int:
+        return self.packing.val_tokens - sum(shard.tokens for shard in self.ledger.progress["val"].shards)
+
+    def _write_shard(self, name: str, n_tokens: int) -> None:
+        stream = "train" if self.packing.val_tokens else name
+        place, shards = self.ledger.progress[stream], self.ledger.progress[name].shards
+        path = self.folder / shard_name(self.packing.dataset, name, len(shards))
+        cursor, tally = _Cursor(place.part, place.offset), Tally()
+        pieces = self._tokens(stream, cursor, n_tokens)
+        shards.append(write_shard(path, n_tokens, self._counted(pieces, tally) if name != stream else pieces))
+        self.ledger.tallies[name].add(tally)
+        place.part, place.offset = cursor.part, cursor.offset
+        self._waiting[stream] -= n_tokens
+        self._fold()
+
+    def _counted(self, pieces: Iterator[Tokens], tally: Tally) -> Iterator[Tokens]:
+        """The same tokens; `tally` has their amounts in the end. A document counts where it begins."""
+        for piece in pieces:
+            documents, text_bytes = self.packing.tokenizer.count(piece)
+            tally.add(Tally(documents, len(piece), text_bytes))
+            yield piece
+
+    def _tokens(self, stream: str, cursor: "_Cursor", count: int) -> Iterator[Tokens]:
+        """The next `count` tokens of a stream; `cursor` moves along."""
+        while count:
+            n_tokens = self._results[cursor.part].splits[stream].tokens
+            if cursor.offset == n_tokens:
+                cursor.part, cursor.offset = cursor.part + 1, 0
+                continue
+            kept = self._kept.get((cursor.part, stream)) or Stretches.whole(n_tokens)
+            start, length = kept.at(cursor.offset)
+            wanted = min(count, READ_TOKENS, length)
+            path = part_file(self.parts_folder, cursor.part, stream)
+            tokens = np.fromfile(path, dtype="<u2", count=wanted, offset=TOKEN_BYTES * start)
+            if len(tokens) != wanted:
+                raise DataError(f"{path} is truncated; remove {self.folder} and prepare it again.")
+            yield tokens
+            cursor.offset += wanted
+            count -= wanted
+
+    def _fold(self) -> None:
+        """Count the parts that no shard will need again into the ledger, write it, and only then delete them."""
+        ledger = self.ledger
+        if self.packing.val_tokens:
+            ledger.progress["val"].part = ledger.progress["train"].part
+        needed = min(progress.part for progress in ledger.progress.values())
+        while ledger.folded < needed:
+            result = self._results.pop(ledger.folded)
+            ledger.skipped = dict(Counter(ledger.skipped) + Counter(result.skipped))
+            ledger.first_skipped = result.first_skipped | ledger.first_skipped
+            ledger.encoders = sorted({*ledger.encoders, result.encoder})
+            for name in SPLITS:
+                ledger.tallies[name].add(result.splits[name])
+                self._kept.pop((ledger.folded, name), None)
+            ledger.folded += 1
+        ledger.write(self.folder)
+        for path in self.parts_folder.glob("[0-9]*.*"):
+            index, kind = path.name.split(".")[:2]
+            if kind != "documents" and int(index) < (ledger.progress[kind].part if kind in SPLITS else ledger.folded):
+                path.unlink()
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """What is kept of a token file: [starts[i], ...) of lengths that add up to ends[i]."""
+
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+    @classmethod
+    def whole(cls, n_tokens: int) -> "Stretches":
+        """All of it."""
+        return cls(np.zeros(1, np.int64), np.array([n_tokens]))
+
+    @classmethod
+    def of(cls, tokens: npt.NDArray[np.uint32], kept: npt.NDArray[np.bool_]) -> "Stretches":
+        """Of documents with so many tokens each, those that are kept; neighbors make one stretch."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], kept.astype(np.int8), [0]])))
+        bounds = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])[edges].reshape(-1, 2)
+        return cls(bounds[:, 0], np.cumsum(bounds[:, 1] - bounds[:, 0]))
+
+    def at(self, offset: int) -> tuple[int, int]:
+        """Where the kept token number `offset` lies in the file, and how many follow without a gap."""
+        n = int(np.searchsorted(self.ends, offset, side="right"))
+        before = int(self.ends[n - 1]) if n else 0
+        return int(self.starts[n]) + offset - before, int(self.ends[n]) - offset
+
+
+@dataclass
+class _Cursor:
+    part: int
+    offset: int
+
+
+def clear(folder: Path) -> None:
+    """Remove what only an unfinished preparation needs."""
+    shutil.rmtree(folder / PARTS_NAME, ignore_errors=True)
+    (folder / LEDGER_NAME).unlink(missing_ok=True)
+
+
+def discard(folder: Path, dataset: str) -> None:
+    """Remove everything that an unfinished preparation wrote, the ledger first of all."""
+    (folder / LEDGER_NAME).unlink(missing_ok=True)
+    clear(folder)
+    for name in SPLITS:
+        for path in folder.glob(f"{dataset}_{name}_*.bin"):
+            path.unlink()
+
+
+def _require_tokens(n_tokens: int, val_tokens: int, skipped: Skipped) -> None:
+    if n_tokens <= val_tokens:
+        raise DataError(
+            f"there are {n_tokens:,} tokens, no more than the {val_tokens:,} for validation ({_reasons(skipped)}); "
+            "choose a smaller --val-tokens, or add documents."
+        )
+
+
+def _reasons(skipped: Skipped) -> str:
+    return "; ".join(described(skipped, skipped.first)) or "nothing was skipped"
+
+
+def _require_documents(tallies: dict[str, Tally], skipped: Skipped) -> None:
+    if not any(tally.documents for tally in tallies.values()):
+        raise DataError(f"there is no document in the input ({_reasons(skipped)}).")
+    for name, tally in tallies.items():
+        if not tally.documents:
+            total = sum(each.documents for each in tallies.values())
+            direction = "larger" if name == "val" else "smaller"
+            raise DataError(
+                f"none of the {total:,} documents fell to the {name} split; choose a {direction} --val-fraction, "
+                f"or add documents ({_reasons(skipped)})."
+            )

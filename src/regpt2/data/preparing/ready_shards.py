@@ -1,0 +1,230 @@
+"""Ready-made shards of GPT-2 tokens: what is published in, a data folder with its manifest out; nothing is tokenized.
+
+A shard is fetched to its own name and compared with the publisher's SHA-256, or hard-linked from a local copy. It is
+read once, header and ids checked, its documents and bytes of text counted into `.parts/NAME.json`. So a kill at any
+moment costs the counting of the shards at work, and what has come of a download is continued.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from regpt2.base.console import ProgressLine, say
+from regpt2.base.errors import DataError, UsageError
+from regpt2.base.files import CHUNK_BYTES, atomic_file, require_free_space, sha256_bytes, write_atomic
+from regpt2.base.net.download import fetch
+from regpt2.data.preparing.encode_part import PARTS_NAME
+from regpt2.data.preparing.pack_shards import clear
+from regpt2.data.preparing.workers import Report, Work, run_tasks
+from regpt2.data.sources.plan import InputFile
+from regpt2.data.tokenizer import Tokenizer, load_tokenizer
+from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, Manifest, Shard, Split
+from regpt2.data.tokens.other_formats import token_file
+from regpt2.data.tokens.shards import LEDGER_NAME
+
+
+@dataclass(frozen=True)
+class ReadyPlan:
+    """The shards of each split, in the order of their tokens. `dataset` names the text, as references know it."""
+
+    splits: dict[str, tuple[InputFile, ...]]
+    dataset: str
+    source: str
+    revision: str
+
+    @property
+    def files(self) -> list[InputFile]:
+        """The shards of all splits."""
+        return [file for files in self.splits.values() for file in files]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when what should be in the folder does."""
+        lines = [f"{self.dataset} {self.source} {self.revision}"]
+        lines += [f"{split} {f.name} {f.n_bytes} {f.digest}" for split, files in self.splits.items() for f in files]
+        return sha256_bytes("\n".join(lines).encode())
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A shard that is in its place, and what it holds."""
+
+    shard: Shard
+    documents: int
+    text_bytes: int
+
+    @classmethod
+    def read(cls, folder: Path, file: InputFile) -> "Counted | None":
+        """The count of a shard; None while it is not finished."""
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            content = json.loads(_count_file(folder, file).read_text(encoding="utf-8"))
+            counted = cls(Shard(**content["shard"]), content["documents"], content["text_bytes"])
+            if counted.shard.bytes == (folder / file.name).stat().st_size:
+                return counted
+        return None
+
+
+def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> Manifest:
+    """Fill `folder`, which the caller holds, or go on where an earlier call was interrupted.
+
+    `vocab` is a `vocab.bpe`, if it is not to be looked for.
+
+    Raises:
+        UsageError: the folder holds something else.
+        DataError: a shard is not one of GPT-2 tokens, or a local copy differs from what was published.
+        DownloadError: a shard cannot be fetched.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        return _already_complete(plan, folder)
+    tokenizer = load_tokenizer("gpt2", vocab)
+    _begin_or_go_on(plan, folder)
+    waiting = [file for file in plan.files if Counted.read(folder, file) is None]
+    n_bytes = sum(file.n_bytes for file in waiting)
+    say(f"{plan.source}: {len(waiting):,} of {len(plan.files):,} shards to get, {n_bytes / 1e9:,.2f} GB.")
+    require_free_space(folder, sum(_bytes_to_write(file, folder) for file in waiting), f"getting {plan.source}")
+    with ProgressLine("ready", n_bytes / 1e6, "MB") as line:
+        done = run_tasks(
+            waiting,
+            Job(folder, vocab).start,
+            max(1, min(workers, len(waiting))),
+            on_progress=lambda amount: line.advance(amount / 1e6),
+        )
+        for _ in done:
+            pass
+    manifest = Manifest(
+        dataset=plan.dataset,
+        source=plan.source,
+        revision=plan.revision,
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        options={},
+        splits={split: _split(folder, files) for split, files in plan.splits.items()},
+        skipped={},
+    )
+    manifest.write(folder)
+    clear(folder)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know: little, for a large message to a process that fails to start hangs."""
+
+    folder: Path
+    vocab: Path | None
+
+    def start(self) -> Work:
+        """Make ready to work: what each id stands for, once per process."""
+        return partial(_get, self.folder, load_tokenizer("gpt2", self.vocab))
+
+
+def _get(folder: Path, tokenizer: Tokenizer, file: InputFile, report: Report) -> None:
+    """A worker's task: one shard into its place, and its count beside it."""
+    place = folder / file.name
+    if file.path:
+        counted = _count(Path(file.path), file, tokenizer)
+        _link_or_copy(Path(file.path), place)
+        report(file.n_bytes)
+    else:
+        fetch(file.url, place, n_bytes=file.n_bytes, digest=file.digest, on_bytes=report)
+        counted = _count(place, file, tokenizer)
+    write_atomic(_count_file(folder, file), json.dumps(asdict(counted)))
+
+
+def _count(path: Path, file: InputFile, tokenizer: Tokenizer) -> Counted:
+    """Read a shard from end to end."""
+    tokens = token_file(path)
+    if tokens.offset != HEADER_BYTES:
+        raise DataError(f"{path} has no header of llm.c's; it cannot be used as a ready-made shard.")
+    digest, position, counts = hashlib.sha256(), 0, np.zeros(2, dtype=np.int64)
+    with open(path, "rb") as opened:
+        digest.update(opened.read(HEADER_BYTES))
+        while data := opened.read(CHUNK_BYTES):
+            digest.update(data)
+            ids = np.frombuffer(data, dtype="<u2")
+            if ids.max() >= tokenizer.vocab_size:
+                bad = int(np.argmax(ids >= tokenizer.vocab_size))
+                raise DataError(
+                    f"{path} holds id {ids[bad]} at token {position + bad:,}, outside the vocabulary of "
+                    f"{tokenizer.vocab_size:,}: it was not made with GPT-2's tokenizer."
+                )
+            position += len(ids)
+            counts += tokenizer.count(ids)
+    if len(file.digest) == 64 and digest.hexdigest() != file.digest:
+        raise DataError(
+            f"{path} has SHA-256 {digest.hexdigest()}, its publisher says {file.digest}; get the file again, or leave "
+            "out --input to download it."
+        )
+    shard = Shard(file.name, tokens.n_tokens, file.n_bytes, digest.hexdigest())
+    return Counted(shard, *counts.tolist())
+
+
+def _already_complete(plan: ReadyPlan, folder: Path) -> Manifest:
+    manifest = Manifest.read(folder)
+    for name in ("dataset", "source", "revision"):
+        if (there := getattr(manifest, name)) != (here := getattr(plan, name)):
+            raise UsageError(
+                f"{folder} holds another preparation: its {name} is {there!r}, this command's is {here!r}; "
+                "choose another --out, or remove the folder."
+            )
+    clear(folder)
+    say(f"{folder} is complete already; nothing to do.")
+    return manifest
+
+
+def _begin_or_go_on(plan: ReadyPlan, folder: Path) -> None:
+    """The ledger says what the folder is to become; while it is there, training refuses the folder."""
+    for left_by_a_kill in folder.glob(".*.tmp"):
+        left_by_a_kill.unlink()
+    ledger = folder / LEDGER_NAME
+    content = json.dumps({"ready": plan.source, "revision": plan.revision, "plan": plan.fingerprint})
+    if ledger.exists():
+        if (there := ledger.read_text(encoding="utf-8")) != content:
+            raise UsageError(
+                f"{folder} holds another unfinished preparation: {there:.200}; this command's is {content}. Give the "
+                "same --config, --first and --revision, choose another --out, or remove the folder."
+            )
+    elif strangers := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".npy")):
+        raise UsageError(f"{folder} holds tokens from elsewhere already ({strangers[0]}); choose another --out.")
+    else:
+        write_atomic(ledger, content)
+
+
+def _bytes_to_write(file: InputFile, folder: Path) -> int:
+    if file.path:
+        return 0 if os.stat(file.path).st_dev == folder.stat().st_dev else file.n_bytes
+    begun = (folder / file.name, folder / f"{file.name}.part")
+    return max(0, file.n_bytes - sum(path.stat().st_size for path in begun if path.exists()))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where that is not possible."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        with open(source, "rb") as original, atomic_file(target) as copy:
+            shutil.copyfileobj(original, copy, CHUNK_BYTES)
+
+
+def _split(folder: Path, files: tuple[InputFile, ...]) -> Split:
+    counts = [counted for file in files if (counted := Counted.read(folder, file)) is not None]
+    assert len(counts) == len(files), "every shard has been counted"
+    return Split(
+        documents=sum(counted.documents for counted in counts),
+        tokens=sum(counted.shard.tokens for counted in counts),
+        text_bytes=sum(counted.text_bytes for counted in counts),
+        shards=tuple(counted.shard for counted in counts),
+    )
+
+
+def _count_file(folder: Path, file: InputFile) -> Path:
+    return folder / PARTS_NAME / f"{file.name}.json"

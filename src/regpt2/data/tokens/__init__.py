@@ -1,0 +1,1 @@
+"""Token files: the manifest, the shards, other formats, each read and written."""

@@ -1,0 +1,306 @@
+"""Shards: token ids in files. In: ids, a folder; out: files in the llm.c format, and a stream of ids to read from.
+
+A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) and then its tokens as little-endian uint16.
+`{dataset}_{split}_{index:06d}.bin` in order make up a split; a document may go on in the next shard.
+"""
+
+import hashlib
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from regpt2.base.errors import DataError
+from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
+from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
+from regpt2.data.tokenizer import Tokenizer, load_tokenizer
+from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard, Split
+from regpt2.data.tokens.other_formats import (
+    MAGIC,
+    VERSION,
+    TokenFile,
+    expect_bytes,
+    foreign_dataset,
+    foreign_files,
+    left_out,
+    regular_file_bytes,
+    token_file,
+)
+
+__all__ = [
+    "Manifest",
+    "Shard",
+    "Split",
+    "TokenStream",
+    "open_tokens",
+    "shard_name",
+    "verify",
+    "verify_shard",
+    "write_shard",
+]
+
+LEDGER_NAME = ".prepare.json"  # there while a preparation is unfinished
+MAX_OPEN_FILES = 128  # shells allow 256 (macOS) or 1024; further files are opened for each read
+GPT2_VOCAB_SIZE, GPT2_EOT = 50257, 50256  # what a foreign folder is taken to hold
+
+
+def shard_name(dataset: str, split: str, index: int) -> str:
+    """The file name of a shard; names sort in the order of their tokens."""
+    return f"{dataset}_{split}_{index:06d}.bin"
+
+
+def write_shard(path: Path, n_tokens: int, pieces: Iterable[npt.NDArray[np.uint16]]) -> Shard:
+    """Write one shard of `n_tokens`, given in pieces. It appears under its name when it is whole and on disk."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, n_tokens
+    digest, written = hashlib.sha256(header.tobytes()), 0
+    with atomic_file(path) as file:
+        file.write(header.tobytes())
+        for piece in pieces:
+            data = piece.astype("<u2", copy=False).tobytes()
+            digest.update(data)
+            file.write(data)
+            written += len(piece)
+        assert written == n_tokens, f"{path.name}: {written} tokens written, {n_tokens} announced"
+    return Shard(path.name, n_tokens, HEADER_BYTES + TOKEN_BYTES * n_tokens, digest.hexdigest())
+
+
+class TokenStream:
+    """The tokens of one split, as one long row across its files. Many threads may read from it at once.
+
+    `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder says, `characters` are its ids' if they are
+    characters; `note`, unless empty, is what a person should be told about it. Files are read, never memory-mapped: a
+    mapped file that shrinks kills the process.
+    """
+
+    def __init__(
+        self,
+        files: list[TokenFile],
+        *,
+        fingerprint: str,
+        tokenizer_name: str,
+        tokenizer_fingerprint: str | None,
+        vocab_size: int | None,
+        dataset: str | None = None,
+        characters: str | None = None,
+        note: str = "",
+    ) -> None:
+        self.files = files
+        self.fingerprint = fingerprint
+        self.tokenizer_name = tokenizer_name
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.vocab_size = vocab_size
+        self.dataset = dataset
+        self.characters = characters
+        self.note = note
+        self._ends = list(accumulate(file.n_tokens for file in files))
+        self.n_tokens = self._ends[-1]
+        self._handles: dict[int, IO[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of this name; whether its fingerprint is this one, the caller has to see.
+
+        Raises:
+            Problem: there is none of this name, or its vocabulary is not at hand.
+        """
+        return load_tokenizer(self.tokenizer_name) if self.characters is None else CharacterTokenizer(self.characters)
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.uint16]:
+        """Tokens [start, start + count), across files where need be.
+
+        Raises:
+            DataError: a file has become shorter, or holds an id outside the vocabulary.
+        """
+        if start < 0 or count < 0 or start + count > self.n_tokens:
+            raise ValueError(f"tokens [{start}, {start + count}) of a stream of {self.n_tokens}")
+        tokens, filled = np.empty(count, dtype=np.uint16), 0
+        index = bisect_right(self._ends, start)
+        while filled < count:
+            first = start + filled - (self._ends[index] - self.files[index].n_tokens)  # within this file
+            wanted = min(count - filled, self.files[index].n_tokens - first)
+            tokens[filled : filled + wanted] = self._read_file(index, first, wanted)
+            filled += wanted
+            index += 1
+        return tokens
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.close()
+            self._handles.clear()
+
+    def __enter__(self) -> "TokenStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_file(self, index: int, first: int, count: int) -> npt.NDArray[np.uint16]:
+        file = self.files[index]
+        data = self._read_bytes(index, file.offset + file.width * first, file.width * count)
+        if len(data) != file.width * count:
+            raise DataError(
+                f"{file.path} ended {file.width * count - len(data):,} bytes early, at token "
+                f"{first + len(data) // file.width:,} of {file.n_tokens:,}: truncated; prepare the folder again."
+            )
+        tokens = np.frombuffer(data, dtype=f"<u{file.width}")
+        n_ids = self.vocab_size or 1 << 16
+        if count and tokens.max() >= n_ids:
+            bad = int(np.argmax(tokens >= n_ids))
+            raise DataError(
+                f"{file.path} holds id {tokens[bad]} at token {first + bad:,}, outside the vocabulary of "
+                f"{n_ids:,} ({self.tokenizer_name}); prepare the folder again."
+            )
+        return tokens.astype(np.uint16, copy=False)
+
+    def _read_bytes(self, index: int, offset: int, count: int) -> bytes:
+        with self._lock:
+            handle = self._handles.get(index)
+            if handle is None and len(self._handles) < MAX_OPEN_FILES:
+                handle = self._handles[index] = open(self.files[index].path, "rb", buffering=0)  # noqa: SIM115
+        if handle is not None:
+            return self._read_at(handle, offset, count)
+        with open(self.files[index].path, "rb", buffering=0) as own:
+            return self._read_at(own, offset, count)
+
+    def _read_at(self, handle: IO[bytes], offset: int, count: int) -> bytes:
+        pieces = []
+        while count:
+            if hasattr(os, "pread"):
+                piece = os.pread(handle.fileno(), count, offset)
+            else:  # Windows
+                with self._lock:
+                    handle.seek(offset)
+                    piece = handle.read(count)
+            if not piece:
+                break
+            pieces.append(piece)
+            offset, count = offset + len(piece), count - len(piece)
+        return b"".join(pieces)
+
+
+def open_tokens(folder: Path, split: str) -> TokenStream:
+    """The tokens of a split ("train" or "val") of a prepared folder, or of one that another project made.
+
+    The size of every file is checked here against its header and the manifest; `verify` checks the content.
+
+    Raises:
+        DataError: no folder, no such split, or a file missing, truncated or grown.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: there is no such data folder; make it with `regpt2 prepare DATASET --out {folder}`."
+        )
+    if (folder / MANIFEST_NAME).exists():
+        return _open_native(folder, split)
+    if (folder / LEDGER_NAME).exists():
+        raise DataError(f"{folder}: its preparation is not finished; run the same `regpt2 prepare` command again.")
+    return _open_foreign(folder, split)
+
+
+def _open_foreign(folder: Path, split: str) -> TokenStream:
+    files = foreign_files(folder, split)
+    strangers = left_out(folder, split, files)
+    aside = f" {', '.join(strangers)} is left out: it holds an evaluation's questions, no tokens." if strangers else ""
+    if not sum(file.n_tokens for file in files):
+        mend = f"make them with `regpt2 prepare DATASET --out {folder}`"
+        if split == "val" and foreign_files(folder, "train"):
+            mend = f"`regpt2 reshard {folder} OUT --to native --val-tokens N` takes them from the beginning of train"
+        raise DataError(
+            f"{folder}: no {split} tokens here (no manifest.json, no *_{split}_*.bin, *{split}*.npy, {split}.bin, "
+            f"*{split}*.idx or *{split}*.ds); {mend}.{aside}"
+        )
+    names = [f"{file.path.name} {file.n_tokens}" for file in files]
+    if (folder / META_NAME).exists():
+        return _characters(files, names, read_meta(folder / META_NAME))
+    note = f"{folder} has no manifest.json: its tokens are taken to be GPT-2's, and its content cannot be verified."
+    if files[-1].whole_documents and files[-1].last_token() not in (GPT2_EOT, None):
+        note += " No end of text stands between its documents: they run together."
+    note += aside
+    return TokenStream(
+        files,
+        fingerprint=sha256_bytes("\n".join(names).encode()),
+        tokenizer_name="gpt2",
+        tokenizer_fingerprint=None,
+        vocab_size=GPT2_VOCAB_SIZE,
+        dataset=foreign_dataset(files),
+        note=note,
+    )
+
+
+def _characters(files: list[TokenFile], names: list[str], tokenizer: CharacterTokenizer) -> TokenStream:
+    """The tokens of nanoGPT's character-level data, whose `meta.pkl` says what they are."""
+    folder = files[0].path.parent
+    return TokenStream(
+        files,
+        fingerprint=sha256_bytes("\n".join([*names, tokenizer.fingerprint]).encode()),
+        tokenizer_name=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        characters=tokenizer.characters,
+        note=f"{folder} has no manifest.json: its tokens are the {tokenizer.vocab_size:,} characters of its "
+        f"{META_NAME}, and its content cannot be verified.",
+    )
+
+
+def verify(folder: Path, on_bytes: Callable[[int], object] | None = None, *, part: int = 0, of: int = 1) -> list[str]:
+    """Compare every shard with the SHA-256 in the manifest; a message for each bad one, none if all is well.
+
+    `on_bytes` is told of progress. Several processes can share the work: each takes one `part` of so many. A folder
+    without a manifest has nothing to be compared with: only sizes are checked.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        for split in SPLITS:
+            foreign_files(folder, split)
+        return []
+    bad = []
+    for shard in Manifest.read(folder).shards[part::of]:
+        try:
+            verify_shard(folder, shard, on_bytes)
+        except DataError as error:
+            bad.append(str(error))
+    return bad
+
+
+def verify_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], object] | None = None) -> None:
+    """Compare one shard with its entry in the manifest.
+
+    Raises:
+        DataError: it is missing, or differs in size or SHA-256.
+    """
+    path = folder / shard.file
+    expect_bytes(path, regular_file_bytes(path), HEADER_BYTES, shard.tokens)
+    got = sha256_file(path, on_bytes)
+    if got != shard.sha256:
+        raise DataError(f"{path} has SHA-256 {got}, expected {shard.sha256}: damaged; prepare the folder again.")
+
+
+def _open_native(folder: Path, split: str) -> TokenStream:
+    manifest = Manifest.read(folder)
+    if split not in manifest.splits or not manifest.splits[split].shards:
+        raise DataError(f"{folder}: no {split} split; it has: {', '.join(manifest.splits) or 'none'}.")
+    files = []
+    for shard in manifest.splits[split].shards:
+        path = folder / shard.file
+        expect_bytes(path, regular_file_bytes(path), HEADER_BYTES, shard.tokens)
+        file = token_file(path)
+        if (file.offset, file.n_tokens) != (HEADER_BYTES, shard.tokens):
+            raise DataError(f"{path}: its header does not say {shard.tokens:,} tokens; prepare the folder again.")
+        files.append(file)
+    return TokenStream(
+        files,
+        fingerprint=manifest.fingerprint,
+        tokenizer_name=manifest.tokenizer,
+        tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+        vocab_size=manifest.vocab_size,
+        dataset=manifest.dataset,
+        characters=manifest.characters,
+    )

@@ -1,0 +1,93 @@
+"""What a token format is given to write: splits of tokens, each a row that is read once, and what is known of them.
+
+An entry of the shelf `data/token_formats/` has `write(folder, data)`, which writes all splits, one after another, into
+an empty folder, and two constants. `SHARDED`: a split is several files of `shard_tokens`. `END_OF_TEXT_LAST`: it stands
+after each document, not before it as elsewhere, and so it comes in the rows that are given. One that can also say which
+character each id is has a third, `HOLDS_CHARACTERS = True`.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from regpt2.base.files import atomic_file
+from regpt2.data.checks.counts import ends_of_text
+from regpt2.data.tokenizer import Tokenizer
+
+Piece = npt.NDArray[np.uint16]
+
+
+class TokenRow:
+    """Tokens that come in pieces, taken in amounts, once, from the first to the last."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._pieces = iter(pieces)
+        self._left = np.empty(0, dtype=np.uint16)
+
+    def take(self, n_tokens: int) -> Iterator[Piece]:
+        """The next `n_tokens`, which must be there."""
+        while n_tokens:
+            if not len(self._left):
+                self._left = next(self._pieces)
+            piece, self._left = self._left[:n_tokens], self._left[n_tokens:]
+            n_tokens -= len(piece)
+            yield piece
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """One split: "train" or "val", its tokens, and how many they are."""
+
+    name: str
+    n_tokens: int
+    row: TokenRow
+
+    def shards(self, shard_tokens: int) -> Iterator[tuple[int, Iterator[Piece]]]:
+        """The amount and the tokens of each shard, to be read in this order; the last one is shorter."""
+        for start in range(0, self.n_tokens, shard_tokens):
+            n_tokens = min(shard_tokens, self.n_tokens - start)
+            yield n_tokens, self.row.take(n_tokens)
+
+    def all(self) -> Iterator[Piece]:
+        """All tokens."""
+        return self.row.take(self.n_tokens)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Everything that is to be written. `source`, `revision` and `options` say where the tokens come from, and how."""
+
+    dataset: str
+    source: str
+    revision: str
+    tokenizer: Tokenizer
+    options: dict[str, str]
+    shard_tokens: int
+    splits: tuple[SplitTokens, ...]
+
+
+def write_documents(tokens: Path, ends: Path, split: SplitTokens, eot: int | None) -> int:
+    """Write a split as bare tokens, and where its documents end, in tokens, as uint64; the number of documents.
+
+    A document ends after its end of text, the last one with the split.
+    """
+    n_tokens = n_documents = last_end = 0
+    with atomic_file(tokens) as tokens_file, atomic_file(ends) as ends_file:
+        for piece in split.all():
+            tokens_file.write(piece.astype("<u2", copy=False).tobytes())
+            found = ends_of_text(piece, eot) + (n_tokens + 1)
+            last_end = _append(ends_file, found, last_end)
+            n_tokens, n_documents = n_tokens + len(piece), n_documents + len(found)
+        if last_end < n_tokens:
+            _append(ends_file, np.array([n_tokens]), last_end)
+            n_documents += 1
+    return n_documents
+
+
+def _append(file: IO[bytes], ends: npt.NDArray[np.int64], last_end: int) -> int:
+    file.write(ends.astype("<u8").tobytes())
+    return int(ends[-1]) if len(ends) else last_end

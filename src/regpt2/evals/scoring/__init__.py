@@ -1,0 +1,1 @@
+"""How evaluations score: texts and choices in, nats and accuracies out."""

@@ -1,0 +1,121 @@
+"""What an evaluation may use. In: a model, the ranks, where data lies; out: sums over ranks, also if one has failed."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from regpt2.base.errors import Problem, UsageError
+from regpt2.base.ranks.world import World
+from regpt2.data.mixture import Share
+from regpt2.data.tokenizer import Tokenizer
+from regpt2.model.language_model import LanguageModel
+from regpt2.sampling.cpu import packed_if_faster
+
+Figures = dict[str, float | None]
+"""A metric's name and value; beside `<metric>` its standard error `<metric>_stderr`; `count` examples or tokens."""
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What an evaluation may use. It changes neither weights nor data order."""
+
+    model: nn.Module
+    """forward(ids, targets=None): logits, or the mean loss in nats; the plain module in the compute type."""
+    world: World
+    data: Path | None
+    """The prepared data folder."""
+    seq_len: int
+    batch: int
+    """Sequences of `seq_len` tokens per forward pass; shorter ones are packed to as many tokens."""
+    val_tokens: int
+    """How many target tokens of the validation split to score, from its beginning."""
+    on_batch: Callable[[], None] = lambda: None
+    """To be called at each batch: it tells that the work moves, and raises `Stopped` when a signal asked to leave."""
+    tokenizer: Tokenizer | Callable[[], Tokenizer] | None = None
+    """The model's, or what finds it once a text is to be scored; None where it is not known."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Data given by hand, by name of the evaluation: a file, or a folder for one of several."""
+    mix: tuple[Share, ...] = ()
+    """Instead of `data`: the data sets of a run, and their weights."""
+    limit: int = 0
+    """Only the first so many examples; 0 = all."""
+    brief: bool = False
+    """While training: one protocol, the one that is drawn over the run, instead of all."""
+
+    @property
+    def gpt(self) -> LanguageModel:
+        """The plain model within `model`: for its hidden states, its head, its cache."""
+        return next(module for module in self.model.modules() if isinstance(module, LanguageModel))
+
+    @property
+    def context_size(self) -> int:
+        """The most tokens that a context and its ending may have: as in training, or `seq_len` where that is more."""
+        return max(self.seq_len, self.gpt.context_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it computes in."""
+        return getattr(self.model, "dtype", None) or next(self.model.parameters()).dtype
+
+    def scoring_gpt(self) -> LanguageModel:
+        """The model for many passes: its matrices are rounded to the compute type and packed once, not in every pass.
+
+        A copy, where they are of another type or packing pays; embeddings, which are summed as they are, stay shared.
+        """
+        gpt, dtype = self.gpt, self.dtype
+        if next(gpt.h.parameters()).dtype != dtype:
+            embeddings = {id(module.weight) for module in gpt.modules() if isinstance(module, nn.Embedding)}
+            memo = {
+                id(p): p if id(p) in embeddings else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+                for p in gpt.parameters()
+            }
+            gpt = copy.deepcopy(gpt, memo)
+        return packed_if_faster(gpt, n_tokens=1000, rows=1000)  # or any larger numbers
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            Problem: it is not known or not at hand, so no text can be scored.
+        """
+        if self.tokenizer is None:
+            raise UsageError("the model does not say which tokenizer it was trained with: no text can be scored.")
+        return self.tokenizer if isinstance(self.tokenizer, Tokenizer) else self.tokenizer()
+
+
+def sum_over_ranks(context: EvalContext, name: str, score_mine: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """The sum over ranks of what `score_mine` returns on each: float64, of the shape of `like`.
+
+    A rank that fails comes to the sum too, so that none is left waiting; then every rank raises.
+
+    Raises:
+        Exception: what this rank failed with.
+        Problem: another rank failed.
+    """
+    total = torch.zeros(like.numel() + 1, dtype=torch.float64)  # the last counts failures
+    error: Exception | None = None
+    try:
+        total[:-1] = score_mine().flatten()
+    except Exception as e:
+        total[-1], error = 1.0, e
+    total = context.world.sum_on_cpu(total)
+    if total[-1] > 0:
+        raise error or Problem(f"{name} failed on {int(total[-1])} other rank(s)")
+    return total[:-1].view(like.shape)
+
+
+@contextmanager
+def scoring(context: EvalContext) -> Iterator[None]:
+    """In eval mode and without gradients; the model's mode is as it was afterwards."""
+    was_training = context.model.training
+    context.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        context.model.train(was_training)

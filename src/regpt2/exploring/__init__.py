@@ -1,0 +1,1 @@
+"""A model in; figures, pictures and a page of its insides out."""

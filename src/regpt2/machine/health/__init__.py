@@ -1,0 +1,1 @@
+"""Checks of this machine in, PASS, WARN or FAIL out."""

@@ -1,0 +1,238 @@
+"""Does a device compute what the mathematics says? In: a small model, a device, a precision; out: how far off it is.
+
+The other side is GPT-2, its head and AdamW written once more, plainly, in fp64 on the CPU: no fast kernel is in them.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regpt2.base.device import Precision, choose_compute
+from regpt2.base.ranks.world import World
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.kernels.loss import linear_cross_entropy
+from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.ranks.strategy import make_trainable
+
+# B sequences, T tokens, C = n_embd, H = n_head, N = B * T tokens, V = padded_vocab_size
+
+_ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}  # half a unit of the last place
+_FP16_FACTOR = 2.0**16  # of the loss, as at the start of training
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A small model, a batch, and what comes out in fp64."""
+
+    model: GPT
+    ids: Tensor
+    targets: Tensor
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a loss and its gradients are from the exact ones, relative to those."""
+
+    loss: float
+    length: float
+    """Of the whole gradient, along the exact one: roundings cancel out in it, a wrong factor does not."""
+    gradient: float
+    """The whole difference."""
+    tensor: float
+    """The difference for the worst tensor."""
+    worst: str
+    """Its name."""
+
+    def fault(self, precision: Precision) -> str:
+        """What is farther off than rounding explains; empty if nothing is."""
+        named = {"tensor": f"gradient of {self.worst}", "length": "gradient's length", "gradient": "whole gradient"}
+        off = {name: abs(getattr(self, name)) for name in tolerances(precision)}
+        too_far = [name for name, most in tolerances(precision).items() if not off[name] <= most]  # NaN is too far
+        return ", ".join(
+            f"{named.get(name, name)} is off by {off[name]:.1e} (rounding: {tolerances(precision)[name]:.0e})"
+            for name in too_far
+        )
+
+
+def tolerances(precision: Precision) -> dict[str, float]:
+    """What rounding explains, for each figure of an `Agreement`.
+
+    About 60 roundings lie between a weight and its gradient, there and back through two blocks. As a random walk they
+    add up to 8; to more in a tensor whose terms nearly cancel, as those of a bias do. Means over many numbers round
+    away: the loss, and the length. In fp32 the sums of up to V terms round too, in other types they are kept in fp32.
+    Measured: 0.02, 0.3, 3 and 23 roundings in bf16; 1.3, 0.8, 19 and 30 in fp32.
+    """
+    unit = _ROUNDING[precision] * (32 if precision == "fp32" else 1)
+    return {"loss": 0.5 * unit, "length": unit, "gradient": 8 * unit, "tensor": 64 * unit}
+
+
+def trials(model: GPTConfig, seq_len: int) -> tuple[Trial, Trial]:
+    """Two small GPT-2s that need a large model's kernels: one with its heads and sequences, one with its vocabulary."""
+    long = GPTConfig(
+        n_layer=2,
+        n_head=2,
+        n_embd=2 * (model.n_embd // model.n_head),
+        block_size=model.block_size,
+        vocab_size=500,
+        vocab_multiple=model.vocab_multiple,
+        activation=model.activation,
+    )
+    wide = dataclasses.replace(long, vocab_size=model.vocab_size)
+    return make_trial(long, 1, min(2048, seq_len)), make_trial(wide, 12, min(16, seq_len))
+
+
+def make_trial(config: GPTConfig, micro_batch: int, seq_len: int) -> Trial:
+    """Loss and gradients with the whole logits and the whole square of attention, for fixed weights and ids."""
+    model = GPT(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("c_attn.weight"):
+                p.mul_(4)  # fresh weights attend to all alike: much that is wrong would not be seen
+            elif name.endswith("bias"):
+                p.normal_(std=0.02, generator=generator)
+    ids = torch.randint(0, config.vocab_size, (micro_batch, seq_len + 1), generator=generator)
+    ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    p64 = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    loss = _plain_loss(p64, config, ids, targets)
+    gradients = torch.autograd.grad(loss, list(p64.values()))
+    return Trial(model, ids, targets, loss.item(), dict(zip(p64, gradients, strict=True)))
+
+
+def agreement(trial: Trial, device: torch.device, precision: Precision, *, compiled: bool) -> Agreement:
+    """Compare loss and gradients of training's own pass with the exact ones."""
+    loss, gradients = _on_device(trial, device, precision, compiled)
+    differences = {name: (gradients[name] - g).norm() / g.norm() for name, g in trial.gradients.items()}
+    worst = max(differences, key=lambda name: float(differences[name].nan_to_num(math.inf)))
+    got, wanted = _flat(gradients, trial), _flat(trial.gradients, trial)
+    return Agreement(
+        loss=loss / trial.loss - 1,
+        length=float(got @ wanted / (wanted @ wanted)) - 1,
+        gradient=float((got - wanted).norm() / wanted.norm()),
+        tensor=float(differences[worst]),
+        worst=worst,
+    )
+
+
+def _on_device(
+    trial: Trial, device: torch.device, precision: Precision, compiled: bool
+) -> tuple[float, dict[str, Tensor]]:
+    compute = choose_compute(precision, device)
+    alone = World(rank=0, local_rank=0, size=1, device=device)
+    model = copy.deepcopy(trial.model).to(device)
+    if compiled:
+        torch.compiler.reset()  # else shapes seen before would make this a kernel for any shape
+    factor = _FP16_FACTOR if compute.needs_scaler else 1.0
+    loss = make_trainable(model, compute.dtype, alone, compiled=compiled)(
+        trial.ids.to(device), trial.targets.to(device)
+    )
+    (loss * factor).backward()
+    gradients = {name: p.grad.cpu().double() / factor for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients
+
+
+def _flat(gradients: Mapping[str, Tensor], trial: Trial) -> Tensor:
+    return torch.cat([gradients[name].flatten() for name in trial.gradients])
+
+
+def _plain_loss(p: dict[str, Tensor], config: GPTConfig, ids: Tensor, targets: Tensor) -> Tensor:
+    T, C, H = ids.shape[1], config.n_embd, config.n_head
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (C,), p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    future = torch.full((T, T), float("-inf"), dtype=torch.float64).triu(1)
+    x = p["wte.weight"][ids] + p["wpe.weight"][:T]  # (B, T, C)
+    for block in (f"h.{i}" for i in range(config.n_layer)):
+        q, k, v = (
+            z.view(*z.shape[:2], H, C // H)  # (B, T, H, D)
+            for z in linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=2)
+        )
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(C // H) + future
+        gathered = torch.einsum("bhts,bshd->bthd", torch.softmax(scores, dim=-1), v).flatten(2)  # (B, T, C)
+        x = x + linear(gathered, f"{block}.attn.c_proj")
+        wide = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")  # (B, T, 4C)
+        if config.activation == "gelu":
+            inside = torch.erf(wide / math.sqrt(2))
+        else:
+            inside = torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+        wide = wide * 0.5 * (1 + inside)
+        x = x + linear(wide, f"{block}.mlp.c_proj")
+    logits = norm(x, "ln_f") @ p["wte.weight"][: config.vocab_size].T
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def head_difference(model: GPTConfig, n_tokens: int, device: torch.device, precision: Precision) -> float:
+    """The head at its real size, its logits and the loss's gradient: the worst row of some, relative to the exact row.
+
+    On Apple's GPUs a head of 50,304 rows was wrong from 9 x 1024 tokens on (pytorch#109457), and right below.
+    """
+    compute = choose_compute(precision, device)
+    generator = torch.Generator().manual_seed(4)
+    weight = 0.02 * torch.randn(model.padded_vocab_size, model.n_embd, generator=generator)
+    weight = weight.to(device, compute.dtype)
+    hidden = torch.randn(n_tokens, model.n_embd, generator=generator).to(device, compute.dtype).requires_grad_()
+    targets = torch.randint(0, model.vocab_size, (n_tokens,), generator=generator)
+    factor = _FP16_FACTOR if compute.needs_scaler else 1.0
+    loss = factor * linear_cross_entropy(hidden, weight, targets.to(device), model.vocab_size)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    rows = torch.linspace(0, n_tokens - 1, 16).long()
+    got_logits, got_gradient, x = (_rows(z, rows) for z in (F.linear(hidden, weight), gradient, hidden))
+
+    w = weight.cpu().double()
+    logits = x @ w.T
+    p = torch.softmax(logits[:, : model.vocab_size], dim=1)
+    p[torch.arange(len(rows)), targets[rows]] -= 1
+    gradient = p @ w[: model.vocab_size] / n_tokens
+    return max(_worst_row(got_logits, logits), _worst_row(got_gradient / factor, gradient))
+
+
+def _rows(z: Tensor, rows: Tensor) -> Tensor:
+    return z.detach()[rows.to(z.device)].cpu().double()
+
+
+def _worst_row(got: Tensor, wanted: Tensor) -> float:
+    return float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).nan_to_num(math.inf).max())
+
+
+def adamw_difference(trial: Trial, device: torch.device) -> float:
+    """Two updates by training's AdamW against the formula of Loshchilov and Hutter: the largest difference, in lr.
+
+    fp32 explains 2e-4: a weight of 1 is rounded to 6e-8, twice, and lr is 6e-4.
+    """
+    config = OptimConfig()
+    model = copy.deepcopy(trial.model).to(device)
+    optimizer = build_optimizer(model, config)
+    for factor in (1.0, -0.5):
+        for name, p in model.named_parameters():
+            p.grad = (factor * trial.gradients[name]).to(p.device, p.dtype)
+        optimizer.step()
+    worst = 0.0
+    for (name, got), p in zip(model.named_parameters(), trial.model.parameters(), strict=True):
+        exact_p = _adamw(p.detach().double(), trial.gradients[name].float().double(), config)
+        difference = (got.detach().cpu().double() - exact_p).abs().max() / config.lr
+        worst = max(worst, float(difference.nan_to_num(math.inf)))
+    return worst
+
+
+def _adamw(p: Tensor, gradient: Tensor, config: OptimConfig) -> Tensor:
+    beta1, beta2 = config.betas
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step, g in ((1, gradient), (2, -0.5 * gradient)):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        decay = config.weight_decay if p.dim() >= 2 else 0.0
+        step_size = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + config.eps)
+        p = p - config.lr * (decay * p + step_size)
+    return p

@@ -1,0 +1,116 @@
+"""The ranks' exchange beside the backward pass. In: how each rank trains, the wires; out: seconds that nothing hides.
+
+torch's DDP sends gradients in buckets, in the order in which they become whole: a bucket is all-reduced while earlier
+layers still compute. What is sent after the end of the backward pass is exposed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from regpt2.model.flops import flops_per_token
+from regpt2.model.modern import ModernConfig
+from regpt2.training.memory import FP32, Setup
+
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; a bucket goes when it holds as many (torch's DDP, its defaults)
+LAYER = (4, 4, 1, 3)  # matrices of a layer in units of C^2, the last to compute first: MLP down, up, attention out, QKV
+BACKWARD = 2 / 3  # of a micro-step
+HIDDEN = 0.6  # of a micro-step, behind which FSDP's gathers and scatters can hide: they share the GPU with its kernels
+
+
+@dataclass(frozen=True)
+class Wires:
+    """What connects the ranks."""
+
+    ranks: int
+    bus: float
+    """Bytes per second and GPU of an all-reduce, as NCCL counts bus bandwidth."""
+    latency_s: float
+    """Of one collective operation, however small."""
+    gradient_bytes: int = FP32
+    """Of a gradient's number as it travels."""
+
+    @property
+    def hops(self) -> float:
+        """How often a number passes each wire of a ring in a gather or a scatter; twice as often in an all-reduce."""
+        return (self.ranks - 1) / self.ranks
+
+    def all_reduce_seconds(self, numbers: float) -> float:
+        """Over a ring (nccl-tests, PERFORMANCE.md): every rank sends 2 (n - 1) / n of the bytes."""
+        return self.latency_s + 2 * self.hops * self.gradient_bytes * numbers / self.bus
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Some that become whole at the same time."""
+
+    ready_s: float
+    """After the backward pass through the layers has begun."""
+    numbers: int
+
+
+def exposed_seconds(setup: Setup, wires: Wires, micro_s: float) -> float:
+    """What of the exchange in one update the passes, of `micro_s` each, do not hide; FSDP's gathers aside."""
+    if wires.ranks == 1:
+        return 0.0
+    if setup.strategy == "ordered":  # every rank's gradient goes to every rank, after the backward pass
+        return wires.latency_s + (wires.ranks - 1) * FP32 * setup.n_params / wires.bus
+    if setup.strategy == "fsdp":
+        # Only in the last micro-step; until then each rank keeps its own gradients whole.
+        last = _fsdp_exposed_seconds(setup, wires, micro_s, scattered_bytes=wires.gradient_bytes)
+        return last - gathering_seconds(setup, wires, micro_s)
+    head_share = 6 * setup.model.n_embd * setup.model.padded_vocab_size / flops_per_token(setup.model, setup.seq_len)
+    backward_s = BACKWARD * (1 - head_share) * micro_s  # through the layers; before it only the head's can be sent
+    return sent_after(buckets(gradients_of(setup, backward_s)), wires, backward_s)
+
+
+def gathering_seconds(setup: Setup, wires: Wires, micro_s: float) -> float:
+    """What one micro-step of `micro_s` does not hide of gathering FSDP's weights; 0 for other strategies."""
+    if setup.strategy != "fsdp" or wires.ranks == 1:
+        return 0.0
+    return _fsdp_exposed_seconds(setup, wires, micro_s, scattered_bytes=0)
+
+
+def _fsdp_exposed_seconds(setup: Setup, wires: Wires, micro_s: float, *, scattered_bytes: int) -> float:
+    """Of a micro-step: weights gathered twice in the compute type, in the last gradients scattered, layer by layer.
+
+    Nothing computes while the embeddings are gathered for the first layer, and their gradient scattered at the end.
+    """
+    moved = wires.hops * (2 * setup.width_bytes + scattered_bytes) * setup.n_params
+    latencies_s = (3 if scattered_bytes else 2) * (setup.model.n_layer + 1) * wires.latency_s
+    outer = setup.n_params - sum(LAYER) * setup.model.n_layer * setup.model.n_embd**2
+    ends_s = wires.hops * (setup.width_bytes + scattered_bytes) * outer / wires.bus + 2 * wires.latency_s
+    return max(ends_s, moved / wires.bus + latencies_s - HIDDEN * micro_s)
+
+
+def gradients_of(setup: Setup, backward_s: float) -> list[Gradients]:
+    """In the order in which they become whole: an untied head's, each matrix of the layers, the embeddings'.
+
+    A tied head's weights are the embedding's: their gradient is whole only at the end.
+    """
+    C, L, V = setup.model.n_embd, setup.model.n_layer, setup.model.padded_vocab_size
+    head = V * C if isinstance(setup.model, ModernConfig) and setup.model.untied_head else 0
+    found, done = [Gradients(0.0, head)] if head else [], 0
+    for size in LAYER * L:
+        done += size
+        found.append(Gradients(backward_s * done / (sum(LAYER) * L), size * C * C))
+    return [*found, Gradients(backward_s, setup.n_params - head - sum(LAYER) * L * C * C)]
+
+
+def buckets(gradients: Iterable[Gradients]) -> list[Gradients]:
+    """Filled in this order until they hold their limit; the last one with what is left."""
+    filled: list[Gradients] = []
+    numbers, ready_s = 0, 0.0
+    for some in gradients:
+        numbers, ready_s = numbers + some.numbers, some.ready_s
+        if FP32 * numbers >= (BUCKET if filled else FIRST_BUCKET):
+            filled.append(Gradients(ready_s, numbers))
+            numbers = 0
+    return [*filled, Gradients(ready_s, numbers)] if numbers else filled
+
+
+def sent_after(filled: Iterable[Gradients], wires: Wires, end_s: float) -> float:
+    """Seconds of the all-reduces after `end_s`: one after the other, none before its bucket is full."""
+    free_s = 0.0
+    for bucket in filled:
+        free_s = max(free_s, bucket.ready_s) + wires.all_reduce_seconds(bucket.numbers)
+    return max(0.0, free_s - end_s)

@@ -1,0 +1,152 @@
+"""The ladder as a table. In: its rows; out: the figures of each, and lines for a screen or in Markdown."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regpt2.base.device import peak_flops, pick_device
+from regpt2.machine.speed.rungs import COMPARED, RUNGS, Row
+from regpt2.machine.speed.steps import StepTimes
+from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a rung came to."""
+
+    step_ms: float
+    """The median."""
+    low_ms: float
+    high_ms: float
+    """Of ten steps eight lie between them."""
+    tokens_per_s: float
+    gain: float | None
+    """Over the right rung before; None for the first."""
+    in_all: float
+    """Over the first."""
+    flop_per_s: float
+    """Attention counted once, as everywhere here; 798 MFLOP a token for the 124M model."""
+    palm_flop_per_s: float
+    """As nanoGPT and the PaLM paper count; 860 MFLOP a token."""
+    mfu: float | None
+    """Share of the data sheet's peak at this precision; None where there is no sheet."""
+    palm_mfu: float | None
+    peak_bytes: int
+    attention: str
+    loss_apart: float
+    """The largest distance of an early loss from the first rung's at the same step."""
+
+
+def figures_of(rows: Sequence[Row]) -> list[Figures | None]:
+    """For each row its figures, and None where it does not count."""
+    found: list[Figures | None] = []
+    counted: list[StepTimes] = []
+    for row in rows:
+        if row.times is None or row.why_not:
+            found.append(None)
+            continue
+        found.append(_figures(row, row.times, counted))
+        counted.append(row.times)
+    return found
+
+
+def _figures(row: Row, times: StepTimes, before: Sequence[StepTimes]) -> Figures:
+    rate, work = times.tokens_per_s, row.work
+    first = before[0] if before else times
+    peak = peak_flops(pick_device(work.device), times.precision)
+    ours, palm = (count_flops(work.model, work.seq_len) for count_flops in (flops_per_token, palm_flops_per_token))
+    several = len(times.step_s) > 1
+    tenths = statistics.quantiles(times.step_s, n=10, method="inclusive") if several else times.step_s
+    return Figures(
+        step_ms=1e3 * times.median_s,
+        low_ms=1e3 * tenths[0],
+        high_ms=1e3 * tenths[-1],
+        tokens_per_s=rate,
+        gain=rate / before[-1].tokens_per_s if before else None,
+        in_all=rate / first.tokens_per_s,
+        flop_per_s=rate * ours,
+        palm_flop_per_s=rate * palm,
+        mfu=mfu(rate, ours, peak, 1),
+        palm_mfu=mfu(rate, palm, peak, 1),
+        peak_bytes=times.peak_bytes,
+        attention=times.attention,
+        loss_apart=max(abs(a - b) for a, b in zip(times.losses[:COMPARED], first.losses, strict=False)),
+    )
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """A head and a line for each row, in text. A row that does not count has its reason as its last cell."""
+    figures = figures_of(rows)
+    known = any(one is not None and one.mfu is not None for one in figures)
+    rate = "MFU" if known else "TFLOP/s"
+    lines = [["rung", "lecture", "ms/step", "spread", "tokens/s", "gain", rate, "6N+12CTL", "memory", "attention"]]
+    for row, one in zip(rows, figures, strict=True):
+        lines.append([row.title, _lecture(row), *([row.why_not] if one is None else _measured(one, known))])
+    return lines
+
+
+def _measured(one: Figures, known: bool) -> list[str]:
+    if known:
+        rates = ["" if share is None else f"{share:.1%}" for share in (one.mfu, one.palm_mfu)]
+    else:
+        rates = [f"{rate / 1e12:.3g}" for rate in (one.flop_per_s, one.palm_flop_per_s)]
+    return [
+        f"{one.step_ms:,.0f}" if one.step_ms >= 1000 else f"{one.step_ms:.1f}",
+        f"±{(one.high_ms - one.low_ms) / 2 / one.step_ms:.1%}",
+        f"{one.tokens_per_s:,.0f}",
+        "" if one.gain is None else f"x{one.gain:.2f}",
+        *rates,
+        f"{one.peak_bytes / 1e9:.2f} GB",
+        one.attention,
+    ]
+
+
+def _lecture(row: Row) -> str:
+    """The lecture's step time and its gain over the lecture's rung before."""
+    if row.lecture_ms is None:
+        return ""
+    slower = [rung.lecture_ms for rung in RUNGS if rung.lecture_ms and rung.lecture_ms > row.lecture_ms]
+    return f"{row.lecture_ms:,.0f} ms" + (f" x{slower[-1] / row.lecture_ms:.2f}" if slower else "")
+
+
+def for_screen(rows: Sequence[Row]) -> list[str]:
+    """Lines with columns of equal width; a reason goes on to the end of its line."""
+    head, *lines = cells(rows)
+    whole = [line for line in (head, *lines) if len(line) == len(head)]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(head))]
+    widths[:2] = [max(len(line[i]) for line in (head, *lines)) for i in range(2)]
+    shown = []
+    for first, *others in (head, *lines):
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=False)]
+        if len(others) + 1 < len(head):
+            aligned[-1] = others[-1]
+        shown.append("  ".join([first.ljust(widths[0]), *aligned]))
+    return shown
+
+
+def for_markdown(rows: Sequence[Row]) -> list[str]:
+    """The same table."""
+    head, *lines = cells(rows)
+    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    filled = [[cell.replace("|", "/") for cell in line] + [""] * (len(head) - len(line)) for line in ruled]
+    return [f"| {' | '.join(line)} |" for line in filled]
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What the table says in words."""
+    counted = [(row, one) for row, one in zip(rows, figures_of(rows), strict=True) if one is not None]
+    if not counted:
+        return ["No rung could be measured."]
+    (first, _), (last, at_last) = counted[0], counted[-1]
+    lecture = [(row, one) for row, one in counted if row.lecture_ms]
+    lines = [f"From {first.title} to {last.title}: x{at_last.in_all:.2f}."]
+    if len(lecture) > 1:
+        (low, at_low), (high, at_high) = lecture[0], lecture[-1]
+        theirs = (low.lecture_ms or 0.0) / (high.lecture_ms or 1.0)
+        ours = at_high.in_all / at_low.in_all
+        lines.append(f"From {low.title} to {high.title}: x{ours:.2f}; in the lecture, on an A100: x{theirs:.2f}.")
+    apart = max(one.loss_apart for _, one in counted)
+    lines.append(
+        f"Right: in the first {COMPARED} steps no loss is further than {apart:.1g} from that of {first.title}."
+    )
+    return lines

@@ -1,0 +1,1 @@
+"""Files of weights, settings and vocabularies in, checked; a model out."""

@@ -1,0 +1,199 @@
+"""Panels drawn. In: `Panel`s; out: SVG that takes its colors from the page, and a PNG for a README."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regpt2.base.console import count
+from regpt2.pages.charts.panels import Panel, Trace
+from regpt2.pages.safe_html import Html, fill
+
+RUN_COLORS = ("#35689f", "#bb4a29", "#2b7a55", "#8a5aa8", "#8a6a00", "#257384", "#b0457b", "#55534d")
+
+
+@dataclass(frozen=True)
+class Ink:
+    """What each thing is drawn in, by role."""
+
+    colors: dict[str, str]
+
+    def __getitem__(self, role: str) -> str:
+        return self.colors[role]
+
+
+_RUNS = [f"run{place}" for place in range(1, len(RUN_COLORS) + 1)]
+PRINT = Ink(
+    {"paper": "#ffffff", "text": "#23221f", "faint": "#6f6c65", "grid": "#e6e3dc", "train": "#35689f", "val": "#bb4a29"}
+    | dict(zip(_RUNS, RUN_COLORS, strict=True))
+)
+# In SVG: stand-ins, which `_as_html` turns into the page's CSS variables, so that curves follow light and dark.
+THEMED = Ink({role: f"#0000{place:02x}" for place, role in enumerate(PRINT.colors, start=1)})
+
+
+def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
+    """A panel as an element of a page, with its words for those who do not see it."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only a report needs it)
+
+    width, height = inches
+    name = name or panel.name
+    with settings(name):
+        figure = Figure(figsize=inches)
+        above = 0.65 if panel.across.tokens_at else 0.4
+        axes = figure.add_axes((0.42 / width, 0.28 / height, 1 - 0.55 / width, 1 - above / height))
+        draw(axes, panel, THEMED, ticks=4 if width < 5 else 8)
+        out = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    return _as_html(out.getvalue(), name, plain(panel.told(), 2000))
+
+
+def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
+    """The PNG: loss and, beside it, HellaSwag or bits per byte; the learning rate below."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    by_name = {panel.name: panel for panel in panels}
+    beside = by_name.get("hellaswag") or by_name.get("bits")
+    columns = 2 if beside else 1
+    with settings("picture"):
+        figure = Figure(figsize=(10, 6.2), dpi=160, facecolor="white")
+        grid = figure.add_gridspec(
+            2, columns, height_ratios=[3.2, 1], width_ratios=[1.5, 1][:columns],
+            left=0.065, right=0.975, top=0.79, bottom=0.075, hspace=0.4, wspace=0.17,
+        )  # fmt: skip
+        for place, panel in (((0, 0), by_name.get("loss")), ((0, 1), beside), ((1, slice(None)), by_name.get("lr"))):
+            if panel is None:
+                continue
+            axes = figure.add_subplot(grid[place])
+            axes.set_title(panel.title, loc="left", fontsize=10, color=PRINT["text"], pad=8)
+            draw(axes, panel, PRINT, ticks=4 if panel is beside else 6, above=False)
+        figure.text(0.03, 0.935, plain(title), fontsize=17, color=PRINT["text"], parse_math=False)
+        figure.text(0.03, 0.885, plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def plain(text: str, most: int = 120) -> str:
+    """Text for a drawing: what the font may lack, or markup might use, is shown as a question mark."""
+    return re.sub(r"[^\w .,:;+/%()=·-]", "?", text[:most], flags=re.ASCII).replace("\n", " ")
+
+
+def settings(salt: str) -> Any:
+    """Letters stay text, so that the page's own font is used; ids depend on the drawing alone, never on chance."""
+    import matplotlib  # noqa: PLC0415
+
+    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "path.simplify": True})
+
+
+def _as_html(markup: str, name: str, told: str) -> Html:
+    """matplotlib's file as an element of a page: no header, no addresses, ids of its own, colors from the page."""
+    markup = markup[markup.index("<svg") :]
+    markup = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>", "", markup, flags=re.S)
+    head, body = markup[: markup.index(">")], markup[markup.index(">") :]
+    markup = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", head) + body
+    markup = re.sub(r'\bid="', f'id="{name}-', markup).replace("url(#", f"url(#{name}-")
+    markup = markup.replace('xlink:href="#', f'href="#{name}-')
+    for role, stand_in in THEMED.colors.items():
+        markup = markup.replace(stand_in, f"var(--{role})")
+    return Html(markup.replace("<svg", fill('<svg role="img" aria-label="{told}"', told=told), 1).strip())
+
+
+def draw(axes: Any, panel: Panel, ink: Ink, *, ticks: int, above: bool = True) -> None:
+    """Draw a panel into axes, with about so many ticks; `above`: its tokens along the upper edge."""
+    _dress(axes, panel, ink, ticks)
+    for trace in panel.traces:
+        _trace(axes, trace, ink, brief=ticks < 5)
+    if panel.log:
+        axes.set_yscale("log")
+        axes.tick_params(which="minor", length=0, labelleft=False)
+    else:
+        axes.yaxis.set_major_locator(_locator(5, integer=False))
+    axes.yaxis.set_major_formatter(lambda value, _: panel.tick(value))
+    if panel.from_zero:
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
+    elif limits := panel.limits():
+        axes.set_ylim(*limits)
+    for rule in panel.rules:
+        _rule(axes, rule.label, rule.value, panel, ink, on_right=rule.on_right)
+    if above and panel.across.tokens_at:
+        _token_axis(axes, panel, ink)
+    if panel.name == "loss" and len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(loc="upper right", frameon=False, labelcolor=ink["text"], handlelength=2.2, fontsize=9.5)
+
+
+def _dress(axes: Any, panel: Panel, ink: Ink, ticks: int) -> None:
+    """Thin rules instead of a box, from 0 to the last step, a dotted line wherever the run was taken up again."""
+    across = panel.across
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(ink["grid"])
+    axes.tick_params(length=0, labelcolor=ink["faint"], labelsize=9, pad=5)
+    axes.grid(axis="y", color=ink["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlim(0, max(1.0, across.last) * 1.01)
+    axes.xaxis.set_major_locator(_locator(ticks))
+    axes.xaxis.set_major_formatter(lambda x, place: _across(x, place, across.unit))
+    for step in across.resumes:
+        axes.axvline(step, color=ink["faint"], linewidth=0.8, linestyle=":")
+
+
+def _locator(ticks: int, *, integer: bool = True) -> Any:
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    return MaxNLocator(ticks, integer=integer, steps=[1, 2, 2.5, 5, 10])
+
+
+def _token_axis(axes: Any, panel: Panel, ink: Ink) -> None:
+    """The same ticks above, in tokens: batches may grow, so each is looked up."""
+    tokens_at = panel.across.tokens_at
+    assert tokens_at is not None
+    above = axes.secondary_xaxis("top")
+    above.spines["top"].set_visible(False)
+    above.tick_params(length=0, labelcolor=ink["faint"], labelsize=9, pad=4)
+    above.xaxis.set_major_locator(axes.xaxis.get_major_locator())
+
+    def label(step: float, place: int) -> str:
+        shown = count(float(tokens_at(np.array([step]))[0])) if step > 0 else ""
+        return shown + (" tokens" if place == 1 else "")
+
+    above.xaxis.set_major_formatter(label)
+
+
+def _trace(axes: Any, trace: Trace, ink: Ink, *, brief: bool) -> None:
+    """A line; its markers stand where there is room for them, and where it is a single point."""
+    finite = np.isfinite(trace.x) & np.isfinite(trace.y)
+    n, look = int(finite.sum()), trace.look
+    if not n:
+        return
+    style: dict[str, Any] = {"color": ink[look.ink], "linewidth": look.width, "alpha": look.alpha}
+    if n == 1 or (look.marker and n <= 60):
+        style |= {"marker": look.marker or "o", "markersize": 3.5}
+    elif look.marker:
+        style |= {"marker": look.marker, "markersize": 4, "markevery": 0.13}
+    named = trace.label if brief else trace.about or trace.label
+    label = plain(named, 60) if named else "_"
+    axes.plot(trace.x, trace.y, linestyle=look.dash, solid_joinstyle="round", label=label, **style)
+    if trace.spread is not None and np.isfinite(trace.spread).any():
+        low, high = trace.y - trace.spread, trace.y + trace.spread
+        axes.fill_between(trace.x, low, high, color=ink[look.ink], alpha=0.16, linewidth=0)
+
+
+def _rule(axes: Any, label: str, value: float, panel: Panel, ink: Ink, *, on_right: bool) -> None:
+    """A level, named where curves that fall or rise to it have not come yet: at the left."""
+    axes.axhline(value, color=ink["faint"], linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+    at, shift, side = (1, -2, "right") if on_right else (0, 2, "left")
+    axes.annotate(
+        f"{plain(label, 40)} {panel.tick(value)}", xy=(at, value), xycoords=("axes fraction", "data"),
+        xytext=(shift, 4), textcoords="offset points", ha=side, color=ink["faint"], fontsize=9,
+        bbox={"facecolor": ink["paper"], "alpha": 0.75, "linewidth": 0, "pad": 0},
+    )  # fmt: skip
+
+
+def _across(x: float, place: int, unit: str) -> str:
+    """A tick; the first after 0 tells the unit."""
+    shown = f"{x:,.0f}" if unit == "steps" and x < 1e6 else count(x)
+    unit = unit.removesuffix("s") if shown == "1" else unit
+    return shown + (f" {unit}" if place == 1 else "")

@@ -1,0 +1,283 @@
+"""What a report draws. In: the records of runs; out: panels: curves, and the lines that they are held against."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from regpt2.base.console import count
+from regpt2.pages.published import CHANCE, references_of
+from regpt2.pages.record import LIMIT, Column, Record, number, numbers, smooth, thin, thin_peaks
+from regpt2.references import curves as reference_curves
+
+MOST_RUNS = 8
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
+MARKERS = "os^Dv*PX"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a curve is drawn. `ink` is a role of `drawing.Ink`; each run has its own ink, dash and marker."""
+
+    ink: str
+    width: float = 1.7
+    alpha: float = 1.0
+    dash: object = "-"
+    marker: str = ""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A curve; one without a label is not named. `spread` is drawn as a band on both sides of it."""
+
+    label: str
+    x: Column
+    y: Column
+    look: Look
+    spread: Column | None = None
+    about: str = ""
+    """What a curve of others is, in full; its label is short."""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A level that others reached."""
+
+    label: str
+    value: float
+    source: str = ""
+    on_right: bool = False
+
+
+@dataclass(frozen=True)
+class Across:
+    """The axis from left to right: steps of one run, with its tokens above, or the tokens of several."""
+
+    unit: str
+    last: float
+    resumes: tuple[float, ...] = ()
+    tokens_at: Callable[[Column], Column] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing: all that it shows, before any of it is drawn."""
+
+    name: str
+    title: str
+    across: Across
+    traces: list[Trace]
+    rules: list[Rule] = field(default_factory=list)
+    tick: Callable[[float], str] = "{:g}".format
+    from_zero: bool = False
+    log: bool = False
+    note: str = ""
+    most: float = math.inf
+    """What lies above is left out."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing to draw?"""
+        return not any(np.isfinite(trace.y).any() for trace in self.traces)
+
+    def limits(self) -> tuple[float, float] | None:
+        """Room for the end of the run, where the differences are: the first fall enters from above."""
+        named = [trace.y[np.isfinite(trace.y)] for trace in self.traces if trace.look.alpha == 1 and len(trace.y) > 1]
+        named = [y for y in named if len(y)]
+        if self.log or self.from_zero or not named:
+            return None
+        low = min(float(y.min()) for y in named)
+        high = max(float(np.quantile(y, 0.95)) if len(y) >= 50 else float(y[len(y) > 2 :].max()) for y in named)
+        levels = [low, high, *(rule.value for rule in self.rules)]
+        low, high = min(levels), min(max(levels), self.most)
+        margin = 0.07 * (high - low)
+        return (low - margin, high + margin * (2 if self.rules else 1)) if margin else None
+
+    def told(self) -> str:
+        """The drawing in words, for those who do not see it."""
+        said = [_told(trace, self) for trace in self.traces if trace.label and np.isfinite(trace.y).any()]
+        said += [f"{rule.label}: {self.tick(rule.value)}" for rule in self.rules]
+        return f"{self.title}. {'; '.join(said)}."
+
+
+def panels(records: Sequence[Record]) -> list[Panel]:
+    """What there is to draw of these runs, the loss first."""
+    across = _across(records)
+    drawn = [_loss(records, across), _hellaswag(records, across)]
+    drawn += [_bits(records[0], across)] if len(records) == 1 else []
+    drawn += [_column(records, across, *told) for told in _COLUMNS]
+    return [panel for panel in drawn if not panel.is_empty]
+
+
+def compared_on(records: Sequence[Record]) -> str:
+    """The data that all these runs were validated on, so that their losses compare; nothing if they differ."""
+    on = {_data_of(record) for record in records}
+    return on.pop() if len(on) == 1 else ""
+
+
+def _data_of(record: Record) -> str:
+    return f"{record.dataset or record.start.get('data_fingerprint')} in tokens of {record.start.get('tokenizer')}"
+
+
+def look_of(place: int, *, faint: bool = False) -> Look:
+    """The ink, dash and marker of a run beside others: no two share all three."""
+    place %= MOST_RUNS
+    if faint:
+        return Look(f"run{place + 1}", 0.9, 0.4)
+    return Look(f"run{place + 1}", 1.7, 1.0, DASHES[place], MARKERS[place])
+
+
+def _across(records: Sequence[Record]) -> Across:
+    if len(records) > 1:
+        return Across("tokens", max((_finite(record.tokens) for record in records), default=1.0))
+    (record,) = records
+    resumes = tuple(number(run.get("step")) for run in record.runs[1:50])
+    return Across("steps", record.last_step, resumes, record.tokens_at if record.tokens else None)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _x(records: Sequence[Record], record: Record, steps: Column) -> Column:
+    return steps if len(records) == 1 else record.tokens_at(steps)
+
+
+def _loss(records: Sequence[Record], across: Across) -> Panel:
+    traces: list[Trace] = []
+    for place, record in enumerate(records):
+        alone = len(records) == 1
+        x, loss = _x(records, record, record.train["step"]), record.train["loss"]
+        val_x = _x(records, record, numbers(record.validations, "step"))
+        val = _within(numbers(record.validations, "loss"))
+        if alone:
+            traces += [Trace("", *thin(x, loss), Look("train", 0.7, 0.35))]
+            traces += [Trace("training", *thin(x, smooth(loss)), Look("train"))]
+            traces += [Trace("validation", val_x, val, Look("val", marker="o"))]
+            continue
+        validated = bool(np.isfinite(val).any())
+        traces += [Trace("" if validated else record.name, *thin(x, smooth(loss)), look_of(place, faint=validated))]
+        traces += [Trace(record.name, *thin(val_x, val), look_of(place))] if validated else []
+    rules, reference = [], None
+    if compared_on(records):
+        rules = [Rule(one.model, one.value, one.source) for one in references_of(records[0], "val_loss", "loss")]
+        reference = _reference_curve(records, across)
+    note = "Strong: validation; thin: training." if len(records) > 1 else ""
+    traces += [reference] if reference else []
+    return Panel("loss", "Loss, nats per token", across, traces, rules, tick=_digits(3), note=note)
+
+
+def _reference_curve(records: Sequence[Record], across: Across) -> Trace | None:
+    """The curve of the verdict, as far as the runs have come; its band from the first verdict to the last."""
+    judged = next((record for record in records if record.verdicts), None)
+    named = judged and judged.verdicts[-1].get("curve")
+    curve = next((one for one in reference_curves.load() if one.name == named), None)
+    if judged is None or curve is None:
+        return None
+    band_at, widths = judged.tokens_at(numbers(judged.verdicts, "step")), numbers(judged.verdicts, "band")
+    known = np.isfinite(band_at) & np.isfinite(widths)
+    band: Column = np.full_like(curve.tokens, np.nan)
+    if known.any():
+        band = np.interp(curve.tokens, band_at[known], widths[known], left=np.nan, right=np.nan)
+    x = curve.tokens
+    if across.unit == "steps":
+        steps = np.linspace(0, across.last, 2000)
+        x = np.interp(curve.tokens, judged.tokens_at(steps), steps, right=np.nan)
+    shown = np.isfinite(x) & (x <= across.last)
+    look, about = Look("faint", 1.1), f"{curve.title}{' (by shape)' if curve.by_shape else ''}"
+    return Trace("reference", x[shown], curve.loss[shown], look, band[shown], about, curve.source)
+
+
+def _hellaswag(records: Sequence[Record], across: Across) -> Panel:
+    traces, rules = [], []
+    for place, record in enumerate(records):
+        events = record.evals_of("hellaswag")
+        x = _x(records, record, numbers(events, "step"))
+        alone = len(records) == 1
+        look = Look("val", marker="o") if alone else look_of(place)
+        y, spread = _within(numbers(events, "acc_norm")), _within(numbers(events, "acc_norm_stderr"))
+        traces.append(Trace("HellaSwag" if alone else record.name, x, y, look, spread if alone else None))
+        rules += [Rule(one.model, one.value, one.source) for one in references_of(record, "hellaswag", "acc_norm")]
+    rules = [*dict.fromkeys(rules), Rule("chance", CHANCE["hellaswag"], on_right=True)]
+    note = "The band is one standard error." if len(records) == 1 else ""
+    return Panel("hellaswag", "HellaSwag, acc_norm", across, traces, rules, tick=_percent, note=note)
+
+
+def _bits(record: Record, across: Across) -> Panel:
+    bits = _within(numbers(record.validations, "bits_per_byte"))
+    finite = bits[np.isfinite(bits)]
+    most = 2 * float(finite.max(initial=8.0))
+    rules = [Rule(name[:40], value) for name, value in record.baselines.items() if value < most]
+    trace = Trace("bits per byte", numbers(record.validations, "step"), bits, Look("val", marker="o"))
+    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=_digits(2))
+
+
+def _column(records: Sequence[Record], across: Across, column: str, title: str, tick: Callable[[float], str]) -> Panel:
+    """A panel of one training column; the norm and the step time show single peaks behind their mean."""
+    traces, has_peaks = [], column in ("grad_norm", "step_ms")
+    for place, record in enumerate(records):
+        alone = len(records) == 1
+        x, y = _x(records, record, record.train["step"]), record.train[column]
+        look = Look("train", 1.5) if alone else look_of(place)
+        if alone and has_peaks:
+            traces.append(Trace("", *thin_peaks(x, y), Look("train", 0.7, 0.35)))
+        shown = y if column == "lr" else smooth(y)
+        traces.append(Trace(title if alone else record.name, *thin(x, shown, 500), look))
+    values = np.concatenate([trace.y[np.isfinite(trace.y) & (trace.y > 0)] for trace in traces] or [np.zeros(0)])
+    log = has_peaks and len(values) > 0 and values.max() > 20 * values.min()
+    note = _slow_steps(records[0]) if column == "step_ms" and len(records) == 1 else ""
+    return Panel(column, title, across, traces, tick=tick, from_zero=not log, log=bool(log), note=note)
+
+
+def _slow_steps(record: Record) -> str:
+    """How many steps took more than twice the median, and the slowest; steps logged together share a time."""
+    step_ms, median = record.train["step_ms"], record.typical("step_ms")
+    slow = np.flatnonzero(_within(step_ms) > 2 * median)
+    if not len(slow):
+        return "No step took more than twice the median."
+    worst = slow[np.argmax(step_ms[slow])]
+    slowest = f"the slowest {step_ms[worst]:,.0f} ms, step {record.train['step'][worst]:,.0f}"
+    return f"{len(slow):,} of {len(step_ms):,} steps took more than twice the median of {median:,.0f} ms; {slowest}."
+
+
+def _within(y: Column) -> Column:
+    """Values that can be drawn; a gap for all others."""
+    return np.where(np.abs(y) < LIMIT, y, np.nan)
+
+
+def _told(trace: Trace, panel: Panel) -> str:
+    place = np.flatnonzero(np.isfinite(trace.y))
+    first, last = place[0], place[-1]
+    at = f"at {count(trace.x[last])} {panel.across.unit}"
+    if first == last:
+        return f"{trace.label}: {panel.tick(trace.y[last])} {at}"
+    low, high = (panel.tick(float(pick(trace.y))) for pick in (np.nanmin, np.nanmax))
+    ends = f"from {panel.tick(trace.y[first])} to {panel.tick(trace.y[last])} {at}"
+    return f"{trace.label}: {ends}, between {low} and {high}"
+
+
+def _digits(most: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{most}f}".rstrip("0").rstrip(".") if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _short(value: float) -> str:
+    """6e-4 rather than 0.0006."""
+    if not value or not math.isfinite(value):
+        return "0"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("lr", "Learning rate", _short),
+    ("grad_norm", "Gradient norm", "{:.3g}".format),
+    ("tokens_per_s", "Tokens per second", count),
+    ("mfu", "Model FLOPs utilization (MFU)", _percent),
+    ("step_ms", "Milliseconds per step", count),
+)

@@ -1,0 +1,147 @@
+"""The certificate of a run. In: a `Record`; out: everything that its numbers depend on, as a table and as JSON."""
+
+import json
+import math
+
+from regpt2.base.console import count, duration, safe_json
+from regpt2.base.files import sha256_bytes
+from regpt2.pages.record import Event, Record, number
+from regpt2.pages.safe_html import Html, fill, join
+
+MOST_NAMED = 20
+
+# What a `run` event says, as a reader calls it. Values that differ from one start to the next are all shown.
+_FACTS = {
+    "Recipe": "recipe",
+    "Command": "command",
+    "Commit": "commit",
+    "regpt2": "version",
+    "Python": "python",
+    "PyTorch": "torch",
+    "Device": "device",
+    "Precision": "precision",
+    "Threads": "threads",
+    "World size": "world_size",
+    "Seed": "seed",
+    "Parameters": "n_params",
+    "Tokenizer": "tokenizer",
+    "Tokenizer fingerprint": "tokenizer_fingerprint",
+    "Data set": "dataset",
+    "Data fingerprint": "data_fingerprint",
+    "Training tokens": "train_tokens",
+    "Validation tokens": "val_tokens",
+    "Tokens per update": "batch_tokens",
+}
+_HASHES = {"Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Configuration", "Record"}
+
+
+def certificate(record: Record) -> dict[str, str]:
+    """The facts by name, in the order of reading."""
+    facts = {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
+    if mixture := _mixture(record.start):
+        facts["Mixture"] = _named(mixture)
+    ramp_from, ramp_tokens = (number(_find(record.start, key)) for key in ("ramp_from", "ramp_tokens"))
+    if ramp_from > 0:
+        facts["Batch ramp"] = f"from {_whole(ramp_from)} tokens per update on, over the first {_whole(ramp_tokens)}"
+    resumed = [f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]
+    facts |= {
+        "Started": _time(record.start),
+        "Resumed": _named(resumed),
+        "Skipped steps": _named([f"{step:,}" for step in record.skipped_steps]),
+        "Ended": record.status,
+        "Steps": f"{record.last_step:,.0f}",
+        "Tokens": f"{record.tokens:,.0f}" if record.tokens < 1e15 else count(record.tokens),
+        "Wall time": duration(record.elapsed_s) if math.isfinite(record.elapsed_s) else "unknown",
+    }
+    if record.config_toml:
+        facts["Configuration"] = f"SHA-256 {sha256_bytes(record.config_toml.encode(errors='surrogatepass'))}"
+    return facts | {"Record": f"SHA-256 {record.sha256}"}
+
+
+def certificate_json(record: Record, sources: list[str]) -> str:
+    """The same with the sources of all other numbers, as JSON that no page can take for markup."""
+    said = {name.lower().replace(" ", "_"): value for name, value in certificate(record).items()}
+    text = json.dumps({**said, "sources": sources}, indent=2, ensure_ascii=False)
+    return safe_json(text).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def provenance(record: Record, sources: list[str]) -> Html:
+    """The section: the facts, and the same to copy."""
+    row = '<tr><th scope="row">{name}</th><td{kind}>{value}</td></tr>'
+    rows = join(
+        fill(row, name=name, kind=Html(' class="hash"' if name in _HASHES else ""), value=value)
+        for name, value in certificate(record).items()
+    )
+    told = certificate_json(record, sources)
+    return fill(
+        '<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>\n'
+        '<details>\n<summary>The certificate as JSON, to copy</summary>\n<pre class="copy" tabindex="0">{text}</pre>\n'
+        '</details>\n<script type="application/json">{json}</script>',
+        rows=rows,
+        text=told,
+        json=Html(told),
+    )
+
+
+def _mixture(run: Event) -> list[str]:
+    """The data sets with their shares, where there are several."""
+    sets = run.get("data_sets")
+    known = [one for one in sets if isinstance(one, dict)] if isinstance(sets, list) else []
+    shares = [f"{number(one.get('weight')):.4g} of {str(one.get('name'))[:100]}" for one in known]
+    return shares if len(shares) > 1 else []
+
+
+def _is_told(record: Record, key: str) -> bool:
+    return any(key in run or _find(run, key) is not None for run in record.runs)
+
+
+def _over_runs(record: Record, key: str) -> str:
+    """The value that every start of the run had, or each one with the step from which it held."""
+    told: list[tuple[str, str]] = []
+    for run in record.runs:
+        value = _find(run, key)
+        counted = isinstance(value, int) and key != "seed"
+        shown = f"{value:,}" if counted else "unknown" if value is None else str(value)[:500]
+        if not told or told[-1][1] != shown:
+            told.append((_whole(run.get("step")), shown))
+    if len(told) < 2:
+        return told[0][1] if told else "unknown"
+    first, *others = told[:MOST_NAMED]
+    return "; ".join([first[1], *(f"from step {step}: {shown}" for step, shown in others)])
+
+
+def notes(record: Record) -> Html:
+    """What happened on the way, in the run's own words."""
+    if not record.notes:
+        return Html("")
+    row = '<tr><th scope="row">step {step}</th><td>{text}</td></tr>'
+    rows = [
+        fill(row, step=_whole(note.get("step")), text=str(note.get("text", ""))[:1000]) for note in record.notes[:100]
+    ]
+    if len(record.notes) > len(rows):
+        rows.append(fill("<tr><th></th><td>and {n} more, in the record</td></tr>", n=len(record.notes) - len(rows)))
+    return fill('<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=join(rows))
+
+
+def _named(items: list[str]) -> str:
+    """The items, or how many there are beyond those named; "none"."""
+    more = [f"and {len(items) - MOST_NAMED:,} more"] if len(items) > MOST_NAMED else []
+    return ", ".join(items[:MOST_NAMED] + more) or "none"
+
+
+def _time(run: Event) -> str:
+    """2026-11-21 05:00:00 UTC."""
+    told = str(run.get("time") or "unknown")[:40]
+    return told.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _whole(value: object) -> str:
+    return f"{number(value):,.0f}" if math.isfinite(number(value)) else "?"
+
+
+def _find(said: object, key: str) -> object:
+    """The value of `key` in an event or, where the event does not say it itself, in the configuration within."""
+    if not isinstance(said, dict):
+        return None
+    found = (_find(value, key) for value in said.values())
+    return said[key] if key in said else next((value for value in found if value is not None), None)

@@ -1,0 +1,192 @@
+"""The page of one run or several. In: `Record`s; out: one HTML document that opens offline, in light and dark."""
+
+import json
+from collections.abc import Sequence
+
+from regpt2.pages import PAGE_CSS
+from regpt2.pages.charts.draw import svg
+from regpt2.pages.charts.panels import Panel, compared_on, panels
+from regpt2.pages.published import Sources
+from regpt2.pages.record import Record
+from regpt2.pages.report.certificate import notes, provenance
+from regpt2.pages.report.results import column, headline, results, summary
+from regpt2.pages.report.samples import sample, samples
+from regpt2.pages.report.scores import evaluations
+from regpt2.pages.report.verdicts import verdicts
+from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.tables import table
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{title}: {headline}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<header>
+<p class="kicker">regpt2 · {kind}</p>
+<h1>{title}</h1>
+<p class="faint">{summary}</p>
+</header>
+<main>
+{main}
+</main>
+<footer>{made}</footer>
+</body>
+</html>
+"""
+_MADE = '<p>Made from metrics.jsonl of {name} with SHA-256 <span class="hash">{sha256}</span></p>'
+
+
+def page(records: Sequence[Record]) -> Html:
+    """The whole document. Several runs lie over one another in each curve and beside one another in a table."""
+    sources = Sources()
+    parts = _of_one(records[0], sources) if len(records) == 1 else _of_several(records, sources)
+    return document(
+        title(records),
+        headline=headline(records[0]) if len(records) == 1 else "side by side",
+        kind="report of a run" if len(records) == 1 else "runs side by side",
+        summary=subtitle(records),
+        parts=parts,
+        made=join(fill(_MADE, name=record.name, sha256=record.sha256) for record in records),
+    )
+
+
+def document(title: str, *, headline: str, kind: str, summary: str, parts: Sequence[Html], made: Html) -> Html:
+    """A page with its head and its foot around these parts."""
+    return fill(
+        _PAGE,
+        title=title,
+        headline=headline,
+        kind=kind,
+        css=Html(PAGE_CSS.read_text(encoding="utf-8")),
+        summary=summary,
+        main=join(part for part in parts if part),
+        made=made,
+    )
+
+
+def title(records: Sequence[Record]) -> str:
+    """The recipe of one run; how many there are of several."""
+    return records[0].recipe if len(records) == 1 else f"{len(records)} runs"
+
+
+def subtitle(records: Sequence[Record]) -> str:
+    """What was run, and how far; the names of several."""
+    return summary(records[0]) if len(records) == 1 else " · ".join(record.name for record in records)
+
+
+def _of_one(record: Record, sources: Sources) -> list[Html]:
+    return [
+        results(record),
+        section("Verdict", verdicts(record, sources)),
+        section("Curves", curves([record], sources)),
+        section("Samples", samples(record)),
+        section("Evaluations", evaluations(record, sources)),
+        section("Certificate", provenance(record, sources.named)),
+        section("Notes", notes(record)),
+        section("Configuration", config(record)),
+        section("Sources", listed(sources)),
+    ]
+
+
+def _of_several(records: Sequence[Record], sources: Sources) -> list[Html]:
+    columns = [column(record) for record in records]
+    rows = [[name, *(values[name] for values in columns)] for name in columns[0]]
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
+    parts = [table("Runs", ["", *(record.name for record in records)], rows, "figures runs")]
+    if not compared_on(records):
+        parts.append(fill('<p class="remark">Their data differ: losses of different data do not compare.</p>'))
+    written = join(sample(record, record.samples[-1], f"{record.name} · ") for record in records if record.samples)
+    parts += [section("Curves", curves(records, sources)), section("Samples", written)]
+    for record in records:
+        inner = [
+            section("Verdict", verdicts(record, sources), inner=True),
+            section("Evaluations", evaluations(record, sources), inner=True),
+            section("Certificate", provenance(record, sources.named), inner=True),
+            section("Notes", notes(record), inner=True),
+        ]
+        whole = "<details>\n<summary>Verdict, evaluations, certificate</summary>\n{inner}\n</details>"
+        parts.append(section(record.name, fill(whole, inner=join(part for part in inner if part))))
+    return [*parts, section("Sources", listed(sources))]
+
+
+def section(name: str, body: Html, *, inner: bool = False) -> Html:
+    """A part of the page below its heading; nothing for nothing."""
+    level = "h3" if inner else "h2"
+    return (
+        fill("<section>\n<{level}>{name}</{level}>\n{body}\n</section>", level=level, name=name, body=body)
+        if body
+        else Html("")
+    )
+
+
+def curves(records: Sequence[Record], sources: Sources) -> Html:
+    """Every chart that there is something to draw for."""
+    drawn = panels(records)
+    if not drawn:
+        return fill('<p class="faint">No step is recorded yet.</p>')
+    resumed = fill(
+        '\n<p class="remark">A dotted line: here the run was resumed.</p>' if drawn[0].across.resumes else ""
+    )
+    figures = join(chart(panel, sources) for panel in drawn)
+    return fill('<div class="curves">\n{figures}\n</div>{resumed}', figures=figures, resumed=resumed)
+
+
+def chart(panel: Panel, sources: Sources) -> Html:
+    """A drawing with its title and remarks; the loss comes again at the width of a phone."""
+    if panel.name == "loss":
+        both = '<div class="on-desk">{desk}</div><div class="on-phone">{phone}</div>'
+        drawing = fill(both, desk=svg(panel, (8.4, 3.7)), phone=svg(panel, (4.4, 3.5), "loss-phone"))
+    else:
+        drawing = svg(panel, (4.4, 2.4))
+    remarks = [fill("{note}", note=panel.note)] if panel.note else []
+    told = '{label} {value} <a class="mark" href="#source-{n}">[{n}]</a>'
+    lines = [
+        fill(told, label=rule.label, value=panel.tick(rule.value), n=sources.mark(rule.source))
+        for rule in panel.rules
+        if rule.source
+    ]
+    remarks += [fill("Lines: {lines}.", lines=join(lines, ", "))] if lines else []
+    remarks += [
+        fill(
+            'Reference: {about} <a class="mark" href="#source-{n}">[{n}]</a>.',
+            about=one.about,
+            n=sources.mark(one.source),
+        )
+        for one in panel.traces
+        if one.source
+    ]
+    remark = fill('\n<p class="remark">{all}</p>', all=join(remarks, " ")) if remarks else Html("")
+    return fill(
+        '<figure class="{width}">\n<figcaption>{title}</figcaption>\n{drawing}{remark}\n</figure>',
+        width="wide" if panel.name == "loss" else "half",
+        title=panel.title,
+        drawing=drawing,
+        remark=remark,
+    )
+
+
+def config(record: Record) -> Html:
+    """The resolved configuration, folded."""
+    told = record.config_toml or json.dumps(record.start.get("config") or {}, indent=2, ensure_ascii=False)
+    if told == "{}":
+        return Html("")
+    return fill(
+        '<details>\n<summary>config.toml, every value resolved</summary>\n<pre tabindex="0">{told}</pre>\n</details>',
+        told=told[:100_000],
+    )
+
+
+def listed(sources: Sources) -> Html:
+    """Where the numbers of others come from."""
+    if not sources.named:
+        return Html("")
+    item = '<li id="source-{n}">{named}</li>'
+    items = join(fill(item, n=n, named=named) for n, named in enumerate(sources.named, start=1))
+    return fill('<ol class="sources">\n{items}\n</ol>', items=items)

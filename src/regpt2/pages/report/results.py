@@ -1,0 +1,142 @@
+"""What a run came to. In: a `Record`; out: its result in a line, in a row of numbers, and as a column of a table."""
+
+import math
+
+from regpt2.base.console import count, duration
+from regpt2.pages.record import Event, Record, number, smooth
+from regpt2.pages.report.scores import shown_as
+from regpt2.pages.report.verdicts import state_of
+from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.tables import figure
+
+MOST_CHARACTERS = 60
+MOST_DIGITS = 16  # of a value in large letters; the tables below have all of it
+
+
+def headline(record: Record) -> str:
+    """The run's result in a line: the last validation, else the last training loss."""
+    if not record.validations:
+        loss = final_training_loss(record)
+        return f"training loss {loss:.3f}" if math.isfinite(loss) else "no result yet"
+    last = record.validations[-1]
+    bits = number(last.get("bits_per_byte"))
+    val_loss, perplexity = (figure(key, last.get(key))[:MOST_CHARACTERS] for key in ("loss", "perplexity"))
+    said = f"validation loss {val_loss}, perplexity {perplexity}"
+    return f"{said}, {bits:.3f} bits per byte" if math.isfinite(bits) else said
+
+
+def summary(record: Record) -> str:
+    """What was run, and how far: 1,200 of 1,200 steps · 1.84M tokens · 10.3M parameters · finished."""
+    steps, max_steps = record.last_step, number(record.start.get("max_steps"))
+    planned = f" of {max_steps:,.0f}" if math.isfinite(max_steps) else ""
+    said = [f"{steps:,.0f}{planned} {'step' if steps == 1 and not planned else 'steps'}"]
+    said += [f"{count(record.tokens)} tokens"] if record.tokens else []
+    n_params = number(record.start.get("n_params"))
+    said += [f"{count(n_params)} parameters"] if math.isfinite(n_params) else []
+    said += [record.dataset[:MOST_CHARACTERS]] if record.dataset else []
+    return " · ".join([*said, record.status])
+
+
+def hellaswag(record: Record) -> str:
+    """The newest HellaSwag, with its standard error; a dash if there is none."""
+    last = (_hellaswags(record) or [{}])[-1]
+    value, stderr = last.get("acc_norm"), number(last.get("acc_norm_stderr"))
+    told = shown_as("acc_norm", value)[:MOST_CHARACTERS]
+    return f"{told.removesuffix(' %')} ± {100 * stderr:.2f} %" if math.isfinite(stderr) else told
+
+
+def _hellaswags(record: Record) -> list[Event]:
+    return [event for event in (*record.measured, *record.evals) if event.get("eval") == "hellaswag"]
+
+
+def results(record: Record) -> Html:
+    """The row of numbers at the head of a page."""
+    last = record.validations[-1] if record.validations else {}
+    training = final_training_loss(record)
+    best = min((number(event.get("loss")) for event in record.validations), default=math.nan)
+    beside = f"best {best:.3f}" if best < number(last.get("loss")) else ""
+    beside = beside or (f"training {training:.3f}" if math.isfinite(training) else "")
+    compressor = min(record.baselines.items(), key=lambda pair: pair[1], default=None)
+    step_ms, mfu, speed = (record.typical(column) for column in ("step_ms", "mfu", "tokens_per_s"))
+    cells = [
+        ("Validation loss", figure("loss", last.get("loss")), "nats" if last else "", beside),
+        ("Perplexity", figure("perplexity", last.get("perplexity")), "", "per token"),
+        _third(record, last.get("bits_per_byte"), compressor),
+        ("Time", wall_time(record), "", f"{step_ms:,.0f} ms a step" if math.isfinite(step_ms) else ""),
+        (
+            "Tokens/s",
+            count(speed) if math.isfinite(speed) else "–",
+            "",
+            f"{100 * mfu:.0f} % of the peak (MFU)" if math.isfinite(mfu) else "median",
+        ),
+    ]
+    cell = (
+        '<div><dt>{name}</dt><dd><span class="value">{value}</span> <span class="unit">{unit}</span>'
+        '<div class="remark">{remark}</div></dd></div>'
+    )
+    shown = (
+        fill(
+            cell,
+            name=name,
+            value=value if len(value) <= MOST_DIGITS else f"{value[:MOST_DIGITS]}…",
+            unit=unit,
+            remark=remark,
+        )
+        for name, value, unit, remark in cells
+    )
+    return fill('<dl class="results">\n{cells}\n</dl>', cells=join(shown))
+
+
+def column(record: Record) -> dict[str, str]:
+    """The run beside others: a value for each row of the table, in the order of reading."""
+    last = record.validations[-1] if record.validations else {}
+    training, speed, n_params = (
+        final_training_loss(record),
+        record.typical("tokens_per_s"),
+        record.start.get("n_params"),
+    )
+    return {
+        "Verdict": state_of(record.verdicts[-1]) if record.verdicts else "–",
+        "Validation loss": figure("loss", last.get("loss")),
+        "Perplexity": figure("perplexity", last.get("perplexity")),
+        "Bits per byte": figure("bits_per_byte", last.get("bits_per_byte")),
+        "HellaSwag": hellaswag(record),
+        "Training loss": figure("loss", training if math.isfinite(training) else None),
+        "Steps": f"{record.last_step:,.0f}",
+        "Tokens": count(record.tokens) if record.tokens else "–",
+        "Time": wall_time(record),
+        "Tokens/s": count(speed) if math.isfinite(speed) else "–",
+        "Recipe": record.recipe,
+        "Parameters": count(number(n_params)) if math.isfinite(number(n_params)) else "–",
+        "Data set": record.dataset or "–",
+        "Device": str(record.start.get("device") or "–"),
+        "Seed": str(config_of(record).get("seed", "–")),
+        "Commit": str(record.start.get("commit") or "–"),
+        "Ended": record.status,
+    }
+
+
+def config_of(record: Record) -> dict[str, object]:
+    """The configuration that the first start recorded."""
+    config = record.start.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def wall_time(record: Record) -> str:
+    """How long the run took."""
+    return duration(record.elapsed_s) if math.isfinite(record.elapsed_s) else "–"
+
+
+def final_training_loss(record: Record) -> float:
+    """The training loss at the end, over the last few steps."""
+    loss = smooth(record.train["loss"])
+    return float(loss[-1]) if len(loss) else math.nan
+
+
+def _third(record: Record, bits: object, compressor: tuple[str, float] | None) -> tuple[str, str, str, str]:
+    """HellaSwag where it was measured, else bits per byte."""
+    if _hellaswags(record):
+        value, *stderr = hellaswag(record).split(" ± ")
+        return ("HellaSwag", value, "%" if stderr else "", f"± {stderr[0]}" if stderr else "acc_norm")
+    beside = f"{compressor[0][:40]}: {compressor[1]:.2f}" if compressor else ""
+    return ("Bits per byte", figure("bits_per_byte", bits), "", beside)

@@ -1,0 +1,95 @@
+"""Evaluations beside those of others. In: a `Record`; out: the tables of what was measured, references next to it."""
+
+from dataclasses import dataclass
+
+from regpt2.pages.published import CHANCE, Sources, latest_evals, metrics_of, references_of
+from regpt2.pages.record import Event, Record, spread
+from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.tables import figure, table
+
+MOST_EVALS = 100
+MOST_ROWS = 100
+MOST_COLUMNS = 12
+_SHARES = ("acc", "accuracy")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one evaluation, ready to be shown; `against` has pairs of what others reached and its source."""
+
+    eval: str
+    metric: str
+    value: str
+    count: str
+    against: list[tuple[str, str]]
+    protocol: str
+
+
+def scores(record: Record) -> list[Score]:
+    """The newest figures of each evaluation."""
+    return [
+        _score(record, metric, event)
+        for event in latest_evals(record)[:MOST_EVALS]
+        for metric in metrics_of(event)[:MOST_COLUMNS]
+    ]
+
+
+def evaluations(record: Record, sources: Sources) -> Html:
+    """The section: the newest figures beside those of others; below, folded, how each came about."""
+    shown = scores(record)
+    if not shown:
+        return Html("")
+    has_protocol = any(score.protocol for score in shown)
+    head = ["evaluation", "metric", "value", "count", "reference", *(["protocol"] if has_protocol else [])]
+    rows: list[list[object]] = []
+    for score in shown:
+        told = join((_beside(said, source, sources) for said, source in score.against), "; ")
+        row = [score.eval, score.metric.replace("_", " "), score.value, score.count, told or "–"]
+        rows.append([*row, *([score.protocol] if has_protocol else [])])
+    parts = [table("Evaluations", head, rows, "figures scores")]
+    by_name: dict[str, list[Event]] = {}
+    for event in record.evals:
+        by_name.setdefault(str(event.get("eval")), []).append(event)
+    parts += [_history(name, events) for name, events in list(by_name.items())[:MOST_EVALS] if len(events) > 1]
+    return join(parts)
+
+
+def shown_as(metric: str, value: object) -> str:
+    """A share of right answers in percent, all else as it is."""
+    share = isinstance(value, float) and 0 <= value <= 1 and metric.split("_")[0:1] != ["chance"]
+    is_accuracy = any(word in metric.split("_") for word in _SHARES)
+    return f"{100 * value:.2f} %" if share and is_accuracy and isinstance(value, float) else figure(metric, value)
+
+
+def _score(record: Record, metric: str, event: Event) -> Score:
+    name = str(event.get("eval"))
+    value = shown_as(metric, event.get(metric))
+    stderr = event.get(f"{metric}_stderr")
+    if stderr is not None:
+        value = f"{value.removesuffix(' %')} ± {shown_as(metric, stderr)}"
+    against = [
+        (f"{one.model} {shown_as(metric, one.value)}", one.source) for one in references_of(record, name, metric)
+    ]
+    if name in CHANCE and metric.startswith("acc"):
+        against.append((f"chance {100 * CHANCE[name]:g} %", ""))
+    protocols = event.get("protocol")
+    protocol = protocols.get(metric) if isinstance(protocols, dict) else protocols
+    n = event.get("count", event.get("tokens"))
+    return Score(name, metric, value, figure("count", n), against, str(protocol or "")[:300])
+
+
+def _beside(said: str, source: str, sources: Sources) -> Html:
+    if not source:
+        return fill("{said}", said=said)
+    n = sources.mark(source)
+    return fill('{said} <a class="mark" href="#source-{n}">[{n}]</a>', said=said, n=n)
+
+
+def _history(name: str, events: list[Event]) -> Html:
+    """All evaluations of one name."""
+    keys = list(dict.fromkeys(key for event in events for key in event if key not in ("event", "eval", "protocol")))
+    keys = ["step", *(key for key in keys if key not in ("step", "time"))][:MOST_COLUMNS]
+    rows = [[figure(key, event.get(key)) for key in keys] for event in spread(events, MOST_ROWS)]
+    told = f"All {len(events):,} evaluations of {name[:60]}"
+    inner = table(told, [key.replace("_", " ") for key in keys], rows)
+    return fill("<details>\n<summary>{told}</summary>\n{inner}\n</details>", told=told, inner=inner)

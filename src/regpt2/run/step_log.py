@@ -1,0 +1,114 @@
+"""Loss, speed and time left. In: each update's figures, still on the device; out: lines of record and screen."""
+
+import math
+import time
+
+import torch
+
+from regpt2.base.console import count, duration, say
+from regpt2.base.device import synchronize
+from regpt2.data.checks.baselines import is_near_uniform
+from regpt2.model.flops import flops_per_token, mfu
+from regpt2.run.intervals import note
+from regpt2.run.setup import Job
+from regpt2.training.step import StepStats
+
+
+class Meter:
+    """Reads the device only when a line is due; the clock stands still while observing."""
+
+    def __init__(self, job: Job, first: int) -> None:
+        self.job, self.first = job, first
+        self.step = first
+        """The newest update."""
+        self._pending: list[tuple[int, StepStats, int]] = []
+        self._began_at = time.perf_counter()
+        self._busy_s = 0.0
+        self._training_s = 0.0
+        self._spoke_at = 0.0
+        self._flops = flops_per_token(job.config.model, job.config.batch.seq_len)
+
+    def add(self, step: int, stats: StepStats, digest: int) -> None:
+        """Remember an update, and the digest of its data, without reading it."""
+        self._pending.append((step, stats, digest))
+        self.step = step
+
+    def pause(self) -> None:
+        """Stop the clock, once the device has done what it was asked."""
+        synchronize(self.job.world.device)
+        self._busy_s += time.perf_counter() - self._began_at
+
+    def go_on(self) -> None:
+        """Start it again."""
+        self._began_at = time.perf_counter()
+
+    def log(self) -> None:
+        """Read all pending updates, if there are any, and record them.
+
+        Raises:
+            Problem: the guard has seen too many bad updates.
+        """
+        job, config = self.job, self.job.config
+        if not self._pending:
+            return
+        on_device = [torch.stack([s.loss, s.grad_norm, s.accepted, s.spike_limit]) for _, s, _ in self._pending]
+        rows = torch.stack(on_device).tolist()
+        digests = job.world.sum_on_cpu(torch.tensor([_signed(d) for _, _, d in self._pending])).tolist()
+        self.pause()
+        batch, last = config.batch, self._pending[-1][0]
+        step_s = self._busy_s / len(rows)
+        self._training_s += self._busy_s
+        tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
+        used = mfu(tokens_per_s, self._flops, job.peak_flops, job.world.size)
+        for (step, stats, _), row, digest in zip(self._pending, rows, digests, strict=True):
+            loss, grad_norm, accepted, _ = row
+            job.metrics.log(
+                "train",
+                step,
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=stats.lr,
+                step_ms=1e3 * step_s,
+                tokens_per_s=tokens_per_s,
+                mfu=used,
+                tokens=batch.tokens_until(step),
+                skipped=not accepted,
+                data=f"{digest % 2**64:016x}",
+            )
+            self._remark(step, row, stats.scale)
+        self._say(last, rows[-1], self._pending[-1][1].lr, step_s, tokens_per_s, used)
+        self._pending.clear()
+        self._busy_s = 0.0
+        self.go_on()
+
+    def _remark(self, step: int, row: list[float], scale: float) -> None:
+        job, (loss, grad_norm, accepted, spike_limit) = self.job, row
+        if step == 1 and not is_near_uniform(loss, job.config.model.vocab_size):
+            expected = math.log(job.config.model.vocab_size)
+            note(job, step, f"the first loss is {loss:.3f}; an untrained model should have ln(V) = {expected:.3f}")
+        for remark in job.guard.observe(
+            step, loss, grad_norm, accepted=bool(accepted), spike_limit=spike_limit, scale=scale
+        ):
+            note(job, step, remark)
+
+    def _say(
+        self, step: int, row: list[float], lr: float, step_s: float, tokens_per_s: float, used: float | None
+    ) -> None:
+        """A line for the first steps, the last, and at most one in two seconds between."""
+        config, now = self.job.config, time.perf_counter()
+        if not self.job.world.is_main or (self.first + 3 < step < config.max_steps and now - self._spoke_at < 2.0):
+            return
+        self._spoke_at = now
+        seen, done, all_tokens = map(config.batch.tokens_until, (self.first, step, config.max_steps))
+        left_s = (all_tokens - done) * self._training_s / (done - seen)
+        loss, grad_norm, *_ = row
+        busy = "unknown" if used is None else f"{100 * used:.1f}%"
+        say(
+            f"step {step:>6,}/{config.max_steps:,} | loss {loss:.4f} | norm {grad_norm:.3f} | lr {lr:.2e} | "
+            f"{1e3 * step_s:,.1f} ms | {count(tokens_per_s)} tok/s | mfu {busy} | {duration(left_s)} left"
+        )
+
+
+def _signed(digest: int) -> int:
+    """64 bits as the integer that a tensor can hold; sums of such wrap around as those of the digests do."""
+    return digest - 2**64 if digest >= 2**63 else digest

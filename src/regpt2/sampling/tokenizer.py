@@ -1,0 +1,107 @@
+"""The tokenizer of a model. In: a loaded model; out: the tokenizer that it was trained with."""
+
+from pathlib import Path
+
+from regpt2.base.console import warn
+from regpt2.base.errors import CheckpointError
+from regpt2.base.files import sha256_bytes
+from regpt2.data.added_tokens import AddedTokens
+from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
+from regpt2.data.tokenizer import TOKENIZERS, VOCAB_SHA256, Gpt2Tokenizer, Tokenizer, load_tokenizer
+from regpt2.model.files.load import GPT2_ROWS, GPT2_TOKENS, LoadedModel, TokenizerRef, Vocabulary
+from regpt2.model.kernels.activation import split_activation
+
+_WAYS_OUT = (
+    "So it can neither generate nor score text. `regpt2 convert` converts the weights, without the vocabulary, and "
+    "`regpt2 evaluate MODEL --evals val_loss --data DIR` measures the model on ids of its own tokenizer."
+)
+_META_MEND = (
+    f"For nanoGPT's character-level data give the {META_NAME} of its folder, as in --tokenizer "
+    f"nanoGPT/data/shakespeare_char/{META_NAME}, or copy that file beside the model."
+)
+
+
+def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
+    """The tokenizer that the model was trained with, and the texts of rows that were added to it.
+
+    `meta` is nanoGPT's `meta.pkl`, or its folder, with the characters that the model's ids are; by default it is looked
+    for beside the model.
+
+    Raises:
+        CheckpointError: it is not known, is none of ours, or its vocabulary is another than ours of the same name.
+        DataError: `meta.pkl` is not there, or is not what nanoGPT writes.
+    """
+    ref = _characters(loaded, meta) or loaded.tokenizer or _by_size(loaded)
+    rows = loaded.model.config.vocab_size
+    if ref.objection is not None:
+        insist = "If the weights were trained with GPT-2's all the same, take that file away."
+        raise CheckpointError(f"{loaded.source}: {ref.objection} {_WAYS_OUT} {insist}")
+    if ref.name not in TOKENIZERS and ref.characters is None:
+        known = " and ".join(TOKENIZERS)
+        raise CheckpointError(
+            f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}, and only {known} are known. {_WAYS_OUT}"
+        )
+    tokenizer = _with_vocabulary(ref)
+    if ref.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{loaded.source} was trained with a {ref.name!r} vocabulary of fingerprint {ref.fingerprint}, expected "
+            f"{tokenizer.fingerprint}; its ids mean other text here. {_WAYS_OUT}"
+        )
+    if tokenizer.vocab_size + len(ref.added) != rows:
+        raise CheckpointError(
+            f"{loaded.source} has {rows:,} tokens, its tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,}. "
+            f"{_WAYS_OUT}"
+        )
+    if not ref.added:
+        return tokenizer
+    tokenizer = AddedTokens(tokenizer, ref.added)
+    if n := len(tokenizer.textless):
+        warn(
+            f"{loaded.source}: {n:,} rows beyond GPT-2's {loaded.n_text_tokens:,} tokens have no text; "
+            "they are never sampled."
+        )
+    return tokenizer
+
+
+def _by_size(loaded: LoadedModel) -> TokenizerRef:
+    """GPT-2's, for a model of its size that names none."""
+    rows = loaded.model.config.vocab_size
+    if rows not in (GPT2_TOKENS, GPT2_ROWS):
+        raise CheckpointError(
+            f"{loaded.source} does not say which tokenizer it was trained with, and its {rows:,} tokens are "
+            f"not GPT-2's {GPT2_TOKENS:,}. {_META_MEND} {_WAYS_OUT}"
+        )
+    warn(f"{loaded.source} does not say which tokenizer it was trained with; taking GPT-2's, of the same size.")
+    return TokenizerRef("gpt2", VOCAB_SHA256, added=(None,) * (rows - GPT2_TOKENS))
+
+
+def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
+    """The characters of a model that does not hold them, by nanoGPT's `meta.pkl`."""
+    ref, rows = loaded.tokenizer, loaded.model.config.vocab_size
+    place = Path(split_activation(loaded.source)[0])
+    if meta is None:
+        unknown = rows not in (GPT2_TOKENS, GPT2_ROWS) if ref is None else ref.name == CharacterTokenizer.name
+        meta = (place if place.is_dir() else place.parent) / META_NAME
+        if not unknown or (ref is not None and ref.characters is not None):
+            return None
+        if not (place.exists() and meta.is_file()):
+            if ref is None:
+                return None
+            raise CheckpointError(f"{loaded.source} does not hold the characters that its ids are. {_META_MEND}")
+    tokenizer = read_meta(meta / META_NAME if meta.is_dir() else meta)
+    if ref is not None and ref.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{loaded.source} was trained with a {ref.name!r} vocabulary of fingerprint {ref.fingerprint}, {meta} has "
+            f"characters of fingerprint {tokenizer.fingerprint}; give the {META_NAME} of its own data."
+        )
+    return TokenizerRef(tokenizer.name, tokenizer.fingerprint, characters=tokenizer.characters)
+
+
+def _with_vocabulary(ref: TokenizerRef) -> Tokenizer:
+    """From the characters, or for GPT-2's the merges, that came with the weights: so it needs no network."""
+    if ref.characters is not None:
+        return CharacterTokenizer(ref.characters)
+    merges = ref.merges if isinstance(ref, Vocabulary) else None
+    if ref.name == "gpt2" and merges is not None and sha256_bytes(merges) == VOCAB_SHA256:
+        return Gpt2Tokenizer(merges)
+    return load_tokenizer(ref.name)

@@ -1,1 +1,0 @@
-"""How evaluations score: what they may use (`context`), their data (`assets`), endings (`endings`), texts (`texts`)."""

@@ -1,0 +1,281 @@
+"""Memory of a training step. In: how a rank trains; out: bytes by part, at the moment when most is held.
+
+Every term is counted from the code of model/, training/ and the optimizer; tests/training/test_memory.py counts what
+autograd really keeps. P parameters, N = B * T tokens of a micro-batch, C = n_embd, L = n_layer, H = n_head,
+V = padded_vocab_size, b bytes of a number in the compute type.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from regpt2.base import plugins
+from regpt2.base.errors import ConfigError
+from regpt2.model.flops import n_weights
+from regpt2.model.kernels.loss import chunk_rows
+from regpt2.model.language_model import GPTConfig
+from regpt2.model.modern import ModernConfig
+from regpt2.training.optimizer import OptimConfig
+
+FP32 = 4
+MARGIN = 0.10  # a prediction may be so far off, either way
+ALLOCATOR_BYTES = 1 << 30  # on a GPU also this, for fragments and the workspace of libraries
+
+# What the backward pass keeps of a layer, in widths C for each token:
+#   both norms' inputs and outputs 4, queries, keys and values 3, the attended 1, before GELU 4, after it 4.
+# On a CPU what comes after GELU is computed again, in passes so large (model/kernels/recompute.py).
+# Uncompiled on a GPU a 16-bit LayerNorm's input is kept in fp32: 1 more each.
+KEPT_WIDTHS = 16
+GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
+MODERN_WIDTHS = 3  # queries and keys before norm and rotation; the attended in another order
+KEPT_SUMS = 4  # mean and deviation of both norms
+MLP_BACKWARD_WIDTHS = 8  # of the layer that goes backward: the gradients of GELU's output and input
+SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
+# On a GPU, beside all that is kept when the backward pass begins: uncompiled the head's gradient in fp32, twice; with
+# relu(x)^2 the MLP of the last layer. Counted by the allocator (benchmarks/dry_gpu/plan_memory.py).
+GPU_BACKWARD_WIDTHS = {"compiled": 3, "eager": 4, "eager, square": 11}
+GPU_WORKSPACE_BYTES = 72_000_000  # of cuBLAS on a Hopper
+BLOCK = 256  # queries at a time in the CPU's attention (model/kernels/attention.py), which keeps its weights up to 256
+BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (model/kernels/loss.py)
+HEAD_PARTS = 8  # of the head's gradient on a CPU (there too)
+
+# On a CPU also the process itself (Python, torch, its libraries and kernels), and the holes in glibc's heap and the
+# copies of oneDNN: a share of what comes and goes in a step. Both measured (docs/speed.md).
+PROCESS_BYTES = 355_000_000
+HEAP_SHARE = 0.30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How one rank trains."""
+
+    model: GPTConfig
+    micro_batch: int
+    seq_len: int
+    grad_accum_steps: int = 1
+    precision: str = "bf16"
+    device: str = "cuda"
+    compiled: bool = True
+    strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
+    ranks: int = 1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in all weights, the padding of the vocabulary included."""
+        return n_weights(self.model)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer's state, over all shards."""
+        n_in_matrices = 12 * self.model.n_layer * self.model.n_embd**2
+        of_matrices: int
+        of_others: int
+        of_matrices, of_others = plugins.load("training.optim", self.optim.name).MEANS
+        return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_params - n_in_matrices))
+
+    @property
+    def width_bytes(self) -> int:
+        """Of a number in the compute type."""
+        return 2 if self.precision in ("bf16", "fp16") else FP32
+
+    @property
+    def n_tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.seq_len
+
+
+def step_memory(setup: Setup) -> dict[str, int]:
+    """Bytes by part at the fullest moment of an update, for each rank."""
+    head_bytes = FP32 * setup.model.padded_vocab_size * setup.model.n_embd  # of the embedding's weights
+    shards = setup.ranks if setup.strategy == "fsdp" else 1
+    weights = FP32 * setup.n_params // shards
+    held = _gradients_held(setup)
+    whole = setup.grad_accum_steps > 1  # FSDP scatters gradients in the last micro-step; until then they are whole
+    gradients = FP32 * setup.n_params if whole else weights
+    pass_parts = {"rounded weights": _rounded_bytes(setup), "activations": _kept_bytes(setup)}
+    moments = [
+        {"gradients": held * gradients, **pass_parts, "head and loss": _head_forward_bytes(setup)},
+        {"gradients": held * gradients, **pass_parts, **_backward_parts(setup)},
+        # The last gradient of a backward pass is the embedding's, which is added to the head's into a new tensor.
+        {"gradients": max(1, held) * gradients, "embedding's gradient": (2 + (held > 0)) * head_bytes},
+        {"gradients": weights, "orthogonalization": _orthogonalization_bytes(setup)},
+    ]
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
+    parts = {"weights": weights, "optimizer state": setup.state_bytes // shards, **fullest}
+    if setup.device == "cpu":
+        parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
+        parts["process"] = PROCESS_BYTES
+    else:
+        parts["workspace"] = GPU_WORKSPACE_BYTES
+    return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
+
+
+def _gradients_held(setup: Setup) -> int:
+    """Whole sets of gradients that are there while a forward pass goes on."""
+    if setup.strategy == "ordered":  # the partial sums of training/ranks/ordered_sums.py
+        return max(i.bit_count() for i in range(setup.grad_accum_steps))
+    return int(setup.grad_accum_steps > 1 or (setup.ranks > 1 and setup.strategy == "ddp"))  # ddp: buckets, always
+
+
+def _orthogonalization_bytes(setup: Setup) -> int:
+    """Muon's largest stack, the MLPs' matrices: as it comes, before and after a step, and two products of a quarter."""
+    if setup.optim.name != "muon":
+        return 0
+    stack = 8 * setup.model.n_layer * setup.model.n_embd**2 * (2 if setup.device == "cuda" else FP32)
+    if setup.ranks == 1 or setup.strategy == "ordered":
+        return 7 * stack // 2
+    return max(7 * stack // 2 // setup.ranks, 2 * stack)  # each rank its share; then everyone's, twice
+
+
+def _rounded_bytes(setup: Setup) -> int:
+    """Copies in the compute type that the backward pass needs: of a layer's matrices, but for one computed again."""
+    if setup.width_bytes == FP32:
+        return 0
+    C, b = setup.model.n_embd, setup.width_bytes
+    layer = (12 - 4 * _recomputes(setup)) * C * C * b
+    if setup.strategy == "fsdp" and setup.ranks > 1:  # gathered in the compute type: one layer, and the next one
+        return 2 * layer
+    return setup.model.n_layer * layer
+
+
+def _recomputes(setup: Setup) -> bool:
+    """Is GELU's output computed again instead of kept?"""
+    return setup.device == "cpu" and GELU_WIDTHS * setup.model.n_embd * setup.n_tokens >= RECOMPUTED_NUMBERS
+
+
+def _widens_norms(setup: Setup) -> bool:
+    """Is the input of a LayerNorm kept in fp32 beside 16-bit activations? A compiler and the RMS norm keep it as is."""
+    rms_norm = isinstance(setup.model, ModernConfig) and setup.model.rms_norm
+    return setup.device == "cuda" and not setup.compiled and setup.width_bytes < FP32 and not rms_norm
+
+
+def _kept_bytes(setup: Setup) -> int:
+    """Activations that the backward pass needs, of all layers."""
+    model, b = setup.model, setup.width_bytes
+    widths = KEPT_WIDTHS + 2 * _widens_norms(setup) - GELU_WIDTHS * _recomputes(setup)
+    numbers = widths * model.n_embd + KEPT_SUMS
+    bytes_per_token = numbers * b + _attention_bytes(setup)
+    if model.dropout:
+        bytes_per_token += 2 * model.n_embd  # masks, a byte each
+    return model.n_layer * setup.n_tokens * bytes_per_token + _modern_bytes(setup)
+
+
+def _modern_bytes(setup: Setup) -> int:
+    """What a modern model keeps besides."""
+    model, C = setup.model, setup.model.n_embd
+    if not isinstance(model, ModernConfig):
+        return 0
+    layer = 2 * FP32 * model.n_head * model.qk_norm  # the lengths of queries and keys
+    if (model.qk_norm or model.rotary) and _takes_flash(setup):
+        layer += MODERN_WIDTHS * C * setup.width_bytes
+    embeddings = C * model.rms_norm * (setup.width_bytes if setup.compiled else FP32)  # before their norm
+    return setup.n_tokens * (model.n_layer * layer + embeddings)
+
+
+def _takes_flash(setup: Setup) -> bool:
+    return setup.device == "cuda" or (setup.seq_len > BLOCK and setup.width_bytes == FP32)
+
+
+def _attention_bytes(setup: Setup) -> int:
+    """Kept per token and layer besides queries, keys, values and result."""
+    model, b, T = setup.model, setup.width_bytes, setup.seq_len
+    if _takes_flash(setup):
+        return FP32 * model.n_head  # the logarithm of each sum
+    if T <= BLOCK:
+        return b * model.n_head * T  # the weights
+    return b * model.n_head * (T + BLOCK) // 2 if model.dropout else 0
+
+
+def _head_kept_bytes(setup: Setup) -> int:
+    """Between the passes: the gradients of the head and of its input, and what the last norm took in."""
+    C, b = setup.model.n_embd, setup.width_bytes
+    last_norm = (FP32 if _widens_norms(setup) else b) if setup.device == "cuda" else 0
+    return FP32 * setup.model.padded_vocab_size * C + setup.n_tokens * C * (b + last_norm)
+
+
+def _head_forward_bytes(setup: Setup) -> int:
+    """At the last chunk of the loss: what stays, the logits, the rounded weights, the hidden states."""
+    N, C, V, b = setup.n_tokens, setup.model.n_embd, setup.model.padded_vocab_size, setup.width_bytes
+    rows = chunk_rows(N, V, b, setup.device)
+    rounded = V * C * b if b < FP32 else 0
+    n_bytes = _head_kept_bytes(setup) + rounded + min(rows, N) * V * b + N * C * b
+    if setup.device != "cpu":
+        return n_bytes
+    part = V * C * (b + FP32 * (b < FP32)) // HEAD_PARTS  # a few rows of the vocabulary are added at a time
+    wide = rows * V * FP32
+    log_p = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # a few rows of the chunk at a time
+    if isinstance(setup.model, ModernConfig) and setup.model.softcap and not setup.compiled:  # its tanh, and the capped
+        log_p += 2 * min(wide, BLOCK_BYTES)
+    return n_bytes + max(part, log_p)
+
+
+def _backward_parts(setup: Setup) -> dict[str, int]:
+    """At the fullest moment of the backward pass, which is early: the gradients that come and go, and the head's."""
+    model, V, C, b = setup.model, setup.model.padded_vocab_size, setup.model.n_embd, setup.width_bytes
+    squared = isinstance(model, ModernConfig) and model.relu_squared
+    width = setup.n_tokens * C * b
+    if setup.device == "cpu":
+        widths = MLP_BACKWARD_WIDTHS + GELU_WIDTHS * _recomputes(setup)
+        widths += SQUARE_WIDTHS if squared and not setup.compiled else 0
+        return {"a layer backward": FP32 * V * C + widths * width}
+    kept = {"head and loss": _head_kept_bytes(setup)}
+    if setup.compiled:
+        return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width}
+    moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + FP32 * V * C]  # the head's own gradient, scaled
+    if squared:
+        untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is added and gone by then
+        moments.append(GPU_BACKWARD_WIDTHS["eager, square"] * width - FP32 * V * C * untied)
+    return {**kept, "a layer backward": max(moments)}
+
+
+def fits(need_bytes: int, free_bytes: int, device: str) -> bool:
+    """With the margin: the step will surely run."""
+    return need_bytes * (1 + MARGIN) + (ALLOCATOR_BYTES if device == "cuda" else 0) <= free_bytes
+
+
+def cannot_fit(need_bytes: int, free_bytes: int) -> bool:
+    """Even if the prediction is too high by the margin."""
+    return need_bytes * (1 - MARGIN) > free_bytes
+
+
+def micro_batches(setup: Setup, least_tokens: int) -> list[Setup]:
+    """The same training with every micro-batch that divides the smallest update, the smallest first."""
+    sequences = least_tokens // (setup.seq_len * setup.ranks)  # of one rank
+    in_the_largest = setup.micro_batch * setup.grad_accum_steps
+    return [
+        replace(setup, micro_batch=n, grad_accum_steps=in_the_largest // n)
+        for n in range(1, sequences + 1)
+        if sequences % n == 0
+    ]
+
+
+def require_memory(setup: Setup, least_tokens: int, free_bytes: int | None) -> str:
+    """Refuse, before the first step, what would run out of memory; a warning where it may, "" where it will not.
+
+    Args:
+        least_tokens: of the smallest update, which a micro-batch has to divide.
+        free_bytes: what this process may still take; None: not known, and nothing is refused.
+
+    Raises:
+        ConfigError: even if the prediction were too high by the margin, there is not enough.
+    """
+    need_bytes = still_needed(setup)
+    if free_bytes is None or fits(need_bytes, free_bytes, setup.device):
+        return ""
+    smaller = [s for s in micro_batches(setup, least_tokens) if fits(still_needed(s), free_bytes, setup.device)]
+    if smaller:
+        mend = f"--batch.micro-batch {smaller[-1].micro_batch} fits, and the update stays the same"
+    else:
+        mend = "no micro-batch fits: take a smaller model, shorter sequences, or --parallel.strategy fsdp on more GPUs"
+    text = (
+        f"micro_batch = {setup.micro_batch} x seq_len = {setup.seq_len} needs about {need_bytes / 1e9:.2f} GB of "
+        f"memory and {free_bytes / 1e9:.2f} GB are free; {mend}."
+    )
+    if cannot_fit(need_bytes, free_bytes):
+        raise ConfigError(f"{text} (--no-check-memory tries all the same.)")
+    return text
+
+
+def still_needed(setup: Setup) -> int:
+    """Bytes at the fullest moment, without those that a process has taken before it makes the model."""
+    return sum(step_memory(setup).values()) - (PROCESS_BYTES if setup.device == "cpu" else 0)

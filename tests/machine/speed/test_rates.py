@@ -1,0 +1,93 @@
+"""Rates: right arithmetic on a known clock, real files, and what is wrong is said."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from regpt2.base.errors import Problem
+from regpt2.base.ranks.world import World
+from regpt2.machine.speed import rates
+from regpt2.machine.speed.kernels import attention_kernel
+from regpt2.model.flops import flops_per_token
+from regpt2.model.gpt import GPTConfig
+
+CPU = torch.device("cpu")
+
+
+def test_the_median_of_repetitions_counts_and_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = 0.0, iter([100.0, 1.0, 9.0, 2.0])
+
+    def work() -> None:
+        nonlocal now
+        now += next(took)
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now)
+    assert rates.seconds_of(work, CPU, at_least_s=0.0) == 2.0
+
+
+def test_the_shapes_are_those_of_a_forward_pass() -> None:
+    model = GPTConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=1000)
+    flops = sum(2 * n * rows * inputs * outputs for rows, inputs, outputs, n in rates.model_shapes(model, 10))
+    attention = 2 * 64 * 128 * 3  # C T L, forward
+    assert flops == 10 * (flops_per_token(model, 128) / 3 - attention)
+
+
+def test_a_matmul_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 10.0])
+    monkeypatch.setattr(rates, "seconds_of", lambda *work, **more: next(times))
+    found = rates.matmul_rate([(2, 3, 4, 5), (2, 3, 10, 1)], torch.float32, CPU, at_least_s=1.0)
+    assert found == (2 * 2 * 3 * 4 * 5 + 2 * 2 * 3 * 10) / (5 * 1.0 + 10.0)
+
+
+def test_attention_says_its_kernel() -> None:
+    long = rates.attention_rate((1, 2, 384, 16), torch.float32, CPU, at_least_s=0.0)
+    short = rates.attention_rate((1, 2, 64, 16), torch.float32, CPU, at_least_s=0.0)
+    assert (long.kernel, short.kernel) == ("flash", "matmul")
+    assert long.flops_per_s > 0
+
+
+def test_a_compiled_flex_attention_is_no_matmul() -> None:
+    """Compiled it is one kernel of this name, as Inductor calls it."""
+    name = "triton_tem_fused__unsafe_view_flex_attention_split_transpose_view_11"
+
+    def work() -> None:
+        with torch.profiler.record_function(name):
+            torch.ones(2) @ torch.ones(2)
+
+    assert attention_kernel(work) == "FlexAttention"
+
+
+def test_copies_are_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "seconds_of", lambda *work, **more: 2.0)
+    assert rates.copy_rate(CPU, 1000, at_least_s=0.0) == 1000.0
+
+
+def test_a_disk_keeps_what_was_written(tmp_path: Path) -> None:
+    rate = rates.disk_rate(tmp_path / "file", 3 << 20)
+    assert min(rate.write, rate.read) > 0
+    assert (tmp_path / "file").stat().st_size == 3 << 20
+
+
+def test_a_disk_that_changes_a_byte_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damage(file: object) -> None:
+        data = bytearray((tmp_path / "file").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "file").write_bytes(data)
+
+    monkeypatch.setattr(rates, "forget_cached", damage)
+    with pytest.raises(Problem, match="does not hold what was written"):
+        rates.disk_rate(tmp_path / "file", 3 << 20)
+
+
+def test_wrong_sums_over_ranks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = World(rank=0, local_rank=0, size=1, device=CPU)
+    assert rates.exchange_seconds(alone, 4096) >= 0
+
+    def wrong(self: World, value: torch.Tensor) -> torch.Tensor:
+        value[7] += 1
+        return value
+
+    monkeypatch.setattr(World, "sum", wrong)
+    with pytest.raises(Problem, match="of 1,024 sums over 1 ranks are wrong: 1 on rank 0"):
+        rates.exchange_seconds(alone, 4096)
