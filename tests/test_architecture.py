@@ -40,7 +40,8 @@ def imported(file: Path) -> set[str]:
             base = node.module.removeprefix("regpt2").lstrip(".")
             for name in node.names:
                 whole = f"{base}.{name.name}".lstrip(".")
-                found.add(whole if (SRC / whole.replace(".", "/")).with_suffix(".py").exists() else base)
+                path = SRC / whole.replace(".", "/")
+                found.add(whole if path.is_dir() or path.with_suffix(".py").exists() else base)
         elif isinstance(node, ast.Import):
             found |= {n.name.removeprefix("regpt2.") for n in node.names if n.name.startswith("regpt2.")}
     return found - {""}
