@@ -19,6 +19,7 @@ from regpt2.base.errors import UsageError
 from regpt2.base.ranks.processes import Command, Place
 from regpt2.commands import compare
 from regpt2.commands.compare import main
+from regpt2.comparing import train_arms
 from regpt2.comparing.arms import read_arms, read_budget, steps_within, within
 from regpt2.config.run import load_recipe
 from regpt2.data.loader import BatchConfig
@@ -121,7 +122,7 @@ def run_here(
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Runs without processes and without reports of their own; the folder of the comparison."""
-    monkeypatch.setattr(compare, "run_commands", run_here)
+    monkeypatch.setattr(train_arms, "run_commands", run_here)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "compared"
 
@@ -152,7 +153,9 @@ def test_it_trains_compares_tells_what_failed_and_trains_nothing_twice(
     assert len(list(here.glob("*/seed-*/metrics.jsonl"))) == len(records) + 5
     assert [arm["tokens"] for arm in told(here)["plan"]["arms"]] == [3072, 3072, 2048]
     assert told(here)["plan"]["budget"] == "2.05k to 3.07k tokens"
-    monkeypatch.setattr(compare, "run_commands", lambda commands, *_, **__: iter(pytest.fail("run") for _ in commands))
+    monkeypatch.setattr(
+        train_arms, "run_commands", lambda commands, *_, **__: iter(pytest.fail("run") for _ in commands)
+    )
     assert main([*third[:4], "3", *third[5:]]) == 0
 
 
@@ -192,7 +195,7 @@ def test_equal_time_is_measured_once_and_the_tables_are_written_again(
     assert main(command) == 0 and all(path.read_bytes() == record for path, record in timed.items())
     capsys.readouterr()
 
-    monkeypatch.setattr(compare, "run_commands", lambda *_, **__: pytest.fail("a run was started"))
+    monkeypatch.setattr(train_arms, "run_commands", lambda *_, **__: pytest.fail("a run was started"))
     assert main([str(here), "--baseline", "big", "--target", "100"]) == 0
     said = capsys.readouterr().out
     assert "time to 100" in said and "tokens to big's loss" in said

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from regpt2.comparing.outcomes import Outcome, outcomes, remarks
-from regpt2.comparing.runs import Arm, Plan, first_reached, last_step, read_plan, read_run, read_runs
+from regpt2.comparing.runs import Arm, Comparison, first_reached, last_step, read_plan, read_run, read_runs
 from regpt2.comparing.tables import NOTHING, arms_table, chance, costs_table, for_screen, results_table, seeds_table
 
 STEPS = 100
 
 
-def a_plan(*labels: str, seeds: int = 4, target: float | None = None) -> Plan:
+def a_plan(*labels: str, seeds: int = 4, target: float | None = None) -> Comparison:
     arms = [Arm(label, f"{label}=demo", STEPS, 1000 * STEPS, []) for label in labels]
-    return Plan(arms, seeds, "100k tokens", target, "regpt2 compare ...")
+    return Comparison(arms, seeds, "100k tokens", target, "regpt2 compare ...")
 
 
 def write_run(
@@ -42,7 +42,7 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
-def concluded(folder: Path, plan: Plan) -> list[Outcome]:
+def concluded(folder: Path, plan: Comparison) -> list[Outcome]:
     return outcomes(plan, read_runs(folder, plan))
 
 

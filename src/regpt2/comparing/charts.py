@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from regpt2.comparing.outcomes import Outcome
-from regpt2.comparing.runs import Plan, Run, on_common_steps
+from regpt2.comparing.runs import Comparison, Run, on_common_steps
 from regpt2.pages.charts.draw import PRINT, draw, plain, settings
 from regpt2.pages.charts.panels import MOST_RUNS, Across, Panel, Trace, look_of
 from regpt2.pages.record import Column
@@ -17,7 +17,7 @@ FIRST_SHOWN = 0.15  # of the way: before it all curves fall, and what differs is
 _UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
-def panels(plan: Plan, runs: Sequence[Sequence[Run]]) -> list[Panel]:
+def panels(plan: Comparison, runs: Sequence[Sequence[Run]]) -> list[Panel]:
     """The validation losses over tokens and over time: the mean of each arm's seeds, in a band of its deviation."""
     shown = [
         (place, arm.label, on_common_steps(of_arm))
@@ -50,7 +50,9 @@ def _panel(
     return Panel(name, title, Across(unit, last), traces, tick="{:.3g}".format, most=most)
 
 
-def picture(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], title: str, subtitle: str) -> bytes:
+def picture(
+    plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], title: str, subtitle: str
+) -> bytes:
     """The PNG: the curves, and beside them each arm's difference to the first, with its interval and its seeds."""
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only a picture needs it)
 
@@ -73,7 +75,7 @@ def picture(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome],
     return out.getvalue()
 
 
-def _differences(axes: Any, plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> None:
+def _differences(axes: Any, plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> None:
     """A row for each arm but the first: a dot for each seed, a bar for the interval, a mark for the mean."""
     axes.set_title(f"Difference to {plain(plan.arms[0].label, 40)}: left is better", loc="left", fontsize=10,
                    color=PRINT["text"], pad=8, parse_math=False)  # fmt: skip

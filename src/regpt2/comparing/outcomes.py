@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from regpt2.comparing.runs import NOT_BEGUN, Plan, Run, first_reached
+from regpt2.comparing.runs import NOT_BEGUN, Comparison, Run, first_reached
 from regpt2.comparing.significance import ALPHA, Paired, holm, paired
 
 MATTERS = 0.004
@@ -61,7 +61,7 @@ class Outcome:
         return f"{word} by less than {MATTERS}" if abs(self.against.mean) < MATTERS else word
 
 
-def outcomes(plan: Plan, runs: Sequence[Sequence[Run]]) -> list[Outcome]:
+def outcomes(plan: Comparison, runs: Sequence[Sequence[Run]]) -> list[Outcome]:
     """One for each arm, the baseline first."""
     baseline = {run.seed: run for run in runs[0] if run.is_finished}
     found = [
@@ -106,7 +106,7 @@ def _shares(pairs: Sequence[tuple[Run, Run]]) -> Reached:
     return Reached(tokens, seconds)
 
 
-def remarks(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[str]:
+def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[str]:
     """What a reader has to know before the figures are believed."""
     every = [run for of_arm in runs for run in of_arm]
     begun = [run for run in every if run.start]

@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from regpt2.comparing.charts import panels
 from regpt2.comparing.outcomes import Outcome
-from regpt2.comparing.runs import Plan, Run
+from regpt2.comparing.runs import Comparison, Run
 from regpt2.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
 from regpt2.pages import tables
 from regpt2.pages.published import Sources
@@ -29,7 +29,7 @@ _FACTS = {
 }
 
 
-def facts(plan: Plan, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
+def facts(plan: Comparison, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
     """What the figures depend on; where runs differ, all that there was."""
     starts = [run.start for of_arm in runs for run in of_arm if run.start]
     told = {"Command": plan.command, "Budget": plan.budget, "Seeds": f"1 to {plan.seeds}"}
@@ -38,19 +38,19 @@ def facts(plan: Plan, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
     return told
 
 
-def subtitle(plan: Plan, runs: Sequence[Sequence[Run]]) -> str:
+def subtitle(plan: Comparison, runs: Sequence[Sequence[Run]]) -> str:
     """On what, in a line."""
     told = facts(plan, runs)
     return f"{plan.budget} · seeds {told['Seeds']} · {told['Data set']} · {told['Device']}"
 
 
-def title(plan: Plan) -> str:
+def title(plan: Comparison) -> str:
     """What is compared."""
     first, *others = [arm.label for arm in plan.arms]
     return " · ".join([first, *others]) if len(others) < 3 else f"{first} and {len(others)} others"
 
 
-def page(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str]) -> Html:
+def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str]) -> Html:
     """The whole document."""
     said = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
     charts = join(chart(panel, Sources()) for panel in panels(plan, runs))
@@ -86,7 +86,7 @@ def _table(caption: str, rows: Sequence[Sequence[str]], kind: str = "figures") -
 
 
 def text(
-    plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str], picture: str
+    plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str], picture: str
 ) -> str:
     """The same for a README or a pull request; `picture` is the name of the file beside it."""
     results, costs, seeds, arms = (

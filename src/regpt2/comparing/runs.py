@@ -33,7 +33,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Comparison:
     """What is compared. The first arm is the baseline."""
 
     arms: list[Arm]
@@ -68,7 +68,7 @@ class Run:
         return self.status == "finished"
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path) -> Comparison:
     """The plan that `compare.json` tells of.
 
     Raises:
@@ -77,19 +77,19 @@ def read_plan(folder: Path) -> Plan:
     path = folder / "compare.json"
     try:
         told = json.loads(read_small(path, DataError))["plan"]
-        return Plan(**{**told, "arms": [Arm(**arm) for arm in told["arms"]]})
+        return Comparison(**{**told, "arms": [Arm(**arm) for arm in told["arms"]]})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} tells of no comparison ({type(error).__name__}: {error}); give the recipes again, as at the start."
         ) from None
 
 
-def read_runs(folder: Path, plan: Plan) -> list[list[Run]]:
+def read_runs(folder: Path, plan: Comparison) -> list[list[Run]]:
     """The runs of each arm, by seed."""
     return [[read_run(folder, plan, arm, seed) for seed in range(1, plan.seeds + 1)] for arm in plan.arms]
 
 
-def read_run(folder: Path, plan: Plan, arm: Arm, seed: int) -> Run:
+def read_run(folder: Path, plan: Comparison, arm: Arm, seed: int) -> Run:
     """One run; it need not have begun."""
     place = f"{arm.label}/seed-{seed}"
     failure, nothing = plan.failures.get(place, ""), np.zeros(0)

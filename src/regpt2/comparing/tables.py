@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from regpt2.base.console import count, duration
 from regpt2.comparing.outcomes import MATTERS, Outcome
-from regpt2.comparing.runs import Plan, Run
+from regpt2.comparing.runs import Comparison, Run
 
 NOTHING = "–"
 
@@ -33,7 +33,7 @@ def results_table(found: Sequence[Outcome]) -> list[list[str]]:
     return rows
 
 
-def costs_table(plan: Plan, found: Sequence[Outcome]) -> list[list[str]]:
+def costs_table(plan: Comparison, found: Sequence[Outcome]) -> list[list[str]]:
     """A head and a row for each arm: what it took, in all and down to the losses that count."""
     first, target = plan.arms[0].label, plan.target
     head = ["arm", "seeds", "tokens", "time", f"tokens to {first}'s loss", f"time to {first}'s loss"]
@@ -48,7 +48,7 @@ def costs_table(plan: Plan, found: Sequence[Outcome]) -> list[list[str]]:
     return [head, *rows]
 
 
-def seeds_table(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[list[str]]:
+def seeds_table(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[list[str]]:
     """The final loss of each run, a row for each arm, and what their signs alone say."""
     rows = [["arm", *(f"seed {seed}" for seed in range(1, plan.seeds + 1)), "p by signs"]]
     for of_arm, one in zip(runs, found, strict=True):
@@ -57,7 +57,7 @@ def seeds_table(plan: Plan, runs: Sequence[Sequence[Run]], found: Sequence[Outco
     return rows
 
 
-def arms_table(plan: Plan) -> list[list[str]]:
+def arms_table(plan: Comparison) -> list[list[str]]:
     """What each arm is."""
     rows = [
         [arm.label, arm.spec, f"{arm.max_steps:,}", f"{arm.tokens:,}", "; ".join(arm.changes) or NOTHING]

@@ -1,0 +1,64 @@
+"""What a comparison found, written. In: its plan and its runs; out: tables on the screen and four files."""
+
+import json
+import math
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpt2 import __version__
+from regpt2.base.console import say
+from regpt2.base.files import write_atomic
+from regpt2.base.version import commit
+from regpt2.comparing.charts import picture
+from regpt2.comparing.outcomes import outcomes, remarks
+from regpt2.comparing.page import page, subtitle, text, title
+from regpt2.comparing.runs import Comparison, read_runs
+from regpt2.comparing.tables import costs_table, for_screen, results_table
+
+
+def show(folder: Path, plan: Comparison) -> None:
+    """The tables on the screen; compare.json, compare.md, compare.png and compare.html."""
+    runs = read_runs(folder, plan)
+    found = outcomes(plan, runs)
+    said = remarks(plan, runs, found)
+    write_json(folder, plan)
+    write_atomic(folder / "compare.png", picture(plan, runs, found, title(plan), subtitle(plan, runs)))
+    write_atomic(folder / "compare.md", text(plan, runs, found, said, "compare.png"))
+    write_atomic(folder / "compare.html", page(plan, runs, found, said))
+    tables = results_table(found), costs_table(plan, found)
+    for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *said):
+        say(line)
+    say(f"{folder / 'compare.html'} is written, and beside it compare.md, compare.png and compare.json.")
+
+
+def write_json(folder: Path, plan: Comparison) -> None:
+    """The plan, every run's curve and what it depends on, and what follows from them."""
+    runs = read_runs(folder, plan)
+    found = outcomes(plan, runs)
+    told = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "plan": asdict(plan),
+        "outcomes": [{**asdict(one), "mean": one.mean, "sd": one.sd, "verdict": one.verdict} for one in found],
+        "remarks": remarks(plan, runs, found),
+        "runs": {arm.label: [asdict(run) for run in of_arm] for arm, of_arm in zip(plan.arms, runs, strict=True)},
+    }
+    write_atomic(folder / "compare.json", json.dumps(_plain(told), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
