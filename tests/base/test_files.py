@@ -63,6 +63,7 @@ def test_a_folder_has_one_owner_and_a_dead_one_leaves_no_lock(tmp_path: Path) ->
         folder_lock(tmp_path),
     ):
         pass
+    assert (tmp_path / ".lock").read_bytes().startswith(b" process"), "the owner would not be readable on Windows"
     holder.kill()
     holder.wait()
     holder.stdout.close()

@@ -119,13 +119,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
     make_dir(folder)
     with open(folder / ".lock", "a+b") as file:
         if not try_lock(file):
-            file.seek(0)
+            file.seek(1)
             owner = file.read(400).decode(errors="replace").strip() or "another process"
             raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
-        file.seek(0)
-        file.truncate()
+        file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
+        # It begins with a space: on Windows nobody else can read the first byte, which is the one that is locked.
+        file.write(f" process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
         file.flush()
         yield
 
@@ -136,24 +136,15 @@ def try_lock(file: IO[bytes]) -> bool:
     Raises:
         UsageError: its file system has no locks.
     """
+    import filelock  # noqa: PLC0415  (needed where something is locked only)
+
     try:
-        if sys.platform == "win32":
-            import msvcrt  # noqa: PLC0415  (exists on Windows only)
-
-            file.seek(1 << 30)  # the lock begins at the position; beyond the end, so that the text stays readable
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl  # noqa: PLC0415  (exists on Unix only)
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return filelock.lock_descriptor(file.fileno(), blocking=False)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            return False
         raise UsageError(
             f"{file.name} cannot be locked ({error.strerror}); choose a folder on a file system that has locks "
             "(Lustre: mounted with -o flock), or two runs could write into one folder."
         ) from None
-    return True
 
 
 def free_bytes(folder: Path) -> int:
