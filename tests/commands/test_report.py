@@ -18,7 +18,7 @@ from regpt2.commands import report
 from regpt2.commands.report import main, write_report
 from regpt2.pages.charts.panels import MOST_RUNS, look_of, panels
 from regpt2.pages.record import read_record, smooth, spread, thin, thin_peaks
-from regpt2.pages.safe_html import Html, fill
+from regpt2.pages.safe_html import Html, fill, join
 
 pytestmark = pytest.mark.seconds
 
@@ -522,7 +522,9 @@ def test_damaged_record_is_refused_and_a_cut_last_line_is_not(tmp_path: Path) ->
 
 
 def test_markup_escapes_all_but_markup() -> None:
-    assert fill("<p>{a}{b}</p>", a="<&\"'{b}", b=Html("<br>")) == "<p>&lt;&amp;&quot;&#x27;{b}<br></p>"
+    assert fill("<p>{a}{b}</p>", a="<&\"'{b}", b=Html("<br>")) == "<p>&lt;&amp;&#34;&#39;{b}<br></p>"
+    assert fill("{a}", a="\x1b[2J\ud800") == r"\x1b[2J\ud800"
+    assert join([Html("<br>"), "<i>"], " ") == "<br> &lt;i&gt;"  # type: ignore[list-item]
 
 
 def test_thinned_curve_keeps_the_mean_and_shows_gaps() -> None:
