@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share the cores; read when torch is first imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_TOKEN_PATH"] = os.devnull  # read when huggingface_hub is first imported: no test sends a real token
 
 import torch
 

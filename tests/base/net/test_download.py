@@ -377,20 +377,27 @@ def test_a_pinned_download_is_what_was_pinned_or_an_error(hub: FakeHub, tmp_path
 
 
 def test_the_settings_are_those_of_the_hubs_own_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH", "HF_HUB_OFFLINE"):
+    from huggingface_hub import constants
+
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     assert (hub_endpoint(), hub_token(), is_offline()) == ("https://huggingface.co", "", False)
-    (tmp_path / "huggingface").mkdir()
-    (tmp_path / "huggingface" / "token").write_text("hf_kept\n")
+    (tmp_path / "token").write_text("hf_kept\n")
     assert hub_token() == "hf_kept"
+    (tmp_path / "token").write_bytes(b"hf_\xff")
+    with pytest.raises(UsageError, match="cannot read the token.*set HF_TOKEN"):
+        hub_token()
     monkeypatch.setenv("HF_TOKEN", "hf_set")
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     monkeypatch.setenv("HF_HUB_OFFLINE", "true")
     assert (hub_endpoint(), hub_token(), is_offline()) == ("https://mirror.example", "hf_set", True)
+    for odd in ("a\x1b[2J", "hf_é"):
+        monkeypatch.setenv("HF_TOKEN", odd)
+        with pytest.raises(UsageError, match="HF_TOKEN"):
+            hub_token()
     monkeypatch.setenv("HF_TOKEN", "a\r\nX-Evil: 1")
-    with pytest.raises(UsageError, match="HF_TOKEN"):
-        hub_token()
+    assert hub_token() == "aX-Evil: 1", "no second header"
     monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
     with pytest.raises(UsageError, match="HF_ENDPOINT"):
         hub_endpoint()

@@ -51,7 +51,6 @@ FINEWEB_FILES = {
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGPT2_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no_token"))
 
 
 @pytest.fixture

@@ -58,7 +58,6 @@ FILES = {f"finewebedu_train_{n:06d}.bin": shard(ids) for n, ids in enumerate(TRA
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("REGPT2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with FakeHub({REPO: FILES}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)

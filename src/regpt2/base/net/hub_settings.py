@@ -1,7 +1,6 @@
-"""Where the Hugging Face hub is, and who asks. In: the environment, as its own tools read it; out: address, token."""
+"""Where the Hugging Face hub is, and who asks. In: the environment and its own tools' files; out: address, token."""
 
 import os
-from pathlib import Path
 
 from regpt2.base.errors import UsageError
 
@@ -19,16 +18,17 @@ def hub_endpoint() -> str:
 
 
 def hub_token() -> str:
-    """$HF_TOKEN, else what `hf auth login` has kept; empty if there is none.
+    """What huggingface_hub sends: $HF_TOKEN, else what `hf auth login` keeps, renewed; empty if there is none.
 
     Raises:
-        UsageError: it holds a character that cannot be sent.
+        UsageError: it cannot be read, or holds a character that cannot be sent.
     """
-    home = Path(os.environ.get("HF_HOME") or _cache() / "huggingface")
-    kept = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not token and kept.is_file():
-        token = kept.read_text(encoding="utf-8", errors="replace").strip()
+    import huggingface_hub  # noqa: PLC0415  (slow to import, needed for the hub only)
+
+    try:
+        token = huggingface_hub.get_token() or ""
+    except Exception as error:  # a file that is not text, or a login in CI that failed
+        raise UsageError(f"cannot read the token of the Hugging Face hub ({error}); set HF_TOKEN.") from None
     if not (token.isascii() and token.isprintable()):
         raise UsageError("the token of the Hugging Face hub holds characters that none can have; set HF_TOKEN anew.")
     return token
@@ -37,7 +37,3 @@ def hub_token() -> str:
 def is_offline() -> bool:
     """The user wants nothing from the hub: $HF_HUB_OFFLINE."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
