@@ -386,7 +386,7 @@ def test_the_settings_are_those_of_the_hubs_own_tools(tmp_path: Path, monkeypatc
     (tmp_path / "token").write_text("hf_kept\n")
     assert hub_token() == "hf_kept"
     (tmp_path / "token").write_bytes(b"hf_\xff")
-    with pytest.raises(UsageError, match="cannot read the token.*set HF_TOKEN"):
+    with pytest.raises(UsageError, match=r"cannot read the token.*set HF_TOKEN"):
         hub_token()
     monkeypatch.setenv("HF_TOKEN", "hf_set")
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
