@@ -1,8 +1,9 @@
 """The verb convert: there and back again without a bit changed; what is not proven does not appear."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.commands.convert import TOLERANCE, ConvertOptions, convert, largest_difference, main
 from regpt2.data.tokenizer import load_tokenizer
-from regpt2.model.files.load import TokenizerRef, Vocabulary, load_model
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model import architecture
+from regpt2.model.files.load import LoadedModel, TokenizerRef, Vocabulary, load_model
+from regpt2.model.gpt import GPT, Block, GPTConfig
+from regpt2.model.language_model import LayerCache
 from regpt2.model.weights import gguf, huggingface, native, onnx
 
+ONLY_GPT2 = ["gguf", "huggingface", "llmc", "nanogpt"]
 WITH_CLIENTS = [gguf, huggingface, onnx]
 
 
@@ -290,3 +294,73 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     with pytest.raises(Problem, match=r"a model as native needs .* MB and 0\.0 MB are free"):
         convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "b", to="native"))
     assert not (tmp_path / "b").exists()
+
+
+class OwnBlock(Block):
+    """The same weights, another mathematics."""
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        return super().forward(x, cache).flip(-1)
+
+
+class OwnGPT(GPT):
+    def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        self.h[1] = OwnBlock(config)
+
+
+class SilentGPT(GPT):
+    """Computes the same logits today: they prove nothing about a class of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnConfig(GPTConfig):
+    architecture: str = "own"
+
+
+def a_swapped_block() -> GPT:
+    model = GPT(SMALL)
+    model.h[0] = OwnBlock(SMALL)
+    return model
+
+
+@pytest.mark.parametrize("to", [*ONLY_GPT2, "native", "onnx", "safetensors"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: OwnGPT(SMALL), a_swapped_block, lambda: SilentGPT(SMALL)],
+    ids=["subclass", "swapped", "silent"],
+)
+def test_a_gpt_with_parts_of_its_own_is_refused(
+    tmp_path: Path, to: str, make: Callable[[], GPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regpt2.commands.convert.load_model", lambda _: LoadedModel(make().eval(), None, "mine"))
+    said = refused(ConvertOptions("mine", tmp_path / "out", to=to))
+    assert said.startswith(f"--to {to}: mine is not the gpt2 model that its configuration describes")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def own_architecture(monkeypatch: pytest.MonkeyPatch) -> OwnGPT:
+    monkeypatch.setitem(architecture.ARCHITECTURES, "own", (OwnConfig, OwnGPT))
+    return OwnGPT(OwnConfig(**{name: getattr(SMALL, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}))
+
+
+@pytest.mark.parametrize("to", ["native", "safetensors"])
+def test_an_architecture_on_top_of_gpt_keeps_its_own_blocks(tmp_path: Path, to: str, own_architecture: OwnGPT) -> None:
+    (tmp_path / "a").mkdir()
+    native.write(own_architecture, tmp_path / "a", None)
+    convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "b", to=to))
+    copy, ids = load_model(tmp_path / "b").model, torch.arange(30)[None]
+    assert type(copy) is OwnGPT
+    with torch.no_grad():
+        assert torch.equal(copy(ids), own_architecture.eval()(ids))
+
+
+@pytest.mark.parametrize("to", ONLY_GPT2)
+def test_an_architecture_on_top_of_gpt_is_not_written_as_gpt2(
+    tmp_path: Path, to: str, own_architecture: OwnGPT
+) -> None:
+    (tmp_path / "a").mkdir()
+    native.write(own_architecture, tmp_path / "a", None)
+    said = refused(ConvertOptions(str(tmp_path / "a"), tmp_path / "b", to=to))
+    assert "holds GPT-2 alone" in said and "'own' with parts of its own" in said

@@ -30,8 +30,7 @@ from regpt2.config.run import load_recipe
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.exploring.pictures import drawable, heads_picture, wpe_picture
 from regpt2.model.architecture import build_model
-from regpt2.model.files.load import LoadedModel, TokenizerRef, Vocabulary, tensors_of
-from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.gpt import GPT, CausalSelfAttention, GPTConfig
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.modern import ModernConfig
 from regpt2.model.weights import huggingface, native
@@ -126,6 +125,16 @@ def test_attention_weights_of_a_modern_model_are_those_that_it_uses(switches: di
 
 
 @pytest.mark.seconds
+def test_attention_of_a_class_of_its_own_is_not_drawn_as_gpt2s() -> None:
+    class OwnAttention(CausalSelfAttention):
+        pass
+
+    model = GPT(CONFIG)
+    model.h[1].attn = OwnAttention(CONFIG)
+    with pytest.raises(UsageError, match="this model's is a OwnAttention"):
+        all_attention_weights(model, torch.arange(9))
+
+
 def test_what_a_modern_model_has_not_is_said(tmp_path: Path) -> None:
     model = build_model(ModernConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257))
     found = explore(LoadedModel(model, BYTES, "here"))

@@ -213,7 +213,7 @@ def test_generation_with_a_cache_is_generation_without(config: ModernConfig) -> 
 @pytest.mark.parametrize("config", [CONFIG, ALL_OFF], ids=["all on", "all off"])
 def test_twins_of_gpt2_are_not_made_of_another_model(config: ModernConfig) -> None:
     model = random_model(config)
-    with pytest.raises(UsageError, match="int8 is for GPT-2, this model's architecture is 'modern'"):
+    with pytest.raises(UsageError, match="int8 is for plain GPT-2, this ModernGPT"):
         in_int8(model)
     rounded = model.bfloat16()
     assert packed_if_faster(rounded, 1000, rows=1) is rounded

@@ -106,7 +106,7 @@ def test_it_is_measured_sampled_and_looked_at(
     assert main(["sample", str(straight), "ab", "--n", "3", "--max-new-tokens", "8"]) == 0
     capsys.readouterr()
     assert main(["sample", str(straight), "ab", "--dtype", "int8"]) == 2
-    assert "int8 is for GPT-2" in capsys.readouterr().err
+    assert "int8 is for plain GPT-2" in capsys.readouterr().err
     assert main(["explore", str(straight), "--out", str(tmp_path / "look")]) == 0
     said = capsys.readouterr().out
     assert "modern GPT with 2 layers" in said

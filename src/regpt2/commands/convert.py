@@ -23,9 +23,8 @@ from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import fsync_dir, require_free_space
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.tokenizer import Gpt2Tokenizer
-from regpt2.model.architecture import switches_on
-from regpt2.model.files.load import SHELF, TORCH_DTYPES, LoadedModel, Vocabulary, load_model, tensors_of
-from regpt2.model.gpt import GPT
+from regpt2.model.architecture import ARCHITECTURES, switches_on
+from regpt2.model.gpt import GPT, is_plain
 from regpt2.model.kernels.activation import split_activation
 from regpt2.model.language_model import GPTConfig, LanguageModel
 from regpt2.sampling.tokenizer import tokenizer_of
@@ -116,16 +115,23 @@ def _dtype(entry: Any, options: ConvertOptions) -> str:
 
 def _check_expressible(options: ConvertOptions, entry: Any, loaded: LoadedModel) -> None:
     """Most formats have no words for what GPT-2 has not."""
-    config = loaded.model.config
-    if getattr(entry, "ANY_ARCHITECTURE", False) or isinstance(loaded.model, GPT):
+    model, config = loaded.model, loaded.model.config
+    _, described = ARCHITECTURES[config.architecture]
+    if type(model) is not described or (described is GPT and not is_plain(model)):
+        raise UsageError(
+            f"--to {options.to}: {loaded.source} is not the {config.architecture} model that its configuration "
+            f"describes: its {type(model).__name__} is a subclass, or a part of it was replaced, patched or hooked. A file of its "
+            "weights would be another model; give it an architecture of its own, or undo the change."
+        )
+    if getattr(entry, "ANY_ARCHITECTURE", False) or type(model) is GPT:
         return
     switches = [name for name in switches_on(config) if name != "zero_init"]  # how weights began, no format tells
-    has = ", ".join(["no biases", *switches])
+    has = ", ".join([*([] if isinstance(model, GPT) else ["no biases"]), *switches]) or "parts of its own"
     shelf = {name: plugins.load(SHELF, name) for name in _writers()}
     able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "ANY_ARCHITECTURE", False))
     raise UsageError(
-        f"--to {options.to} holds GPT-2 alone, {loaded.source} is a {config.architecture} model with {has}; "
-        f"formats that hold it: {able}."
+        f"--to {options.to} holds GPT-2 alone, {loaded.source} has the architecture {config.architecture!r} with "
+        f"{has}; formats that hold it: {able}."
     )
 
 

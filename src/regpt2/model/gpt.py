@@ -4,6 +4,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", with
 """
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from regpt2.model.kernels.norm import layer_norm
 from regpt2.model.kernels.recompute import recomputed
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 
-__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm", "Linear"]
+__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm", "Linear", "is_plain"]
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
 
@@ -52,7 +53,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        mask = None if cache is None else cache.mask
+        y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, mask=mask)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
@@ -149,3 +151,27 @@ class GPT(LanguageModel):
         if targets is None:
             return self.head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+
+
+_PARTS = {
+    "": GPT,
+    **dict.fromkeys(("wte", "wpe"), nn.Embedding),
+    "h": nn.ModuleList,
+    "attn": CausalSelfAttention,
+    "mlp": MLP,
+    **dict.fromkeys(("c_attn", "c_proj", "c_fc"), Linear),
+    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm),
+}
+
+
+def is_plain(model: nn.Module) -> TypeGuard[GPT]:
+    """Is it GPT-2 as on this page: no subclass, and no part replaced, patched or hooked?
+
+    Of any other model the weights alone do not tell what it computes.
+    """
+    for name, part in model.named_modules():
+        last = name.rpartition(".")[2]
+        changes = part._forward_hooks or part._forward_pre_hooks or vars(part).keys() & {"forward", "hidden", "head"}
+        if type(part) is not (Block if last.isdigit() else _PARTS.get(last)) or changes:
+            return False
+    return True

@@ -72,6 +72,9 @@ class GPTConfig:
 class LayerCache(Protocol):
     """Keys and values of the tokens before, for one block (see sampling/generate.py)."""
 
+    mask: Tensor | None
+    """Which of all keys the new queries see (1, 1, T, S); None: as in causal attention."""
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new (B, H, T, D) and return all (B, H, S, D)."""
         ...

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regpt2.base.errors import UsageError
-from regpt2.model.gpt import GPT, Block
+from regpt2.model.gpt import GPT, Block, is_plain
 from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.language_model import LanguageModel, LayerCache
+from regpt2.sampling.twin import may_have_twin, twin_agrees
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache
 
@@ -118,28 +119,47 @@ class PackedGPT(GPT):
 
 
 def packed_if_faster(model: LanguageModel, n_tokens: int, *, rows: int) -> LanguageModel:
-    """A packed twin where it will be faster for `n_tokens` passes over so many rows each, else the model itself."""
+    """A packed twin where it is faster for `n_tokens` passes over `rows` rows each, else the model itself.
+
+    The twin computes plain GPT-2 only, and must give the model's own logits.
+    """
     weight = next(model.h.parameters())  # the embeddings need not be of the same type
-    if not isinstance(model, GPT) or isinstance(model, PackedGPT) or weight.device.type != "cpu" or n_tokens < 50:
+    pays = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and rows <= _FEW_ROWS)
+    if not pays or isinstance(model, PackedGPT) or weight.device.type != "cpu" or n_tokens < 50:
         return model
+    if not may_have_twin(model):
+        return model
+    linear = PackedLinear if weight.dtype == torch.bfloat16 else TransposedLinear
     try:
-        if weight.dtype == torch.bfloat16:
-            return PackedGPT(model)
-        if weight.dtype == torch.float32 and rows <= _FEW_ROWS:
-            return PackedGPT(model, TransposedLinear)
+        twin = PackedGPT(model, linear)
+        return twin if twin_agrees("the packed model", *_logits(model, twin, weight.dtype)) else model
     except (RuntimeError, AttributeError):  # a torch or a processor without it, or too little memory for a copy
-        pass
-    return model
+        return model
+
+
+@torch.no_grad()
+def _logits(model: GPT, twin: PackedGPT, dtype: torch.dtype) -> list[Tensor]:
+    """Logits (1, V) by both after the same few tokens; the model's mode is left as it was."""
+    ids = torch.arange(min(8, model.config.block_size, model.config.vocab_size))[None]
+    was_training = model.training
+    model.eval()
+    try:
+        return [one.head(one.hidden(ids, dtype=dtype)[:, -1]) for one in (model, twin)]
+    finally:
+        model.train(was_training)
 
 
 def in_int8(model: LanguageModel) -> PackedGPT:
     """A twin of an fp32 model with int8 matrices, for generating on a CPU.
 
     Raises:
-        UsageError: no GPT-2, not on a CPU, or on one without instructions for int8.
+        UsageError: not plain GPT-2, not on a CPU, or on one without instructions for int8.
     """
-    if not isinstance(model, GPT):
-        raise UsageError(f"int8 is for GPT-2, this model's architecture is {model.config.architecture!r}; use bf16.")
+    if not is_plain(model):
+        raise UsageError(
+            f"int8 is for plain GPT-2, this {type(model).__name__} (architecture {model.config.architecture!r}) "
+            "computes something else; use bf16."
+        )
     if model.wte.weight.device.type != "cpu":
         raise UsageError(f"int8 is for CPUs, the model is on {model.wte.weight.device}; use bf16, or --device cpu.")
     if not torch.cpu._is_vnni_supported():

@@ -6,16 +6,29 @@ that. A CUDA graph starts all at once. Recording takes a few steps' time, where 
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from regpt2.base.console import warn
-from regpt2.model.gpt import GPT, Block
-from regpt2.model.kernels.attention import without_plans
+from regpt2.model.gpt import GPT
 from regpt2.model.language_model import LanguageModel
+from regpt2.sampling.twin import may_have_twin
 
 # B sequences, C = n_embd, H = n_head, D = C / H, S places in the cache
 
 _WORTH_RECORDING = 16  # tokens
+
+
+class _StaticLayer:
+    """One block's part of a cache: a new key goes to the place that `position` holds, `mask` hides those after it."""
+
+    def __init__(self, k: Tensor, v: Tensor, position: Tensor, mask: Tensor) -> None:
+        self.k, self.v, self.position = k, v, position  # two of (B, H, S, D), (1,)
+        self.mask: Tensor | None = mask  # (1, 1, 1, S)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, 1, D) -> (B, H, S, D)
+        return self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v)
+
+    def append_ids(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("GPT-2's attention does not depend on ids")
 
 
 class StaticStep:
@@ -28,7 +41,9 @@ class StaticStep:
         self.model, self.k, self.v = model, k, v
         self.ids = torch.zeros(k.shape[1], 1, dtype=torch.int64, device=k.device)  # (B, 1)
         self.position = torch.zeros(1, dtype=torch.int64, device=k.device)
-        self.places = torch.arange(k.shape[3], device=k.device)  # (S,)
+        self.places = torch.arange(k.shape[3], device=k.device).view(1, 1, 1, -1)  # (1, 1, 1, S)
+        self.seen = self.places < 0  # (1, 1, 1, S)
+        self.layers = [_StaticLayer(*both, self.position, self.seen) for both in zip(k, v, strict=True)]
 
     def __call__(self, ids: Tensor, position: int) -> Tensor:
         """Ids (B,), the tokens at `position`, -> logits (B, V) after them."""
@@ -38,24 +53,11 @@ class StaticStep:
 
     def run(self) -> Tensor:
         """Logits (B, V) after `ids` at `position`, in place of what the cache has there."""
+        torch.le(self.places, self.position, out=self.seen)
         x = self.model.wte(self.ids) + self.model.wpe(self.position)  # (B, 1, C)
-        seen = (self.places <= self.position).view(1, 1, 1, -1)  # (1, 1, 1, S)
-        for layer, block in enumerate(self.model.h):
-            assert isinstance(block, Block)
-            x = x + self._attend(block, layer, block.ln_1(x), seen)
-            x = x + block.mlp(block.ln_2(x))
+        for block, cache in zip(self.model.h, self.layers, strict=True):
+            x = block(x, cache)
         return self.model.head(self.model.ln_f(x)[:, -1])
-
-    def _attend(self, block: Block, layer: int, x: Tensor, seen: Tensor) -> Tensor:  # (B, 1, C) -> (B, 1, C)
-        B, T, C = x.shape
-        qkv = block.attn.c_attn(x).view(B, T, 3, block.attn.n_head, -1)  # (B, 1, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, H, 1, D)
-        self.k[layer].index_copy_(2, self.position, k)
-        self.v[layer].index_copy_(2, self.position, v)
-        with without_plans():  # S is another one for each prompt
-            y = F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], attn_mask=seen)  # (B, H, 1, D)
-        out: Tensor = block.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return out
 
 
 class RecordedStep(StaticStep):
@@ -85,7 +87,7 @@ class RecordedStep(StaticStep):
 
 def recorded_if_faster(model: LanguageModel, k: Tensor, v: Tensor, position: int, n_tokens: int) -> StaticStep | None:
     """A recorded step where it is faster for `n_tokens` from `position` on: of a GPT-2, on a GPU."""
-    if not isinstance(model, GPT) or k.device.type != "cuda" or n_tokens < _WORTH_RECORDING:
+    if k.device.type != "cuda" or n_tokens < _WORTH_RECORDING or not may_have_twin(model):
         return None
     try:
         return RecordedStep(model, k, v, position)

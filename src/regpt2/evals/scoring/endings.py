@@ -125,6 +125,8 @@ def _batches(questions: Sequence[Question], context_size: int, most_tokens: int)
 class _SharedContext:
     """One block's keys and values: those of the contexts are kept, then each ending sees those of its own context."""
 
+    mask: Tensor | None = None
+
     def __init__(self) -> None:
         self.kept: tuple[Tensor, Tensor] | None = None  # two of (Q, H, c, D)
         self.kept_ids: Tensor | None = None  # (Q, c)
