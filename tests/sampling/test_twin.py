@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from regpt2.base.world import World
-from regpt2.scoring.context import EvalContext
-from regpt2.training.parallel import in_compute_type
+from regpt2.base.ranks.world import World
+from regpt2.evals.scoring.context import EvalContext
+from regpt2.training.ranks.strategy import in_compute_type
 from test_gpt import random_gpt
 from torch import Tensor, nn
 from torch.nn import functional as F

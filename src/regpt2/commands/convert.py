@@ -24,6 +24,7 @@ from regpt2.base.files import fsync_dir, require_free_space
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.tokenizer import Gpt2Tokenizer
 from regpt2.model.architecture import ARCHITECTURES, switches_on
+from regpt2.model.files.load import SHELF, TORCH_DTYPES, LoadedModel, Vocabulary, load_model, tensors_of
 from regpt2.model.gpt import GPT, is_plain
 from regpt2.model.kernels.activation import split_activation
 from regpt2.model.language_model import GPTConfig, LanguageModel

@@ -1,6 +1,7 @@
 """Does a device compute what the mathematics says? In: a small model, a device, a precision; out: how far off it is.
 
-The other side is GPT-2, its head and AdamW written once more, plainly, in fp64 on the CPU: no fast kernel is in them.
+The other side is the lecture's plain GPT-2 (lecture.py), and the head and AdamW written out, in fp64 on the CPU: no
+fast kernel is in them.
 """
 
 import copy
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from regpt2.base.device import Precision, choose_compute
 from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.files.load import load_into, tensors_of
 from regpt2.model.kernels.loss import linear_cross_entropy
+from regpt2.machine.speed.lecture_steps import PLAIN, LectureGPT
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.ranks.strategy import make_trainable
 
@@ -101,10 +104,12 @@ def make_trial(config: GPTConfig, micro_batch: int, seq_len: int) -> Trial:
                 p.normal_(std=0.02, generator=generator)
     ids = torch.randint(0, config.vocab_size, (micro_batch, seq_len + 1), generator=generator)
     ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    p64 = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    loss = _plain_loss(p64, config, ids, targets)
-    gradients = torch.autograd.grad(loss, list(p64.values()))
-    return Trial(model, ids, targets, loss.item(), dict(zip(p64, gradients, strict=True)))
+    plain = LectureGPT(config, PLAIN, torch.float64).double()
+    load_into(plain, tensors_of(model))
+    loss = plain(ids, targets)
+    gradients = torch.autograd.grad(loss, list(plain.parameters()))
+    names = [name for name, _ in plain.named_parameters()]
+    return Trial(model, ids, targets, loss.item(), dict(zip(names, gradients, strict=True)))
 
 
 def agreement(trial: Trial, device: torch.device, precision: Precision, *, compiled: bool) -> Agreement:
@@ -141,36 +146,6 @@ def _on_device(
 
 def _flat(gradients: Mapping[str, Tensor], trial: Trial) -> Tensor:
     return torch.cat([gradients[name].flatten() for name in trial.gradients])
-
-
-def _plain_loss(p: dict[str, Tensor], config: GPTConfig, ids: Tensor, targets: Tensor) -> Tensor:
-    T, C, H = ids.shape[1], config.n_embd, config.n_head
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (C,), p[f"{name}.weight"], p[f"{name}.bias"])
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    future = torch.full((T, T), float("-inf"), dtype=torch.float64).triu(1)
-    x = p["wte.weight"][ids] + p["wpe.weight"][:T]  # (B, T, C)
-    for block in (f"h.{i}" for i in range(config.n_layer)):
-        q, k, v = (
-            z.view(*z.shape[:2], H, C // H)  # (B, T, H, D)
-            for z in linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=2)
-        )
-        scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(C // H) + future
-        gathered = torch.einsum("bhts,bshd->bthd", torch.softmax(scores, dim=-1), v).flatten(2)  # (B, T, C)
-        x = x + linear(gathered, f"{block}.attn.c_proj")
-        wide = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")  # (B, T, 4C)
-        if config.activation == "gelu":
-            inside = torch.erf(wide / math.sqrt(2))
-        else:
-            inside = torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
-        wide = wide * 0.5 * (1 + inside)
-        x = x + linear(wide, f"{block}.mlp.c_proj")
-    logits = norm(x, "ln_f") @ p["wte.weight"][: config.vocab_size].T
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def head_difference(model: GPTConfig, n_tokens: int, device: torch.device, precision: Precision) -> float:

@@ -1,7 +1,8 @@
 """The lecture's first ways of doing a step. In: parts by name; out: a GPT and an optimizer that do those as it did.
 
 Each part changes how something is computed and never what: on the same weights, loss and gradients are those of
-`model/gpt.py` within rounding. They are the lower rungs of the ladder; nothing else uses them.
+`model/gpt.py` within rounding. They are the lower rungs of the ladder. All PLAIN parts together, in fp64, are what
+`regpt2 doctor` compares a device with (agreement.py).
 """
 
 from collections.abc import Collection
@@ -30,18 +31,18 @@ LecturePart = Literal[
     "unfused_adamw",  # torch's own choice: on a GPU some kernels for all tensors, on a CPU a loop over them
 ]
 
+PLAIN: tuple[LecturePart, ...] = ("plain_attention", "kept_gelu", "whole_logits")
+"""The parts that leave no kernel of ours."""
+
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H
 
 
 class LectureAttention(nn.Module):
     """Our attention's own weights, another way from queries, keys and values to what is gathered."""
 
-    def __init__(self, ours: CausalSelfAttention, block_size: int, *, plain: bool) -> None:
+    def __init__(self, ours: CausalSelfAttention, *, plain: bool) -> None:
         super().__init__()
         self.c_attn, self.c_proj, self.n_head, self.plain = ours.c_attn, ours.c_proj, ours.n_head, plain
-        future = torch.ones(block_size, block_size, dtype=torch.bool).triu(1)
-        self.future: Tensor
-        self.register_buffer("future", future, persistent=False)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
@@ -53,7 +54,8 @@ class LectureAttention(nn.Module):
     def _plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three of (B, H, T, D) -> (B, H, T, D)
         T, D = q.shape[2:]
         scores = q @ k.transpose(2, 3) * D**-0.5  # (B, H, T, T)
-        scores = scores.masked_fill(self.future[:T, :T], float("-inf"))
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
         return torch.softmax(scores, dim=3) @ v
 
 
@@ -79,8 +81,7 @@ class LectureGPT(GPT):
         for block in self.h:
             assert isinstance(block, Block), f"a {type(block).__name__} among GPT's blocks"
             if "plain_attention" in parts or "torch_attention" in parts:
-                plain = "plain_attention" in parts
-                block.add_module("attn", LectureAttention(block.attn, config.block_size, plain=plain))
+                block.add_module("attn", LectureAttention(block.attn, plain="plain_attention" in parts))
             if "kept_gelu" in parts:
                 block.add_module("mlp", LectureMLP(block.mlp))
 
