@@ -121,8 +121,8 @@ def _check_expressible(options: ConvertOptions, entry: Any, loaded: LoadedModel)
     if type(model) is not described or (described is GPT and not is_plain(model)):
         raise UsageError(
             f"--to {options.to}: {loaded.source} is not the {config.architecture} model that its configuration "
-            f"describes: its {type(model).__name__} is a subclass, or a part of it was replaced, patched or hooked. A file of its "
-            "weights would be another model; give it an architecture of its own, or undo the change."
+            f"describes: its {type(model).__name__} is a subclass, or a part of it was replaced, patched or hooked. "
+            "A file of its weights would be another model; register an architecture for it, or undo the change."
         )
     if getattr(entry, "ANY_ARCHITECTURE", False) or type(model) is GPT:
         return

@@ -218,11 +218,7 @@ def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) 
 def attention_weights(
     attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: modern.Rotation | None = None
 ) -> Tensor:  # (1, T, C) -> (H, T, T)
-    """softmax(q k^T / sqrt(D)) in full, which the kernels that the model uses never write down.
-
-    Raises:
-        UsageError: the attention is neither page's own, so that it may compute something else.
-    """
+    """softmax(q k^T / sqrt(D)) in full, which the kernels that the model uses never write down."""
     if type(attn) not in (gpt.CausalSelfAttention, modern.CausalSelfAttention):
         raise UsageError(f"attention maps are for this package's attention, this model's is a {type(attn).__name__}.")
     T = x.shape[1]

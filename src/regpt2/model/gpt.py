@@ -153,22 +153,13 @@ class GPT(LanguageModel):
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
 
 
-_PARTS = {
-    "": GPT,
-    **dict.fromkeys(("wte", "wpe"), nn.Embedding),
-    "h": nn.ModuleList,
-    "attn": CausalSelfAttention,
-    "mlp": MLP,
-    **dict.fromkeys(("c_attn", "c_proj", "c_fc"), Linear),
-    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm),
-}
+_PARTS: dict[str, type[nn.Module]] = {"": GPT, "h": nn.ModuleList, "attn": CausalSelfAttention, "mlp": MLP}
+_PARTS |= dict.fromkeys(("wte", "wpe"), nn.Embedding) | dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm)
+_PARTS |= dict.fromkeys(("c_attn", "c_proj", "c_fc"), Linear)
 
 
 def is_plain(model: nn.Module) -> TypeGuard[GPT]:
-    """Is it GPT-2 as on this page: no subclass, and no part replaced, patched or hooked?
-
-    Of any other model the weights alone do not tell what it computes.
-    """
+    """Is it this page's GPT-2, no part replaced, patched or hooked? Else its weights do not tell what it computes."""
     for name, part in model.named_modules():
         last = name.rpartition(".")[2]
         changes = part._forward_hooks or part._forward_pre_hooks or vars(part).keys() & {"forward", "hidden", "head"}

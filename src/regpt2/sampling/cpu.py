@@ -124,13 +124,13 @@ def packed_if_faster(model: LanguageModel, n_tokens: int, *, rows: int) -> Langu
     The twin computes plain GPT-2 only, and must give the model's own logits.
     """
     weight = next(model.h.parameters())  # the embeddings need not be of the same type
-    pays = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and rows <= _FEW_ROWS)
+    linear: Layout = PackedLinear if weight.dtype == torch.bfloat16 else TransposedLinear
+    pays = linear is PackedLinear or (weight.dtype == torch.float32 and rows <= _FEW_ROWS)
     if not pays or isinstance(model, PackedGPT) or weight.device.type != "cpu" or n_tokens < 50:
         return model
-    if not may_have_twin(model):
-        return model
-    linear = PackedLinear if weight.dtype == torch.bfloat16 else TransposedLinear
     try:
+        if not may_have_twin(model):
+            return model
         twin = PackedGPT(model, linear)
         return twin if twin_agrees("the packed model", *_logits(model, twin, weight.dtype)) else model
     except (RuntimeError, AttributeError):  # a torch or a processor without it, or too little memory for a copy
@@ -157,8 +157,8 @@ def in_int8(model: LanguageModel) -> PackedGPT:
     """
     if not is_plain(model):
         raise UsageError(
-            f"int8 is for plain GPT-2, this {type(model).__name__} (architecture {model.config.architecture!r}) "
-            "computes something else; use bf16."
+            f"int8 is for plain GPT-2, this {type(model).__name__} (architecture {model.config.architecture!r}) is "
+            "not; use bf16."
         )
     if model.wte.weight.device.type != "cpu":
         raise UsageError(f"int8 is for CPUs, the model is on {model.wte.weight.device}; use bf16, or --device cpu.")
