@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from regpt2.base.ranks.world import World
-from regpt2.evals.scoring.context import EvalContext
-from regpt2.training.ranks.strategy import in_compute_type
 from test_gpt import random_gpt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regpt2.base.errors import UsageError
+from regpt2.base.ranks.world import World
+from regpt2.evals.scoring.context import EvalContext
 from regpt2.model.gpt import GPT, MLP, Block, GPTConfig, LayerNorm, Linear
 from regpt2.model.language_model import LayerCache
 from regpt2.sampling import cpu as packed
 from regpt2.sampling import cuda_graph as replay
 from regpt2.sampling import twin
 from regpt2.sampling.generate import generate
+from regpt2.training.ranks.strategy import in_compute_type
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=257)
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
