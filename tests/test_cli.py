@@ -1,9 +1,13 @@
 """The command: help in no time, one message for a problem, the right exit code."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,8 +49,58 @@ def test_help_and_errors_are_laid_out_for_any_width(
     assert "Unrecognized" in said.err if "M" in arguments else "usage: regpt2" in said.out
 
 
+HELPS = [(), *((verb,) for verb in VERBS), ("train", "demo"), ("train", "modern_124m"), ("plan", "demo")]
+
+
+def help_of(*arguments: str) -> str:
+    """What a command's --help prints, as on a screen that has UTF-8."""
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as screen, suppress(SystemExit):
+        main([*arguments, "--help"])
+    screen.seek(0)
+    return screen.read()
+
+
+def _broken_early(help_text: str, width: int) -> list[str]:
+    """Rows in the boxes whose next row begins with what had room in this one: tyro keeps a docstring's line breaks."""
+    early = []
+    for box in help_text.split("╭")[1:]:
+        rows = [line[2:-2].rstrip() for line in box.splitlines() if line.startswith("│ ")]
+        for row, following in pairwise(rows):
+            begins = following.startswith(("-", "─")) or re.search(r"^\S.* {2,}\S", following)
+            is_alone = row.startswith("-") and not re.search(r"\S {2,}\S", row)  # an option too long for its column
+            if row and following and not begins and not is_alone:
+                piece = re.split(r"(?<=,)", following.split()[0])[0]
+                early += [row] if len(row) + 1 + len(piece) <= width else []
+    return early
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_help_fits_its_width_and_breaks_no_word(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    words = {}
+    for columns in (60, 80, 120, 4000):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = help_of(*arguments).splitlines()
+        # tyro prints its first line in one piece, and a word may be too long; at 80 columns all of ours fit.
+        assert [line for line in lines[columns < 80 :] if len(line) > columns and " " in line.strip()] == []
+        assert [one for one, two in pairwise(lines) if not (one.strip() or two.strip())] == []
+        words[columns] = sorted(re.findall(r"[\w.'/=-]+", "\n".join(lines)))
+        if columns == 80:
+            assert _broken_early("\n".join(lines), 76) == []
+            assert not [line for line in lines if re.search(r"\{None\}|(\S+ ?\|.*){4}\w", line)]
+    assert words[60] == words[80] == words[120] == words[4000]  # where nothing has to be broken
+
+
+def test_help_in_a_pipe_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    unset = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "regpt2", "train", "demo", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=unset, stdin=subprocess.DEVNULL)
+    assert done.stdout == help_of("train", "demo")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
-def test_help_is_shown_on_a_terminal_of_four_columns() -> None:
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_help_is_shown_on_a_terminal_of_four_columns_colored_if_wanted(no_color: str) -> None:
     """A real one: `get_terminal_size` asks it where COLUMNS is not set."""
     code = """
 import fcntl, os, pty, struct, sys, termios
@@ -63,10 +117,11 @@ try:
         said += piece
 except OSError:  # the other end is closed
     pass
-print(os.wait()[1], b"Continue a prompt" in said)
+print(os.wait()[1], b"Continue a prompt" in said, b"\\x1b[" in said)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["0", "True"], done.stderr
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": no_color}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.split() == ["0", "True", str(not no_color)], done.stderr
 
 
 def test_an_unknown_verb_is_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

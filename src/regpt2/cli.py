@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from regpt2 import __version__
-from regpt2.base.console import safe_text, set_least_width
+from regpt2.base.console import safe_text, set_least_width, wrapped
 from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
 from regpt2.base.ranks.signals import leave_if_one_of_many
@@ -15,20 +15,20 @@ from regpt2.base.screen import STREAMS, open_closed_streams, require_output, wat
 from regpt2.base.threads import spin_briefly
 
 VERBS = {
-    "doctor": "is this machine ready, right and fast: device, kernels, gradients, disks, data",
-    "plan": "hours, money, memory and disk of a run before it starts, and the micro-batch to take",
-    "prepare": "text -> tokens -> shards: parallel, resumable, verified",
-    "inspect": "look inside a data folder: counts, lengths, tokens, text anywhere, where two differ",
-    "reshard": "token folders from and to other formats: llm.c, nanoGPT, Megatron, datatrove, each compared",
-    "train": "train a model by a recipe, or go on with a run",
-    "ladder": "the lecture's speed ladder on this machine, rung by rung, and ours on top",
-    "compare": "recipes against each other, several seeds each: is one better, and is it more than chance",
-    "evaluate": "measure a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table, beside published figures",
-    "harness": "measure a model by tasks of EleutherAI's lm-evaluation-harness",
+    "doctor": "check this machine: is it ready, correct and fast (device, kernels, disks, data)",
+    "plan": "estimate a run before it starts: hours, money, memory, disk, best micro-batch",
+    "prepare": "turn text into shards of tokens: parallel, resumable, verified",
+    "inspect": "look inside a data folder: counts, lengths, text; or compare two",
+    "reshard": "convert tokens from and to llm.c, nanoGPT, Megatron, datatrove; verified",
+    "train": "train a model from a recipe, or resume a run",
+    "ladder": "measure the lecture's speed-ups on this machine, one by one, then ours",
+    "compare": "compare recipes over several seeds: is one better, and is it significant",
+    "evaluate": "score a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table",
+    "harness": "score a model on tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",
     "explore": "look inside a model: tensors, nearest tokens, attention, pictures",
-    "convert": "weights from and to other formats, each conversion verified",
-    "report": "runs as a page that opens offline, a picture and Markdown: curves, verdict, certificate",
+    "convert": "convert weights from and to other formats; verified",
+    "report": "write a page, a picture and Markdown about one run or several",
     "verify": "check runs, checkpoints and data folders by their hashes and shapes",
 }
 MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
@@ -40,7 +40,7 @@ PATIENT = ("evaluate", "harness")  # they work for hours: a disk that is full no
 
 def usage() -> str:
     """What `regpt2 --help` prints."""
-    verbs = "\n".join(f"  {verb:<10} {line}" for verb, line in VERBS.items())
+    verbs = wrapped(f"  {verb:<10} {line}" for verb, line in VERBS.items())
     return f"""regpt2 {__version__}: GPT-2, reproduced.
 
 usage: regpt2 VERB [arguments] [--debug]
@@ -48,10 +48,11 @@ usage: regpt2 VERB [arguments] [--debug]
 
 {verbs}
 
-An argument that begins with a dash and is no option goes to the end, after --.
+{wrapped(["Put an argument that begins with a dash but is no option last, after --."])}
 
 First steps:
-  regpt2 prepare python_library --tokenizer bytes --out data/python_library_bytes
+  regpt2 prepare python_library --tokenizer bytes \\
+      --out data/python_library_bytes
   regpt2 train demo
   regpt2 sample runs/demo "def "
 """

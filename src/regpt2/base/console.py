@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
@@ -31,6 +33,18 @@ def set_least_width() -> None:
     """Lay help out for at least 40 columns, however few the terminal or COLUMNS has: in 4 its layout never ends."""
     if shutil.get_terminal_size().columns < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
+
+
+def wrapped(lines: Iterable[str]) -> str:
+    """Lines broken between words to fit the terminal; the rest of `  name   text` or `name: text` is below its text."""
+    columns, broken = shutil.get_terminal_size().columns, []
+    for line in lines:
+        label = re.match(r"\s*(?:\S+\s{2,}|\w+:\s+)?", line)
+        indent = " " * min(len(label[0]) if label else 0, columns // 2)
+        broken += textwrap.wrap(
+            line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(broken)
 
 
 def say(line: str = "") -> None:

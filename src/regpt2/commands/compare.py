@@ -17,6 +17,7 @@ import tyro
 from regpt2.base.device import pick_device
 from regpt2.base.errors import UsageError
 from regpt2.base.files import folder_lock
+from regpt2.base.options import parse
 from regpt2.base.ranks.processes import places
 from regpt2.comparing.arms import described, keep_recipe, read_arms, read_budget, with_baseline, within
 from regpt2.comparing.runs import Comparison, read_plan
@@ -24,37 +25,42 @@ from regpt2.comparing.train_arms import budgets, in_words, train_all
 from regpt2.comparing.write import show
 from regpt2.data.mixture import open_mixture, read_shares
 
+ARMS = (
+    'Recipes, each with its own options in quotes: "demo --optim.lr 2e-3" or "NAME=demo --optim.lr 2e-3". The first is '
+    "the baseline. Options after ` -- ` apply to all of them: ... -- --data DIR. Or the folder of one earlier "
+    "comparison, to write its tables again."
+)
+BUDGET = (
+    "What each run may use: tokens (300k, 5M, 1.7B), or training time (90s, 10min, 2h; the speed of each arm is then "
+    "measured first). Default: the tokens of the first arm. The schedule spans the budget. An arm with its own "
+    "--max-steps keeps them."
+)
+
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Train several recipes with several seeds each, and say whether one is better than the first, with a p-value."""
+    """Train several recipes with several seeds each, and test whether any is better than the first (p-value)."""
 
-    arms: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ARM [ARM ...]")]
-    """Each a recipe, with options of its own in quotes: "demo --optim.lr 2e-3", or "NAME=demo --optim.lr 2e-3". The
-    first is the baseline. What follows ` -- ` goes for all of them: ... -- --data DIR. Or alone the folder of a
-    comparison: its tables are written again."""
-    budget: str = ""
-    """What each run may take: tokens (300k, 5M, 1.7B), or time of training (90s, 10min, 2h), for which each arm's speed
-    is measured first. By default the tokens of the first arm. The schedule spans it. An arm that says --max-steps
-    itself keeps to that."""
+    arms: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ARM [ARM ...]", help=ARMS)]
+    budget: Annotated[str, tyro.conf.arg(help=BUDGET)] = ""
     seeds: int = 4
-    """Each arm is trained with the seeds 1 to this one; the same seed means the same order of the data."""
+    """Train each arm with the seeds 1 to N; the same seed gives the same order of the data."""
     target: float | None = None
-    """A validation loss: the tables also tell when each arm came down to it."""
+    """A validation loss: the tables also show when each arm reached it."""
     out: Path = Path("runs/compare")
     """The folder of all runs, and of compare.json, compare.md, compare.png and compare.html."""
     baseline: str = ""
-    """The arm that the others are held against; by default the first."""
+    """The arm to compare the others with; default: the first."""
     parallel: int = 1
-    """So many runs at once: a GPU for each, or on a CPU its share of the threads."""
+    """Number of runs at once: one GPU each, or on a CPU a share of the threads each."""
     evaluations: int = 20
-    """Validation losses of each run, evenly spread."""
+    """Validation losses measured in each run, evenly spaced."""
 
 
 def main(arguments: list[str]) -> int:
     """The verb `regpt2 compare`: 1 if a run failed."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    options = tyro.cli(CompareOptions, args=arguments[:at], prog="regpt2 compare")
+    options = parse(CompareOptions, arguments[:at], "regpt2 compare")
     for name in ("seeds", "parallel", "evaluations"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} {getattr(options, name)} must be at least 1.")

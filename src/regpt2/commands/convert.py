@@ -21,6 +21,7 @@ from regpt2.base import plugins
 from regpt2.base.console import say, warn
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import fsync_dir, require_free_space
+from regpt2.base.options import parse
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.tokenizer import Gpt2Tokenizer
 from regpt2.model.architecture import ARCHITECTURES, switches_on
@@ -45,24 +46,23 @@ CLIENT_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "q8_0": 3e-2}
 class ConvertOptions:
     """Write a model in another format; it is read back and compared before it appears."""
 
-    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2. `:gelu` or `:gelu_tanh` behind it says
-    which GELU these weights are for, where the file does not, or to write them as if."""
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """The folder to write, or the file, for a format of one file."""
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A run folder, checkpoint, file or folder, or hf:gpt2; :gelu or :gelu_tanh behind it sets its GELU."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+    """The folder to write, or for a format of a single file, the file."""
     to: str
     """The format: gguf, huggingface, llmc, nanogpt, native, onnx or safetensors."""
     dtype: str | None = None
-    """The type of the weights: fp32, or where the format has it bf16, fp16, q8_0. By default fp32."""
+    """Data type of the weights: fp32, or if the format has it bf16, fp16 or q8_0. Default: fp32."""
     force: bool = False
-    """Replace an earlier export at DST."""
+    """Replace an earlier export at DESTINATION."""
     tokenizer: Path | None = None
-    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
+    """The meta.pkl of the data, for a character model that does not include it, such as nanoGPT's."""
 
 
 def main(argv: list[str]) -> int:
     """The verb `regpt2 convert`."""
-    convert(tyro.cli(ConvertOptions, args=argv, prog="regpt2 convert"))
+    convert(parse(ConvertOptions, argv, "regpt2 convert"))
     return 0
 
 
@@ -145,7 +145,7 @@ def _check_activation(options: ConvertOptions, entry: Any, loaded: LoadedModel) 
     raise UsageError(
         f"--to {options.to}: what reads this format computes GELU as {theirs!r}, and {loaded.source} has {ours!r}, so "
         f"it would give other logits. Formats that say which: {says}. To write the weights all the same, give "
-        f"{split_activation(options.src)[0]}:{theirs} as SRC."
+        f"{split_activation(options.src)[0]}:{theirs} as SOURCE."
     )
 
 
@@ -280,21 +280,21 @@ def _check_destination(options: ConvertOptions, entry: Any) -> None:
         return
     if dst.is_dir() != bool(entry.FILES):
         is_a, name_a = ("folder", "file") if dst.is_dir() else ("file", "folder")
-        raise UsageError(f"DST = {dst} is a {is_a}; name a {name_a}.")
+        raise UsageError(f"DESTINATION = {dst} is a {is_a}; name a {name_a}.")
     src = Path(split_activation(options.src)[0])
     if src.exists() and src.samefile(dst):
-        raise UsageError(f"DST = {dst} is the source itself; name another place.")
+        raise UsageError(f"DESTINATION = {dst} is the source itself; choose another.")
     there = sorted(path.name for path in dst.iterdir()) if dst.is_dir() else [dst.name]
     if there and not options.force:
         is_not = "is not empty" if dst.is_dir() else "exists"
-        raise UsageError(f"DST = {dst} {is_not}; name another place, or replace an earlier export with --force.")
+        raise UsageError(f"DESTINATION = {dst} {is_not}; choose another, or replace an earlier export with --force.")
     shelf = [plugins.load(SHELF, name) for name in plugins.entries(SHELF)]
     ours = {name for format_ in shelf for name in getattr(format_, "FILES", ())}
     if dst.is_file() and any(format_.matches(dst) for format_ in shelf if hasattr(format_, "matches")):
         ours.add(dst.name)
     if foreign := [name for name in there if name not in ours]:
         raise UsageError(
-            f"DST = {dst} holds {foreign[0]!r}, which is not from an export, so --force does not replace it; "
+            f"DESTINATION = {dst} holds {foreign[0]!r}, which is not from an export, so --force does not replace it; "
             "name another place."
         )
 

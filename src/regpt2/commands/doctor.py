@@ -28,6 +28,7 @@ from regpt2.base.console import count, duration, say
 from regpt2.base.device import choose_compute, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import describe_os_error, free_bytes, try_lock, write_atomic
+from regpt2.base.options import parse
 from regpt2.base.ranks.world import World, start_world
 from regpt2.config.run import RunConfig, load_recipe, setup_of
 from regpt2.data.mixture import open_mixture, read_shares
@@ -44,25 +45,25 @@ Check = Callable[[], Finding]
 
 @dataclass(frozen=True)
 class Options:
-    """Look whether this machine, its disks and the data are ready for a run, and how fast they are."""
+    """Check whether this machine, its disks and the data are ready for a run, and how fast they are."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]")] = ""
-    """What is to be trained; by default GPT-2 124M, without data."""
+    """The recipe to check for; default: GPT-2 124M, without data."""
     data: Path | None = None
-    """The prepared data folder; by default the recipe's."""
+    """The prepared data folder; default: the recipe's."""
     run: Path | None = None
-    """The run folder, which need not be there; by default the recipe's, else runs/."""
+    """The run folder, which need not exist; default: the recipe's, else runs/."""
     device: str = ""
-    """auto, cpu, cuda, cuda:1 or mps; by default the recipe's."""
+    """auto, cpu, cuda, cuda:1 or mps; default: the recipe's."""
     json: Path | None = None
     """Also write the findings to this JSON file."""
     quick: bool = False
-    """Leave out what is timed, all precisions but the one of the run, and hashes."""
+    """Skip timings and hashes, and check only the precision of the run."""
 
 
 def main(arguments: list[str]) -> int:
     """The verb `regpt2 doctor`."""
-    options = tyro.cli(Options, prog="regpt2 doctor", args=arguments)
+    options = parse(Options, arguments, "regpt2 doctor")
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UsageError(f"--json {options.json} must be a file in a folder that exists.")
     config = _config(options)

@@ -22,6 +22,7 @@ from regpt2.base.console import say, warn
 from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.base.ranks.world import start_world
 from regpt2.data.tokens.shards import open_tokens
 from regpt2.evals import EvalContext, Figures
@@ -60,33 +61,32 @@ class Options:
     data: Path | None = None
     """The prepared data folder, for val_loss."""
     tokenizer: Path | None = None
-    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
+    """The meta.pkl of the data, for a character model that does not include it, such as nanoGPT's."""
     files: tuple[str, ...] = ()
-    """Data given by hand, each as NAME=PATH; the rest is looked for in the cache, then downloaded and checked."""
+    """Local files, each as NAME=PATH; the others come from the cache or are downloaded and checked."""
     limit: int = 0
-    """Only the first so many examples of each; 0 = all."""
+    """Score only the first N examples of each evaluation; 0 = all."""
     val_tokens: int = 10_485_760
-    """Tokens of the validation split to score, from its beginning, in whole windows; all, if it has fewer."""
+    """Tokens of the validation split to score, from its beginning, in whole windows; all if it has fewer."""
     seq_len: int | None = None
-    """Tokens per window, and the most of a context; by default as many as the model was trained on, at most its
-    block_size."""
+    """Tokens per window and largest context; default: as in training, at most block_size."""
     batch: int = 8
-    """Sequences of seq_len tokens per forward pass; shorter ones are packed to as many tokens."""
+    """Sequences of seq_len tokens per forward pass; shorter ones are packed to the same number of tokens."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
-    """fp32 unless asked otherwise: an evaluation should not depend on the hardware."""
+    """fp32 by default, so that results do not depend on the hardware."""
     deterministic: bool = False
-    """On a GPU: only kernels that give the same bits each time."""
+    """On a GPU: use only kernels that give the same bits each time."""
     check_fp32: int = 64
-    """In another precision: so many examples of each evaluation are scored in fp32 as well and compared; 0 = none."""
+    """In another precision: also score N examples of each evaluation in fp32 and compare; 0 = none."""
     out: Path | None = None
     """Also write the results to this JSON file."""
 
 
 def main(arguments: list[str]) -> int:
     """`regpt2 evaluate MODEL [options]`."""
-    options = tyro.cli(Options, prog="regpt2 evaluate", args=arguments)
+    options = parse(Options, arguments, "regpt2 evaluate")
     names = _names(options)
     entries = {name: plugins.load("evals", name) for name in names}  # unknown names fail before any work
     files = files_by_name(options.files, plugins.entries("evals"))

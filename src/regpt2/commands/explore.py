@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from regpt2.base.console import safe_text, say
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.exploring import page
 from regpt2.exploring.page import NO_WPE, Attention, Explored, Habit, Neighbors, TensorFigures
@@ -52,21 +53,21 @@ N_NEAREST = 5
 
 @dataclass(frozen=True)
 class ExploreOptions:
-    """Look inside a model: its tensors, the tokens that it holds alike, what its heads look at."""
+    """Look inside a model: its tensors, which tokens it treats alike, what its attention heads look at."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
     out: Path | None = None
     """A folder for explore.html, which opens offline, and its pictures: wpe, wte and attention maps, as PNG."""
-    tokens: tuple[str, ...] | None = None
-    """Tokens to find the nearest ones of: " king" " Monday". By default a few common ones of the vocabulary."""
+    tokens: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Tokens whose nearest ones to show: " king" " Monday". Default: a few common ones of the vocabulary."""
     prompt: str | None = None
-    """The text whose attention is looked at; of a long one its beginning. By default one that repeats itself."""
+    """The text to show attention for; of a long one its beginning. Default: a text that repeats itself."""
 
 
 def main(argv: list[str]) -> int:
     """The verb `regpt2 explore`."""
-    options = tyro.cli(ExploreOptions, args=argv, prog="regpt2 explore")
+    options = parse(ExploreOptions, argv, "regpt2 explore")
     loaded = load_model(options.model)
     found = explore(loaded, options.tokens, options.prompt)
     say(describe(found))

@@ -24,6 +24,7 @@ from regpt2.base.console import say
 from regpt2.base.device import Precision, choose_compute, device_name, pick_device
 from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.base.ranks.world import start_world
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.evals.scoring.context import EvalContext
@@ -46,21 +47,20 @@ class Options:
     include_path: Path | None = None
     """A folder with tasks of your own, as YAML files."""
     limit: int = 0
-    """Only the first so many examples of each task; 0 = all."""
+    """Score only the first N examples of each task; 0 = all."""
     batch: int = 8
-    """Sequences, as long as those that the model was trained on, per forward pass; shorter ones are packed to as many
-    tokens."""
+    """Sequences of the training length per forward pass; shorter ones are packed to the same number of tokens."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
-    """fp32 unless asked otherwise. Text is always generated in fp32."""
+    """Precision of the scores. Text is always generated in fp32."""
     out: Path | None = None
     """Also write the results to this JSON file."""
 
 
 def main(arguments: list[str]) -> int:
     """`regpt2 harness MODEL --tasks NAMES [options]`."""
-    options = tyro.cli(Options, prog="regpt2 harness", args=arguments)
+    options = parse(Options, arguments, "regpt2 harness")
     _check(options)
     compute = choose_compute(options.precision, pick_device(options.device))
     with start_world(pick_device(options.device)) as world:

@@ -19,6 +19,7 @@ from rich.cells import chop_cells, set_cell_size
 from regpt2.base.console import ProgressLine, safe_text, say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.data.characters import META_NAME
 from regpt2.data.checks.counts import STRETCH_TOKENS, Counts, count_tokens
 from regpt2.data.checks.excerpts import Excerpt, excerpt, find_parting
@@ -43,21 +44,21 @@ class InspectOptions:
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder of tokens."""
     split: Literal["train", "val"] | None = None
-    """Only this split; by default every one, and train for --at."""
+    """Only this split; default: all, or train with --at."""
     at: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
     """Show the text at this token, counted from 0, instead of the counts; may be given several times."""
     tokens: int = 64
-    """So many tokens of text."""
+    """Tokens of text to show."""
     sample: int | None = None
-    """Count this many stretches of 2^20 tokens, evenly spread; by default 256 of a split beyond a billion."""
+    """Count N evenly spaced stretches of 2^20 tokens; default: 256 for a split above a billion tokens."""
     all: bool = False
-    """Count every token, however many there are."""
+    """Count every token, also in large splits."""
     verify: bool = False
-    """First check every shard and every id, as `regpt2 verify` does; if any is bad, stop there."""
+    """First check every shard and every id, as `regpt2 verify` does; stop if any is bad."""
     against: Path | None = None
-    """Another folder: say where the two differ. Exit code 1 if their tokens do, however they are cut into files."""
+    """Another folder: show where the two differ. Exit code 1 if their tokens differ, whatever their files."""
     json: Path | None = None
-    """Also write what is found to this JSON file."""
+    """Also write the results to this JSON file."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Folder:
 
 def main(arguments: list[str]) -> int:
     """The verb `regpt2 inspect`."""
-    options = tyro.cli(InspectOptions, args=arguments, prog="regpt2 inspect")
+    options = parse(InspectOptions, arguments, "regpt2 inspect")
     paths = [options.data] if options.against is None else [options.data, options.against]
     _check(options, paths)
     if options.verify and not all([_verify(path) for path in paths]):

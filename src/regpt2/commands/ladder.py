@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -25,6 +25,7 @@ from regpt2.base.console import ProgressLine, count, duration, say, warn
 from regpt2.base.device import can_compile, device_name, pick_device
 from regpt2.base.errors import UsageError
 from regpt2.base.files import folder_lock, read_small, write_atomic
+from regpt2.base.options import parse
 from regpt2.base.version import commit, digest
 from regpt2.machine.speed.rungs import Row, Rung, climb, default_rungs, find_rungs, key_of
 from regpt2.machine.speed.steps import StepTimes, StepWork, measure
@@ -42,10 +43,9 @@ class LadderOptions:
     """Repeat the lecture's ladder of step times on this machine, then climb on by what this project adds."""
 
     out: Path = Path("runs/ladder")
-    """A folder for ladder.json, ladder.md and ladder.png. What is in it already is not measured again."""
-    rungs: tuple[str, ...] | None = None
-    """Only these, in the ladder's order: fp32 onednn tf32 bf16 fp16 compile flash vocab adamw malloc blocks stream gelu
-    ours. By default all that mean something on the device; compile on a CPU only if it is named."""
+    """A folder for ladder.json, ladder.md and ladder.png. Rungs that it already holds are not measured again."""
+    rungs: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="RUNGS")] = None
+    """Only these rungs, such as: fp32 bf16 ours; default: all that apply to the device, without compile on a CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     micro_batch: int | None = None
@@ -53,15 +53,15 @@ class LadderOptions:
     seq_len: int | None = None
     """Tokens per sequence; by default 1024, or the model's block_size if that is less."""
     steps: int | None = None
-    """Timed steps of each rung, after those that warm up; by default 20 on a GPU and 5 on a CPU."""
+    """Timed steps per rung, after warm-up; default: 20 on a GPU, 5 on a CPU."""
     again: bool = False
-    """Measure every rung anew."""
+    """Measure every rung again."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
 
 def main(arguments: list[str]) -> int:
     """The verb `regpt2 ladder`: 1 if nothing could be measured, or a rung computes what it should not."""
-    options = tyro.cli(LadderOptions, args=arguments, prog="regpt2 ladder")
+    options = parse(LadderOptions, arguments, "regpt2 ladder")
     work, rungs = plan(options)
     say(f"{describe(work)}; {len(rungs)} rungs, {work.warmup_steps} + {work.steps} steps each")
     with folder_lock(options.out):

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from regpt2.base.console import say
+from regpt2.base.console import say, wrapped
 from regpt2.base.errors import UsageError
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.config.run import RunConfig, defaults_for, recipe_rows
 from regpt2.machine.planning.run_time import (
     StepTime,
@@ -52,7 +53,7 @@ class PlanOptions:
     scaling: bool = False
     """Also print the same run on 1, 2, 4, ... 512 GPUs."""
     price: float | None = None
-    """Of one GPU for an hour; on a CPU, of the machine."""
+    """Price of one GPU for an hour; on a CPU, of the machine."""
     measure: bool = False
     """Time real steps on this machine for about half a minute, instead of formulas."""
     json: Path | None = None
@@ -68,11 +69,11 @@ def main(arguments: list[str]) -> int:
     spec = arguments[0]
     if spec.startswith("-"):
         raise UsageError(f"the recipe comes first: regpt2 plan RECIPE {' '.join(arguments)}. {usage()}")
-    options = tyro.cli(
+    options = parse(
         PlanOptions,
-        prog=f"regpt2 plan {spec}",
+        arguments[1:],
+        f"regpt2 plan {spec}",
         default=PlanOptions(config=defaults_for(spec, arguments[1:])),
-        args=arguments[1:],
     )
     _check(options)
     plan = make_plan(spec, options)
@@ -84,12 +85,11 @@ def main(arguments: list[str]) -> int:
 
 def usage() -> str:
     """What `regpt2 plan --help` prints: the recipes."""
-    return "\n".join(
+    return wrapped(
         [
-            "usage: regpt2 plan RECIPE [--machine NAME] [--gpus N] [--gpus-per-node N] [--network-gbps G] [--scaling]",
-            "                          [--price P] [--measure] [--json FILE]",
-            "                          [--data DIR | --mix DIR=WEIGHT ...] [--section.key VALUE ...]",
-            "       regpt2 plan RECIPE --help    every option, with the recipe's values",
+            "usage: regpt2 plan RECIPE [--machine NAME] [--gpus N] [--gpus-per-node N] [--network-gbps G] [--scaling] "
+            "[--price P] [--measure] [--json FILE] [--data DIR | --mix DIR=WEIGHT ...] [--section.key VALUE ...]",
+            "       regpt2 plan RECIPE --help  (every option, with the recipe's values)",
             "",
             "RECIPE is a TOML file of your own, or one of:",
             *recipe_rows(),

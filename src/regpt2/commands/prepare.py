@@ -20,6 +20,7 @@ from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, count, duration, say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock
+from regpt2.base.options import parse
 from regpt2.data.fast_tokenizer import EncoderName, fast_tokenizer
 from regpt2.data.preparing.cluster import Engine, check_options, encode
 from regpt2.data.preparing.disk_budget import Space
@@ -46,49 +47,49 @@ def _cores() -> int:
 class PrepareOptions:
     """What to prepare, and how."""
 
-    dataset: tyro.conf.Positional[str]
-    """The data set (see above)."""
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    """The data set, one of those above."""
     out: Path
-    """The folder to write; run the same command again to go on after an interruption."""
+    """The folder to write. After an interruption, run the same command again to resume."""
     input: Path | None = None
-    """Your file or folder, for text_files; or a local copy of a data set that is downloaded."""
+    """For text_files: your file or folder. For a published data set: a local copy instead of the download."""
     field: str = "text"
-    """The field or column that holds the text in .jsonl, .json and .parquet; meta.text is the one within meta."""
+    """The field or column with the text in .jsonl, .json and .parquet; meta.text is the field text inside meta."""
     repo: str = ""
-    """For hub: the data set's id there, owner/name."""
+    """For hub: the id of the data set, owner/name."""
     config: str = ""
-    """Which configuration of a published data set; see its line above."""
+    """The configuration of a published data set; see its line above."""
     split: str = ""
-    """For hub: which split, train if not given."""
+    """For hub: the split; default: train."""
     revision: str = ""
-    """Another branch, tag or commit of a published data set than the pinned one."""
+    """Branch, tag or commit of a published data set, instead of the pinned one."""
     first: int | None = None
-    """Only the first so many files of a published data set, to try it."""
+    """Use only the first N files of a published data set, to try it."""
     tokenizer: str = "gpt2"
     """gpt2 (50,257 ids) or bytes (257)."""
     vocab: Path | None = None
     """A vocab.bpe of your own for gpt2; it must be GPT-2's."""
     encoder: EncoderName = "auto"
-    """What computes gpt2's ids: auto takes gigatoken where it is installed and proves equal, else tiktoken."""
+    """What computes gpt2's ids: auto uses gigatoken if it is installed and gives equal ids, else tiktoken."""
     workers: int = dataclasses.field(default_factory=_cores)
-    """Processes; the result is the same for any number."""
+    """Number of processes; it does not change the result."""
     engine: Literal["processes", Engine] = "processes"
     """Who encodes: our own processes, or datatrove's executors on this machine, on Slurm or on Ray."""
     tasks: int | None = None
-    """For an engine: into how many tasks the files are dealt; by default four for each of --workers."""
+    """For an engine: number of tasks that the files are divided into; default: four for each of --workers."""
     engine_options: tuple[str, ...] = ()
     """For an engine: its options as NAME=VALUE, such as partition=cpu time=04:00:00 for slurm."""
     val_fraction: float | None = None
-    """About this share of the documents goes to the validation split; 0.05 if nothing else is said."""
+    """Share of the documents, about, that goes to the validation split; default: 0.05."""
     val_tokens: int | None = None
-    """The first so many tokens are the validation split, as in the lecture."""
+    """Take the first N tokens as the validation split, as in the lecture."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    """Tokens per shard; the last of each split is shorter."""
+    """Tokens per shard; the last shard of each split is shorter."""
     dedup: bool = False
-    """Leave out documents that are equal to an earlier one."""
+    """Leave out exact duplicates of earlier documents."""
     filters: Annotated[Filters, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Filters)
     disk_limit: float | None = None
-    """Use at most so many GB of disk at any time, the shards included: fewer files at once."""
+    """Use at most N GB of disk at any time, shards included, by working on fewer files at once."""
 
     @property
     def source(self) -> Source:
@@ -99,9 +100,9 @@ class PrepareOptions:
 
 def main(argv: list[str]) -> int:
     """The command `regpt2 prepare`."""
-    entries = [f"{name}: {plugins.load(SHELF, name).DESCRIPTION}." for name in plugins.entries(SHELF)]
-    about = "Text to tokens to shards. Data sets:\n\n" + "\n\n".join(entries)
-    prepare(tyro.cli(PrepareOptions, args=argv, prog="regpt2 prepare", description=about))
+    entries = [f"  {name:<17} {plugins.load(SHELF, name).DESCRIPTION}." for name in plugins.entries(SHELF)]
+    about = "\n".join(["Text to tokens to shards. Data sets:", *entries])
+    prepare(parse(PrepareOptions, argv, "regpt2 prepare", about=about))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from regpt2.base.console import say
+from regpt2.base.options import parse
 from regpt2.pages.report.write import write_report
 
 
@@ -23,14 +24,14 @@ class ReportOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """The runs' folders, as `regpt2 train` wrote them."""
     out: Path | None = None
-    """The page to write; beside it come .png and .md. By default report.html in the folder of the only run."""
+    """The page to write; .png and .md are written beside it. Default: report.html in the folder of the run."""
     results: Path | None = None
-    """The file that `regpt2 evaluate --out` wrote of the only run's model: its figures join those of the run."""
+    """A file of `regpt2 evaluate --out` for the model of this run: its results join those of the run."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """The verb `regpt2 report`."""
-    options = tyro.cli(ReportOptions, prog="regpt2 report", args=argv)
+    options = parse(ReportOptions, argv, "regpt2 report")
     path = write_report(options.runs, options.out, options.results)
     say(f"{path}, {path.with_suffix('.png').name} and {path.with_suffix('.md').name} are written.")
     return 0

@@ -23,6 +23,7 @@ from regpt2.base import plugins
 from regpt2.base.console import ProgressLine, say, warn
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock, fsync_dir, require_free_space
+from regpt2.base.options import parse
 from regpt2.data.characters import META_NAME
 from regpt2.data.checks.counts import eot_is_last
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,9 +50,9 @@ class ReshardOptions:
     shard_tokens: int | None = None
     """Tokens per shard, by default 100,000,000, for llmc, native and npy; the others have one file for each split."""
     val_tokens: int | None = None
-    """Make the first so many tokens (of val, if there is one, and then train) the validation split."""
+    """Take the first N tokens (of val, if there is one, then of train) as the validation split."""
     max_tokens: int | None = None
-    """Write at most so many tokens of the training split."""
+    """Write at most N tokens of the training split."""
     name: str | None = None
     """What the files are called by; by default what DATA says that its text is, else "tokens"."""
     tokenizer: str | None = None
@@ -98,7 +99,7 @@ class _Watched:
 
 def main(argv: list[str]) -> int:
     """The verb `regpt2 reshard`."""
-    reshard(tyro.cli(ReshardOptions, args=argv, prog="regpt2 reshard"))
+    reshard(parse(ReshardOptions, argv, "regpt2 reshard"))
     return 0
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from regpt2.base.console import safe_text, say, show, warn
 from regpt2.base.device import be_deterministic, choose_compute, pick_device
 from regpt2.base.errors import UsageError
+from regpt2.base.options import parse
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer
 from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.sampling.cpu import in_int8
@@ -32,32 +33,31 @@ class SampleOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = ""
-    """The text to continue; empty begins a new document, or for a model of characters a line. One that begins with a
-    dash, as an option does, goes after --, at the end."""
+    """The text to continue; empty: a new document (characters: a line). Put one that begins with - last, after --."""
     max_new_tokens: int | None = None
-    """At most so many tokens; fewer if the model ends the document. By default 100, or as many as fit."""
+    """Most tokens to write; fewer if the model ends the document. Default: 100, or as many as fit."""
     context: int | None = None
-    """The most tokens, prompt included. By default as many as the model was trained on, at most its block_size."""
+    """Most tokens of context, prompt included. Default: as many as in training, at most block_size."""
     n: int = 1
-    """Continuations of the same prompt."""
+    """Number of continuations of the prompt."""
     temperature: float = 1.0
-    """Below 1 safer, above 1 wilder; 0 always takes the likeliest token."""
+    """Below 1 more predictable, above 1 more random; 0 always takes the most likely token."""
     top_k: int = 50
-    """Draw from the k likeliest tokens; 0 = from all."""
+    """Sample from the k most likely tokens; 0 = from all."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     seed: int = 42
     """The same seed gives the same text on the same machine."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"
-    """The type of weights and activations; int8, on CPUs: of the weights, and of what they are multiplied with."""
+    """Data type of weights and activations; int8, on a CPU only, applies to the matrix products."""
     deterministic: bool = False
-    """On a GPU: only kernels that give the same bits each time."""
+    """On a GPU: use only kernels that give the same bits each time."""
     tokenizer: Path | None = None
-    """For a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data."""
+    """The meta.pkl of the data, for a character model that does not include it, such as nanoGPT's."""
     stream: bool = True
-    """Show the text of a single continuation as it is written."""
+    """Show a single continuation token by token."""
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +72,7 @@ def _parsed(argv: list[str]) -> SampleOptions:
     texts = [one for one in dashed if re.search(r"\s", one.partition("=")[0])]
     rest = [one for one in argv if one not in texts]
     try:
-        return tyro.cli(SampleOptions, args=[*rest, "--", *texts] if texts else argv, prog="regpt2 sample")
+        return parse(SampleOptions, [*rest, "--", *texts] if texts else argv, "regpt2 sample")
     except SystemExit as end:
         known = {"help", "h", *(field.name for field in fields(SampleOptions))}
         named = [(one, re.match(r"-+(?:no-)?([a-z][\w-]*)", one, re.IGNORECASE)) for one in dashed]

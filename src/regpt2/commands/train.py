@@ -5,11 +5,11 @@ regpt2 train gpt2_124m --run runs/mine --max-steps 1000
 """
 
 import torch
-import tyro
 
-from regpt2.base.console import say
+from regpt2.base.console import say, wrapped
 from regpt2.base.device import is_out_of_memory, undetermined_operation
 from regpt2.base.errors import Problem, UsageError
+from regpt2.base.options import parse
 from regpt2.config.run import RunConfig, defaults_for, find_recipe, recipe_head, recipe_rows
 from regpt2.run.loop import train
 
@@ -23,12 +23,12 @@ def main(arguments: list[str]) -> int:
     if spec.startswith("-"):
         raise UsageError(f"the recipe comes first: regpt2 train RECIPE {' '.join(arguments)}. {usage()}")
     # `--data DIR` and the like are fields of RunConfig: one parser, and help that shows the recipe's own values.
-    config = tyro.cli(
+    config = parse(
         RunConfig,
-        prog=f"regpt2 train {spec}",
-        description="\n\n".join(filter(None, recipe_head(find_recipe(spec)).split("\n"))),  # or lines would be joined
+        options,
+        f"regpt2 train {spec}",
+        about=recipe_head(find_recipe(spec)),
         default=defaults_for(spec, options),
-        args=options,
     )
     try:
         return train(config).exit_code
@@ -49,13 +49,13 @@ def main(arguments: list[str]) -> int:
 
 def usage() -> str:
     """What `regpt2 train --help` prints: the recipes."""
-    return "\n".join(
+    return wrapped(
         [
-            "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] [--max-steps N] [--seed N]",
-            "                           [--resume auto|never|must] [--save-every N] [--eval-every N]",
-            "                           [--sample-every N] [--section.key VALUE ...]",
-            "       regpt2 train RECIPE --help    every option, with the recipe's values",
-            "       torchrun --standalone --nproc-per-node 8 -m regpt2 -- train RECIPE    on eight GPUs",
+            "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] "
+            "[--max-steps N] [--seed N] [--resume auto|never|must] [--save-every N] "
+            "[--eval-every N] [--sample-every N] [--section.key VALUE ...]",
+            "       regpt2 train RECIPE --help  (every option, with the recipe's values)",
+            "       torchrun --standalone --nproc-per-node 8 -m regpt2 -- train RECIPE",
             "",
             "RECIPE is a TOML file of your own, or one of:",
             *recipe_rows(),

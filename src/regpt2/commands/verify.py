@@ -17,6 +17,7 @@ import tyro
 from regpt2.base.console import ProgressLine, say
 from regpt2.base.errors import CheckpointError, DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.base.record.metrics import read_events
 from regpt2.config.run import read_toml
 from regpt2.data.checks.integrity import Findings, check_data
@@ -31,14 +32,14 @@ class Options:
     """Check runs, checkpoints and data folders: hashes, shapes, finite values, the record. Changes nothing."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|DATA")]
-    """What to check; several may be given."""
+    """What to check; you can give several."""
     json: Path | None = None
     """Also write the findings to this JSON file."""
 
 
 def main(arguments: list[str]) -> int:
     """The verb `regpt2 verify`."""
-    options = tyro.cli(Options, prog="regpt2 verify", args=arguments)
+    options = parse(Options, arguments, "regpt2 verify")
     if not options.folders:
         raise UsageError("nothing to check: regpt2 verify RUN|CHECKPOINT|DATA ...")
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):

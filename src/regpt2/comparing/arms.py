@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import write_atomic
+from regpt2.base.options import parse
 from regpt2.comparing.runs import Arm
 from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, to_toml
 from regpt2.data.loader import BatchConfig
@@ -86,7 +85,7 @@ def _read_arm(spec: str, common: Sequence[str]) -> Given:
     for option in options:
         if (name := option.partition("=")[0]) in _OURS:
             raise UsageError(f"{name} is not for arms: the comparison sets it (--out, --seeds, --evaluations).")
-    config = tyro.cli(RunConfig, prog=f"regpt2 compare, {spec!r}:", default=defaults_for(recipe, options), args=options)
+    config = parse(RunConfig, options, f"regpt2 compare, {spec!r}:", default=defaults_for(recipe, options))
     plain = " ".join([Path(recipe).stem, *own])
     label = named[1] if named else re.sub(r"[^\w.+]+", "-", plain)[:MOST_CHARACTERS]
     keeps_steps = any(option.partition("=")[0] == "--max-steps" for option in options)

@@ -34,20 +34,19 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is evaluated while training goes on."""
+    """What is evaluated during training."""
 
     names: tuple[str, ...] = ("val_loss",)
-    """Entries of the shelf evals/."""
+    """Evaluations by name: the entries of the shelf evals/."""
     val_tokens: int = 10_485_760
-    """Tokens of the validation split that are scored: the same ones every time, for any number of ranks."""
+    """Tokens of the validation split to score; always the same ones, for any number of ranks."""
     files: tuple[str, ...] = ()
-    """Data of evaluations given by hand, each as NAME=PATH; the rest is looked for in the cache, then downloaded."""
+    """Local files of evaluations, each as NAME=PATH; the others come from the cache or are downloaded."""
     limit: int = 0
-    """Only the first so many examples of each evaluation; 0 = all. For trying things out: it changes the figures."""
+    """Score only the first N examples of each evaluation; 0 = all. For a quick try: it changes the results."""
 
     verdict: str = "auto"
-    """The reference curve that each validation loss is held against: auto = the one for this model and data, if there
-    is one; off; or a curve's name."""
+    """Reference curve to compare validation losses with: auto (the one for this model and data), off, or a name."""
 
     def __post_init__(self) -> None:
         if self.val_tokens < 1:
@@ -65,18 +64,18 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Samples written while training goes on."""
+    """Samples written during training."""
 
     prompt: str = "Hello, I'm a language model,"
     """What the samples continue; empty = from the start of a document."""
     n: int = 4
-    """How many."""
+    """Number of samples."""
     max_new_tokens: int = 32
-    """Tokens each."""
+    """Tokens per sample."""
     temperature: float = 1.0
-    """0 = always the likeliest token."""
+    """0 always takes the most likely token."""
     top_k: int = 50
-    """Choose among so many likeliest tokens; 0 = all."""
+    """Sample from the N most likely tokens; 0 = from all."""
 
     def __post_init__(self) -> None:
         for name, least in (("n", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
@@ -89,41 +88,41 @@ class RunConfig:
     """One training run."""
 
     run: str = ""
-    """The run folder; by default runs/RECIPE."""
+    """The run folder."""
     data: str = ""
     """The prepared data folder (regpt2 prepare ... --out DIR)."""
     mix: tuple[str, ...] = ()
-    """Instead of `data`: several folders, each as DIR=WEIGHT, its share of the tokens of every update."""
+    """Several data folders instead of `data`, each as DIR=WEIGHT: its share of the tokens in every update."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on where the run folder stands; never: refuse a used folder; must: refuse an unused one."""
+    """auto: resume from the newest checkpoint, if any; never: refuse a used run folder; must: refuse a new one."""
     seed: int = 1337
-    """Weights, data order and dropout are functions of it."""
+    """Determines the initial weights, the order of the data and dropout."""
     max_steps: int = 19_073
-    """Updates in all."""
+    """Total number of updates."""
     log_every: int = 1
-    """Updates between lines of the record. Reading the loss waits for the device."""
+    """Updates between entries in the record. Reading the loss waits for the device."""
     eval_every: int = 250
-    """Updates between evaluations, and before the first and after the last; 0 = never."""
+    """Updates between evaluations; they also run before the first update and after the last. 0 = never."""
     sample_every: int = 250
-    """Updates between samples, and after the last; 0 = never."""
+    """Updates between samples; they are also written after the last update. 0 = never."""
     save_every: int = 1000
-    """Updates between checkpoints, and after the last and on Ctrl-C or SIGTERM; 0 = never, not even then."""
+    """Updates between checkpoints; also saved after the last update, on Ctrl-C and on SIGTERM. 0 = never save."""
     keep_checkpoints: int = 3
-    """The newest so many are kept; 0 = all."""
+    """How many of the newest checkpoints to keep; 0 keeps all."""
     track: tuple[str, ...] = ()
-    """Where the record also goes: tensorboard, wandb."""
+    """Also send the record to: tensorboard, wandb."""
     verify_data: bool = True
     """Check the SHA-256 of every shard before the first update."""
     check_memory: bool = True
-    """Refuse, before the first update, what would surely run out of memory."""
+    """Refuse, before the first update, a run that would certainly run out of memory."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
     deterministic: bool = False
-    """On a GPU: the same bits each time, after a resume too, by kernels that may be slower. A CPU gives them anyway."""
+    """On a GPU: the same bits in every run, also after a resume; kernels may be slower. A CPU always does this."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the training step, not for evaluation and samples. auto: on a GPU, where Triton is."""
+    """Use torch.compile for the training step, not for evaluations and samples. auto: on a GPU with Triton."""
     model: GPTConfig = field(default_factory=GPTConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -63,22 +63,22 @@ class Stretch:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """How many tokens make an update, and in what pieces they pass through the model."""
+    """How many tokens make an update, and how they are split into forward passes."""
 
     batch_tokens: int = 524_288
     """Tokens per update, over all ranks and micro-steps: 2**19, GPT-3's 0.5M for this size."""
     ramp_from: int = 0
-    """Tokens of the first update; updates grow to batch_tokens by as many at a time. 0 = all are equal. GPT-3: 32k."""
+    """Tokens in the first update; updates grow to batch_tokens by this many at a time. 0 = no growth. GPT-3: 32k."""
     ramp_tokens: int = 0
-    """The tokens of training over which they grow, linearly: GPT-3's 4 to 12 billion (arXiv:2005.14165, appendix B)."""
+    """Tokens of training over which they grow, linearly; GPT-3: 4 to 12 billion (arXiv:2005.14165, appendix B)."""
     micro_batch: int = 64
     """Sequences per forward pass, per rank: as many as fit in memory."""
     seq_len: int = 1024
     """Tokens per training sequence, at most model.block_size."""
     order: Literal["shuffled", "sequential"] = "shuffled"
-    """Windows in a seeded order over the whole epoch, or as they lie in the shards (the lecture's)."""
+    """shuffled: windows in a seeded order over the whole epoch; sequential: in the shards' order, as in the lecture."""
     one_batch: bool = False
-    """Every update sees the first windows: the sanity check that a model can learn them by heart."""
+    """Every update uses the first windows: the sanity check that the model can learn them by heart."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "micro_batch", "seq_len"):

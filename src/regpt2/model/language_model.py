@@ -33,9 +33,9 @@ class GPTConfig:
     vocab_size: int = 50257
     """Real tokens: 50,000 merges + 256 bytes + <|endoftext|>."""
     vocab_multiple: int = 64
-    """The embedding matrix has rows up to the next multiple of this, for the matmul's sake: 50257 -> 50304."""
+    """Pad the rows of the embedding matrix to a multiple of this, for faster matmuls: 50257 -> 50304."""
     activation: Activation = "gelu_tanh"
-    """gelu_tanh, the approximation that GPT-2 has, or gelu, the exact one (erf), as nanoGPT has since May 2023."""
+    """gelu_tanh, GPT-2's approximation, or gelu, the exact one (erf), which nanoGPT has used since May 2023."""
     dropout: float = 0.0
     """Dropout of embeddings, attention and residuals; 0 for pre-training on more data than parameters."""
 

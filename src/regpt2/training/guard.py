@@ -20,14 +20,13 @@ class GuardConfig:
     """What to do with updates that look wrong. Those with a loss or gradient that is not finite are always skipped."""
 
     spikes: Literal["report", "skip", "off"] = "report"
-    """A loss far above those before it: say so, skip the update, or nothing."""
+    """If a loss is far above those before it: report it, skip the update, or do nothing."""
     spike_z: float = 6.0
-    """How many standard deviations above the mean of the window make a spike."""
+    """Standard deviations above the window's mean from which a loss is a spike."""
     window: int = 128
-    """Updates that the mean and deviation are taken over; before half of them are seen nothing is a spike."""
+    """Updates in the window of mean and deviation; before half of them are seen, nothing counts as a spike."""
     max_skipped: int = 3
-    """How many skipped updates in a row stop the run. With a loss scale above 1 (fp16) those that are not finite do
-    not count: they are how the scale is found."""
+    """Skipped updates in a row that stop the run; overflows do not count while fp16 searches its loss scale."""
 
     def __post_init__(self) -> None:
         for name in ("window", "max_skipped"):

@@ -20,14 +20,14 @@ _FUSED_ON = ("cpu", "cuda")  # not "mps": its kernel does not look at found_inf,
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon for the matrices of the blocks; what is in no block is AdamW's, by the other fields of `optim`.
+    """Muon for the matrices of the blocks. AdamW trains the other parameters, with the other options of `optim`.
 
-    The values are those of the tuned baseline of KellerJordan/modded-nanogpt (records/track_3_optimization,
-    2026-06-10), but for the iteration: Keller Jordan's first one, which needs 5 steps instead of 12.
+    The values are those of the tuned baseline of KellerJordan/modded-nanogpt (records/track_3_optimization of
+    June 2026), except the iteration: Keller Jordan's first one, which needs 5 steps instead of 12.
     """
 
     lr: float = 0.025
-    """Peak learning rate: an update moves a matrix by about so much in every one of its singular directions."""
+    """Peak learning rate: an update changes a matrix by about this much in each of its singular directions."""
     weight_decay: float = 0.05
     """Pulls those matrices towards zero."""
     momentum: float = 0.95
@@ -55,13 +55,13 @@ class OptimConfig:
     """GPT-3's AdamW (arXiv:2005.14165, appendix B)."""
 
     name: str = "adamw"
-    """An entry of the shelf training/optim/."""
+    """The optimizer: an entry of the shelf training/optim/."""
     lr: float = 6e-4
     """Peak learning rate."""
     embedding_lr: float = 0.0
-    """That of wte and wpe; 0 = lr."""
+    """Peak learning rate of wte and wpe; 0 = lr."""
     head_lr: float = 0.0
-    """That of an untied head; 0 = lr."""
+    """Peak learning rate of an untied output head; 0 = lr."""
     weight_decay: float = 0.1
     """Pulls matrices, not vectors, towards zero."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -69,7 +69,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     grad_clip: float = 1.0
-    """The largest norm of the whole gradient; 0 = no clipping."""
+    """Largest norm of the whole gradient; 0 = no clipping."""
     muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:

@@ -9,16 +9,16 @@ from regpt2.base.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Warm-up, then a way down to `min_lr_fraction` of the peak at max_steps."""
+    """Warm-up, then decay to `min_lr_fraction` of the peak at max_steps."""
 
     kind: Literal["cosine", "stable_linear", "constant"] = "cosine"
     """cosine: GPT-3's; stable_linear: the peak held, then a straight line down; constant: the peak held."""
     warmup_steps: int = 715
-    """Updates from 0 to the peak: 375M tokens of 524,288 (GPT-3, arXiv:2005.14165, appendix B)."""
+    """Updates from 0 to the peak: 375M tokens in GPT-3 (arXiv:2005.14165, appendix B)."""
     min_lr_fraction: float = 0.1
     """The rate at the end, as a fraction of the peak."""
     decay_fraction: float = 0.4
-    """stable_linear: the part of max_steps that the way down takes."""
+    """stable_linear: the fraction of max_steps during which the rate decays."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:

@@ -19,13 +19,13 @@ class Filters:
     """Simple rules on the text of a document, after Gopher's (Rae et al. 2021, arXiv:2112.11446, appendix A)."""
 
     min_chars: int = 0
-    """Leave out documents with fewer characters."""
+    """Leave out documents with fewer characters than this."""
     max_chars: int = 0
-    """Leave out documents with more characters; 0: no limit."""
+    """Leave out documents with more characters than this; 0 = no limit."""
     min_words_with_letters: float = 0.0
-    """Leave out documents in which a smaller share of the words has a letter; Gopher's is 0.8."""
+    """Leave out documents in which a smaller share of the words contains a letter; Gopher uses 0.8."""
     max_repeated_lines: float = 1.0
-    """Leave out documents with a larger share of lines that came before in the same document; Gopher's is 0.3."""
+    """Leave out documents in which a larger share of the lines are repeats; Gopher uses 0.3."""
 
     def __post_init__(self) -> None:
         for name in ("min_chars", "max_chars"):

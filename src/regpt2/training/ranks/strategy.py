@@ -30,16 +30,16 @@ from regpt2.model.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How ranks share an update, and how they watch each other. One rank alone needs none of it."""
+    """How ranks share an update and watch each other. A single rank ignores these options."""
 
     strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
-    """ddp: all weights on each rank; fsdp: in shards, for what does not fit; ordered: ddp in a fixed order of sums."""
+    """ddp: all weights on each rank; fsdp: sharded, for large models; ordered: ddp with a fixed order of sums."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """The type in which gradients travel: bf16 halves the traffic and rounds each rank's gradient to 8 bits."""
+    """Data type of exchanged gradients: bf16 halves the traffic and rounds each rank's gradient to 8 bits."""
     check_every: int = 100
-    """Updates between comparisons of the weights over ranks; also before every checkpoint. 0 = never."""
+    """Updates between comparisons of the weights across ranks; also before every checkpoint. 0 = never."""
     timeout_s: float = 300.0
-    """A run that stands still for so long, on any rank, says where, and ends. 0 = it may stand still."""
+    """Seconds without progress on any rank before the run reports where it hangs and exits; 0 turns this off."""
 
     def __post_init__(self) -> None:
         if self.check_every < 0:
