@@ -66,3 +66,47 @@ def test_links_and_files_exist(page: Path) -> None:
 
 def test_the_pages_do_have_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 20
+
+
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path
+    for room in ("src", "tests", "benchmarks")
+    for path in ROOT.glob(f"{room}/**/*.py")
+}
+OF_OTHERS = {"train.py", "sample.py"}  # nanoGPT's, in docs/interchange.md
+
+
+def named_in(page: Path) -> list[tuple[int, str, list[str]]]:
+    """(line, file, names within it) of each `path/file.py`, and `path/file.py`: `Class.name`, on a page."""
+    found = []
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        for match in re.finditer(r"`([\w/]+\.py)`(?:: `([A-Za-z_][\w.]*)(?:\(\))?`)?", line):
+            found.append((number, match[1], match[2].split(".") if match[2] else []))
+    return found
+
+
+def files_called(name: str) -> list[Path]:
+    """The files that a page may mean: by their path from the root, from the package, or in part."""
+    return [path for there, path in SOURCES.items() if f"/{there}".endswith(f"/{name}")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_named_file_exists_and_holds_what_is_said_to_be_in_it(page: Path) -> None:
+    missing = []
+    for line, name, within in named_in(page):
+        files = files_called(name)
+        if not files and not (page.name == "interchange.md" and name in OF_OTHERS):
+            missing.append(f"{page.name}:{line}: there is no file {name}")
+        wanted = [re.compile(rf"^\s*(?:def|class) {one}\b|^\s*(?:self\.)?{one}\b[^=\n]*= ", re.M) for one in within]
+        if files and not any(all(one.search(file.read_text()) for one in wanted) for file in files):
+            missing.append(f"{page.name}:{line}: no {'.'.join(within)} in {name}")
+    assert missing == []
+
+
+def test_names_that_are_missing_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("| `base/device.py`: `pick_device` |\n`model/gpt.py`: `GPT.init_weights`, `no/such.py`")
+    first, second, third = named_in(page)
+    assert first == (1, "base/device.py", ["pick_device"])
+    assert (second, third) == ((2, "model/gpt.py", ["GPT", "init_weights"]), (2, "no/such.py", []))
+    assert files_called("no/such.py") == []

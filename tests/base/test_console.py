@@ -1,10 +1,13 @@
 """What a model says never drives the terminal; numbers and times read as a person reads them."""
 
+import re
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regpt2.base.console import ProgressLine, count, duration, safe_text
+from regpt2.base.console import ProgressLine, count, duration, figure, safe_text
 
 
 @given(st.text())
@@ -22,6 +25,9 @@ def test_safe_text_keeps_what_is_harmless() -> None:
 
 def test_numbers_and_times() -> None:
     assert [count(n) for n in (7, 950, 12_345, 4.56e6, 1e10)] == ["7", "950", "12.3k", "4.56M", "10B"]
+    assert [count(n) for n in (999.7, 999_999, 3.2e12, float("inf"))] == ["1k", "1M", "3.2T", "inf"]
+    assert [figure(n) for n in (3.14159, 1234.4, 37_890, 9999.7)] == ["3.142", "1,234", "37.9k", "10k"]
+    assert figure(0.00001) == "1e-05"
     assert [duration(s) for s in (5, 65, 3700, 200_000)] == ["5s", "1m05s", "1h01m", "2d07h"]
 
 
@@ -39,3 +45,18 @@ def test_before_anything_is_done_no_time_is_guessed(capsys: pytest.CaptureFixtur
     with ProgressLine("reading", 10, "MB", every_s=0.0) as line:
         line.advance(0)
     assert capsys.readouterr().out == "reading: 0 of 10 MB\n"
+
+
+@pytest.mark.parametrize("total", [0.0, 0.4])
+def test_progress_of_nothing_or_of_a_part_of_a_unit_is_no_zero_of_zero(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, total: float
+) -> None:
+    for on_a_screen in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda on_a_screen=on_a_screen: on_a_screen, raising=False)
+        with ProgressLine("reading", total, "MB", every_s=0.0) as line:
+            line.advance(total / 2)
+            line.advance(total / 2)
+        shown = capsys.readouterr().out
+        assert "reading" in shown
+        assert not re.search(r"\b0 ?(/|of) ?0\b", shown), shown
+        assert ("0.2 of 0.4" in shown or "0.4 of 0.4" in shown) is (total > 0)

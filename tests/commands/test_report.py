@@ -24,8 +24,7 @@ pytestmark = pytest.mark.seconds
 
 RUN: dict[str, Any] = {
     "time": "2026-11-21T05:00:00+00:00",
-    "recipe": "demo",
-    "config": {"seed": 1337, "optim": {"lr": 1e-3}},
+    "config": {"recipe": "demo", "seed": 1337, "optim": {"lr": 1e-3}},
     "version": "0.1.0",
     "commit": "3f9c2ab",
     "command": "regpt2 train demo",

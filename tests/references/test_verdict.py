@@ -344,7 +344,9 @@ def test_a_record_is_not_trusted() -> None:
 
 
 def test_without_a_reference_the_run_is_asked_alone() -> None:
-    def at_end(losses: list[float], first: float = math.log(257), bits: float = 2.0) -> Verdict:
+    def at_end(
+        losses: list[float], first: float = math.log(257), bits: float = 2.0, n_params: float | None = None
+    ) -> Verdict:
         n = len(losses)
         facts = Facts(
             vocab_size=257,
@@ -354,6 +356,7 @@ def test_without_a_reference_the_run_is_asked_alone() -> None:
             train_losses=np.array([first]),
             eval_steps=100.0 * np.arange(n),
             eval_bits=np.full(n, bits),
+            n_params=n_params,
         )
         return judge(None, facts.eval_steps, losses, total_tokens=100.0 * (n - 1), facts=facts)
 
@@ -363,3 +366,7 @@ def test_without_a_reference_the_run_is_asked_alone() -> None:
     assert "learned by heart" in at_end([5.5, 2.2, 1.6, 1.9]).checks[0]
     assert "not near ln(vocabulary)" in at_end([5.5, 2.2, 1.6], first=7.0).checks[0]
     assert "gzip needs 2.070" in at_end([5.5, 2.2, 1.6], bits=2.4).checks[0]
+    short = at_end([5.5, 2.2, 1.6], bits=2.4, n_params=201.0)
+    assert (short.state, short.checks, short.worth_saying) == ("too short", (), True)
+    assert short.line() == "too short to judge: 1.6000 after 200 tokens, fewer than one per parameter"
+    assert "not near ln(vocabulary)" in at_end([5.5, 2.2, 1.6], first=7.0, n_params=201.0).line()

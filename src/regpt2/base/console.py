@@ -1,5 +1,6 @@
 """What a person sees while work goes on: lines, a progress line with rate and time left, text made safe to show."""
 
+import math
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 # C0 controls but \n and \t, DEL, C1 controls: these could drive a terminal. Bidirectional marks, which show text in
 # another order, and the line and paragraph separators. Half surrogate pairs, which no UTF-8 can hold.
@@ -65,11 +66,18 @@ def warn(line: str) -> None:
 
 
 def count(number: float) -> str:
-    """A number as a person reads it: 950, 12.3k, 4.56M, 10.0B."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+    """A number as a person reads it: 950, 12.3k, 4.56M, 10B."""
+    rounded = float(f"{number:.3g}")  # 999,999 is 1M and not 1000k
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size <= abs(rounded) < math.inf:
+            return f"{rounded / size:.3g}{unit}"
+    return f"{rounded:.3g}"
+
+
+def figure(number: float, digits: int = 4) -> str:
+    """A measured number: 3.142, 1,234; one that would need an exponent as `count` writes it, 37.9k."""
+    shown = f"{number:,.{digits}g}"
+    return count(number) if "e+" in shown else shown
 
 
 def duration(seconds: float) -> str:
@@ -102,12 +110,12 @@ class ProgressLine:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[done]}"),
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=Console(file=sys.stdout), transient=True)
-            self._task = self._bar.add_task(f"{self.what} ({self.unit})", total=self.total, rate="")
+            self._task = self._bar.add_task(f"{self.what} ({self.unit})", total=self.total or None, done="", rate="")
             self._bar.start()
         return self
 
@@ -122,12 +130,13 @@ class ProgressLine:
         self.done += amount
         now = time.monotonic()
         rate = self.done / max(1e-9, now - self.started_at)
+        so_far = count(self.done) + (f" of {count(self.total)}" if self.total else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{count(rate)} {self.unit}/s")
+            self._bar.update(self._task, completed=self.done, done=so_far, rate=f"{count(rate)} {self.unit}/s")
         elif self.shown and now - self.spoke_at >= self.every_s:
             self.spoke_at = now
             pace = ""  # of nothing done yet there is none
-            if rate:
+            if rate and self.total:
                 left_s = max(0.0, self.total - self.done) / rate
                 pace = f", {count(rate)} {self.unit}/s, {duration(left_s)} left"
-            say(f"{self.what}: {count(self.done)} of {count(self.total)} {self.unit}{pace}")
+            say(f"{self.what}: {so_far} {self.unit}{pace}")

@@ -18,7 +18,7 @@ import tyro
 
 from regpt2 import __version__
 from regpt2.base import plugins
-from regpt2.base.console import say, warn
+from regpt2.base.console import figure, say, warn
 from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
@@ -267,4 +267,4 @@ def _paper_number(head: str, value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:,.5g}"
+    return "unknown" if value is None else figure(value, 5)

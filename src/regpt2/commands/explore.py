@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from regpt2.base.console import safe_text, say
+from regpt2.base.console import count, safe_text, say
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
@@ -297,7 +297,7 @@ def _tensor_lines(tensors: Sequence[TensorFigures]) -> list[str]:
 
 def _short(figure: float) -> str:
     """Four digits after the point, while that is a column's width."""
-    return f"{figure:.4f}" if abs(figure) < 1000 else f"{figure:.4g}"
+    return f"{figure:.4f}" if abs(figure) < 1000 else count(figure)
 
 
 def _part_lines(found: Explored) -> list[str]:

@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from regpt2 import __version__
-from regpt2.base.console import say
+from regpt2.base.console import figure, say
 from regpt2.base.device import Precision, choose_compute, device_name, pick_device
 from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import write_atomic
@@ -132,7 +132,7 @@ def _show(found: dict[str, Any]) -> None:
             if comma and not metric.endswith("_stderr"):
                 stderr = figures.get(f"{metric}_stderr,{how}")
                 shown = f" +- {stderr:.3g}" if isinstance(stderr, float) else ""
-                say(f"  {metric if how == 'none' else key:<14} {value:,.5g}{shown}")
+                say(f"  {metric if how == 'none' else key:<14} {figure(value, 5)}{shown}")
 
 
 def harness_model(context: EvalContext) -> Any:

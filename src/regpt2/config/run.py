@@ -87,6 +87,8 @@ class SampleConfig:
 class RunConfig:
     """One training run."""
 
+    recipe: str = ""
+    """The recipe's name in the record and the report."""
     run: str = ""
     """The run folder."""
     data: str = ""
@@ -226,7 +228,8 @@ def load_recipe(spec: str) -> RunConfig:
     """A recipe by name or path, checked; its run folder is runs/NAME unless it says otherwise."""
     path = find_recipe(spec)
     config = read_toml(path)
-    return config if config.run else dataclasses.replace(config, run=str(Path("runs") / path.stem))
+    run, recipe = config.run or str(Path("runs") / path.stem), config.recipe or path.stem
+    return dataclasses.replace(config, run=run, recipe=recipe)
 
 
 def defaults_for(spec: str, options: list[str]) -> RunConfig:

@@ -50,7 +50,8 @@ class Record:
     @property
     def recipe(self) -> str:
         """The recipe's name; where none is recorded, the folder's."""
-        return str(self.start.get("recipe") or self.name)
+        config = self.start.get("config")
+        return str((config.get("recipe") if isinstance(config, dict) else "") or self.name)
 
     @property
     def status(self) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from regpt2.base.console import count
 from regpt2.pages.record import number
 from regpt2.pages.safe_html import Html, fill, join
 
@@ -15,7 +16,7 @@ def figure(name: str, value: object) -> str:
     if isinstance(value, bool) or not math.isfinite(at) or isinstance(value, str):
         return "–" if value is None else str(value)[:200]
     if abs(at) >= 1e9:
-        return f"{at:.3g}"
+        return count(at)
     return f"{at:,.0f}" if isinstance(value, int) else f"{at:,.{_DIGITS.get(name, 4)}f}"
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from regpt2.base.console import count
 from regpt2.references import curves
 from regpt2.references.causes import Evidence, likeliest_first
 from regpt2.references.curves import Curve
@@ -41,7 +42,7 @@ class Verdict:
     """Where a run stands at its newest evaluation."""
 
     state: str
-    """"on track", "above", "better", "too early"; "no reference" where only the run itself can be asked."""
+    """"on track", "above", "better", "too early"; without a curve "no reference" or "too short"."""
     tokens: float
     loss: float
     finished: bool
@@ -83,6 +84,9 @@ class Verdict:
     def _without_reference(self) -> str:
         if self.state == "too early":
             return f"too early to say: {self.loss:.4f} before the first point of {self.curve}"
+        if self.state == "too short":
+            tokens = count(self.tokens)
+            return f"too short to judge: {self.loss:.4f} after {tokens} tokens, fewer than one per parameter"
         rest = "something looks wrong" if self.checks else "what can be checked without one is in order"
         return f"no reference for this model and data: {self.loss:.4f}; {rest}"
 
@@ -113,7 +117,10 @@ def judge(
     now, loss = float(tokens[-1]), float(losses[-1])
     asked_alone = Verdict("no reference", now, loss, now >= total_tokens, openai=_openai(facts))
     if curve is None:
-        return replace(asked_alone, checks=tuple(self_checks(facts, losses)))
+        short = now < (facts.n_params or 0)
+        checks = tuple(self_checks(facts, losses, short=short))
+        unjudged = short and asked_alone.finished and not checks
+        return replace(asked_alone, state="too short" if unjudged else "no reference", checks=checks)
     compared = replace(asked_alone, curve=curve.name, source=curve.source, by_shape=curve.by_shape)
     end = float(curve.loss[-1]) if _same_length(curve, total_tokens) else None
     last = float(curve.tokens[-1])
@@ -177,8 +184,8 @@ def _openai(facts: Facts) -> str:
     return ""
 
 
-def self_checks(facts: Facts, losses: Sequence[float] | Column) -> list[str]:
-    """What looks wrong in a run that there is no reference for."""
+def self_checks(facts: Facts, losses: Sequence[float] | Column, *, short: bool = False) -> list[str]:
+    """What looks wrong in a run without a reference. A `short` one is not compared with gzip."""
     found = []
     first = facts.train_losses[0] if len(facts.train_losses) and facts.train_steps[0] == 1 else math.nan
     if facts.vocab_size and abs(first - math.log(facts.vocab_size)) > NEAR_UNIFORM:
@@ -188,6 +195,6 @@ def self_checks(facts: Facts, losses: Sequence[float] | Column) -> list[str]:
             f"the validation loss has risen from {min(losses):.3f} to {losses[-1]:.3f}: learned by heart, or diverging"
         )
     bits = facts.eval_bits[-1] if len(facts.eval_bits) else math.nan
-    if facts.gzip_bits and bits > facts.gzip_bits and facts.eval_steps[-1] == facts.max_steps:
+    if not short and facts.gzip_bits and bits > facts.gzip_bits and facts.eval_steps[-1] == facts.max_steps:
         found.append(f"{bits:.3f} bits per byte, and gzip needs {facts.gzip_bits:.3f}")
     return found

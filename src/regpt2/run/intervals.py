@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from regpt2.base import plugins
-from regpt2.base.console import say, warn
+from regpt2.base.console import figure, say, warn
 from regpt2.base.ranks.signals import Stopped
 from regpt2.base.record.metrics import read_events
 from regpt2.config.run import RunConfig
@@ -99,7 +99,7 @@ def evaluate(job: Job, model: LanguageModel, step: int, name: str) -> None:
         "eval", step, eval=name, **figures, elapsed_s=elapsed_s, seen_tokens=config.batch.tokens_until(step)
     )
     if job.world.is_main:
-        shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if value is not None)
+        shown = ", ".join(f"{key} {figure(value)}" for key, value in figures.items() if value is not None)
         say(f"step {step:>6,} | {name}: {shown}")
         if name == "val_loss":
             judge(job, step)

@@ -31,7 +31,6 @@ def open_records(job: Job, first: int) -> None:
     job.baselines = _baselines(job)
     event: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": job.run.name,
         "config": dataclasses.asdict(config),
         "version": __version__,
         "commit": commit(),

@@ -259,7 +259,7 @@ def _told(trace: Trace, panel: Panel) -> str:
 
 
 def _digits(most: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{most}f}".rstrip("0").rstrip(".") if abs(value) < 1e6 else f"{value:.3g}"
+    return lambda value: f"{value:.{most}f}".rstrip("0").rstrip(".") if abs(value) < 1e6 else count(value)
 
 
 def _percent(share: float) -> str:

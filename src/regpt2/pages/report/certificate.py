@@ -12,7 +12,6 @@ MOST_NAMED = 20
 
 # What a `run` event says, as a reader calls it. Values that differ from one start to the next are all shown.
 _FACTS = {
-    "Recipe": "recipe",
     "Command": "command",
     "Commit": "commit",
     "regpt2": "version",
@@ -37,7 +36,11 @@ _HASHES = {"Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Co
 
 def certificate(record: Record) -> dict[str, str]:
     """The facts by name, in the order of reading."""
-    facts = {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
+    # Only the configuration has it: the "recipe" of an older event is the name of the run folder.
+    configs = [run.get("config") for run in record.runs]
+    recipes = {str(one["recipe"])[:100]: None for one in configs if isinstance(one, dict) and one.get("recipe")}
+    facts = {"Recipe": ", ".join(recipes)} if recipes else {}
+    facts |= {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
     if mixture := _mixture(record.start):
         facts["Mixture"] = _named(mixture)
     ramp_from, ramp_tokens = (number(_find(record.start, key)) for key in ("ramp_from", "ramp_tokens"))
