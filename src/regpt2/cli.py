@@ -118,7 +118,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         sys.stdout.write(f"regpt2 {__version__}\n")
         return 0
     if verb not in VERBS:
-        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
+        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} Available: {', '.join(VERBS)}.")
     code: int = importlib.import_module(f"regpt2.commands.{MODULES.get(verb, verb)}").main(arguments)
     return code
 

@@ -73,7 +73,7 @@ def test_the_loss_is_said_once_on_standard_error(
     say("one")
     say("two")
     told = capsys.readouterr().err
-    assert told == "warning: standard output cannot be written (Broken pipe); the work goes on.\n"
+    assert told == "warning: standard output cannot be written (Broken pipe); the work continues.\n"
 
 
 def test_strict_output_raises_and_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_the_record_notes_each_lost_stream_once(tmp_path: Path, monkeypatch: pyt
     notes = [row for row in told if row[0] == "note"]
     assert [row[1] for row in notes] == [1, 1]
     assert sorted(row[2] for row in notes) == [
-        "standard error cannot be written (No space left on device); the run goes on",
-        "standard output cannot be written (Broken pipe); the run goes on",
+        "standard error cannot be written (No space left on device); the run continues",
+        "standard output cannot be written (Broken pipe); the run continues",
     ]
     assert told[-1][0] == "end"
 

@@ -120,7 +120,7 @@ def test_an_interruption_leaves_what_was_measured_and_no_process(tmp_path: Path)
         os.killpg(process.pid, signal.SIGINT)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert "the same command goes on" in said
+    assert "run the same command again" in said
     assert [row["rung"] for row in written(tmp_path)["rungs"]] == ["fp32"]
     assert (tmp_path / "ladder.md").exists()
     with pytest.raises(ProcessLookupError):

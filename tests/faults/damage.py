@@ -163,7 +163,7 @@ def _falls_back(bench: Bench, outcome: Outcome, what: str, damage: Damage) -> fl
     elapsed_s = time.monotonic() - started_at
     before = trial.STEPS - trial.SAVE_EVERY
     wrong = [] if code == 0 and "Traceback" not in said else [f"exit code {code}"]
-    wrong += [] if "set aside" in said and f"going on from step {before}" in said else ["not said"]
+    wrong += [] if "set aside" in said and f"resuming from step {before}" in said else ["not said"]
     wrong += [] if (run / "checkpoints" / f"bad-step-{trial.STEPS:08d}").is_dir() else ["not kept aside"]
     wrong += [f"{elapsed_s:.1f} s"] if elapsed_s > 5 else []
     outcome.fired(not wrong, f"fallback after {what}: {'; '.join(wrong)}: {said[-300:]}")

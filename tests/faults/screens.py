@@ -198,7 +198,7 @@ def _close() -> None:
 def _finished(code: int, run: Path, reasons: list[str]) -> list[str]:
     """To the end, with its page, and one note for each stream."""
     wrong = [] if code == 0 else [f"exit code {code}"]
-    expected = [f"standard {name} cannot be written ({why}); the run goes on" for why in reasons for name in _STREAMS]
+    expected = [f"standard {name} cannot be written ({why}); the run continues" for why in reasons for name in _STREAMS]
     wrong += [] if sorted(_notes(run)) == sorted(expected) else [f"notes: {_notes(run)}"]
     wrong += [] if _reason(run) == "finished" else [f"its end is {_reason(run)!r}"]
     return wrong + ([] if (run / "report.html").exists() else ["no report"])

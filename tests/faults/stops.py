@@ -202,7 +202,7 @@ def _lying_times(bench: Bench, outcome: Outcome) -> None:
             os.utime(path, (n * YEAR_S, n * YEAR_S))  # the older the checkpoint, the newer it looks
     process = trial.start(bench, run)
     code = process.wait()
-    went_on = re.search(r"going on from step ([\d,]+)", process.said)
+    went_on = re.search(r"resuming from step ([\d,]+)", process.said)
     outcome.fired(code == 0 and bool(went_on) and int(went_on[1]) == last, f"lying times: {process.said[-300:]}")
     outcome.same(trial.digest(run), trial.reference(bench), "lying times")
 

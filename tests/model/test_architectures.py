@@ -75,7 +75,7 @@ def test_every_architecture_says_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", ["modren", "", "gpt-2"])
 def test_an_unknown_architecture_is_refused_everywhere(name: str, tmp_path: Path, tiny_recipe: Path) -> None:
-    expected = rf"model.architecture = '{name}'.*There is: gpt2, modern"
+    expected = rf"model.architecture = '{name}'.*Available: gpt2, modern"
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'[model]\narchitecture = "{name}"\n')
     with pytest.raises(ConfigError, match=expected):
@@ -183,7 +183,7 @@ def test_a_folder_from_before_there_were_two_is_a_gpt2(tmp_path: Path) -> None:
         ({"untied_head": False}, "tensor lm_head.weight .* belongs to no GPT of this shape"),
         ({"rotary": False}, "tensor wpe.weight is missing"),
         ({"rms_norms": False}, "model.rms_norms is no setting of a GPT; did you mean 'rms_norm'"),
-        ({"architecture": ["modern"]}, "There is: gpt2, modern"),
+        ({"architecture": ["modern"]}, "Available: gpt2, modern"),
         ({"architecture": "gpt2"}, "is no setting of a GPT"),
     ],
     ids=str,

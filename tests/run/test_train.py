@@ -213,7 +213,7 @@ def test_ctrl_c_and_sigterm_save_and_leave_and_the_same_command_goes_on(
         timeout=60,
         check=True,
     )
-    assert f"going on from step {step:,}" in done.stdout
+    assert f"resuming from step {step:,}" in done.stdout
 
 
 def torchrun(n: int, recipe: Path, data: Path, run: Path, *more: str) -> None:

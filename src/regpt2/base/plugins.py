@@ -23,5 +23,5 @@ def load(shelf: str, name: str) -> ModuleType:
     names = entries(shelf)
     if name not in names:
         kind = shelf.rsplit(".", 1)[-1]
-        raise UsageError(f"{kind}: there is no {name!r}{did_you_mean(name, names)} There is: {', '.join(names)}.")
+        raise UsageError(f"{kind}: there is no {name!r}{did_you_mean(name, names)} Available: {', '.join(names)}.")
     return importlib.import_module(f"regpt2.{shelf}.{name}")

@@ -64,7 +64,7 @@ class WatchedStream(io.RawIOBase):
                 os.dup2(null, self.fileno())
                 os.close(null)
         if first and self.title != STREAMS["stderr"]:
-            sys.stderr.write(f"warning: {self.title} cannot be written ({reason.strerror}); the work goes on.\n")
+            sys.stderr.write(f"warning: {self.title} cannot be written ({reason.strerror}); the work continues.\n")
             sys.stderr.flush()
 
 

@@ -320,7 +320,7 @@ def compare(a: Folder, b: Folder, n_tokens: int) -> dict[str, Any]:
     ours, theirs = _facts(a), _facts(b)
     fields = {name: (ours.get(name), theirs.get(name)) for name in ours | theirs}
     fields = {name: pair for name, pair in fields.items() if pair[0] != pair[1]}
-    say("\nWhat is said of them differs in:" if fields else "\nWhat is said of them is equal.")
+    say("\nTheir descriptions differ in:" if fields else "\nTheir descriptions are equal.")
     for name, pair in fields.items():
         first, second = ("-" if value is None else value for value in pair)
         if len(first) + len(second) <= COLUMNS // 2:

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
                 record.add(row)
                 say(f"{row.title}: {_told(row)}")
         except KeyboardInterrupt:
-            say("Stopped; what was measured is kept, and the same command goes on.")
+            say("Stopped; what was measured is kept; run the same command again to resume.")
             raise
         finally:
             record.write_pages()

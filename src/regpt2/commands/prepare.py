@@ -276,7 +276,7 @@ def _require_same(folder: Path, there: dict[str, str], here: dict[str, str]) -> 
     for name in dict.fromkeys([*here, *there]):
         if there.get(name) != here.get(name):
             is_commit = name == "revision" and re.fullmatch("[0-9a-f]{40}", there.get(name, ""))
-            go_on = f"go on with --revision {there[name]}, " if is_commit else ""
+            go_on = f"resume with --revision {there[name]}, " if is_commit else ""
             raise UsageError(
                 f"{folder} holds another preparation: its {name} is {there.get(name)!r}, this command's is "
                 f"{here.get(name)!r}; {go_on}choose another --out, or remove the folder."

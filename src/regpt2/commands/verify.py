@@ -86,7 +86,7 @@ def check_run(run: Path, findings: Findings) -> None:
 
 def _recipe(path: Path) -> str:
     if not path.is_file():
-        raise CheckpointError("missing: the run cannot go on without it.")
+        raise CheckpointError("missing: the run cannot resume without it.")
     config = read_toml(path)
     return f"a recipe of {config.max_steps:,} steps"
 

@@ -163,7 +163,7 @@ def with_baseline(folder: Path, arms: Sequence[Arm], baseline: str) -> list[Arm]
     """
     labels = [arm.label for arm in arms]
     if baseline and baseline not in labels:
-        raise UsageError(f"--baseline {baseline}{did_you_mean(baseline, labels)} There is: {', '.join(labels)}.")
+        raise UsageError(f"--baseline {baseline}{did_you_mean(baseline, labels)} Available: {', '.join(labels)}.")
     ordered = sorted(arms, key=lambda arm: arm.label != (baseline or labels[0]))
     first = read_toml(folder / ordered[0].label / "recipe.toml")
     return [replace(arm, changes=_changes(first, read_toml(folder / arm.label / "recipe.toml"))) for arm in ordered]

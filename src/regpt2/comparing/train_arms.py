@@ -104,7 +104,7 @@ def train_all(out: Path, plan: Comparison, configs: Mapping[str, RunConfig], roo
             say(f"{task.arm.label} seed {task.seed}: {told} ({n_done} of {n_runs})")
             write_json(out, plan)
     except KeyboardInterrupt:
-        say("Stopped; finished runs are kept, and the same command goes on.")
+        say("Stopped; finished runs are kept; run the same command again to resume.")
         raise
 
 

@@ -55,7 +55,8 @@ class EvalConfig:
             raise ConfigError(f"evals.limit = {self.limit} must be at least 0 (0 = all examples).")
         if self.verdict not in (choices := ["auto", "off", *curve_names()]):
             raise ConfigError(
-                f"evals.verdict = {self.verdict!r}{did_you_mean(self.verdict, choices)} There is: {', '.join(choices)}."
+                f"evals.verdict = {self.verdict!r}{did_you_mean(self.verdict, choices)} "
+                f"Available: {', '.join(choices)}."
             )
         for name in self.names:
             if name not in plugins.entries("evals"):
@@ -219,7 +220,7 @@ def find_recipe(spec: str) -> Path:
         return path
     names = recipe_names()
     raise UsageError(
-        f"there is no recipe {spec!r}{did_you_mean(spec, names)} There is: {', '.join(names)}; "
+        f"there is no recipe {spec!r}{did_you_mean(spec, names)} Available: {', '.join(names)}; "
         "or give a file that ends in .toml."
     )
 

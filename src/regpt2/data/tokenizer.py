@@ -182,7 +182,7 @@ def load_tokenizer(name: str, vocab_path: Path | None = None) -> Tokenizer:
     """
     if name not in TOKENIZERS:
         raise UsageError(
-            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS)} There is: {', '.join(TOKENIZERS)}."
+            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS)} Available: {', '.join(TOKENIZERS)}."
         )
     if name == "bytes":
         if vocab_path is not None:

@@ -129,7 +129,7 @@ def find_machine(name: str) -> Machine:
     known = {key.lower(): machine for key, machine in MACHINES.items()}
     if name.lower() not in known:
         raise UsageError(
-            f"there is no machine {name!r}{did_you_mean(name.lower(), known)} There is: {', '.join(MACHINES)}; "
+            f"there is no machine {name!r}{did_you_mean(name.lower(), known)} Available: {', '.join(MACHINES)}; "
             "without --machine the plan is for this one."
         )
     return known[name.lower()]

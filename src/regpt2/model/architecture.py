@@ -21,7 +21,7 @@ def config_class(name: object) -> type[GPTConfig]:
     """
     if not isinstance(name, str) or name not in ARCHITECTURES:
         nearest, known = did_you_mean(str(name)[:80], ARCHITECTURES), ", ".join(ARCHITECTURES)
-        raise ConfigError(f"model.architecture = {name!r:.80}{nearest} There is: {known}.")
+        raise ConfigError(f"model.architecture = {name!r:.80}{nearest} Available: {known}.")
     return ARCHITECTURES[name][0]
 
 

@@ -91,7 +91,8 @@ def evaluate(job: Job, model: LanguageModel, step: int, name: str) -> None:
     try:
         figures = plugins.load("evals", name).evaluate(context)
     except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
-        note(job, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training goes on")
+        why = f"{type(error).__name__}: {error}"
+        note(job, step, f"evaluation {name} failed at step {step} ({why}); training continues")
         return
     job.results[name] = figures
     elapsed_s = time.perf_counter() - started_at
@@ -112,7 +113,7 @@ def judge(job: Job, step: int) -> None:
     try:
         verdict = of_record(read_events(job.metrics.path), job.config.evals.verdict)
     except Exception as error:  # as with evaluations: none may cost the run
-        note(job, step, f"no verdict at step {step} ({type(error).__name__}: {error}); training goes on")
+        note(job, step, f"no verdict at step {step} ({type(error).__name__}: {error}); training continues")
         return
     job.verdict = verdict
     if verdict is None or not verdict.worth_saying:
@@ -138,7 +139,7 @@ def sample(job: Job, model: LanguageModel, step: int) -> None:
             on_token=lambda _: job.watchdog.beat(f"step {step}, sample", counted=False),  # rank 0 alone
         )
     except Exception as error:
-        note(job, step, f"sampling failed at step {step} ({type(error).__name__}: {error}); training goes on")
+        note(job, step, f"sampling failed at step {step} ({type(error).__name__}: {error}); training continues")
         return
     texts = [tokenizer.decode(row) for row in rows.tolist()]
     job.metrics.log("sample", step, prompt=options.prompt, texts=texts)

@@ -75,7 +75,7 @@ def run(job: Job) -> Summary:
     first, last = restore(job), config.max_steps  # updates already made: 0, or a checkpoint's
     if first > last:
         raise UsageError(
-            f"{job.run} stands at step {first:,} already, max_steps = {last:,}; give --max-steps {first + 1}."
+            f"{job.run} is already at step {first:,}, but max_steps = {last:,}; give at least --max-steps {first + 1}."
         )
     require_room(job, first)
     compiled = compiled_before(job)
@@ -220,7 +220,9 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
         report(job, step)
         if stop_signal and failure is None:
             saved = (
-                "the same command goes on from here." if job.config.save_every else "nothing was saved: save_every = 0."
+                "run the same command again to resume."
+                if job.config.save_every
+                else "nothing was saved: save_every = 0."
             )
             say(saved)
     if failure is not None:

@@ -66,7 +66,7 @@ def open_records(job: Job, first: int) -> None:
         f"{world.size} rank(s) x {batch.grad_accum_steps(world.size)} micro-steps x {batch.micro_batch} x "
         f"{batch.seq_len} = {batch.batch_tokens:,} tokens per update{batch.growth}; "
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {job.data.plan(n_tokens)}"
-        + (f"; going on from step {first:,}" if first else "")
+        + (f"; resuming from step {first:,}" if first else "")
     )
 
 

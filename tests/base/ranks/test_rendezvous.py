@@ -37,9 +37,11 @@ def test_all_ranks_of_an_attempt_share_a_part_that_no_earlier_attempt_has() -> N
 
 def test_a_word_of_a_rank_that_died_while_it_waited_does_not_mislead() -> None:
     shared = HashStore()
-    with pytest.raises(Problem, match="rank 1 waits for rank 0, in vain"):
+    with pytest.raises(Problem, match="rank 1 waits for rank 0, but it never connected"):
         private_store(shared, 1, 2, timeout_s=0.05)
-    with pytest.raises(Problem, match=r"rank 0 waits for rank\(s\) 1, in vain"):  # it answers the dead rank's word
+    with pytest.raises(
+        Problem, match=r"rank 0 waits for rank\(s\) 1, but it never connected"
+    ):  # it answers the dead rank's word
         private_store(shared, 0, 2, timeout_s=0.05)
     first, second = meet(shared, 2)
     first.set("key", "value")
@@ -47,5 +49,5 @@ def test_a_word_of_a_rank_that_died_while_it_waited_does_not_mislead() -> None:
 
 
 def test_rank_0_says_which_ranks_are_missing() -> None:
-    with pytest.raises(Problem, match=r"rank 0 waits for rank\(s\) 1, 2, in vain"):
+    with pytest.raises(Problem, match=r"rank 0 waits for rank\(s\) 1, 2, but it never connected"):
         private_store(HashStore(), 0, 3, timeout_s=0.05)

@@ -131,7 +131,7 @@ def test_a_stopped_rank_is_named_dumped_and_killed(start: Start) -> None:
     codes, said = ranks.ends(TIMEOUT_S + 5)
     assert codes == [HUNG, -signal.SIGKILL, HUNG]
     assert said.count("no progress for 2 s") == 1, said
-    assert f"stands still: rank 1 (process {ranks.processes[1].pid} on " in said
+    assert f"hangs: rank 1 (process {ranks.processes[1].pid} on " in said
     assert "waiting: 2 of 3 ranks at 'update " in said
     assert "rank 1, innermost call first:\n    File " in said
     assert "rank.py" in ranks.stacks(1) and ranks.stacks(1).count("(most recent call first)") == 2  # dumped once
@@ -148,7 +148,7 @@ def test_a_rank_that_sleeps_in_python_is_behind(start: Start) -> None:
     assert said.count("no progress for 2 s") == 1, said
     assert f"behind: rank 2 (process {ranks.processes[2].pid} on " in said
     assert "at 'update 3, micro-step 0'" in said and "waiting: 2 of 3 ranks at 'update 3, micro-step 1'" in said
-    assert "in stuck_in_python" in said and "stands still" not in said
+    assert "in stuck_in_python" in said and "hangs" not in said
     late = json.loads((ranks.run / "ranks" / "rank-00000.json").read_text())
     assert TIMEOUT_S / 2 <= late["idle_s"] < TIMEOUT_S  # it joins the verdict of a rank whose time is up
     assert "in collective" in ranks.stacks(0) and "in collective" in ranks.stacks(1)
@@ -159,7 +159,7 @@ def test_a_rank_that_keeps_the_gil_in_c_is_dumped_and_killed(start: Start) -> No
     ranks.wait_for_step(2)
     codes, said = ranks.ends(TIMEOUT_S + 5)
     assert codes == [-signal.SIGKILL, HUNG, HUNG]
-    assert f"stands still: rank 0 (process {ranks.processes[0].pid} on " in said
+    assert f"hangs: rank 0 (process {ranks.processes[0].pid} on " in said
     assert "in stuck_in_c" in said and "in stuck_in_c" in ranks.stacks(0)
 
 
@@ -177,7 +177,7 @@ def test_a_rank_that_left_by_an_error_is_named(start: Start) -> None:
     ranks.wait_for_step(2)
     codes, said = ranks.ends(TIMEOUT_S + 5)
     assert codes == [HUNG, 1]
-    assert "stands still: rank 1 " in said and "at 'update 3, micro-step 0, left by ValueError'" in said
+    assert "hangs: rank 1 " in said and "at 'update 3, micro-step 0, left by ValueError'" in said
 
 
 def test_one_process_alone_ends_too_even_if_nobody_reads_what_it_says(start: Start) -> None:

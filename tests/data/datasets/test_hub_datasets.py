@@ -142,7 +142,7 @@ def test_another_revision_is_resolved_and_recorded(edu_hub: FakeHub, tmp_path: P
     [
         (
             Source(config="sample-10B"),
-            r"no --config 'sample-10B'; did you mean 'sample-10BT'\? There is: sample-10BT, ",
+            r"no --config 'sample-10B'; did you mean 'sample-10BT'\? Available: sample-10BT, ",
         ),
         (Source(config="CC-MAIN-2024-10"), "choose hub --repo HuggingFaceFW/fineweb-edu --config CC-MAIN-2024-10"),
         (Source(repo="a/b"), "fineweb_edu takes no --repo"),

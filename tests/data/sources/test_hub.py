@@ -285,7 +285,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, place: Path, files: list[str], card
         for split, where in expected.items():
             assert files_of("me/data", commit, config, split)[0] == commit
             assert paths(files_of("me/data", commit, config, split)[1]) == list(dict.fromkeys(where)), (files, split)
-        with pytest.raises(UsageError, match=f"There is: {', '.join(sorted(expected))}"):
+        with pytest.raises(UsageError, match=f"Available: {', '.join(sorted(expected))}"):
             files_of("me/data", commit, config, "none")
 
 
@@ -349,8 +349,8 @@ def test_files_that_we_cannot_read_are_taken_from_the_hubs_conversion(
     ("config", "split", "message"),
     [
         ("", "train", r"several configurations: a, b; choose one with --config"),
-        ("aa", "train", r"no --config 'aa'; did you mean 'a'\? There is: a, b"),
-        ("a", "trian", r"no --split 'trian'; did you mean 'train'\? There is: test, train"),
+        ("aa", "train", r"no --config 'aa'; did you mean 'a'\? Available: a, b"),
+        ("a", "trian", r"no --split 'trian'; did you mean 'train'\? Available: test, train"),
     ],
 )
 def test_what_a_data_set_does_not_have_is_told_with_what_it_has(
@@ -366,7 +366,7 @@ def test_what_a_data_set_does_not_have_is_told_with_what_it_has(
 def test_without_a_card_a_folder_is_a_configuration(texts: FakeHub) -> None:
     commit = resolve("me/texts", "main")
     assert paths(files_of("me/texts", commit, "more", "train")[1]) == ["more/a b#c?.jsonl"]
-    with pytest.raises(UsageError, match=r"no --config 'mor'; did you mean 'more'\? There is: data, more"):
+    with pytest.raises(UsageError, match=r"no --config 'mor'; did you mean 'more'\? Available: data, more"):
         files_of("me/texts", commit, "mor", "train")
 
 

@@ -199,7 +199,7 @@ def test_every_machine_has_a_peak_and_a_plan(name: str) -> None:
 
 
 def test_an_unknown_machine_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'H10'; did you mean 'h100'\? There is: A100-40, .*, T4"):
+    with pytest.raises(UsageError, match=r"'H10'; did you mean 'h100'\? Available: A100-40, .*, T4"):
         find_machine("H10")
 
 

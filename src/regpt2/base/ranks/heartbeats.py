@@ -128,7 +128,7 @@ def judge(before: dict[int, Beat], now: dict[int, Beat], judging: int, size: int
         near = [r for r in now if r not in frozen and (now[r].host, now[r].parent) == home]
         if near:
             ends[str(rank)] = judging if judging in near else near[0]
-    return Verdict(_describe(now, suspects, "stands still" if frozen else "behind", size), suspects, ends)
+    return Verdict(_describe(now, suspects, "hangs" if frozen else "behind", size), suspects, ends)
 
 
 def _describe(now: dict[int, Beat], suspects: list[int], blame: str, size: int) -> str:

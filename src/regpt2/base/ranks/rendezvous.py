@@ -46,5 +46,5 @@ def private_store(store: Store, rank: int, size: int, *, timeout_s: float) -> St
 
 def _sleep_until(deadline: float, what: str) -> None:
     if time.monotonic() > deadline:
-        raise Problem(f"{what}, in vain: it did not start, or died. What it met stands in its own output.")
+        raise Problem(f"{what}, but it never connected: it did not start or it crashed; see that rank's own log.")
     time.sleep(_POLL_S)

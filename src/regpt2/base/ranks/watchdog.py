@@ -186,7 +186,7 @@ class Watchdog:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             why = describe_os_error(error)
-            tell(f"warning: the watchdog of rank {self.rank} cannot write: {why} Training goes on.\n")
+            tell(f"warning: the watchdog of rank {self.rank} cannot write: {why} Training continues.\n")
         self._warned = True
 
 

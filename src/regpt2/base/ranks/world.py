@@ -142,7 +142,7 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
             raise
         raise Problem(
             f"rank {rank} has lost another rank ({str(error).splitlines()[0]}). What that one met stands above or in "
-            "torchrun's log. Checkpoints are whole: the same command goes on from the newest."
+            "torchrun's log. Checkpoints are complete: run the same command again to resume from the newest."
         ) from error
     # Nothing is destroyed: see `leave_if_one_of_many`.
 

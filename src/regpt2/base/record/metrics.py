@@ -71,7 +71,7 @@ class MetricsLog:
         for reason in lost_streams() if event != "run" else ():
             if (stream := str(reason.filename)) not in self._lost:
                 self._lost.add(stream)
-                self.log("note", step, text=f"{stream} cannot be written ({reason.strerror}); the run goes on")
+                self.log("note", step, text=f"{stream} cannot be written ({reason.strerror}); the run continues")
         told = {"event": event, "step": step, **values}
         self._append(_line(told).encode())
         for sink in list(self._sinks):
@@ -88,7 +88,7 @@ class MetricsLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError as error:
             if not self._warned:
-                warn(f"the record is not being written: {describe_os_error(error)} Training goes on.")
+                warn(f"the record is not being written: {describe_os_error(error)} Training continues.")
             self._warned = True
 
     def _hand(self, sink: Sink, event: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class MetricsLog:
                 self._sinks.remove(sink)
         except Exception as error:  # theirs to raise: a network, a service, a full disk
             self._sinks.remove(sink)
-            warn(f"{type(sink).__name__} takes no more of the record ({type(error).__name__}: {error}); it goes on.")
+            warn(f"{type(sink).__name__} no longer receives the record ({type(error).__name__}: {error}).")
 
 
 def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:

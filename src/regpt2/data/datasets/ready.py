@@ -57,7 +57,7 @@ def shards(source: Source) -> ReadyPlan:
     config = source.config or next(iter(SETS))
     if config not in SETS:
         known = ", ".join(SETS)
-        raise UsageError(f"ready: there is no --config {config!r}{did_you_mean(config, SETS)} There is: {known}.")
+        raise UsageError(f"ready: there is no --config {config!r}{did_you_mean(config, SETS)} Available: {known}.")
     if source.input is not None and not source.input.is_dir():
         raise UsageError(f"--input {source.input}: there is no such folder.")
     made = SETS[config]

@@ -168,5 +168,5 @@ def _require(option: str, got: str, known: Any, repo: str) -> None:
     if not got:
         raise UsageError(f"{repo} has several configurations: {', '.join(names)}; choose one with --{option}.")
     raise UsageError(
-        f"{repo} has no --{option} {got!r}{did_you_mean(got, names)} There is: {', '.join(names) or 'nothing'}."
+        f"{repo} has no --{option} {got!r}{did_you_mean(got, names)} Available: {', '.join(names) or 'nothing'}."
     )

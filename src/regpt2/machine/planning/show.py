@@ -124,7 +124,7 @@ def _show_time(plan: RunPlan) -> None:
     hows = {
         "training": step.how,
         "evaluations": evaluated + (f"; not counted: {', '.join(left_out)}" if left_out else ""),
-        "checkpoints": "copied to main memory; the disk is written while training goes on",
+        "checkpoints": "copied to main memory; written to disk while training continues",
         "start": "imports, the check of the data" + (", the compiler" if plan.target.compiled else ""),
     }
     for name, seconds in plan.seconds.items():

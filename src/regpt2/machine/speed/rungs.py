@@ -137,7 +137,7 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
     known = [rung.name for rung in RUNGS]
     for name in names:
         if name not in known:
-            raise UsageError(f"there is no rung {name!r}{did_you_mean(name, known)} There is: {', '.join(known)}.")
+            raise UsageError(f"there is no rung {name!r}{did_you_mean(name, known)} Available: {', '.join(known)}.")
     return [rung for rung in RUNGS if rung.name in names]
 
 
