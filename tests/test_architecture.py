@@ -26,6 +26,7 @@ ROOMS = {
     "run": {"base", "config", "data", "evals", "model", "pages", "references", "sampling", "training"},
 }
 ROOMS["commands"] = set(ROOMS)
+ROOMS["api"] = set(ROOMS)  # what `import regpt2` gives
 ROOMS["cli"] = {"base"}  # a command is imported by its name
 GUARDS = ("__name__", "platform", "TYPE_CHECKING")
 REGISTRATIONS = ("register_autograd",)  # gives an operator its gradient; torch has no decorator for it

@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -151,12 +153,48 @@ def be_deterministic(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for its deterministic algorithms
+    os.environ.setdefault(_WORKSPACE, ":4096:8")  # as torch asks for its deterministic algorithms
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow: for debugging
     inductor: Any = importlib.import_module("torch._inductor.config")
     if hasattr(inductor, "deterministic"):  # else the compiler times its kernels, and sums by whichever came first
         inductor.deterministic = True
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Begin with torch's own settings, as a new process does, and leave all as it was: in a process of somebody else.
+
+    Kept are the precision of matmuls, deterministic algorithms, and the state of torch's own generators.
+    """
+    matmuls: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [one.fp32_precision for one in matmuls]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to name it once the precision of one backend alone was set
+        legacy = "highest"
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    inductor = getattr(sys.modules.get("torch._inductor.config"), "deterministic", False)
+    workspace = os.environ.get(_WORKSPACE)
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(gpus):
+            torch.set_float32_matmul_precision("highest")
+            yield
+    finally:
+        torch.set_float32_matmul_precision(legacy)
+        for one, precision in zip(matmuls, before, strict=True):
+            one.fp32_precision = precision
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        if "torch._inductor.config" in sys.modules:
+            sys.modules["torch._inductor.config"].deterministic = inductor  # type: ignore[attr-defined]
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
 
 
 def undetermined_operation(error: BaseException) -> str:
@@ -165,6 +203,7 @@ def undetermined_operation(error: BaseException) -> str:
     return said[1] if said else ""
 
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _UNDETERMINED = re.compile(r"(\S+) does not have a deterministic implementation")
 
 

@@ -84,17 +84,49 @@ class Options:
     """Also write the results to this JSON file."""
 
 
+@dataclass(frozen=True)
+class Results:
+    """What was measured, and how: `results["hellaswag"]["acc_norm"]`. The JSON of `--out` holds the same."""
+
+    model: str
+    step: int | None
+    """Updates made, if the model came from a run."""
+    device: str
+    precision: str
+    torch: str
+    version: str
+    limit: int
+    seq_len: int
+    results: dict[str, dict[str, Any]]
+    """By name of the evaluation: its figures, their standard errors (`acc_stderr`), protocols and references."""
+    failed: dict[str, str]
+    """By name of the evaluation: why it could not be measured."""
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self.results[name]
+
+
 def main(arguments: list[str]) -> int:
     """`regpt2 evaluate MODEL [options]`."""
-    options = parse(Options, arguments, "regpt2 evaluate")
+    return 1 if measure(parse(Options, arguments, "regpt2 evaluate"), shown=True).failed else 0
+
+
+def measure(options: Options, loaded: LoadedModel | None = None, *, shown: bool = False) -> Results:
+    """Measure the model that `options` name, or `loaded` in its place; `shown`: print each evaluation as it is done.
+
+    Raises:
+        UsageError: an option is out of its range, or there is no such evaluation.
+        Problem: the only evaluation that was asked for failed. Of several, `Results.failed` says it.
+    """
     names = _names(options)
     entries = {name: plugins.load("evals", name) for name in names}  # unknown names fail before any work
     files = files_by_name(options.files, plugins.entries("evals"))
-    compute = choose_compute(options.precision, pick_device(options.device))
+    device = next(loaded.model.parameters()).device if loaded else pick_device(options.device)
+    compute = choose_compute(options.precision, device)
     if options.deterministic:
-        be_deterministic(pick_device(options.device))
-    with start_world(pick_device(options.device)) as world:
-        loaded = load_model(options.model, device=world.device)
+        be_deterministic(device)
+    with start_world(device) as world:
+        loaded = loaded or load_model(options.model, device=world.device)
         dataset = _check(options, loaded)
         if world.is_main and (untrained := _untrained(options, loaded)):
             warn(untrained)
@@ -124,11 +156,23 @@ def main(arguments: list[str]) -> int:
                 continue
             references = _references(name, figures, dataset)
             results[name] = _result(figures, entry.PROTOCOLS, references, check, time.perf_counter() - started_at)
-            if world.is_main:
+            if shown and world.is_main:
                 _show(name, results[name], loaded.model.n_params())
+        found = Results(
+            model=loaded.source,
+            step=loaded.step,
+            device=device_name(device),
+            precision=compute.precision,
+            torch=torch.__version__,
+            version=__version__,
+            limit=options.limit,
+            seq_len=context.seq_len,
+            results=results,
+            failed=failed,
+        )
         if world.is_main:
-            _finish(options, loaded, compute.precision, results, failed)
-    return 1 if failed else 0
+            _finish(options, found, shown=shown)
+    return found
 
 
 def _names(options: Options) -> list[str]:
@@ -226,19 +270,14 @@ def _show(name: str, result: dict[str, Any], n_params: int) -> None:
             say(f"  {metric}: {difference:+.2g} against fp32 on the first {result['fp32_check']['examples']}")
 
 
-def _finish(
-    options: Options, loaded: LoadedModel, precision: str, results: dict[str, Any], failed: dict[str, str]
-) -> None:
+def _finish(options: Options, found: Results, *, shown: bool) -> None:
     """The table of the paper, if it was asked for; what could not be measured; the file."""
-    if "paper" in options.evals:
-        say(paper_table(results))
-    for name, why in failed.items():
+    if shown and "paper" in options.evals:
+        say(paper_table(found.results))
+    for name, why in found.failed.items():
         warn(f"{name} was not measured: {why}")
     if options.out is not None:
-        about = {"model": loaded.source, "step": loaded.step, "device": device_name(pick_device(options.device))}
-        about |= {"precision": precision, "torch": torch.__version__, "version": __version__, "limit": options.limit}
-        about |= {"seq_len": options.seq_len or loaded.model.context_size}
-        write_atomic(options.out, json.dumps({**about, "results": results, "failed": failed}, indent=2) + "\n")
+        write_atomic(options.out, json.dumps(asdict(found), indent=2) + "\n")
 
 
 def paper_table(results: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ regpt2 sample runs/gpt2_124m "" --n 3 --max-new-tokens 50
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +25,8 @@ from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.sampling.cpu import in_int8
 from regpt2.sampling.generate import generate
 from regpt2.sampling.tokenizer import tokenizer_of
+
+SampleType = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class SampleOptions:
     """The same seed gives the same text on the same machine."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    dtype: SampleType = "fp32"
     """Data type of weights and activations; int8, on a CPU only, applies to the matrix products."""
     deterministic: bool = False
     """On a GPU: use only kernels that give the same bits each time."""
@@ -89,19 +92,42 @@ def sample(options: SampleOptions) -> list[str]:
         UsageError: an option is out of its range, or the prompt too long for the model.
         CheckpointError, DownloadError: see `load_model` and `tokenizer_of`.
     """
+    device = pick_device(options.device)
+    if options.deterministic:
+        be_deterministic(device)
+    loaded = load_in(options.dtype, options.model, device)
+    tokenizer = tokenizer_of(loaded, options.tokenizer)
+    screen = _Screen(options.prompt, tokenizer) if options.stream and options.n == 1 else None
+    started_at = time.perf_counter()
+    texts, n_tokens = continuations(options, loaded, tokenizer, screen)
+    elapsed_s = time.perf_counter() - started_at
+    if screen is not None:
+        screen.end()
+    else:
+        _show(texts)
+    sys.stdout.flush()
+    sys.stderr.write(f"{n_tokens:,} tokens in {elapsed_s:.1f} s, {n_tokens / elapsed_s:,.1f} tokens/s\n")
+    return texts
+
+
+def continuations(
+    options: SampleOptions,
+    loaded: LoadedModel,
+    tokenizer: Tokenizer,
+    on_token: Callable[[Tensor], object] | None = None,
+) -> tuple[list[str], int]:
+    """The n texts, each with the prompt, and how many tokens were drawn. Nothing is shown.
+
+    Raises:
+        UsageError: an option is out of its range, or the prompt too long for the model.
+    """
     if options.n < 1:
         raise UsageError(f"n = {options.n} must be at least 1.")
     if not 0 <= options.seed < 2**63:
         raise UsageError(f"seed = {options.seed} must be from 0 to 2**63 - 1.")
-    device = pick_device(options.device)
-    if options.deterministic:
-        be_deterministic(device)
-    loaded = _load(options, device)
-    tokenizer = tokenizer_of(loaded, options.tokenizer)
+    device = next(loaded.model.parameters()).device
     prompt_ids = tokenizer.encode(options.prompt) or _beginning(tokenizer)
     room = _room(options, loaded, len(prompt_ids))
-    screen = _Screen(options.prompt, tokenizer) if options.stream and options.n == 1 else None
-    started_at = time.perf_counter()
     rows = generate(
         loaded.model,
         torch.tensor([prompt_ids] * options.n, device=device),
@@ -112,26 +138,18 @@ def sample(options: SampleOptions) -> list[str]:
         generator=torch.Generator(device).manual_seed(options.seed),
         stop_id=tokenizer.eot,
         never=tokenizer.textless,
-        on_token=screen,
+        on_token=on_token,
     ).tolist()
-    elapsed_s = time.perf_counter() - started_at
-    continuations = [_up_to(row[len(prompt_ids) :], tokenizer.eot) for row in rows]
-    texts = [options.prompt + tokenizer.decode(ids) for ids in continuations]
-    if screen is not None:
-        screen.end()
-    else:
-        _show(texts)
-    n_tokens = sum(min(len(ids) + 1, len(rows[0]) - len(prompt_ids)) for ids in continuations)  # with <|endoftext|>
-    sys.stdout.flush()
-    sys.stderr.write(f"{n_tokens:,} tokens in {elapsed_s:.1f} s, {n_tokens / elapsed_s:,.1f} tokens/s\n")
-    return texts
+    drawn = [_up_to(row[len(prompt_ids) :], tokenizer.eot) for row in rows]
+    n_tokens = sum(min(len(ids) + 1, len(rows[0]) - len(prompt_ids)) for ids in drawn)  # with <|endoftext|>
+    return [options.prompt + tokenizer.decode(ids) for ids in drawn], n_tokens
 
 
-def _load(options: SampleOptions, device: torch.device) -> LoadedModel:
-    """The model, in the type that is asked for."""
-    compute = choose_compute("fp32" if options.dtype == "int8" else options.dtype, device)
-    loaded = load_model(options.model, device=device, dtype=compute.dtype)
-    return replace(loaded, model=in_int8(loaded.model)) if options.dtype == "int8" else loaded
+def load_in(dtype: SampleType, spec: str, device: torch.device) -> LoadedModel:
+    """The model that `spec` names, as `load_model` does, in the type that is asked for."""
+    compute = choose_compute("fp32" if dtype == "int8" else dtype, device)
+    loaded = load_model(spec, device=device, dtype=compute.dtype)
+    return replace(loaded, model=in_int8(loaded.model)) if dtype == "int8" else loaded
 
 
 def _room(options: SampleOptions, loaded: LoadedModel, n_prompt: int) -> int:

@@ -4,6 +4,9 @@ regpt2 train demo
 regpt2 train gpt2_124m --run runs/mine --max-steps 1000
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from regpt2.base.console import say, wrapped
@@ -30,8 +33,15 @@ def main(arguments: list[str]) -> int:
         about=recipe_head(find_recipe(spec)),
         default=defaults_for(spec, options),
     )
-    try:
+    with failures_named(config):
         return train(config).exit_code
+
+
+@contextmanager
+def failures_named(config: RunConfig) -> Iterator[None]:
+    """What torch raises for want of memory, or of a deterministic kernel, as a Problem that names the way out."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if operation := undetermined_operation(error):
             raise Problem(

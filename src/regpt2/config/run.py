@@ -8,9 +8,11 @@ import dataclasses
 import math
 import tomllib
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from regpt2.base import plugins
@@ -239,14 +241,35 @@ def defaults_for(spec: str, options: list[str]) -> RunConfig:
     Raises:
         ConfigError: there is no such architecture.
     """
-    config = load_recipe(spec)
-    for name, value in pairwise(word for option in options for word in option.split("=", 1)):
-        if name == "--model.architecture":
-            config = dataclasses.replace(config, model=_rebuilt(config.model, value))
-    given = {option.partition("=")[0] for option in options}
-    if "--mix" in given:
+    words = [word for option in options for word in option.split("=", 1)]
+    architectures = [value for name, value in pairwise(words) if name == "--model.architecture"]
+    given = {option.partition("=")[0].removeprefix("--") for option in options}
+    return _open_to(given, load_recipe(spec), *architectures[-1:])
+
+
+def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """The configuration with other values: `{"max_steps": 20, "optim": {"lr": 3e-4}}`, or `{"optim.lr": 3e-4}`.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an impossible value.
+    """
+    table: dict[str, Any] = {}
+    for key, value in options.items():
+        section, dot, name = key.partition(".")
+        value = {name: value} if dot else value
+        table[section] = {**table.get(section, {}), **value} if isinstance(value, Mapping) else value
+    model = table.get("model")
+    architecture = model.get("architecture", config.model.architecture) if isinstance(model, dict) else None
+    base = _open_to(table.keys(), config, *([architecture] if architecture else []))
+    return _from_table(RunConfig, table, "", base)
+
+
+def _open_to(given: Collection[str], config: RunConfig, architecture: str | None = None) -> RunConfig:
+    if architecture is not None:
+        config = dataclasses.replace(config, model=_rebuilt(config.model, architecture))
+    if "mix" in given:
         return dataclasses.replace(config, data="")
-    return dataclasses.replace(config, mix=()) if "--data" in given else config
+    return dataclasses.replace(config, mix=()) if "data" in given else config
 
 
 def _rebuilt(model: GPTConfig, architecture: str) -> GPTConfig:
@@ -280,38 +303,51 @@ def read_toml(path: Path) -> RunConfig:
 T = typing.TypeVar("T")
 
 
-def _from_table(kind: type[T], table: dict[str, Any], prefix: str) -> T:
+def options_of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of options from values by name; a str is a path where one is expected.
+
+    Raises:
+        UsageError: an unknown name, a wrong type, an impossible value.
+    """
+    return _from_table(kind, dict(values), "")
+
+
+def _from_table(kind: type[T], table: dict[str, Any], prefix: str, base: T | None = None) -> T:
+    """`base` has the values that the table leaves out; without one they are the type's own."""
     hints = get_type_hints(kind)
-    values = {}
+    values = {} if base is None else {name: getattr(base, name) for name in hints}
     for key, value in table.items():
         if key not in hints:
             known = sorted(hints)
             raise ConfigError(f"unknown key {prefix + key!r}{did_you_mean(key, known)} Known here: {', '.join(known)}.")
-        values[key] = _convert(hints[key], value, prefix + key)
+        values[key] = _convert(hints[key], value, prefix + key, values.get(key))
     return kind(**values)
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """A TOML value as the type of its field; an int may stand for a float, a list for a tuple."""
+_STAND_INS: dict[Any, tuple[type, ...]] = {float: (float, int), str: (Path,), Path: (str, Path)}
+
+
+def _convert(hint: Any, value: Any, key: str, base: Any = None) -> Any:
+    """A value as the type of its field; an int may stand for a float, a list for a tuple, a str for a path."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{key} is a number of {value.bit_length():,} bits, expected one of at most 64.")
     if hint is GPTConfig and isinstance(value, dict):
-        hint = config_class(value.get("architecture", "gpt2"))
+        hint = type(base) if base is not None else config_class(value.get("architecture", "gpt2"))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return _from_table(hint, value, f"{key}.")
+        return _from_table(hint, value, f"{key}.", base)
     origin, args = get_origin(hint), get_args(hint)
+    if origin is UnionType:  # X | None
+        return None if value is None else _convert(args[0], value, key)
     if origin is Literal:
         if value in args:
             return value
         raise ConfigError(f"{key} = {value!r} must be one of {', '.join(map(repr, args))}.")
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list | tuple):
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
             return tuple(_convert(k, item, key) for k, item in zip(kinds, value, strict=True))
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif type(value) is hint:
-        return value
+    elif type(value) is hint or (isinstance(value, _STAND_INS.get(hint, ())) and not isinstance(value, bool)):
+        return hint(value) if hint in _STAND_INS else value
     raise ConfigError(f"{key} = {value!r} is a {type(value).__name__}, expected {_spelled(hint)}.")
 
 

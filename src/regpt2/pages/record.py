@@ -108,6 +108,26 @@ class Record:
         made = np.diff(self.train["step"], prepend=0.0)
         return float(np.nansum(step_ms * made)) / 1000 if np.isfinite(step_ms).any() else math.nan
 
+    def columns(self) -> dict[str, Column]:
+        """All figures by name, a row for each step that was logged or evaluated; NaN where a step has none.
+
+        Those of an evaluation are called as in `val_loss.loss`.
+        """
+        made, evaluated = self.train["step"], numbers(self.evals, "step")
+        steps = np.unique(np.concatenate([made, evaluated]))
+        found: dict[str, Column] = {}
+
+        def put(name: str, at: Column, values: Column) -> None:
+            found.setdefault(name, np.full(len(steps), np.nan))[np.searchsorted(steps, at)] = values
+
+        for name, values in self.train.items():
+            put(name, made, values)
+        put("skipped", made, np.isin(made, self.skipped_steps).astype(np.float64))
+        for event, step in zip(self.evals, evaluated, strict=True):
+            for key in (key for key in event if key not in ("event", "step", "eval")):
+                put(f"{event.get('eval')}.{key}", step, numbers([event], key))
+        return found | {"step": steps}
+
     def typical(self, column: str) -> float:
         """The median of a training column: warm-up and hiccups do not move it."""
         values = self.train[column][np.isfinite(self.train[column])]

@@ -46,6 +46,8 @@ class Summary:
     reason: str
     """finished, or the signal that ended it."""
     exit_code: int
+    run: Path
+    """The run folder."""
 
 
 def train(config: RunConfig) -> Summary:
@@ -227,7 +229,7 @@ def finish(job: Job, step: int, stop_signal: int | None) -> Summary:
             say(saved)
     if failure is not None:
         raise failure
-    return Summary(step, reason, 128 + stop_signal if stop_signal else 0)
+    return Summary(step, reason, 128 + stop_signal if stop_signal else 0, job.run)
 
 
 def report(job: Job, step: int) -> None:

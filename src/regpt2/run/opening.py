@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ def open_records(job: Job, first: int) -> None:
     n_tokens = batch.tokens_until(config.max_steps)
     write_atomic(job.run / "config.toml", to_toml(config))
     notes = _cut_back(job, first)
+    by_command = Path(sys.argv[0]).stem in ("regpt2", "__main__")
+    called = "regpt2" if by_command else f"python {sys.argv[0]}".strip()
     job.baselines = _baselines(job)
     event: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": dataclasses.asdict(config),
         "version": __version__,
         "commit": commit(),
-        "command": " ".join(["regpt2", *sys.argv[1:]]),
+        "command": " ".join([called, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device_name(world.device),

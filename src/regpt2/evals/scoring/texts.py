@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regpt2.base.errors import Problem
+from regpt2.base.errors import Problem, UsageError
 from regpt2.evals.scoring.context import EvalContext, scoring, sum_over_ranks
 from regpt2.model.language_model import LanguageModel
 
@@ -59,6 +59,45 @@ class TextScore:
     def bits(self) -> float | None:
         """Bits per unit; None for an empty text."""
         return self.nats / math.log(2) / self.n_units if self.n_units else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicted a text, every token once."""
+
+    nats: float
+    """The loss, summed over all tokens."""
+    n_tokens: int
+    n_bytes: int
+    """Of the text in UTF-8."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean loss, as training reports it."""
+        return self.nats / self.n_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits per byte: it compares models with different tokenizers."""
+        return self.nats / math.log(2) / self.n_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats_per_token)."""
+        return math.exp(min(self.nats_per_token, 700.0))
+
+
+def score_text(context: EvalContext, text: str) -> Score:
+    """The score of one text.
+
+    Raises:
+        UsageError: it is empty, or has a character that the tokenizer lacks.
+    """
+    ids = np.asarray(context.need_tokenizer().encode(text), dtype=np.uint16)
+    if not len(ids):
+        raise UsageError("the text to score is empty.")
+    (found,) = score_texts(context, "score", 1, lambda: [Text([ids], len(text.encode()))])
+    return Score(found.nats, found.n_tokens, found.n_units)
 
 
 def score_texts(

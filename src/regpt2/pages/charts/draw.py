@@ -52,7 +52,20 @@ def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
 
 
 def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
-    """The PNG: loss and, beside it, HellaSwag or bits per byte; the learning rate below."""
+    """The PNG of `overview`."""
+    return png(overview(panels, title, subtitle))
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as the bytes of a file."""
+    out = io.BytesIO()
+    with settings("picture"):
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def overview(panels: Sequence[Panel], title: str, subtitle: str) -> Any:
+    """A matplotlib figure: loss and, beside it, HellaSwag or bits per byte; the learning rate below."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     by_name = {panel.name: panel for panel in panels}
@@ -67,14 +80,26 @@ def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
         for place, panel in (((0, 0), by_name.get("loss")), ((0, 1), beside), ((1, slice(None)), by_name.get("lr"))):
             if panel is None:
                 continue
-            axes = figure.add_subplot(grid[place])
-            axes.set_title(panel.title, loc="left", fontsize=10, color=PRINT["text"], pad=8)
-            draw(axes, panel, PRINT, ticks=4 if panel is beside else 6, above=False)
+            _print(figure.add_subplot(grid[place]), panel, ticks=4 if panel is beside else 6)
         figure.text(0.03, 0.935, plain(title), fontsize=17, color=PRINT["text"], parse_math=False)
         figure.text(0.03, 0.885, plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    return figure
+
+
+def column(panels: Sequence[Panel]) -> Any:
+    """A matplotlib figure of these panels, one below the other."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    with settings("column"):
+        figure = Figure(figsize=(10, 3.2 * len(panels)), dpi=160, facecolor="white", layout="constrained")
+        for place, panel in enumerate(panels, start=1):
+            _print(figure.add_subplot(len(panels), 1, place), panel, ticks=6)
+    return figure
+
+
+def _print(axes: Any, panel: Panel, ticks: int) -> None:
+    axes.set_title(panel.title, loc="left", fontsize=10, color=PRINT["text"], pad=8)
+    draw(axes, panel, PRINT, ticks=ticks, above=False)
 
 
 def plain(text: str, most: int = 120) -> str:

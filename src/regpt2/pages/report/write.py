@@ -27,22 +27,39 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, results: 
     """
     runs = [runs] if isinstance(runs, Path) else list(runs)
     path = _out(runs, out)
-    records = _named([_judged(read_record(run), run) for run in runs], runs)
+    records = records_of(runs)
     if results is not None:
         if len(records) > 1:
             raise UsageError("--results belongs to one run; give only that run.")
         records = [_with_results(records[0], results)]
-    said = f"{title(records)}: {headline(records[0]) if len(records) == 1 else 'side by side'}"
     image = path.with_suffix(".png")
-    write_atomic(image, picture(panels(records), said, subtitle(records)))
+    write_atomic(image, picture(panels(records), *heads(records)))
     write_atomic(path.with_suffix(".md"), markdown(records, image.name))
     write_atomic(path, page(records))
     return path
 
 
-def _out(runs: Sequence[Path], out: Path | None) -> Path:
+def records_of(runs: Sequence[Path]) -> list[Record]:
+    """The records of these runs, with verdicts, and names that tell them apart.
+
+    Raises:
+        UsageError: one is not the folder of a run, or there are too many.
+        DataError: a record is damaged.
+    """
     if not 1 <= len(runs) <= MOST_RUNS:
         raise UsageError(f"{len(runs)} runs were given; a report shows 1 to {MOST_RUNS} of them, told apart by color.")
+    return _named([_judged(read_record(run), run) for run in runs], runs)
+
+
+def heads(records: list[Record]) -> tuple[str, str]:
+    """Title and subtitle of the picture."""
+    said = f"{title(records)}: {headline(records[0]) if len(records) == 1 else 'side by side'}"
+    return said, subtitle(records)
+
+
+def _out(runs: Sequence[Path], out: Path | None) -> Path:
+    if not runs:
+        raise UsageError("a report needs a run; give the folder that `regpt2 train` wrote.")
     if out is None and len(runs) > 1:
         raise UsageError("a report of several runs needs a name: --out compared.html.")
     path = runs[0] / "report.html" if out is None else out
