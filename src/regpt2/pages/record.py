@@ -113,8 +113,8 @@ class Record:
 
         Those of an evaluation are called as in `val_loss.loss`.
         """
-        made, evaluated = self.train["step"], numbers(self.evals, "step")
-        steps = np.unique(np.concatenate([made, evaluated]))
+        made = self.train["step"]
+        steps = np.unique(np.concatenate([made, numbers(self.evals, "step")]))
         found: dict[str, Column] = {}
 
         def put(name: str, at: Column, values: Column) -> None:
@@ -123,9 +123,9 @@ class Record:
         for name, values in self.train.items():
             put(name, made, values)
         put("skipped", made, np.isin(made, self.skipped_steps).astype(np.float64))
-        for event, step in zip(self.evals, evaluated, strict=True):
+        for event in self.evals:
             for key in (key for key in event if key not in ("event", "step", "eval")):
-                put(f"{event.get('eval')}.{key}", step, numbers([event], key))
+                put(f"{event.get('eval')}.{key}", numbers([event], "step"), numbers([event], key))
         return found | {"step": steps}
 
     def typical(self, column: str) -> float:
