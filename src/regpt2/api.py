@@ -171,7 +171,8 @@ class Model:
         if low < 0 or high >= self.config.vocab_size:
             raise UsageError(f"ids go from {low} to {high}, the vocabulary from 0 to {self.config.vocab_size - 1}.")
         with self._set_up(), scoring(self._context()):
-            logits: Tensor = self.module(rows.view(-1, rows.shape[-1])).float()  # (B, T, V)
+            hidden = self.module.hidden(rows.view(-1, rows.shape[-1]))  # (B, T, n_embd)
+            logits = self.module.head(hidden).float()  # (B, T, V)
         return logits.view(*rows.shape, -1)
 
     def score(self, text: str) -> Score:
