@@ -159,17 +159,9 @@ def measure(options: Options, loaded: LoadedModel | None = None, *, shown: bool 
             if shown and world.is_main:
                 _show(name, results[name], loaded.model.n_params())
         found = Results(
-            model=loaded.source,
-            step=loaded.step,
-            device=device_name(device),
-            precision=compute.precision,
-            torch=torch.__version__,
-            version=__version__,
-            limit=options.limit,
-            seq_len=context.seq_len,
-            results=results,
-            failed=failed,
-        )
+            loaded.source, loaded.step, device_name(device), compute.precision, torch.__version__, __version__,
+            options.limit, context.seq_len, results, failed,
+        )  # fmt: skip
         if world.is_main:
             _finish(options, found, shown=shown)
     return found
