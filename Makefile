@@ -92,7 +92,7 @@ faults-full: $(TOOLS)
 mutants: $(TOOLS)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
-# make clients  our exports run by llama.cpp, onnxruntime, CTranslate2, transformers; our scores beside lm-evaluation-harness's
+# make clients  our exports run by llama.cpp, onnxruntime, CTranslate2, transformers; our scores beside lm-evaluation-harness's; prepare on Ray
 clients: $(CLIENTS)
 	$(BIN)/pytest -m clients -rs $(TWO)
 

@@ -272,7 +272,7 @@ def disk(config: RunConfig, patient: Patient) -> Finding:
 
 def packages(config: RunConfig) -> Finding:
     """Extras that are there, and those that the recipe needs."""
-    extras = ("gigatoken", "tensorboard", "wandb", "datatrove", "lm_eval", "onnx", "transformers")
+    extras = ("gigatoken", "tensorboard", "wandb", "ray", "lm_eval", "onnx", "transformers")
     there = {name: version for name in extras if (version := _version(name))}
     missing = [name for name in config.track if name not in there]
     said = f"extras: {', '.join(f'{name} {version}' for name, version in there.items()) or 'none'}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -22,7 +22,7 @@ from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.options import parse
 from regpt2.data.fast_tokenizer import EncoderName, fast_tokenizer
-from regpt2.data.preparing.cluster import Engine, check_options, encode
+from regpt2.data.preparing.cluster import OPTIONS, check_options, encode
 from regpt2.data.preparing.disk_budget import Space
 from regpt2.data.preparing.encode_part import PARTS_NAME, Job, PartResult, forget_copies
 from regpt2.data.preparing.pack_shards import Ledger, Packer, Packing, clear, discard
@@ -73,12 +73,12 @@ class PrepareOptions:
     """What computes gpt2's ids: auto uses gigatoken if it is installed and gives equal ids, else tiktoken."""
     workers: int = dataclasses.field(default_factory=_cores)
     """Number of processes; it does not change the result."""
-    engine: Literal["processes", Engine] = "processes"
-    """Who encodes: our own processes, or datatrove's executors on this machine, on Slurm or on Ray."""
+    engine: Annotated[str, tyro.conf.arg(metavar=f"{{processes,{','.join(OPTIONS)}}}")] = "processes"
+    """Where to encode: processes on this machine, a Slurm job array, or tasks on a Ray cluster."""
     tasks: int | None = None
-    """For an engine: number of tasks that the files are divided into; default: four for each of --workers."""
+    """With slurm or ray: number of tasks that share the work; default: four for each of --workers."""
     engine_options: tuple[str, ...] = ()
-    """For an engine: its options as NAME=VALUE, such as partition=cpu time=04:00:00 for slurm."""
+    """With slurm or ray: its options as NAME=VALUE, such as partition=cpu time=04:00:00 for slurm."""
     val_fraction: float | None = None
     """Share of the documents, about, that goes to the validation split; default: 0.05."""
     val_tokens: int | None = None
@@ -167,10 +167,10 @@ def _check_engine(options: PrepareOptions) -> None:
         check_options(options.engine, _engine_options(options))
         if options.disk_limit is not None:
             raise UsageError(
-                f"--disk-limit is for our own processes, not for --engine {options.engine}; leave one out."
+                f"--disk-limit works with our own processes, not with --engine {options.engine}; leave one out."
             )
     elif options.engine_options or options.tasks is not None:
-        raise UsageError("--tasks and --engine-options are for an --engine; choose one, or leave them out.")
+        raise UsageError("--tasks and --engine-options need --engine slurm or ray; choose one, or leave them out.")
     if options.tasks is not None and options.tasks < 1:
         raise UsageError(f"--tasks {options.tasks} must be at least 1.")
 
@@ -264,7 +264,7 @@ def _begin_or_go_on(options: PrepareOptions, plan: Plan, settings: dict[str, str
         if ledger.plan != plan.fingerprint:
             raise _changed(folder)
     (folder / PARTS_NAME).mkdir(exist_ok=True)
-    # A Slurm job of an earlier call may be writing parts; the engine tidies up when it starts a new one.
+    # A Slurm job of an earlier call may still be writing parts; the engine cleans up when it submits a new one.
     for place in [folder] if options.engine == "slurm" else [folder, folder / PARTS_NAME]:
         for left_by_a_kill in place.glob(".*.tmp"):
             left_by_a_kill.unlink()
@@ -320,7 +320,6 @@ def _encode_by_engine(
         line.advance(sizes[index] / 1e6)
         packer.add(index)
 
-    assert options.engine != "processes"
     n_tasks, given = options.tasks or 4 * options.workers, _engine_options(options)
     if tasks:
         encode(options.engine, job, tasks, n_tasks=n_tasks, workers=options.workers, options=given, on_done=on_done)

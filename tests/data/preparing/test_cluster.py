@@ -1,10 +1,11 @@
-"""Parts on datatrove's executors: the same bytes as by our own workers, with real processes, kills and a small Slurm.
+"""Parts encoded on a cluster: the same bytes as by our own workers, with real processes, kills and a real Ray.
 
-Slurm is played by scripts in the place of sbatch, squeue, scancel, srun and scontrol: they run the job array that
-datatrove writes, with as many processes.
+Scripts in the place of sbatch, squeue and scancel play Slurm: they run the job array with real processes. The tests of
+Ray use two nodes on this machine; `make clients` runs them.
 """
 
 import contextlib
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +27,11 @@ import pytest
 from regpt2.base.errors import Problem, UsageError
 from regpt2.commands.prepare import PrepareOptions, prepare
 from regpt2.data.preparing import cluster
+from regpt2.data.preparing.encode_part import Job
 from regpt2.data.preparing.pack_shards import Ledger
 from regpt2.data.sources import plan
+from regpt2.data.sources.filters import Filters
 
-pytest.importorskip("datatrove")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 N_FILES = 30
@@ -41,28 +44,33 @@ SLURM = ("partition=cpu", "time=01:00:00")
 COMMAND = f"""
 import sys
 from regpt2 import cli
-from regpt2.data import documents, engine
+from regpt2.data.preparing import cluster
+from regpt2.data.sources import plan
 
 if __name__ == "__main__":
-    documents.PART_BYTES = {PART_BYTES}
-    engine.LOOK_EVERY_S = engine.ASK_EVERY_S = 0.2
+    plan.PART_BYTES = {PART_BYTES}
+    cluster.LOOK_EVERY_S = cluster.ASK_EVERY_S = 0.2
     sys.exit(cli.main(["prepare", *sys.argv[1:]]))
 """
 
 SBATCH = """#!/bin/bash
-# Queues the array of the script; its tasks run in a session of their own, as many at a time as it says.
-script=${!#}
+# Queues the script of its standard input; the tasks run in a session of their own, as many at a time as it says.
+for option; do
+  case $option in
+    --array=0-*) array=${option#--array=0-} ;;
+    --output=*) output=${option#--output=} ;;
+  esac
+done
 id=$((4000 + $(ls "$SLURM_HOME" | wc -l)))
-cp "$script" "$SLURM_HOME/$id.sh"
-read -r last at_once < <(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%\\([0-9]*\\)$/\\1 \\2/p' "$script")
-for ((task = 0; task <= last; task++)); do echo $task; done > "$SLURM_HOME/$id.tasks"
-export SLURM_JOB_ID=$id SLURM_NODELIST=here script=$SLURM_HOME/$id.sh
-cd "$SLURM_HOME"
-work="xargs -P $at_once -I@ env SLURM_ARRAY_TASK_ID=@ bash $script < $id.tasks; sleep 0.3; rm $id.queued"
+printf '%s\\n' "$@" > "$SLURM_HOME/$id.options"
+export output=${output/\\%A/$id} script=$SLURM_HOME/$id.sh
+cat > "$script"
+task='SLURM_ARRAY_TASK_ID=@ bash "$script" > "${output/\\%a/@}" 2>&1'
+cd "$SLURM_HOME"  # another machine
 touch "$SLURM_HOME/$id.queued"
-setsid bash -c "$work" > "$SLURM_HOME/$id.log" 2>&1 &
+setsid bash -c "seq 0 ${array%\\%*} | xargs -P ${array#*%} -I@ bash -c '$task'; sleep 0.3; rm $id.queued" &> /dev/null &
 echo $! > "$SLURM_HOME/$id.queued"
-echo "Submitted batch job $id"
+echo "$id;here"
 """
 SQUEUE = """#!/bin/bash
 [[ $1 == -h && $2 == -j ]] || exit 2
@@ -79,14 +87,6 @@ SCANCEL = """#!/bin/bash
 # A job is in the queue a little longer than its processes.
 kill -KILL -- -$(cat "$SLURM_HOME/$1.queued")
 (sleep 1; rm "$SLURM_HOME/$1.queued") > /dev/null 2>&1 &
-"""
-SRUN = """#!/bin/bash
-[[ "$1 $2 $3" == "-l -n 1" ]] && shift 3
-cd /  # another machine
-exec "$@"
-"""
-SCONTROL = """#!/bin/bash
-[[ "$1 $2" == "show hostnames" ]] && echo "$3"
 """
 
 
@@ -136,13 +136,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home, stubs = tmp_path / "slurm", tmp_path / "bin"
     home.mkdir()
     stubs.mkdir()
-    for name, text in {
-        "sbatch": SBATCH,
-        "squeue": SQUEUE,
-        "scancel": SCANCEL,
-        "srun": SRUN,
-        "scontrol": SCONTROL,
-    }.items():
+    for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL}.items():
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     monkeypatch.setenv("SLURM_HOME", str(home))
@@ -204,53 +198,15 @@ def finished(out: Path) -> int:
 
 
 @pytest.mark.process
-def test_two_workers_of_datatrove_give_the_same_bytes(
-    corpus: Path, tmp_path: Path, plain: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+def test_a_problem_of_a_task_is_one_message_and_mended_is_resumed(
+    tmp_path: Path, slurm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(options_for(corpus, tmp_path / "out", engine="datatrove", tasks=4))
-    assert folder_bytes(tmp_path / "out") == plain
-    output = capfd.readouterr()
-    assert not output.err
-    assert output.out.startswith("text_files (corpus) with")
+    a_damaged_file_is_one_message(tmp_path, "slurm", SLURM, capfd)
+    assert len(list(slurm.glob("*.sh"))) == 2
 
 
-def test_stopped_and_killed_with_all_its_processes_and_gone_on_by_datatrove(
-    start: Start, tmp_path: Path, plain: dict[str, bytes]
-) -> None:
-    out = tmp_path / "out"
-    for number in (signal.SIGINT, signal.SIGKILL):
-        before = finished(out)
-        command = start("datatrove")
-        wait_for(lambda: finished(out) > before, "another part")
-        command.send_signal(number)
-        command.communicate(timeout=30)
-        wait_for(lambda: not of_command(out), "the end of all processes")
-    command = start("datatrove")
-    output, _ = command.communicate(timeout=60)
-    assert command.returncode == 0, output
-    done, planned = re.findall(r"Going on: (\d+) of (\d+) parts", output)[0]
-    assert int(done) < int(planned)
-    assert folder_bytes(out) == plain
-
-
-def test_a_killed_worker_of_datatrove_is_no_endless_wait(start: Start, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = start("datatrove")
-    wait_for(lambda: finished(out), "the first part")
-    workers = [pid for pid in of_command(out) if b"multiprocess.spawn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
-    output, _ = command.communicate(timeout=30)
-    assert command.returncode == 1
-    assert "parts are missing" in output and "Run the same command again" in output
-    assert "Traceback" not in output
-    assert not of_command(out)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("name", ["datatrove", "slurm"])
-def test_a_problem_of_a_rank_is_one_message_and_mended_is_gone_on_with(
-    name: str, tmp_path: Path, slurm: Path, capfd: pytest.CaptureFixture[str]
+def a_damaged_file_is_one_message(
+    tmp_path: Path, name: str, engine_options: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -260,7 +216,7 @@ def test_a_problem_of_a_rank_is_one_message_and_mended_is_gone_on_with(
         (texts / f"{n}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     whole = (texts / "2.jsonl.gz").read_bytes()
     replace_quietly(texts / "2.jsonl.gz", whole[:1000] + bytes(len(whole) - 1000))
-    options = options_for(texts, tmp_path / "out", engine=name, engine_options=SLURM if name == "slurm" else ())
+    options = options_for(texts, tmp_path / "out", engine=name, engine_options=engine_options)
     with pytest.raises(Problem, match=r"2\.jsonl\.gz") as caught:
         prepare(options)
     assert "\n" not in str(caught.value)
@@ -268,7 +224,6 @@ def test_a_problem_of_a_rank_is_one_message_and_mended_is_gone_on_with(
     assert "Traceback" not in output.out + output.err
     replace_quietly(texts / "2.jsonl.gz", whole)
     assert prepare(options).splits["train"].documents > 40
-    assert len(list(slurm.glob("*.sh"))) == (2 if name == "slurm" else 0)
 
 
 def replace_quietly(file: Path, content: bytes) -> None:
@@ -285,23 +240,34 @@ def test_a_slurm_array_gives_the_same_bytes(
     monkeypatch.chdir(tmp_path)
     more = (*SLURM, "mem_per_cpu_gb=3", "qos=high")
     corpus_from_here = Path(os.path.relpath(corpus))
-    prepare(options_for(corpus_from_here, Path("out"), engine="slurm", tasks=3, engine_options=more))
-    assert folder_bytes(tmp_path / "out") == plain
+    prepare(options_for(corpus_from_here, Path("o u t"), engine="slurm", tasks=3, engine_options=more))
+    assert folder_bytes(tmp_path / "o u t") == plain
     assert not list(slurm.glob("*.queued"))
-    (script,) = slurm.glob("*.sh")
-    lines = script.read_text().splitlines()
-    for line in ("partition=cpu", "time=01:00:00", "mem-per-cpu=3G", "qos=high", "array=0-2%2"):
-        assert f"#SBATCH --{line}" in lines
+    (options,) = slurm.glob("*.options")
+    given = options.read_text().splitlines()
+    for option in ("partition=cpu", "time=01:00:00", "mem-per-cpu=3G", "qos=high", "array=0-2%2", "cpus-per-task=1"):
+        assert f"--{option}" in given
 
 
-def test_a_rank_that_is_started_again_leaves_alone_what_is_in_shards(tmp_path: Path) -> None:
+def test_a_task_that_runs_again_leaves_alone_what_is_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    folder = tmp_path / ".parts"
-    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path(".parts").mkdir()
     Ledger({}, "plan", folded=2).write(tmp_path)
-    job = SimpleNamespace(folder=folder, start=lambda: lambda task, report: made.append(task[0]))
-    cluster.Share(job, [(index, None) for index in range(6)])(None, rank=1, world_size=2)  # type: ignore
+    job = SimpleNamespace(folder=Path(".parts"), start=lambda: lambda task, report: made.append(task[0]))
+    parts = [(index, None) for index in range(6)]
+    cluster.SharedWork(job, parts, n_tasks=2, at_once=1, start_folder=str(tmp_path)).encode(1)  # type: ignore
     assert made == [3, 5]
+
+
+def test_work_for_other_processes_survives_its_file(tmp_path: Path) -> None:
+    file = plan.InputFile(os.fsdecode(b"/a/\xff.txt"), os.fsdecode(b"\xff.txt"), 5, 7, "https://x", "00")
+    part = plan.Part((plan.Slice(file, 3), plan.Slice(file, 4, 5)), 2, "meta.text")
+    filters = Filters(min_chars=3, max_repeated_lines=0.5)
+    job = Job("text_files", "gpt2", tmp_path / "vocab.bpe", "tiktoken", 0.05, filters, True, tmp_path / ".parts")
+    for one in (job, dataclasses.replace(job, vocab=None, val_fraction=None)):
+        work = cluster.SharedWork(one, [(4, part), (9, part)], 2, 1, "/here")
+        assert cluster.SharedWork.from_json(work.to_json()) == work
 
 
 def test_a_slurm_job_outlives_the_command_and_is_found_again(
@@ -315,12 +281,12 @@ def test_a_slurm_job_outlives_the_command_and_is_found_again(
     command = start("slurm")
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 0, output
-    assert "of an earlier call is at work" in output
+    assert "of an earlier call is still in the queue" in output
     assert folder_bytes(out) == plain
     assert len(list(slurm.glob("*.sh"))) == 1
 
 
-def test_a_slurm_job_that_ends_early_is_said_and_gone_on_with(
+def test_a_slurm_job_that_ends_early_is_reported_and_resumed(
     start: Start, tmp_path: Path, plain: dict[str, bytes], slurm: Path
 ) -> None:
     out = tmp_path / "out"
@@ -340,7 +306,7 @@ def test_a_slurm_job_that_ends_early_is_said_and_gone_on_with(
 def test_sbatch_that_refuses(corpus: Path, tmp_path: Path, slurm: Path) -> None:
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: cpu' >&2\nexit 1\n")
-    with pytest.raises(Problem, match="sbatch did not take the job"):
+    with pytest.raises(Problem, match=r"sbatch refused the job: .*invalid partition"):
         prepare(options_for(corpus, tmp_path / "out", engine="slurm", engine_options=SLURM))
 
 
@@ -350,22 +316,30 @@ def test_sbatch_that_refuses(corpus: Path, tmp_path: Path, slurm: Path) -> None:
         ("slurm", ("time=1:00:00",), "needs --engine-options partition="),
         ("slurm", (*SLURM, "mem_per_cpu=2"), "did you mean 'mem_per_cpu_gb'"),
         ("slurm", (*SLURM, "cpus_per_task=two"), "cpus_per_task=two must be a whole number"),
-        ("datatrove", ("partition=cpu",), "datatrove has none"),
+        ("ray", ("partition=cpu",), "ray has cpus_per_task, mem_per_cpu_gb"),
+        ("slrum", (), "did you mean 'slurm'"),
+        ("datatrove", (), "expected processes, slurm or ray. On one machine leave --engine out"),
     ],
 )
 def test_wrong_options_are_refused(
-    name: str, options: tuple[str, ...], message: str, corpus: Path, tmp_path: Path, slurm: Path
+    name: str,
+    options: tuple[str, ...],
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    slurm: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: wanted == "ray" or find_spec(wanted))
     with pytest.raises(UsageError, match=message):
         prepare(options_for(corpus, tmp_path / "out", engine=name, engine_options=options))
 
 
-@pytest.mark.parametrize(("name", "package"), [("datatrove", "datatrove"), ("ray", "ray")])
-def test_a_missing_package_is_named(name: cluster.Engine, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else find_spec(wanted))
-    with pytest.raises(UsageError, match="pip install"):
-        cluster.check_options(name, {})
+def test_a_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'regpt2\[ray\]'"):
+        cluster.check_options("ray", {})
 
 
 def test_without_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -374,8 +348,75 @@ def test_without_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path
         cluster.check_options("slurm", {"partition": "cpu", "time": "01:00:00"})
 
 
-@pytest.mark.slow
-def test_two_workers_of_ray_give_the_same_bytes(corpus: Path, tmp_path: Path, plain: dict[str, bytes]) -> None:
-    pytest.importorskip("ray")
-    prepare(options_for(corpus, tmp_path / "out", engine="ray", tasks=3, engine_options=("mem_per_cpu_gb=0.5",)))
+# Ray, where it is installed.
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[None]:
+    """A cluster of two nodes with one CPU each, named by RAY_ADDRESS."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = cluster_utils.Cluster(True, head_node_args={"num_cpus": 1, "temp_dir": folder})
+        cluster.add_node(num_cpus=1)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield
+        cluster.shutdown()
+
+
+def ray_tasks() -> list[int]:
+    """Workers of Ray that are encoding."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().startswith(b"ray::encode"):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.clients
+@pytest.mark.usefixtures("ray_nodes")
+def test_two_nodes_of_ray_give_the_same_bytes_when_their_workers_are_killed(
+    start: Start, tmp_path: Path, plain: dict[str, bytes]
+) -> None:
+    command = start("ray")
+    wait_for(ray_tasks, "a task", 60)
+    for pid in ray_tasks():
+        os.kill(pid, signal.SIGKILL)
+    output, _ = command.communicate(timeout=120)
+    assert re.fullmatch(r"prepare: .*\n(text_files .*\n)(  .*\n)+", output), output
     assert folder_bytes(tmp_path / "out") == plain
+
+
+@pytest.mark.clients
+@pytest.mark.usefixtures("ray_nodes")
+def test_stopped_and_killed_on_ray_and_resumed_by_our_own_workers(
+    start: Start, corpus: Path, tmp_path: Path, plain: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for number in (signal.SIGINT, signal.SIGKILL):
+        before = finished(out)
+        command = start("ray")
+        wait_for(lambda: finished(out) > before, "another part", 60)
+        command.send_signal(number)
+        command.communicate(timeout=30)
+        wait_for(lambda: not ray_tasks(), "the end of its tasks")
+    prepare(options_for(corpus, out))
+    done, planned = re.findall(r"Going on: (\d+) of (\d+) parts", capfd.readouterr().out)[0]
+    assert 2 <= int(done) < int(planned)
+    assert folder_bytes(out) == plain
+
+
+@pytest.mark.clients
+@pytest.mark.usefixtures("ray_nodes")
+def test_a_damaged_file_on_ray_is_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    a_damaged_file_is_one_message(tmp_path, "ray", ("mem_per_cpu_gb=0.5",), capfd)
+
+
+@pytest.mark.clients
+@pytest.mark.usefixtures("ray_nodes")
+def test_a_task_that_crashes_on_ray_is_one_message(tmp_path: Path) -> None:
+    job = Job("text_files", "bytes", None, "tiktoken", 0.05, Filters(), False, tmp_path)
+    no_part: Any = None
+    with pytest.raises(Problem, match=r"a Ray task failed: AttributeError: .*resume\.$"):
+        cluster.encode("ray", job, [(0, no_part)], n_tasks=1, workers=1, options={}, on_done=print)

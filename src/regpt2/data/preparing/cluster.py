@@ -1,295 +1,265 @@
-"""Parts on datatrove's executors: planned parts in, their files in the job's folder out, made by other processes.
+"""Parts encoded on a cluster. In: planned parts; out: their files in the job's folder, written by other machines.
 
-`datatrove` works on this machine, `slurm` by a job array, `ray` on a Ray cluster. Each starts ranks, and a rank encodes
-its share of the parts as a worker of ours does. The files of a part alone say that it is done, whoever made them: the
-shards are the same, and a preparation may be gone on with by another engine.
+`slurm` submits a job array, `ray` starts tasks on a Ray cluster. Task t of n encodes the parts t, t + n, t + 2n, ... as
+one of our own workers does. A part is done when its files exist, whichever engine wrote them, so you can switch engines
+midway.
 """
 
 import importlib
 import importlib.util
-import multiprocessing
+import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
-from multiprocessing.connection import Connection
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from regpt2.base.console import say
 from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error, write_atomic
 from regpt2.data.preparing.encode_part import Job, PartResult
 from regpt2.data.preparing.pack_shards import Ledger
-from regpt2.data.sources.plan import Part
+from regpt2.data.sources.filters import Filters
+from regpt2.data.sources.plan import InputFile, Part, Slice
 
-Engine = Literal["datatrove", "slurm", "ray"]
-EXECUTORS = {"datatrove": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
-OPTIONS: dict[str, dict[str, type]] = {  # parameters of the executor that a user may want to set
-    "datatrove": {},
-    "slurm": {
-        "partition": str,
-        "time": str,
-        "qos": str,
-        "cpus_per_task": int,
-        "mem_per_cpu_gb": int,
-        "job_name": str,
-        "env_command": str,
-    },
+OPTIONS: dict[str, dict[str, type]] = {  # what a user may set for each engine
+    "slurm": dict.fromkeys(("partition", "time", "qos", "job_name", "env_command"), str)
+    | {"cpus_per_task": int, "mem_per_cpu_gb": int},
     "ray": {"cpus_per_task": int, "mem_per_cpu_gb": float},
 }
-REQUIRED = {"slurm": ("partition", "time")}
-MOST_TASKS = 1000  # what an array holds where Slurm is configured as usual; datatrove would submit several
+REQUIRED = {"slurm": ("partition", "time"), "ray": ()}
+MEM_PER_CPU_GB = 2
+MOST_TASKS = 1000  # Slurm's usual limit for an array (MaxArraySize = 1001)
 
-FOLDER_NAME = "engine"  # beside the parts: what the engine and its ranks write
+FOLDER_NAME = "engine"  # beside the parts: the logs, and what the tasks read
 LOOK_EVERY_S = 1.0  # at the parts
-ASK_EVERY_S = 30.0  # Slurm's queue, which does not like to be asked more often
+ASK_EVERY_S = 30.0  # Slurm's queue: its controller serves the whole cluster
 
 
-class Share:
-    """The one step of the pipeline: rank r of n encodes the parts r, r + n, r + 2n, ... that are not done."""
+@dataclass(frozen=True)
+class SharedWork:
+    """The parts to encode, dealt to `n_tasks` tasks, of which `at_once` run at the same time."""
 
-    def __init__(self, job: Job, tasks: list[tuple[int, Part]]) -> None:
-        self.job, self.tasks = job, tasks
+    job: Job
+    parts: list[tuple[int, Part]]
+    n_tasks: int
+    at_once: int
+    start_folder: str
+    """Where paths begin: the current folder of the command."""
 
-    def __repr__(self) -> str:
-        """For datatrove's logs; the tasks themselves may be thousands."""
-        return f"regpt2: {len(self.tasks)} parts of {self.job.dataset}"
-
-    def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Encode; a problem is noted where the command looks for it."""
+    def encode(self, task: int) -> None:
+        """Encode this task's parts that are not done; a problem goes into the file where the command looks for it."""
+        os.chdir(self.start_folder)
         folder = self.job.folder
         try:
             ledger = Ledger.read(folder.parent)
-            folded = ledger.folded if ledger else 0  # a rank that Slurm starts again has parts in shards already
+            folded = ledger.folded if ledger else 0  # when a task runs again, shards may already hold some of its parts
             encode_part = self.job.start()
-            for index, part in self.tasks[rank::world_size]:
+            for index, part in self.parts[task :: self.n_tasks]:
                 if index >= folded and PartResult.read(folder, index) is None:
-                    encode_part((index, part), _told_by_files)
-        except Problem as problem:
-            write_atomic(failure_file(folder), str(problem))
-        except OSError as error:
-            write_atomic(failure_file(folder), describe_os_error(error))
+                    encode_part((index, part), lambda n_bytes: None)  # the command learns of finished parts alone
+        except (Problem, OSError) as error:
+            text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            write_atomic(failure_file(folder), text)
 
+    def to_json(self) -> str:
+        """For tasks that read it from a file. ASCII, so that undecodable file names survive."""
+        return json.dumps(asdict(self), default=str)
 
-def _told_by_files(n_bytes: int) -> None:
-    """Progress within a part: there is no way from a rank to the command but finished files."""
+    @classmethod
+    def from_json(cls, text: str) -> "SharedWork":
+        """What `to_json` wrote."""
+        content = json.loads(text)
+        job, vocab = content["job"], content["job"]["vocab"]
+        places = {"folder": Path(job["folder"]), "vocab": vocab and Path(vocab), "filters": Filters(**job["filters"])}
+        parts = []
+        for index, part in content["parts"]:
+            slices = tuple(Slice(**piece | {"file": InputFile(**piece["file"])}) for piece in part["slices"])
+            parts.append((index, Part(**part | {"slices": slices})))
+        return cls(**content | {"job": Job(**job | places), "parts": parts})
 
 
 def failure_file(folder: Path) -> Path:
-    """Where a rank says why it cannot go on."""
+    """Where a task writes why it failed."""
     return folder / FOLDER_NAME / "failure"
 
 
 def encode(
-    engine: Engine,
+    engine: str,
     job: Job,
-    tasks: list[tuple[int, Part]],
+    parts: list[tuple[int, Part]],
     *,
     n_tasks: int,
     workers: int,
     options: dict[str, str],
     on_done: Callable[[int], object],
 ) -> None:
-    """Have the parts encoded by `n_tasks` ranks, `workers` at a time; `on_done(index)` is called for each part.
+    """Encode the parts in `n_tasks` tasks, `workers` at a time; `on_done(index)` is called for each finished part.
 
     Raises:
         UsageError: the engine is not installed, or an option is wrong.
-        Problem: a rank failed, or the engine ended without having done all parts.
+        Problem: a task failed, or all tasks ended and parts are missing.
     """
     settings = check_options(engine, options)
-    job = replace(job, folder=job.folder.resolve(), vocab=job.vocab and job.vocab.resolve())
-    folder = job.folder / FOLDER_NAME
-    folder.mkdir(exist_ok=True)
-    n_tasks = min(n_tasks, len(tasks), MOST_TASKS)
-    settings |= {
-        "pipeline": [Share(job, [(index, _absolute(part)) for index, part in tasks])],
-        "tasks": n_tasks,
-        "workers": min(workers, n_tasks),
-        "logging_dir": str(folder),
-        "skip_completed": False,  # datatrove's own marks; a part's files are ours
-    }
-    with _started(engine, settings, folder) as is_working:
-        _wait(job.folder, {index for index, _ in tasks}, is_working, on_done)
+    n_tasks = min(n_tasks, len(parts), MOST_TASKS)
+    work = SharedWork(job, parts, n_tasks, min(workers, n_tasks), os.getcwd())
+    (job.folder / FOLDER_NAME).mkdir(exist_ok=True)
+    start = _slurm_job if engine == "slurm" else _ray_tasks
+    with start(work, settings) as is_working:
+        _wait(job.folder, {index for index, _ in parts}, is_working, on_done)
 
 
-def check_options(engine: Engine, options: dict[str, str]) -> dict[str, Any]:
+def check_options(engine: str, options: dict[str, str]) -> dict[str, Any]:
     """The options in their types.
 
     Raises:
-        UsageError: one is unknown, missing or no number, or the engine is not installed.
+        UsageError: the engine is unknown or not installed, or an option is unknown, missing or not a number.
     """
-    known = OPTIONS[engine]
-    if sys.platform == "win32":
-        raise UsageError(f"--engine {engine} is for Linux; on Windows leave --engine out.")
-    if importlib.util.find_spec("datatrove") is None:
-        raise UsageError(f"--engine {engine} needs datatrove: pip install 'regpt2[cluster]'")
+    if engine not in OPTIONS:
+        raise UsageError(
+            f"--engine {engine}: expected processes, {' or '.join(OPTIONS)}{did_you_mean(engine, OPTIONS)} On one "
+            "machine leave --engine out: our own processes write the same shards."
+        )
+    known, settings = OPTIONS[engine], {}
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise UsageError("--engine ray needs Ray: pip install ray")
+        raise UsageError("--engine ray needs Ray: pip install 'regpt2[ray]'")
     for name in options:
         if name not in known:
-            has = f"has {', '.join(known)}" if known else "has none"
-            raise UsageError(f"--engine-options {name}: {engine} {has}{did_you_mean(name, known)}")
-    for name in REQUIRED.get(engine, ()):
+            raise UsageError(f"--engine-options {name}: {engine} has {', '.join(known)}{did_you_mean(name, known)}")
+    for name in REQUIRED[engine]:
         if not options.get(name):
-            raise UsageError(f"--engine {engine} needs --engine-options {name}=..., as your cluster has it.")
+            raise UsageError(f"--engine {engine} needs --engine-options {name}=...; your cluster's pages name yours.")
     if engine == "slurm" and not (shutil.which("sbatch") and shutil.which("squeue")):
         raise UsageError("--engine slurm needs sbatch and squeue; run the command where you submit jobs to Slurm.")
-    return {name: _typed(name, known[name], text) for name, text in options.items()}
-
-
-def _typed(name: str, kind: type, text: str) -> object:
-    try:
-        return kind(text)
-    except ValueError:
-        number = "a whole number" if kind is int else "a number"
-        raise UsageError(f"--engine-options {name}={text} must be {number}.") from None
-
-
-def _absolute(part: Part) -> Part:
-    """The part with paths that a rank finds from any folder."""
-    slices = (
-        replace(piece, file=replace(piece.file, path=piece.file.path and os.path.abspath(piece.file.path)))
-        for piece in part.slices
-    )
-    return replace(part, slices=tuple(slices))
+    for name, text in options.items():
+        try:
+            settings[name] = known[name](text)
+        except ValueError:
+            number = "a whole number" if known[name] is int else "a number"
+            raise UsageError(f"--engine-options {name}={text} must be {number}.") from None
+    return settings
 
 
 def _wait(folder: Path, missing: set[int], is_working: Callable[[], bool], on_done: Callable[[int], object]) -> None:
-    """Look at the folder until all parts are there."""
+    """Look at the folder until all parts exist."""
     n_parts = len(missing)
     while missing:
-        has_ended = not is_working()  # asked first: all that was written until then is seen below
-        there = {int(path.stem) for path in folder.glob("[0-9]*.json")}
-        for index in sorted(missing & there):
+        has_ended = not is_working()  # asked first: the look below then sees all that the tasks wrote
+        existing = {int(path.stem) for path in folder.glob("[0-9]*.json")}
+        for index in sorted(missing & existing):
             missing.remove(index)
             on_done(index)
         if failure_file(folder).exists():
             raise Problem(failure_file(folder).read_text(encoding="utf-8"))
         if missing and has_ended:
             raise Problem(
-                f"{len(missing):,} of {n_parts:,} parts are missing, but their processes have ended: out of time or "
-                f"memory, perhaps; the logs are in {folder / FOLDER_NAME}. Run the same command again to go on."
+                f"{len(missing):,} of {n_parts:,} parts are missing, but all tasks have ended: perhaps they ran out of "
+                f"time or memory; see the logs in {folder / FOLDER_NAME}. Run the same command again to resume."
             )
         if missing:
             time.sleep(LOOK_EVERY_S)
 
 
-def _started(engine: Engine, settings: dict[str, Any], folder: Path) -> AbstractContextManager[Callable[[], bool]]:
-    return _slurm_job(settings, folder) if engine == "slurm" else _child(engine, settings, folder)
-
-
-def _executor(engine: Engine, settings: dict[str, Any]) -> Any:
-    module = importlib.import_module("datatrove.executor")
-    return getattr(module, EXECUTORS[engine])(**settings)
-
-
-def _begin_anew(folder: Path) -> None:
-    """Forget what ranks that are no more have left."""
-    failure_file(folder.parent).unlink(missing_ok=True)
-    for left_by_a_kill in folder.parent.glob(".*.tmp"):
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what the tasks of an interrupted call left behind."""
+    failure_file(folder).unlink(missing_ok=True)
+    for left_by_a_kill in folder.glob(".*.tmp"):
         left_by_a_kill.unlink()
 
 
-# On this machine, and as a client of Ray: the executor works for as long as its process does.
+# Ray: its tasks end with this process, however it ends.
 
 
 @contextmanager
-def _child(engine: Engine, settings: dict[str, Any], folder: Path) -> Iterator[Callable[[], bool]]:
-    """The executor in a process group of its own, which is gone when the context is left, however it is left."""
-    _begin_anew(folder)
-    if engine == "datatrove":
-        settings = settings | {"start_method": "spawn"}
-    context = multiprocessing.get_context("spawn")
-    theirs, ours = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(engine, settings, folder / "output.log", theirs), daemon=True)
-    process.start()
-    theirs.close()
+def _ray_tasks(work: SharedWork, settings: dict[str, Any]) -> Iterator[Callable[[], bool]]:
+    """Tasks on the cluster that RAY_ADDRESS names, or on this machine."""
+    _remove_leftovers(work.job.folder)
+    ray = importlib.import_module("ray")
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise Problem(f"Ray did not start, or RAY_ADDRESS is wrong: {_last_line(error)}") from None
+    cpus = settings.get("cpus_per_task", 1)
+    memory = int(cpus * settings.get("mem_per_cpu_gb", MEM_PER_CPU_GB) * 2**30)
+    encode_remotely = ray.remote(num_cpus=cpus, memory=memory)(SharedWork.encode)
+    shared, waiting = ray.put(work), iter(range(work.n_tasks))
+    running: list[Any] = []
+
+    def is_working() -> bool:
+        try:
+            done = ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            raise Problem(f"a Ray task failed: {_last_line(error)}. Run the same command again to resume.") from None
+        running[:] = [task for task in running if task not in done]
+        while len(running) < work.at_once and (task := next(waiting, None)) is not None:
+            running.append(encode_remotely.remote(shared, task))
+        return bool(running)
+
     try:
-        yield process.is_alive
+        yield is_working
     finally:
-        assert process.pid is not None, "a started process has an id"
-        with suppress(ProcessLookupError):  # it has no group yet
-            os.killpg(process.pid, signal.SIGKILL)  # parts are atomic, so nothing has to be tidied up
-        process.kill()
-        process.join()
-        ours.close()
+        for task in running:
+            ray.cancel(task, force=True)
+        if is_ours:
+            ray.shutdown()
 
 
-def _run(engine: Engine, settings: dict[str, Any], log: Path, leash: Connection) -> None:
-    """Life of the child. What the engine has to say goes into a file: the command speaks for it."""
-    os.setsid()
-    with open(log, "ab") as output:
-        os.dup2(output.fileno(), sys.stdout.fileno())
-        os.dup2(output.fileno(), sys.stderr.fileno())
-    threading.Thread(target=_guard, args=(leash,), daemon=True).start()
-    _executor(engine, settings).run()
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _guard(leash: Connection) -> None:
-    """End the group when the command is gone, or a worker: the pool would wait for a killed one's task for ever.
-
-    A worker that is killed between two looks, unseen, has no task yet: it imports for longer.
-    """
-    pool = importlib.import_module("multiprocess")
-    workers: set[Any] = set()
-    while not leash.poll(0.1):
-        alive = set(pool.active_children())
-        if workers - alive:
-            break
-        workers |= alive
-    os.killpg(0, signal.SIGKILL)
-
-
-# On Slurm: a killed command leaves the job at work, and the next one finds it.
+# Slurm: a job outlives a killed command, and the next call finds it.
 
 
 @contextmanager
-def _slurm_job(settings: dict[str, Any], folder: Path) -> Iterator[Callable[[], bool]]:
-    """A job array; or the one that an earlier call submitted, if it is still there."""
+def _slurm_job(work: SharedWork, settings: dict[str, Any]) -> Iterator[Callable[[], bool]]:
+    """A job array; or the one that an earlier call submitted, if it is still in the queue."""
+    folder = work.job.folder.resolve() / FOLDER_NAME
     note = folder / "slurm_job"
     job_id = note.read_text(encoding="utf-8") if note.exists() else ""
     if job_id and _is_queued(job_id):
-        say(f"Slurm job {job_id} of an earlier call is at work; waiting for it.")
+        say(f"Slurm job {job_id} of an earlier call is still in the queue; waiting for it.")
     else:
-        _begin_anew(folder)
-        job_id = _submit(settings, folder)
+        _remove_leftovers(work.job.folder)
+        job_id = _submit(work, settings, folder)
         write_atomic(note, job_id)
-        say(f"Slurm job {job_id} with {settings['tasks']:,} tasks; its logs are in {folder / 'slurm_logs'}.")
+        say(f"Slurm job {job_id} with {work.n_tasks:,} tasks; its logs are in {folder}.")
     try:
         yield _Queue(job_id).has_job
     except BaseException:  # a problem, or Ctrl-C
         subprocess.run(["scancel", job_id], capture_output=True, check=False)
         note.unlink(missing_ok=True)
         raise
-    while _is_queued(job_id):  # the last ranks write their logs
+    while _is_queued(job_id):  # the last tasks are writing their logs
         time.sleep(ASK_EVERY_S)
 
 
-def _submit(settings: dict[str, Any], folder: Path) -> str:
-    importlib.import_module("loguru").logger.disable("datatrove")
-    if any(character.isspace() for character in str(folder)):
-        raise UsageError(f"{folder}: datatrove's Slurm script takes no path with blanks; choose another --out.")
-    here = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"  # datatrove's command and ours
-    usual = {"job_name": "regpt2-prepare", "qos": "", "env_command": here}
-    executor = _executor("slurm", usual | settings)
-    executor.launch_merge_stats = _nothing  # a second job for statistics that we do not have
-    try:
-        executor.launch_job()
-    except subprocess.CalledProcessError as error:
-        raise Problem(f"sbatch did not take the job ({error}); what it said stands above.") from None
-    return str(executor.job_id)
-
-
-def _nothing() -> None:
-    pass
+def _submit(work: SharedWork, settings: dict[str, Any], folder: Path) -> str:
+    """The id of a new job array, each of whose tasks runs this file."""
+    path = folder / "work.json"
+    write_atomic(path, work.to_json())
+    settings = {"job_name": "regpt2-prepare", "cpus_per_task": 1, "mem_per_cpu_gb": MEM_PER_CPU_GB} | settings
+    env_command, gb = settings.pop("env_command", ""), settings.pop("mem_per_cpu_gb")
+    python = "python3" if env_command else shlex.quote(sys.executable)  # env_command chooses the environment
+    command = [
+        *("sbatch", "--parsable", "--requeue", "--nodes=1", "--ntasks=1", f"--mem-per-cpu={gb}G"),
+        *(f"--array=0-{work.n_tasks - 1}%{work.at_once}", f"--output={folder / '%A_%a.log'}"),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()),
+    ]
+    script = f'#!/bin/bash\n{env_command}\n{python} -P -m {__name__} {shlex.quote(str(path))} "$SLURM_ARRAY_TASK_ID"\n'
+    done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Problem(f"sbatch refused the job: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout.strip().split(";")[0]  # "ID" or "ID;CLUSTER"
 
 
 class _Queue:
@@ -299,7 +269,7 @@ class _Queue:
         self.job_id, self.asked_at, self.absences = job_id, time.monotonic(), 0
 
     def has_job(self) -> bool:
-        """No after two answers in a row: a network disk shows files of another machine only after a while."""
+        """False after two answers in a row: a network disk shows files of another machine only after a while."""
         if time.monotonic() - self.asked_at >= ASK_EVERY_S:
             self.asked_at = time.monotonic()
             self.absences = 0 if _is_queued(self.job_id) else self.absences + 1
@@ -307,6 +277,10 @@ class _Queue:
 
 
 def _is_queued(job_id: str) -> bool:
-    """Whether the job waits or works; yes if Slurm cannot say, as when its controller is too busy."""
+    """Whether the job waits or runs; True if Slurm cannot answer, as when its controller is too busy."""
     asked = subprocess.run(["squeue", "-h", "-j", job_id], capture_output=True, text=True, check=False)
     return bool(asked.stdout.strip()) if asked.returncode == 0 else "Invalid job id" not in asked.stderr
+
+
+if __name__ == "__main__":  # a task of the array
+    SharedWork.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")).encode(int(sys.argv[2]))
