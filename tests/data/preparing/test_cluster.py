@@ -74,6 +74,7 @@ echo "$id;here"
 """
 SQUEUE = """#!/bin/bash
 [[ $1 == -h && $2 == -j ]] || exit 2
+touch "$SLURM_HOME/asked"
 if [[ -s $SLURM_HOME/busy ]]; then
   sed -i 1d "$SLURM_HOME/busy"  # one line for each time
   echo "slurm_load_jobs error: Unable to contact slurm controller" >&2
@@ -270,9 +271,15 @@ def test_a_slurm_job_outlives_the_command_and_is_found_again(
     out = tmp_path / "out"
     command = start("slurm")
     wait_for(lambda: finished(out), "the first part")
+    (queued,) = slurm.glob("*.queued")
+    job = int(queued.read_text())
+    os.killpg(job, signal.SIGSTOP)  # the second command finds it at work
     command.kill()
     command.communicate()
+    (slurm / "asked").unlink(missing_ok=True)
     command = start("slurm")
+    wait_for((slurm / "asked").exists, "a look at the queue")
+    os.killpg(job, signal.SIGCONT)
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 0, output
     assert "of an earlier call is still in the queue" in output
