@@ -22,8 +22,8 @@ from bad_texts import text_cases
 from cases import Case
 
 from regpt2.base.errors import Problem
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.load import load_model
 from regpt2.model.weights import native
 
 MOST_S = 5.0

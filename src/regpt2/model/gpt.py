@@ -153,9 +153,15 @@ class GPT(LanguageModel):
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
 
 
-_PARTS: dict[str, type[nn.Module]] = {"": GPT, "h": nn.ModuleList, "attn": CausalSelfAttention, "mlp": MLP}
-_PARTS |= dict.fromkeys(("wte", "wpe"), nn.Embedding) | dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm)
-_PARTS |= dict.fromkeys(("c_attn", "c_proj", "c_fc"), Linear)
+_PARTS: dict[str, type[nn.Module]] = {
+    "": GPT,
+    "h": nn.ModuleList,
+    "attn": CausalSelfAttention,
+    "mlp": MLP,
+    **dict.fromkeys(("wte", "wpe"), nn.Embedding),
+    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm),
+    **dict.fromkeys(("c_attn", "c_proj", "c_fc"), Linear),
+}
 
 
 def is_plain(model: nn.Module) -> TypeGuard[GPT]:

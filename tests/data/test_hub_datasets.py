@@ -20,7 +20,7 @@ from regpt2.data.datasets import fineweb, fineweb_edu, hub, openwebtext, wikitex
 from regpt2.data.preparing.encode_part import local_copies
 from regpt2.data.sources.plan import Document, Plan, Skipped, Source
 
-WIKI_TEST = Path(__file__).parents[4] / "shared" / "data" / "eval" / "wiki.test.raw"
+WIKI_TEST = Path(__file__).parents[3] / "shared" / "data" / "eval" / "wiki.test.raw"
 EDU = f"{fineweb_edu.FINEWEB_EDU.repo}@{fineweb_edu.FINEWEB_EDU.revision}"
 
 
