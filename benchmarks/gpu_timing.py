@@ -25,7 +25,7 @@ from regpt2.base.device import (
     synchronize,
 )
 from regpt2.base.ranks.world import World
-from regpt2.machine.machines import recognize
+from regpt2.machine.known_gpus import recognize
 from regpt2.machine.planning.formulas import Place, step_seconds
 from regpt2.machine.speed.kernels import attention_kernel
 from regpt2.machine.speed.lecture_steps import lecture_model

@@ -19,7 +19,8 @@ from regpt2.base.device import device_name, pick_device
 from regpt2.base.version import commit
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import BatchConfig
-from regpt2.machine.planning.run_time import find_target, formula_time, measured_time, setup_at
+from regpt2.machine.planning.run_time import formula_time, measured_time
+from regpt2.machine.planning.target import find_target, setup_at
 from regpt2.machine.speed.steps import StepWork, measure
 from regpt2.model.gpt import GPTConfig
 from regpt2.training.memory import step_memory

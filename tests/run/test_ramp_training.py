@@ -19,7 +19,7 @@ from regpt2.commands import plan
 from regpt2.config.run import load_recipe
 from regpt2.data.loader import BatchConfig, Loader
 from regpt2.data.tokens.shards import open_tokens
-from regpt2.machine.machines import find_machine
+from regpt2.machine.known_gpus import find_machine
 from regpt2.machine.planning.formulas import Place, step_seconds
 from regpt2.pages.record import read_record
 from regpt2.pages.report.certificate import certificate

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from regpt2.base import plugins
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
-from regpt2.machine.machines import MACHINES
+from regpt2.machine.known_gpus import MACHINES
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels import attention, loss, recompute

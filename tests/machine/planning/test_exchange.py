@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from regpt2.machine.machines import MACHINES
+from regpt2.machine.known_gpus import MACHINES
 from regpt2.machine.planning.exchange import (
     BUCKET,
     Gradients,

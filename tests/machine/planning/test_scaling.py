@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from regpt2.machine.machines import MACHINES
+from regpt2.machine.known_gpus import MACHINES
 from regpt2.machine.planning.formulas import Place
-from regpt2.machine.planning.scaling import Row, Scaling, Work, scaling_of
+from regpt2.machine.planning.scaling import Scaling, ScalingRow, Work, scaling_of
 from regpt2.model.gpt import GPTConfig
 from regpt2.training.memory import Setup, fits, still_needed
 
@@ -28,7 +28,7 @@ def scaled(size: str, batch_tokens: int, machine: str = "H100") -> Scaling:
     return scaling_of(work(size, batch_tokens, machine), Place(MACHINES[machine]))
 
 
-def row(found: Scaling, gpus: int) -> Row:
+def row(found: Scaling, gpus: int) -> ScalingRow:
     return next(one for one in found.rows if one.place.gpus == gpus)
 
 

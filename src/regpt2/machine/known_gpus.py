@@ -1,6 +1,6 @@
-"""Known accelerators. In: a name; out: memory, rates and the share of its peak that training reaches, with sources.
+"""Known GPUs. In: a name; out: memory, rates and the share of its peak that training reaches, with sources.
 
-Memory, bandwidth and multiprocessors are the data sheets'; matmul peaks stand in base/device.py.
+Memory, bandwidth and multiprocessors are from data sheets; base/device.py has the matmul peaks.
 """
 
 from dataclasses import dataclass
@@ -9,35 +9,35 @@ from regpt2.base.device import sheet_flops
 from regpt2.base.errors import UsageError, did_you_mean
 
 GIB = 1 << 30
-CONTEXT_BYTES = 600_000_000  # that a CUDA process takes beside its tensors: context, kernels, cuBLAS
+CONTEXT_BYTES = 600_000_000  # of a CUDA process besides its tensors: context, kernels, cuBLAS
 SMALL_FLOPS, LARGE_FLOPS = 798e6, 9.80e9  # per token, of GPT-2 124M and 1558M at T = 1024
 
 
 @dataclass(frozen=True)
-class Reached:
-    """The share of its 16-bit peak that training reaches with torch.compile or hand-made kernels at large batches."""
+class Mfu:
+    """The share of the 16-bit peak that training reaches with torch.compile or handwritten kernels at large batches."""
 
     small: float
-    """For the 124M model; causal attention counted once, as model/flops.py does."""
+    """For the 124M model, with causal attention counted once, as in model/flops.py."""
     large: float
     """For the 1558M model."""
     spread: float
-    """How far off this may be, as a share of it."""
+    """Relative uncertainty."""
     source: str
 
 
-_A100 = Reached(0.56, 0.62, 0.10, "llm.c on 8 x A100: 218K, 80K and 38.6K tokens/s per GPU for 124M, 350M, 774M")
-_H100 = Reached(0.39, 0.48, 0.12, "llm.c on 8 x H100: 468K, 188K and 46.8K tokens/s per GPU for 124M, 350M, 1558M")
-_H200 = Reached(0.44, 0.51, 0.15, "nanoGPT's 1558M on one H200: 49.9K tokens/s; at 124M the H100 and faster memory")
-_L40S = Reached(0.24, 0.30, 0.20, "124M on one L40S: 106K tokens/s; for larger models as the H100's share grows")
-_5090 = Reached(0.39, 0.39, 0.20, "124M on one RTX 5090, 10B tokens in 28 hours with evaluations")
-_4090 = Reached(0.52, 0.52, 0.20, "nanoGPT issue 182 (29 % by the A100's peak), and 110K tokens/s per GPU on 2 x 4090")
-_4070 = Reached(0.77, 0.77, 0.20, "nanochat's d12 (124M's layers, T = 2048) on one RTX 4070: 55.7K tokens/s")
-_3090 = Reached(0.70, 0.70, 0.20, "build-nanogpt issue 4, 124M: 62K tokens/s (WSL2), 52K (Windows)")
+_A100 = Mfu(0.56, 0.62, 0.10, "llm.c on 8 x A100: 218K, 80K and 38.6K tokens/s per GPU for 124M, 350M, 774M")
+_H100 = Mfu(0.39, 0.48, 0.12, "llm.c on 8 x H100: 468K, 188K and 46.8K tokens/s per GPU for 124M, 350M, 1558M")
+_H200 = Mfu(0.44, 0.51, 0.15, "nanoGPT's 1558M on one H200: 49.9K tokens/s; at 124M the H100 and faster memory")
+_L40S = Mfu(0.24, 0.30, 0.20, "124M on one L40S: 106K tokens/s; for larger models as the H100's share grows")
+_5090 = Mfu(0.39, 0.39, 0.20, "124M on one RTX 5090, 10B tokens in 28 hours with evaluations")
+_4090 = Mfu(0.52, 0.52, 0.20, "nanoGPT issue 182 (29 % by the A100's peak), and 110K tokens/s per GPU on 2 x 4090")
+_4070 = Mfu(0.77, 0.77, 0.20, "nanochat's d12 (124M's layers, T = 2048) on one RTX 4070: 55.7K tokens/s")
+_3090 = Mfu(0.70, 0.70, 0.20, "build-nanogpt issue 4, 124M: 62K tokens/s (WSL2), 52K (Windows)")
 
-# For a card without a published run: matmuls at a share of its peak, and beside them the bytes that the kernels between
-# them move for each FLOP, at 124M and 1558M (3.1 MB a token at 124M, at 90 % of the memory's rate). The eight cards
-# with published runs lie within 35 % of it.
+# For a card without a published run: matmuls at a share of its peak, plus the bytes per FLOP that the kernels between
+# them move, at 124M and 1558M (3.1 MB per token at 124M, at 90 % of the memory's rate). The eight cards with published
+# runs are within 35 % of this.
 MATMULS = 0.72
 BYTES_PER_FLOP = (4.4e-3, 2.2e-3)
 NETWORK_SHARE = 0.75  # of the network cards' rate, in an all-reduce: 8 x 400 Gbit/s give 300 GB/s
@@ -45,26 +45,26 @@ NETWORK_SHARE = 0.75  # of the network cards' rate, in an all-reduce: 8 x 400 Gb
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU of a node."""
+    """A GPU, and its node's links."""
 
     name: str
-    """As in base/device.py's table of peaks, which follows the makers."""
+    """The maker's, as in base/device.py's table of peaks."""
     memory_gib: float
     """As the driver reports it."""
     bandwidth: float
     """Bytes per second of its memory."""
     n_sm: int
-    """Multiprocessors: a matmul smaller than a tile for each leaves some idle."""
+    """Multiprocessors: a matmul with fewer tiles than these leaves some idle."""
     link: float
-    """Bytes per second and GPU in an all-reduce within the node, as NCCL counts bus bandwidth."""
+    """Bytes per second per GPU in an all-reduce within the node, as NCCL counts bus bandwidth."""
     network_gbps: float = 12.5
-    """Gbit/s between nodes for each GPU, in each direction: usually one card of 100 Gbit/s for eight of them."""
-    published: Reached | None = None
+    """Gbit/s between nodes per GPU, in each direction: usually one card of 100 Gbit/s for eight GPUs."""
+    published: Mfu | None = None
     precision: str = "bf16"
 
     @property
     def usable_bytes(self) -> int:
-        """For tensors."""
+        """Available to tensors."""
         return int(self.memory_gib * GIB) - CONTEXT_BYTES
 
     @property
@@ -75,18 +75,18 @@ class Machine:
         return flops
 
     @property
-    def reached(self) -> Reached:
-        """By published runs of this card, else by what its memory allows."""
+    def reached(self) -> Mfu:
+        """From published runs of this card, else estimated from its matmul and memory rates."""
         if self.published is not None:
             return self.published
         small, large = (1 / (1 / MATMULS + moved * self.peak / self.bandwidth) for moved in BYTES_PER_FLOP)
-        return Reached(small, large, 0.40, "no published run on this card: by the rates of its matmuls and its memory")
+        return Mfu(small, large, 0.40, "no published run on this card: estimated from its matmul and memory rates")
 
     def bus(self, gpus: int, nodes: int, network_gbps: float | None = None) -> float:
-        """Bytes per second and GPU of an all-reduce, as NCCL counts, over nodes of `gpus` GPUs each.
+        """Bytes per second per GPU of an all-reduce, as NCCL counts, over nodes of `gpus` GPUs each.
 
-        A ring enters and leaves each node once, and its rings share out the node's network cards: what counts is the
-        sum of their rates.
+        A ring enters and leaves each node once, and NCCL's rings divide the network cards of the node among them: the
+        sum of the cards' rates limits it.
         """
         if nodes == 1:
             return self.link
@@ -95,7 +95,7 @@ class Machine:
 
 
 # NVLink: 600 GB/s (A100), 900 (H100, H200), 1800 (B200), 300 (V100) by the data sheets; NCCL's bus bandwidth is 40 % of
-# it. Cards on PCIe 4.0 x16 reach 10 to 20 GB/s; 10 is assumed. Networks: one card of 200 Gbit/s (A100) or 400 (H100 and
+# it. Cards on PCIe 4.0 x16 reach 10 to 20 GB/s; we assume 10. Networks: one card of 200 Gbit/s (A100) or 400 (H100 and
 # later) for each GPU, as in the makers' own systems.
 _PCIE = 10e9
 MACHINES = {
@@ -121,22 +121,22 @@ MACHINES = {
 
 
 def find_machine(name: str) -> Machine:
-    """A machine by the name on the command line, whatever its case.
+    """A machine by its name on the command line, in any case.
 
     Raises:
-        UsageError: it is not known; the message lists those that are.
+        UsageError: an unknown name; the message lists the known ones.
     """
     known = {key.lower(): machine for key, machine in MACHINES.items()}
     if name.lower() not in known:
         raise UsageError(
             f"there is no machine {name!r}{did_you_mean(name.lower(), known)} Available: {', '.join(MACHINES)}; "
-            "without --machine the plan is for this one."
+            "without --machine the plan is for this machine."
         )
     return known[name.lower()]
 
 
 def recognize(device_name: str, memory_bytes: int) -> Machine | None:
-    """The machine whose card is called so ("NVIDIA H100 80GB HBM3") and has about as much memory; None: not known."""
+    """The machine with a card of this name ("NVIDIA H100 80GB HBM3") and about this memory; None: unknown."""
     for machine in MACHINES.values():
         same_card = sheet_flops(device_name, machine.precision) == machine.peak and machine.name in device_name
         if same_card and abs(memory_bytes / GIB - machine.memory_gib) < 0.1 * machine.memory_gib:
