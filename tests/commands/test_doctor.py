@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rank_processes import command_on_ranks
 from regpt2.base.errors import UsageError
 from regpt2.commands import doctor
-from regpt2.machine.health import machine
+from regpt2.machine.health import examine, machine_checks, run_checks
 from regpt2.model import gpt
 
 pytestmark = pytest.mark.seconds  # all of them together
@@ -39,7 +39,7 @@ def recipe(tiny_recipe: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is on disks is looked at."""
-    monkeypatch.setattr(doctor, "checks", lambda patient: {})
+    monkeypatch.setattr(examine, "machine_checks", lambda patient: {})
 
 
 @pytest.mark.seconds
@@ -52,7 +52,7 @@ def test_a_good_machine_is_ready(
     for name in ("software", "device", "memory", "precision", "math fp32", "adamw", "matmul", "copy", "disk", "data"):
         assert name in found
     assert found["attention"].startswith("ok matmul at (1, 2, 32, 16)")
-    assert found["precision"].startswith("ok fp32 by the recipe")
+    assert found["precision"].startswith("ok fp32, set by the recipe")
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["ready"] is True
     assert {row["check"] for row in written["findings"]} == set(found)
@@ -89,8 +89,8 @@ def test_a_rank_that_the_others_wait_for_is_named() -> None:
     def row(rank: int, rate: float) -> dict[str, object]:
         return {"check": "matmul", "rank": rank, "figures": {"bf16_flops_per_s": rate, "other": rank}}
 
-    assert not doctor._slower("matmul", [row(0, 6.0e14), row(1, 5.5e14)])
-    (found,) = doctor._slower("matmul", [row(0, 6.0e14), row(1, 5.5e14), row(2, 4.0e14)])
+    assert not examine._slower("matmul", [row(0, 6.0e14), row(1, 5.5e14)])
+    (found,) = examine._slower("matmul", [row(0, 6.0e14), row(1, 5.5e14), row(2, 4.0e14)])
     assert found["status"] == "warn"
     assert "rank 2 (4e+05B) is below 80 % of the fastest" in found["found"]
 
@@ -107,10 +107,10 @@ def test_a_check_that_crashes_is_a_line_and_not_a_traceback(
     def crash(*given: object, **more: object) -> None:
         raise ZeroDivisionError("kernel 7 is not there\nmore")
 
-    monkeypatch.setattr(machine.rates, "attention_rate", crash)
+    monkeypatch.setattr(machine_checks.rates, "attention_rate", crash)
     code, found = lines(capsys, recipe, "--quick")
     assert code == 1
-    assert found["attention"] == "FAIL the check itself failed: ZeroDivisionError: kernel 7 is not there"
+    assert found["attention"] == "FAIL the check crashed: ZeroDivisionError: kernel 7 is not there"
     assert found["tokenizer"].startswith("ok bytes")
 
 
@@ -119,18 +119,18 @@ def test_what_the_recipe_asks_and_the_machine_lacks_fails(
 ) -> None:
     text = recipe.read_text().replace('precision = "fp32"', 'precision = "tf32"\ntrack = ["wandb"]')
     recipe.write_text(text)
-    monkeypatch.setattr(doctor, "_version", lambda package: "")
+    monkeypatch.setattr(run_checks, "_version", lambda package: "")
     code, found = lines(capsys, recipe, "--quick")
     assert code == 1
     assert "precision = 'tf32' is not in the hardware" in found["precision"]
-    assert found["packages"] == "FAIL extras: none; track names wandb; pip install 'regpt2[wandb]'"
+    assert found["packages"] == "FAIL extras: none; track needs wandb; pip install 'regpt2[wandb]'"
     assert found["math fp32"].startswith("ok")
 
 
 def test_too_little_memory_fails(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(machine_checks, "free_bytes", lambda device: 100_000)
     code, found = lines(capsys, recipe, "--quick")
     assert code == 1
     assert found["memory"].startswith("FAIL 0.0 GB free")
@@ -145,7 +145,7 @@ def test_a_recipe_that_cannot_be_trained_here_fails(
     assert code == 1
     assert "the nearest is 256" in found["recipe"]
     monkeypatch.chdir(recipe.parent)
-    monkeypatch.setattr(doctor.memory, "free_bytes", lambda device: 4_000_000_000)
+    monkeypatch.setattr(run_checks.free_memory, "free_bytes", lambda device: 4_000_000_000)
     code, found = lines(capsys, "gpt2_124m", "--quick", "--device", "cpu")
     assert code == 1
     assert "4.00 GB are free" in found["recipe"]
@@ -224,7 +224,7 @@ def test_a_full_disk_fails(recipe: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_a_disk_without_working_locks_fails(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "try_lock", lambda file: True)
+    monkeypatch.setattr(run_checks, "try_lock", lambda file: True)
     code, found = lines(capsys, recipe, "--quick")
     assert code == 1
     assert "a locked file can be locked again" in found["run folder"]
@@ -235,7 +235,7 @@ def test_a_file_in_the_way_fails(recipe: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "file").write_text("")
     code, found = lines(capsys, recipe, "--run", tmp_path / "file" / "run", "--quick")
     assert code == 1
-    assert "is in the way: it is no folder" in found["run folder"]
+    assert "is not a folder; choose another --run" in found["run folder"]
 
 
 PLANT = """
@@ -256,7 +256,7 @@ sys.exit(main(sys.argv[1:]))
 def test_ranks_are_examined_together_and_one_speaks(recipe: Path, tmp_path: Path, unused_port: int) -> None:
     said = command_on_ranks(2, unused_port, tmp_path, "doctor", recipe, "--json", tmp_path / "out.json", "--quick")
     assert said.count(" software ") == 1
-    assert "2 ranks, sums right" in said
+    assert "2 ranks, sums correct" in said
     rows = json.loads((tmp_path / "out.json").read_text())["findings"]
     assert [row["rank"] for row in rows if row["check"] == "math fp32"] == [0, 1]
     assert [row["rank"] for row in rows if row["check"] == "run folder"] == [0]

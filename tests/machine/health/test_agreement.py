@@ -28,7 +28,7 @@ from regpt2.model import gpt
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels.activation import Activation
 
-numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reference" / "numpy_gpt2.py")))
+numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "independent" / "numpy_gpt2.py")))
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=320, vocab_size=300)

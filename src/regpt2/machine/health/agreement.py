@@ -1,4 +1,4 @@
-"""Does a device compute what the mathematics says? In: a small model, a device, a precision; out: how far off it is.
+"""Does a device compute correctly? In: a small model, a device, a precision; out: the difference from exact results.
 
 The other side is the lecture's plain GPT-2 (lecture.py), and the head and AdamW written out, in fp64 on the CPU: no
 fast kernel is in them.
@@ -26,12 +26,12 @@ from regpt2.training.ranks.strategy import make_trainable
 # B sequences, T tokens, C = n_embd, H = n_head, N = B * T tokens, V = padded_vocab_size
 
 _ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}  # half a unit of the last place
-_FP16_FACTOR = 2.0**16  # of the loss, as at the start of training
+_FP16_FACTOR = 2.0**16  # scale of the loss at the start of training
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A small model, a batch, and what comes out in fp64."""
+    """A small model, a batch, and its loss and gradients in fp64."""
 
     model: GPT
     ids: Tensor
@@ -42,20 +42,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a loss and its gradients are from the exact ones, relative to those."""
+    """Relative differences of a loss and its gradients from the exact ones."""
 
     loss: float
     length: float
-    """Of the whole gradient, along the exact one: roundings cancel out in it, a wrong factor does not."""
+    """Of the whole gradient, along the exact one: rounding errors cancel in it, a wrong factor does not."""
     gradient: float
-    """The whole difference."""
+    """The norm of the whole difference."""
     tensor: float
     """The difference for the worst tensor."""
     worst: str
     """Its name."""
 
     def fault(self, precision: Precision) -> str:
-        """What is farther off than rounding explains; empty if nothing is."""
+        """The figures that rounding does not explain, in words; "" if it explains all."""
         named = {"tensor": f"gradient of {self.worst}", "length": "gradient's length", "gradient": "whole gradient"}
         off = {name: abs(getattr(self, name)) for name in tolerances(precision)}
         too_far = [name for name, most in tolerances(precision).items() if not off[name] <= most]  # NaN is too far
@@ -66,11 +66,11 @@ class Agreement:
 
 
 def tolerances(precision: Precision) -> dict[str, float]:
-    """What rounding explains, for each figure of an `Agreement`.
+    """The most that rounding explains, for each figure of an `Agreement`.
 
-    About 60 roundings lie between a weight and its gradient, there and back through two blocks. As a random walk they
-    add up to 8; to more in a tensor whose terms nearly cancel, as those of a bias do. Means over many numbers round
-    away: the loss, and the length. In fp32 the sums of up to V terms round too, in other types they are kept in fp32.
+    About 60 roundings lie between a weight and its gradient, forward and backward through two blocks. As a random walk
+    they add up to 8; to more in a tensor whose terms nearly cancel, such as a bias. In means over many numbers they
+    cancel: the loss, and the length. In fp32 sums of up to V terms round too; other types keep their sums in fp32.
     Measured: 0.02, 0.3, 3 and 23 roundings in bf16; 1.3, 0.8, 19 and 30 in fp32.
     """
     unit = _ROUNDING[precision] * (32 if precision == "fp32" else 1)
@@ -78,7 +78,7 @@ def tolerances(precision: Precision) -> dict[str, float]:
 
 
 def trials(model: GPTConfig, seq_len: int) -> tuple[Trial, Trial]:
-    """Two small GPT-2s that need a large model's kernels: one with its heads and sequences, one with its vocabulary."""
+    """Two small GPT-2s that use a large model's kernels: one with its heads and sequences, one with its vocabulary."""
     long = GPTConfig(
         n_layer=2,
         n_head=2,
@@ -99,7 +99,7 @@ def make_trial(config: GPTConfig, micro_batch: int, seq_len: int) -> Trial:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("c_attn.weight"):
-                p.mul_(4)  # fresh weights attend to all alike: much that is wrong would not be seen
+                p.mul_(4)  # fresh weights attend to all tokens alike, which hides errors
             elif name.endswith("bias"):
                 p.normal_(std=0.02, generator=generator)
     ids = torch.randint(0, config.vocab_size, (micro_batch, seq_len + 1), generator=generator)
@@ -134,7 +134,7 @@ def _on_device(
     alone = World(rank=0, local_rank=0, size=1, device=device)
     model = copy.deepcopy(trial.model).to(device)
     if compiled:
-        torch.compiler.reset()  # else shapes seen before would make this a kernel for any shape
+        torch.compiler.reset()  # else shapes seen before would give a kernel for any shape
     factor = _FP16_FACTOR if compute.needs_scaler else 1.0
     loss = make_trainable(model, compute.dtype, alone, compiled=compiled)(
         trial.ids.to(device), trial.targets.to(device)
@@ -151,7 +151,7 @@ def _flat(gradients: Mapping[str, Tensor], trial: Trial) -> Tensor:
 def head_difference(model: GPTConfig, n_tokens: int, device: torch.device, precision: Precision) -> float:
     """The head at its real size, its logits and the loss's gradient: the worst row of some, relative to the exact row.
 
-    On Apple's GPUs a head of 50,304 rows was wrong from 9 x 1024 tokens on (pytorch#109457), and right below.
+    On Apple's GPUs a head of 50,304 rows was wrong from 9 x 1024 tokens on (pytorch#109457), and correct below.
     """
     compute = choose_compute(precision, device)
     generator = torch.Generator().manual_seed(4)
