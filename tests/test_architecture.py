@@ -21,7 +21,7 @@ ROOMS = {
     "exploring": {"base", "data", "model", "pages"},
     "evals": {"base", "data", "model", "sampling", "training"},
     "config": {"base", "data", "model", "references", "training"},
-    "machine": {"base", "config", "data", "model", "training"},
+    "machine": {"base", "config", "data", "model", "pages", "training"},
     "comparing": {"base", "config", "data", "pages"},
     "run": {"base", "config", "data", "evals", "model", "pages", "references", "sampling", "training"},
 }

@@ -14,6 +14,7 @@ import pytest
 from regpt2.base.errors import UsageError
 from regpt2.commands import ladder
 from regpt2.commands.ladder import main
+from regpt2.machine.speed import ladder_record
 from regpt2.machine.speed.steps import StepTimes, StepWork
 
 SIZES = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.block-size", "32"]
@@ -23,7 +24,7 @@ TINY = [*SIZES, "--model.vocab-size", "257", "--micro-batch", "2", "--device", "
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The source may be edited while the tests run."""
-    monkeypatch.setattr(ladder, "digest", lambda *_: "this code")
+    monkeypatch.setattr(ladder_record, "digest", lambda *_: "this code")
 
 
 def written(folder: Path) -> Any:
@@ -63,7 +64,7 @@ def test_it_measures_shows_writes_and_does_not_measure_again(
     assert [row["times"] for row in written(tmp_path)["rungs"]] == [fp32["times"], ours["times"]]
 
 
-def test_other_settings_other_code_or_again_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_other_code_or_again_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[StepWork] = []
     monkeypatch.setattr(ladder, "measure", lambda work, **_: measured.append(work) or told(work))
     command = [*TINY, "--out", str(tmp_path), "--rungs", "fp32", "flash"]
@@ -78,11 +79,11 @@ def test_other_settings_other_code_or_again_are_measured_anew(tmp_path: Path, mo
     assert n_measured("--micro-batch", "4") == 2
     assert n_measured() == 0, "what other sizes took is kept"
     assert n_measured("--again") == 2
-    monkeypatch.setattr(ladder, "digest", lambda *_: "other code")
+    monkeypatch.setattr(ladder_record, "digest", lambda *_: "other code")
     assert n_measured() == 2
 
 
-def test_a_damaged_record_is_said_and_replaced(
+def test_a_damaged_record_is_reported_and_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ladder, "measure", told)
@@ -90,7 +91,7 @@ def test_a_damaged_record_is_said_and_replaced(
     for damage in ("{", '{"rungs": 3}', '{"rungs": [{"work": {}, "machine": {}, "times": {"a": 1}}], "earlier": []}'):
         (tmp_path / "ladder.json").write_text(damage)
         assert main(command) == 0
-        assert "measured anew" in capsys.readouterr().err
+        assert "every rung is measured again" in capsys.readouterr().err
         assert len(written(tmp_path)["rungs"]) == 1
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from regpt2.base.errors import Problem, UsageError
 from regpt2.machine.speed import rungs
-from regpt2.machine.speed.rungs import RUNGS, Row, Rung, climb, default_rungs, find_rungs, key_of
+from regpt2.machine.speed.rungs import RUNGS, Rung, RungResult, climb, default_rungs, find_rungs, key_of
 from regpt2.machine.speed.steps import DoesNotFit, StepTimes, StepWork, time_steps
 from regpt2.machine.speed.table import cells, figures_of, for_markdown, for_screen, summary
 from regpt2.model.gpt import GPTConfig
@@ -42,7 +42,7 @@ def told(median_s: float = 1.0, **other: object) -> StepTimes:
     return replace(times, **other)  # type: ignore[arg-type]
 
 
-def by_name(rows: list[Row]) -> dict[str, Row]:
+def by_name(rows: list[RungResult]) -> dict[str, RungResult]:
     return {row.rung: row for row in rows}
 
 

@@ -55,5 +55,5 @@ def test_a_process_that_fails_or_hangs_is_said(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(Problem, match=r"not timed within 0 s"):
         measure(TINY, timeout_s=0.2)
     monkeypatch.setattr(steps.sys, "executable", "/bin/false")
-    with pytest.raises(Problem, match="ended with code 1"):
+    with pytest.raises(Problem, match="ended with exit code 1"):
         measure(TINY)

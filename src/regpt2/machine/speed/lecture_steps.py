@@ -1,4 +1,4 @@
-"""The lecture's first ways of doing a step. In: parts by name; out: a GPT and an optimizer that do those as it did.
+"""The lecture's first versions of a step. In: parts by name; out: a GPT and an optimizer with these parts as there.
 
 Each part changes how something is computed and never what: on the same weights, loss and gradients are those of
 `model/gpt.py` within rounding. They are the lower rungs of the ladder. All PLAIN parts together, in fp64, are what
@@ -21,14 +21,14 @@ from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 from regpt2.training.optimizer import OptimConfig, build_optimizer
 
 LecturePart = Literal[
-    "default_matmul",  # fp32 matmuls as torch does them unasked: on a CPU by MKL
-    "default_malloc",  # freed memory goes back to the system, and is asked for anew in the next step
+    "default_matmul",  # fp32 matmuls by torch's default: on a CPU by MKL
+    "default_malloc",  # freed memory goes back to the system, and each step allocates it again
     "plain_attention",  # softmax over a whole (T, T) matrix, with a mask
-    "torch_attention",  # whatever kernel torch has for it: on a GPU that is ours too
-    "kept_gelu",  # what GELU gives is kept for the backward pass
+    "torch_attention",  # the kernel that torch chooses: on a GPU ours uses it too
+    "kept_gelu",  # GELU's output is kept for the backward pass
     "autocast",  # an fp32 residual stream, rounded before each matmul
     "whole_logits",  # all (B T, V) logits, then F.cross_entropy
-    "unfused_adamw",  # torch's own choice: on a GPU some kernels for all tensors, on a CPU a loop over them
+    "unfused_adamw",  # torch's default: on a GPU a few kernels for all tensors, on a CPU a loop over them
 ]
 
 PLAIN: tuple[LecturePart, ...] = ("plain_attention", "kept_gelu", "whole_logits")
@@ -105,7 +105,7 @@ def lecture_model(config: GPTConfig, parts: Collection[LecturePart], dtype: torc
 
 
 def unfused_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Our AdamW with its groups, as torch runs it when it is not asked to fuse."""
+    """Our AdamW with its groups, without fusing, as torch runs it by default."""
     fused = build_optimizer(model, config)
     groups = [{name: group[name] for name in ("params", "weight_decay")} for group in fused.param_groups]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)

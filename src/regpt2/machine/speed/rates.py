@@ -1,6 +1,6 @@
-"""How fast parts of a machine are. In: a device, a folder, the ranks; out: FLOP/s, bytes/s, and which kernel ran.
+"""Rates of a machine's parts. In: a device, a folder, the ranks; out: FLOP/s, bytes/s, and which kernel ran.
 
-Each is the median of repetitions after a first one that is not timed.
+Each is the median of several runs after an untimed first.
 """
 
 import os
@@ -27,7 +27,7 @@ from regpt2.model.kernels.attention import causal_attention
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, at_least_s: float) -> float:
-    """The median time of `work`, repeated three times at least, and until `at_least_s` is full."""
+    """The median time of `work`, repeated at least three times and for at least `at_least_s`."""
     times: list[float] = []
     work()
     while len(times) < 3 or sum(times) < at_least_s:
@@ -42,7 +42,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, *, at_least_s: 
 def matmul_rate(
     shapes: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device, *, at_least_s: float
 ) -> float:
-    """FLOP/s over linear layers of `shapes`: rows, inputs, outputs, and how many there are of it."""
+    """FLOP/s over linear layers of `shapes`: rows, inputs, outputs, and the number of such layers."""
     flops = seconds = 0.0
     for rows, inputs, outputs, n in shapes:
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
@@ -61,7 +61,7 @@ def model_shapes(model: GPTConfig, n_tokens: int) -> list[tuple[int, int, int, i
 
 
 def copy_rate(device: torch.device, n_bytes: int, *, at_least_s: float) -> float:
-    """Bytes/s of memory, read and written, in copying a tensor."""
+    """Bytes/s of memory, read and written, when a tensor is copied."""
     source = torch.ones(n_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * n_bytes / seconds_of(lambda: target.copy_(source), device, at_least_s=at_least_s)
@@ -69,18 +69,18 @@ def copy_rate(device: torch.device, n_bytes: int, *, at_least_s: float) -> float
 
 @dataclass(frozen=True)
 class AttentionRate:
-    """What ran for causal attention, and how fast, forward and backward together."""
+    """The kernel of causal attention, and its speed, forward and backward together."""
 
     kernel: str
     seconds: float
     flops_per_s: float
-    """Half of the square counted, as in `flops_per_token`."""
+    """Counting half of the square, as `flops_per_token` does."""
 
 
 def attention_rate(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, *, at_least_s: float
 ) -> AttentionRate:
-    """Run the model's attention at (B, H, T, D) and look which kernel it takes."""
+    """Run the model's attention at (B, H, T, D), and find which kernel it uses."""
     B, H, T, D = shape
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape, device=device, dtype=dtype)
@@ -93,16 +93,16 @@ def attention_rate(
 
 
 def exchange_seconds(world: World, n_bytes: int) -> float:
-    """How long the ranks take to sum `n_bytes` of fp32, as for gradients. Every number of a first sum is checked.
+    """How long the ranks take to sum `n_bytes` of fp32, as for gradients. Every number of the first sum is checked.
 
     Raises:
-        Problem: a sum is not what it must be.
+        Problem: a sum is wrong.
     """
-    with world.together():  # room for them is found on all ranks, or on none
+    with world.together():  # out of memory on one rank ends all of them
         pattern = torch.arange(n_bytes // 4, dtype=torch.int32, device=world.device).remainder_(1024).float()
         value, expected = pattern + world.rank, pattern * world.size + sum(range(world.size))  # exact: below 2**24
     n_wrong = world.everyones(int((world.sum(value) != expected).sum()))
-    if any(n_wrong):  # on all ranks alike, so that none waits for another
+    if any(n_wrong):  # the same on all ranks, so that none waits for another
         ranks = ", ".join(f"{n:,} on rank {rank}" for rank, n in enumerate(n_wrong) if n)
         raise Problem(f"of {len(value):,} sums over {world.size} ranks are wrong: {ranks}.")
     times = []
@@ -121,19 +121,19 @@ class DiskRate:
     """Bytes/s of one file, written and read from end to end."""
 
     write: float
-    """Until the system says that it is on the disk (fsync)."""
+    """Until fsync returns."""
     read: float
-    """Read back, after the system was asked to forget it; from its memory where it does not."""
+    """Read back after the system was asked to drop its cache; from the cache if it does not."""
 
 
 def disk_rate(path: Path, n_bytes: int) -> DiskRate:
     """Write a file of random bytes to `path`, read it back and compare. The caller removes it.
 
     Raises:
-        Problem: what is read is not what was written.
-        OSError: it cannot be written, or not all of it.
+        Problem: the bytes read differ from those written.
+        OSError: the file cannot be written completely.
     """
-    piece = os.urandom(min(n_bytes, 16 << 20))  # random, so that no disk that compresses looks faster than it is
+    piece = os.urandom(min(n_bytes, 16 << 20))  # random, so that a compressing disk does not look faster than it is
     n_pieces = -(-n_bytes // len(piece))
     started_at = time.perf_counter()
     with open(path, "wb") as file:

@@ -1,6 +1,6 @@
-"""The rungs of the ladder. In: the work of a step; out: a `Row` for each rung, one thing changed at a time.
+"""The rungs of the ladder. In: the work of a step; out: a `RungResult` for each rung, each with one change.
 
-First the lecture's seven, in its order, then ours. The last one is the step that `regpt2 train` makes.
+First the lecture's seven, in its order, then ours. The last is the step that `regpt2 train` makes.
 """
 
 import json
@@ -21,21 +21,21 @@ Change = Callable[[StepWork], StepWork]
 
 @dataclass(frozen=True)
 class Rung:
-    """One change of a step."""
+    """One change of the step."""
 
     name: str
     """On the command line."""
     title: str
     change: Change
     lecture_ms: float | None = None
-    """The lecture's step after it: 124M, B=16, T=1024, on one A100 SXM 80 GB."""
+    """The lecture's step time after it: 124M, B=16, T=1024, on one A100 SXM 80 GB."""
     only_on: str = ""
-    """The type of device that it means something on; "" = all."""
+    """The type of device that it applies to; "" = all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A rung, tried."""
+class RungResult:
+    """The outcome of a rung."""
 
     rung: str
     title: str
@@ -43,12 +43,19 @@ class Row:
     work: StepWork
     times: StepTimes | None = None
     why_not: str = ""
-    """Why it does not count: it could not be measured, or what it computes is wrong."""
+    """Why it does not count: it could not be measured, or its losses are wrong."""
 
     @property
     def is_wrong(self) -> bool:
         """It was measured, and does not count."""
         return self.times is not None and bool(self.why_not)
+
+    @property
+    def outcome(self) -> str:
+        """Its speed, or why it has none, in words."""
+        if self.times is None or self.is_wrong:
+            return self.why_not
+        return f"{1e3 * self.times.median_s:,.1f} ms/step, {self.times.tokens_per_s:,.0f} tokens/s"
 
 
 def _same(work: StepWork) -> StepWork:
@@ -92,20 +99,20 @@ RUNGS = (
 )
 
 COMPARED = 3
-"""Steps whose losses are compared: rounding grows from each to the next, until it hides errors."""
+"""Steps whose losses are compared: rounding grows with each step until it hides errors."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a precision may be from fp32: a few times what was seen for 124M on a CPU.
+    """How far a precision may be from fp32: a few times what 124M showed on a CPU.
 
-    Attention that sees the future, planted, moved the norm of the gradient by 4 % and the loss at step 2 by 0.06.
+    As a planted bug, attention without its mask moved the norm of the gradient by 4 % and the loss at step 2 by 0.06.
     """
 
     loss: float
     """At step 1, on equal weights."""
     later_loss: float
-    """At the next steps, after updates."""
+    """At the following steps, after updates."""
     grad_norm: float
     """At step 1, relative."""
 
@@ -119,12 +126,12 @@ TOLERANCES = {
 
 
 def default_rungs(device: torch.device) -> list[str]:
-    """The names of those that mean something on this device."""
+    """The names of the rungs that apply to this device."""
     names = [rung.name for rung in RUNGS if rung.only_on in ("", device.type)]
     if device.type == "cpu":
-        names.remove("compile")  # training leaves it out there: it takes minutes
+        names.remove("compile")  # training does not compile there: it takes minutes
     elif "fp16" in names and choose_compute("auto", device).precision != "fp16":
-        names.remove("fp16")  # what a GPU without bf16 has
+        names.remove("fp16")  # only for GPUs without bf16
     return names
 
 
@@ -132,7 +139,7 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
     """The rungs of these names, in the ladder's order.
 
     Raises:
-        UsageError: there is no rung of such a name.
+        UsageError: an unknown name.
     """
     known = [rung.name for rung in RUNGS]
     for name in names:
@@ -142,7 +149,7 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
 
 
 def lowest(work: StepWork) -> StepWork:
-    """The same step, everything in it as the lecture began: below the first rung."""
+    """The same step with everything as at the lecture's start: below the first rung."""
     parts: tuple[LecturePart, ...] = ("plain_attention", "whole_logits", "unfused_adamw")
     if pick_device(work.device).type == "cpu":
         parts += ("kept_gelu", "default_matmul", "default_malloc")
@@ -151,7 +158,7 @@ def lowest(work: StepWork) -> StepWork:
 
 
 def key_of(work: Mapping[str, object]) -> str:
-    """Equal for equal works, given as `dataclasses.asdict` or JSON has them."""
+    """Equal for equal works, from `dataclasses.asdict` or from JSON."""
     return json.dumps(work, sort_keys=True)
 
 
@@ -161,12 +168,12 @@ def climb(
     *,
     known: Mapping[str, StepTimes] | None = None,
     time: Callable[[Rung, StepWork], StepTimes] = lambda _, work: measure(work),
-) -> Iterator[Row]:
-    """Measure each rung, on top of those before it that were right.
+) -> Iterator[RungResult]:
+    """Measure each rung, on top of those before it that were correct.
 
     Args:
-        work: the sizes of the step; how it is done is the rungs' business.
-        known: what was measured earlier, by `key_of` its work.
+        work: the sizes of the step; the rungs set how it is computed.
+        known: earlier measurements, by `key_of` their work.
         time: measures a rung.
     """
     known = known or {}
@@ -174,16 +181,16 @@ def climb(
     right: StepTimes | None = None
     for rung in rungs:
         tried = rung.change(work)
-        row = Row(rung=rung.name, title=rung.title, lecture_ms=rung.lecture_ms, work=tried)
+        row = RungResult(rung=rung.name, title=rung.title, lecture_ms=rung.lecture_ms, work=tried)
         if tried == work and not first:
-            yield replace(row, why_not="it changes nothing after the rungs before it.")
+            yield replace(row, why_not="the rungs before it already include it.")
             continue
         first = False
         try:
             times = known.get(key_of(asdict(tried))) or time(rung, tried)
         except DoesNotFit as problem:
             yield replace(row, why_not=f"out of memory: {problem}")
-            work = tried  # the next may need less
+            work = tried  # the next rung may need less
             continue
         except Problem as problem:
             yield replace(row, why_not=str(problem))
@@ -196,12 +203,12 @@ def climb(
 
 
 def _where_wrong(times: StepTimes, right: StepTimes) -> str:
-    """Where losses and gradient leave the first rung's by more than rounding explains; "" if they do not."""
+    """Where losses or gradient differ from the first rung's by more than rounding explains; "" if nowhere."""
     allowed, norm = TOLERANCES[times.precision], right.grad_norms[0]
     checks = [("the norm of the gradient at step 1", times.grad_norms[0], norm, allowed.grad_norm * norm)]
     n_compared = COMPARED
     if times.precision == "fp16" and not math.isfinite(times.grad_norms[0]):
-        checks, n_compared = [], 1  # an overflow: the update is skipped and the scale halved, as it should be
+        checks, n_compared = [], 1  # an overflow: the update is skipped and the scale halved, as intended
     for step, (loss, expected) in enumerate(zip(times.losses[:n_compared], right.losses, strict=False), start=1):
         bound = allowed.loss if step == 1 else allowed.later_loss
         checks.append((f"the loss at step {step}", loss, expected, bound))

@@ -1,9 +1,9 @@
 """How long a training step takes here. In: a `StepWork`; out: its `StepTimes`, measured in a process of its own.
 
-The step is training's own `train_step`, on random tokens. A fresh process for each, so that nothing that ran before
-(compiled code, cached memory, threads) counts; its peak memory is then that of the step too.
+The step is training's own `train_step`, on random tokens. A fresh process for each, so that compiled code, cached
+memory and threads of earlier work do not count, and the peak memory is the step's own.
 
-    python -m regpt2.machine.speed.steps WORK      the process that measures; `measure` starts it with the work as JSON
+    python -m regpt2.machine.speed.steps WORK      the measuring process; `measure` starts it with the work as JSON
 """
 
 import dataclasses
@@ -44,12 +44,12 @@ from regpt2.training.step import LossScale, train_step
 
 
 class DoesNotFit(Problem):
-    """The step needs more memory than there is."""
+    """The step needs more memory than is available."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """A training step on one device, and how often it is timed."""
+    """A training step on one device, and how many are timed."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     micro_batch: int = 4
@@ -60,11 +60,11 @@ class StepWork:
     compile: Literal["auto", "on", "off"] = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
     as_lecture: tuple[LecturePart, ...] = ()
-    """Parts done as the lecture did them at first, for the lower rungs of the ladder. None: as `regpt2 train` does."""
+    """Parts computed as the lecture did at first, for the ladder's lower rungs. Empty: as in `regpt2 train`."""
     warmup_steps: int = 2
-    """Not timed: the first holds the compiler's work, and the allocator's."""
+    """Not timed: compilation and first allocations fall into them."""
     steps: int = 5
-    """Timed, at least; more until `seconds` are full."""
+    """Timed at least; more until `seconds` have passed."""
     seconds: float = 0.0
     seed: int = 1337
 
@@ -76,14 +76,14 @@ class StepWork:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """What was measured."""
+    """The measurements."""
 
     step_s: list[float]
     """Of each timed step."""
     losses: list[float]
-    """Of every step, warm-up included, in nats: that the work was done, and right."""
+    """Of every step, warm-up included, in nats: they show that the work was done, and correct."""
     grad_norms: list[float]
-    """Likewise."""
+    """Of every step, warm-up included."""
     tokens: int
     """Of one step."""
     flops_per_token: float
@@ -94,12 +94,12 @@ class StepTimes:
     precision: str
     compiled: bool
     attention: str
-    """The kernel that did it (see machine/speed/kernels.py)."""
+    """The kernel that computed it (machine/speed/kernels.py)."""
     torch: str
 
     @property
     def median_s(self) -> float:
-        """The step time that counts."""
+        """The step time to compare."""
         return statistics.median(self.step_s)
 
     @property
@@ -109,21 +109,21 @@ class StepTimes:
 
 
 def measure(work: StepWork, *, timeout_s: float = 3600.0, on_step: Callable[[int], None] | None = None) -> StepTimes:
-    """Time a step in a fresh process; `on_step` is told how many steps are done.
+    """Time a step in a fresh process; `on_step` gets the number of finished steps.
 
     Raises:
-        DoesNotFit: there is too little memory for it.
-        Problem: it failed otherwise, or took longer than `timeout_s`.
+        DoesNotFit: the step runs out of memory.
+        Problem: it fails otherwise, or takes longer than `timeout_s`.
     """
     command = [sys.executable, "-m", "regpt2.machine.speed.steps", json.dumps(dataclasses.asdict(work))]
     answer: dict[str, Any] = {}
     with (
-        tempfile.TemporaryFile("w+") as complaints,  # warnings of libraries, and what a crash leaves
+        tempfile.TemporaryFile("w+") as complaints,  # warnings of libraries, and the trace of a crash
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
     ):
         assert process.stdout is not None
         alarm = threading.Timer(timeout_s, process.kill)
-        alarm.daemon = True  # Ctrl-C may come at any moment: nothing waits for it
+        alarm.daemon = True  # after Ctrl-C nothing waits for it
         try:
             alarm.start()
             for line in process.stdout:
@@ -142,13 +142,13 @@ def measure(work: StepWork, *, timeout_s: float = 3600.0, on_step: Callable[[int
         return StepTimes(**answer)
     if late:
         raise Problem(f"the step was not timed within {timeout_s:.0f} s.")
-    if answer.get("does_not_fit") or code == -9:  # the system ends what takes all memory
-        raise DoesNotFit(str(answer.get("failed", "the system ended it, as it does with what takes all memory")))
-    raise Problem(str(answer.get("failed", f"the process that measures ended with code {code}. {last_words}")))
+    if answer.get("does_not_fit") or code == -9:  # the system kills a process that takes all memory
+        raise DoesNotFit(str(answer.get("failed", "the system killed it, as it does when memory runs out")))
+    raise Problem(str(answer.get("failed", f"the measuring process ended with exit code {code}. {last_words}")))
 
 
 def read_work(table: dict[str, Any]) -> StepWork:
-    """A `StepWork` from what `dataclasses.asdict` made of it, JSON between them."""
+    """A `StepWork` from the JSON of its `dataclasses.asdict`."""
     muon = {**table["optim"]["muon"], "ns_coefficients": tuple(table["optim"]["muon"]["ns_coefficients"])}
     optim = {**table["optim"], "betas": tuple(table["optim"]["betas"]), "muon": MuonConfig(**muon)}
     model = config_class(table["model"]["architecture"])(**table["model"])
@@ -157,7 +157,7 @@ def read_work(table: dict[str, Any]) -> StepWork:
 
 
 def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None]) -> StepTimes:
-    """Build model and optimizer, take warm-up steps, then time steps, here and now."""
+    """Build model and optimizer, run the warm-up steps, then time steps, in this process."""
     device, parts = pick_device(work.device), work.as_lecture
     compute = choose_compute(work.precision, device, keep_freed_memory="default_malloc" not in parts)
     if "default_matmul" in parts:
@@ -192,7 +192,6 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
         if len(losses) > work.warmup_steps:
             step_s.append(elapsed_s)
         on_step(len(losses))
-    most_bytes = peak_bytes(device)
     return StepTimes(
         step_s=step_s,
         losses=losses,
@@ -200,7 +199,7 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
         tokens=work.tokens,
         flops_per_token=flops_per_token(work.model, work.seq_len),
         setup_s=setup_s,
-        peak_bytes=most_bytes,
+        peak_bytes=peak_bytes(device),
         device=device_name(device),
         precision=compute.precision,
         compiled=compiled,
@@ -218,7 +217,7 @@ def _random_batches(work: StepWork, device: torch.device) -> list[tuple[torch.Te
 
 
 def main() -> int:
-    """The process that measures: a line of JSON for each step, and the times on the last."""
+    """The measuring process: a line of JSON for each step, and the times on the last."""
     began_at = time.time()
 
     def tell(answer: dict[str, Any]) -> None:

@@ -1,44 +1,44 @@
-"""The ladder as a table. In: its rows; out: the figures of each, and lines for a screen or in Markdown."""
+"""The ladder as a table. In: the results of its rungs; out: their figures, and lines for the screen or in Markdown."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regpt2.base.device import peak_flops, pick_device
-from regpt2.machine.speed.rungs import COMPARED, RUNGS, Row
+from regpt2.machine.speed.rungs import COMPARED, RUNGS, RungResult
 from regpt2.machine.speed.steps import StepTimes
 from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a rung came to."""
+    """The figures of a rung."""
 
     step_ms: float
     """The median."""
     low_ms: float
     high_ms: float
-    """Of ten steps eight lie between them."""
+    """Eight of ten steps lie between them."""
     tokens_per_s: float
     gain: float | None
-    """Over the right rung before; None for the first."""
+    """Speed over the last correct rung before; None for the first."""
     in_all: float
-    """Over the first."""
+    """Speed over the first rung."""
     flop_per_s: float
-    """Attention counted once, as everywhere here; 798 MFLOP a token for the 124M model."""
+    """With causal attention counted once, as in model/flops.py; 798 MFLOP per token for the 124M model."""
     palm_flop_per_s: float
-    """As nanoGPT and the PaLM paper count; 860 MFLOP a token."""
+    """As nanoGPT and the PaLM paper count; 860 MFLOP per token."""
     mfu: float | None
-    """Share of the data sheet's peak at this precision; None where there is no sheet."""
+    """Share of the data sheet's peak at this precision; None without a data sheet."""
     palm_mfu: float | None
     peak_bytes: int
     attention: str
     loss_apart: float
-    """The largest distance of an early loss from the first rung's at the same step."""
+    """The largest difference of an early loss from the first rung's at the same step."""
 
 
-def figures_of(rows: Sequence[Row]) -> list[Figures | None]:
-    """For each row its figures, and None where it does not count."""
+def figures_of(rows: Sequence[RungResult]) -> list[Figures | None]:
+    """The figures of each row; None if it does not count."""
     found: list[Figures | None] = []
     counted: list[StepTimes] = []
     for row in rows:
@@ -50,7 +50,7 @@ def figures_of(rows: Sequence[Row]) -> list[Figures | None]:
     return found
 
 
-def _figures(row: Row, times: StepTimes, before: Sequence[StepTimes]) -> Figures:
+def _figures(row: RungResult, times: StepTimes, before: Sequence[StepTimes]) -> Figures:
     rate, work = times.tokens_per_s, row.work
     first = before[0] if before else times
     peak = peak_flops(pick_device(work.device), times.precision)
@@ -74,8 +74,8 @@ def _figures(row: Row, times: StepTimes, before: Sequence[StepTimes]) -> Figures
     )
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """A head and a line for each row, in text. A row that does not count has its reason as its last cell."""
+def cells(rows: Sequence[RungResult]) -> list[list[str]]:
+    """The cells of the head and of each row. A row that does not count ends with its reason."""
     figures = figures_of(rows)
     known = any(one is not None and one.mfu is not None for one in figures)
     rate = "MFU" if known else "TFLOP/s"
@@ -101,7 +101,7 @@ def _measured(one: Figures, known: bool) -> list[str]:
     ]
 
 
-def _lecture(row: Row) -> str:
+def _lecture(row: RungResult) -> str:
     """The lecture's step time and its gain over the lecture's rung before."""
     if row.lecture_ms is None:
         return ""
@@ -109,8 +109,8 @@ def _lecture(row: Row) -> str:
     return f"{row.lecture_ms:,.0f} ms" + (f" x{slower[-1] / row.lecture_ms:.2f}" if slower else "")
 
 
-def for_screen(rows: Sequence[Row]) -> list[str]:
-    """Lines with columns of equal width; a reason goes on to the end of its line."""
+def for_screen(rows: Sequence[RungResult]) -> list[str]:
+    """Lines with aligned columns; a reason fills the rest of its line."""
     head, *lines = cells(rows)
     whole = [line for line in (head, *lines) if len(line) == len(head)]
     widths = [max(len(line[i]) for line in whole) for i in range(len(head))]
@@ -124,16 +124,16 @@ def for_screen(rows: Sequence[Row]) -> list[str]:
     return shown
 
 
-def for_markdown(rows: Sequence[Row]) -> list[str]:
-    """The same table."""
+def for_markdown(rows: Sequence[RungResult]) -> list[str]:
+    """The same table in Markdown."""
     head, *lines = cells(rows)
     ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     filled = [[cell.replace("|", "/") for cell in line] + [""] * (len(head) - len(line)) for line in ruled]
     return [f"| {' | '.join(line)} |" for line in filled]
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
-    """What the table says in words."""
+def summary(rows: Sequence[RungResult]) -> list[str]:
+    """The table in words."""
     counted = [(row, one) for row, one in zip(rows, figures_of(rows), strict=True) if one is not None]
     if not counted:
         return ["No rung could be measured."]
@@ -146,7 +146,5 @@ def summary(rows: Sequence[Row]) -> list[str]:
         ours = at_high.in_all / at_low.in_all
         lines.append(f"From {low.title} to {high.title}: x{ours:.2f}; in the lecture, on an A100: x{theirs:.2f}.")
     apart = max(one.loss_apart for _, one in counted)
-    lines.append(
-        f"Right: in the first {COMPARED} steps no loss is further than {apart:.1g} from that of {first.title}."
-    )
+    lines.append(f"Correct: in the first {COMPARED} steps every loss is within {apart:.1g} of that of {first.title}.")
     return lines
