@@ -7,13 +7,10 @@ The peak is that of an update of four micro-steps, as torch's allocator counts i
 Exit code 1: a row failed, or the plan is more than 5 % off.
 """
 
-import argparse
 import json
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
 
-from table import ROOT, Result, about, line, measured
+from table import Result, about, line, measured, read_options
 
 WITHIN = 0.05
 ROWS = {  # name -> options of step.py
@@ -36,7 +33,7 @@ ROWS = {  # name -> options of step.py
 
 
 def main() -> int:
-    options = read_options()
+    options = read_options(__doc__, "dry_gpu_memory")
     if options.show:
         document = json.loads(options.show.read_text())
     else:
@@ -52,19 +49,6 @@ def main() -> int:
             )
     print(table(document))
     return int(not document["rows"] or any("failed" in row or abs(off(row)) > WITHIN for row in document["rows"]))
-
-
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", type=Path, nargs="?", help="made by build.sh")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows with this in their name")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing")
-    default = ROOT / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}_dry_gpu_memory.json"
-    parser.add_argument("--out", type=Path, default=default)
-    options = parser.parse_args()
-    if not options.show and (options.dir is None or not (options.dir / "libcuda.so.1").exists()):
-        parser.error(f"there is no dry GPU in {options.dir}: build.sh DIR makes one, make gpu-dry too")
-    return options
 
 
 def off(row: Result) -> float:

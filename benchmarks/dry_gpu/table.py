@@ -1,9 +1,10 @@
-"""All that the dry GPU shows, in tables. In: the folder that build.sh made; out: a JSON file, Markdown on the screen.
+"""The dry GPU's measurements in tables. In: the folder that build.sh made; out: a JSON file, Markdown on the screen.
 
     python table.py DIR [--only TEXT ...] [--out FILE]      (make gpu-dry: builds DIR first)
     python table.py --show FILE                             (the tables of a file)
 
-Each row is measured in a process of its own, one after the other, and is in the file as soon as it is there.
+Each row is measured in a process of its own, one after the other, and written at once. With --only a row's name is
+'SCRIPT: NAME', and the file keeps its other rows.
 """
 
 import argparse
@@ -53,7 +54,7 @@ JOBS = {
 
 
 def main() -> int:
-    options = read_options()
+    options = read_options(__doc__, "dry_gpu")
     if options.show:
         print(tables(json.loads(options.show.read_text())))
         return 0
@@ -77,18 +78,17 @@ def earlier_rows(path: Path) -> dict[tuple[str, str], Result]:
     return {(row["script"], row["name"]): row for row in rows}
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options(description: str | None, name: str) -> argparse.Namespace:
+    """Of this script, and of plan_memory.py; `name` ends the name of the result's file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, nargs="?", help="made by build.sh")
-    parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", help="rows with this in 'SCRIPT: NAME'; the file keeps its others"
-    )
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing")
-    default = ROOT / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}_dry_gpu.json"
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of FILE and measure nothing")
+    default = ROOT / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}_{name}.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     if not options.show and (options.dir is None or not (options.dir / "libcuda.so.1").exists()):
-        parser.error(f"there is no dry GPU in {options.dir}: build.sh DIR makes one, make gpu-dry too")
+        parser.error(f"{options.dir} holds no dry GPU: make one with build.sh DIR or make gpu-dry")
     return options
 
 
