@@ -1,7 +1,7 @@
-"""Memory of a training step. In: how a rank trains; out: bytes by part, at the moment when most is held.
+"""Memory of a training step. In: how a rank trains; out: bytes by part, at the moment of the peak.
 
-Every term is counted from the code of model/, training/ and the optimizer; tests/training/test_memory.py counts what
-autograd really keeps. P parameters, N = B * T tokens of a micro-batch, C = n_embd, L = n_layer, H = n_head,
+Every term is counted from the code of model/, training/ and the optimizer; tests/training/test_memory.py compares with
+what autograd really keeps. P parameters, N = B * T tokens of a micro-batch, C = n_embd, L = n_layer, H = n_head,
 V = padded_vocab_size, b bytes of a number in the compute type.
 """
 
@@ -17,29 +17,29 @@ from regpt2.model.modern import ModernConfig
 from regpt2.training.optimizer import OptimConfig
 
 FP32 = 4
-MARGIN = 0.10  # a prediction may be so far off, either way
-ALLOCATOR_BYTES = 1 << 30  # on a GPU also this, for fragments and the workspace of libraries
+MARGIN = 0.10  # relative uncertainty of a prediction, either way
+ALLOCATOR_BYTES = 1 << 30  # in addition on a GPU, for fragmentation and the workspace of libraries
 
 # What the backward pass keeps of a layer, in widths C for each token:
-#   both norms' inputs and outputs 4, queries, keys and values 3, the attended 1, before GELU 4, after it 4.
-# On a CPU what comes after GELU is computed again, in passes so large (model/kernels/recompute.py).
-# Uncompiled on a GPU a 16-bit LayerNorm's input is kept in fp32: 1 more each.
+#   both norms' inputs and outputs 4, queries, keys and values 3, attention's result 1, before GELU 4, after it 4.
+# On a CPU passes of RECOMPUTED_NUMBERS or more compute GELU again in the backward pass (model/kernels/recompute.py).
+# Uncompiled on a GPU, a 16-bit LayerNorm keeps its input in fp32: 1 more each.
 KEPT_WIDTHS = 16
 GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
-MODERN_WIDTHS = 3  # queries and keys before norm and rotation; the attended in another order
+MODERN_WIDTHS = 3  # queries and keys before norm and rotation; attention's result in another order
 KEPT_SUMS = 4  # mean and deviation of both norms
-MLP_BACKWARD_WIDTHS = 8  # of the layer that goes backward: the gradients of GELU's output and input
+MLP_BACKWARD_WIDTHS = 8  # in the backward pass of a layer: the gradients of GELU's output and input
 SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
-# On a GPU, beside all that is kept when the backward pass begins: uncompiled the head's gradient in fp32, twice; with
-# relu(x)^2 the MLP of the last layer. Counted by the allocator (benchmarks/dry_gpu/plan_memory.py).
+# On a GPU, in addition to what is kept when the backward pass begins: uncompiled, the head's gradient in fp32, twice;
+# with relu(x)^2 the MLP of the last layer. As counted by the allocator (benchmarks/dry_gpu/plan_memory.py).
 GPU_BACKWARD_WIDTHS = {"compiled": 3, "eager": 4, "eager, square": 11}
 GPU_WORKSPACE_BYTES = 72_000_000  # of cuBLAS on a Hopper
 BLOCK = 256  # queries at a time in the CPU's attention (model/kernels/attention.py), which keeps its weights up to 256
 BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (model/kernels/loss.py)
-HEAD_PARTS = 8  # of the head's gradient on a CPU (there too)
+HEAD_PARTS = 8  # of the head's gradient on a CPU (also there)
 
-# On a CPU also the process itself (Python, torch, its libraries and kernels), and the holes in glibc's heap and the
-# copies of oneDNN: a share of what comes and goes in a step. Both measured (docs/speed.md).
+# On a CPU also the process itself (Python, torch, its libraries and kernels), and holes in glibc's heap and copies of
+# oneDNN: a share of what a step allocates and frees. Both were measured (docs/speed.md).
 PROCESS_BYTES = 355_000_000
 HEAP_SHARE = 0.30
 
@@ -85,12 +85,12 @@ class Setup:
 
 
 def step_memory(setup: Setup) -> dict[str, int]:
-    """Bytes by part at the fullest moment of an update, for each rank."""
+    """Bytes by part at the peak of an update, for each rank."""
     head_bytes = FP32 * setup.model.padded_vocab_size * setup.model.n_embd  # of the embedding's weights
     shards = setup.ranks if setup.strategy == "fsdp" else 1
     weights = FP32 * setup.n_params // shards
     held = _gradients_held(setup)
-    whole = setup.grad_accum_steps > 1  # FSDP scatters gradients in the last micro-step; until then they are whole
+    whole = setup.grad_accum_steps > 1  # FSDP scatters gradients in the last micro-step; before it they are unsharded
     gradients = FP32 * setup.n_params if whole else weights
     pass_parts = {"rounded weights": _rounded_bytes(setup), "activations": _kept_bytes(setup)}
     moments = [
@@ -111,24 +111,24 @@ def step_memory(setup: Setup) -> dict[str, int]:
 
 
 def _gradients_held(setup: Setup) -> int:
-    """Whole sets of gradients that are there while a forward pass goes on."""
+    """Complete sets of gradients that are held during a forward pass."""
     if setup.strategy == "ordered":  # the partial sums of training/ranks/ordered_sums.py
         return max(i.bit_count() for i in range(setup.grad_accum_steps))
-    return int(setup.grad_accum_steps > 1 or (setup.ranks > 1 and setup.strategy == "ddp"))  # ddp: buckets, always
+    return int(setup.grad_accum_steps > 1 or (setup.ranks > 1 and setup.strategy == "ddp"))  # ddp: its buckets
 
 
 def _orthogonalization_bytes(setup: Setup) -> int:
-    """Muon's largest stack, the MLPs' matrices: as it comes, before and after a step, and two products of a quarter."""
+    """Muon's largest stack, the MLPs' matrices: the input, before and after a step, and two products of a quarter."""
     if setup.optim.name != "muon":
         return 0
     stack = 8 * setup.model.n_layer * setup.model.n_embd**2 * (2 if setup.device == "cuda" else FP32)
     if setup.ranks == 1 or setup.strategy == "ordered":
         return 7 * stack // 2
-    return max(7 * stack // 2 // setup.ranks, 2 * stack)  # each rank its share; then everyone's, twice
+    return max(7 * stack // 2 // setup.ranks, 2 * stack)  # each rank's share; then all shares, twice
 
 
 def _rounded_bytes(setup: Setup) -> int:
-    """Copies in the compute type that the backward pass needs: of a layer's matrices, but for one computed again."""
+    """Copies in the compute type that the backward pass needs: of a layer's matrices, but not of a recomputed one."""
     if setup.width_bytes == FP32:
         return 0
     C, b = setup.model.n_embd, setup.width_bytes
@@ -144,7 +144,7 @@ def _recomputes(setup: Setup) -> bool:
 
 
 def _widens_norms(setup: Setup) -> bool:
-    """Is the input of a LayerNorm kept in fp32 beside 16-bit activations? A compiler and the RMS norm keep it as is."""
+    """Is the input of a LayerNorm kept in fp32 beside 16-bit activations? Compiled code and the RMS norm do not."""
     rms_norm = isinstance(setup.model, ModernConfig) and setup.model.rms_norm
     return setup.device == "cuda" and not setup.compiled and setup.width_bytes < FP32 and not rms_norm
 
@@ -161,7 +161,7 @@ def _kept_bytes(setup: Setup) -> int:
 
 
 def _modern_bytes(setup: Setup) -> int:
-    """What a modern model keeps besides."""
+    """What a modern model keeps in addition."""
     model, C = setup.model, setup.model.n_embd
     if not isinstance(model, ModernConfig):
         return 0
@@ -177,7 +177,7 @@ def _takes_flash(setup: Setup) -> bool:
 
 
 def _attention_bytes(setup: Setup) -> int:
-    """Kept per token and layer besides queries, keys, values and result."""
+    """Kept per token and layer in addition to queries, keys, values and result."""
     model, b, T = setup.model, setup.width_bytes, setup.seq_len
     if _takes_flash(setup):
         return FP32 * model.n_head  # the logarithm of each sum
@@ -187,14 +187,14 @@ def _attention_bytes(setup: Setup) -> int:
 
 
 def _head_kept_bytes(setup: Setup) -> int:
-    """Between the passes: the gradients of the head and of its input, and what the last norm took in."""
+    """Between the passes: the gradients of the head and of its input, and the input of the last norm."""
     C, b = setup.model.n_embd, setup.width_bytes
     last_norm = (FP32 if _widens_norms(setup) else b) if setup.device == "cuda" else 0
     return FP32 * setup.model.padded_vocab_size * C + setup.n_tokens * C * (b + last_norm)
 
 
 def _head_forward_bytes(setup: Setup) -> int:
-    """At the last chunk of the loss: what stays, the logits, the rounded weights, the hidden states."""
+    """At the last chunk of the loss: what is kept, the logits, the rounded weights, the hidden states."""
     N, C, V, b = setup.n_tokens, setup.model.n_embd, setup.model.padded_vocab_size, setup.width_bytes
     rows = chunk_rows(N, V, b, setup.device)
     rounded = V * C * b if b < FP32 else 0
@@ -210,7 +210,7 @@ def _head_forward_bytes(setup: Setup) -> int:
 
 
 def _backward_parts(setup: Setup) -> dict[str, int]:
-    """At the fullest moment of the backward pass, which is early: the gradients that come and go, and the head's."""
+    """At the peak of the backward pass, which is early: temporary gradients, and the head's."""
     model, V, C, b = setup.model, setup.model.padded_vocab_size, setup.model.n_embd, setup.width_bytes
     squared = isinstance(model, ModernConfig) and model.relu_squared
     width = setup.n_tokens * C * b
@@ -223,23 +223,23 @@ def _backward_parts(setup: Setup) -> dict[str, int]:
         return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width}
     moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + FP32 * V * C]  # the head's own gradient, scaled
     if squared:
-        untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is added and gone by then
+        untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is already added and freed
         moments.append(GPU_BACKWARD_WIDTHS["eager, square"] * width - FP32 * V * C * untied)
     return {**kept, "a layer backward": max(moments)}
 
 
 def fits(need_bytes: int, free_bytes: int, device: str) -> bool:
-    """With the margin: the step will surely run."""
+    """True if the step will run even if the prediction is too low by its margin."""
     return need_bytes * (1 + MARGIN) + (ALLOCATOR_BYTES if device == "cuda" else 0) <= free_bytes
 
 
 def cannot_fit(need_bytes: int, free_bytes: int) -> bool:
-    """Even if the prediction is too high by the margin."""
+    """True if the step will not run even if the prediction is too high by its margin."""
     return need_bytes * (1 - MARGIN) > free_bytes
 
 
 def micro_batches(setup: Setup, least_tokens: int) -> list[Setup]:
-    """The same training with every micro-batch that divides the smallest update, the smallest first."""
+    """The setup with every micro-batch that divides the smallest update, the smallest first."""
     sequences = least_tokens // (setup.seq_len * setup.ranks)  # of one rank
     in_the_largest = setup.micro_batch * setup.grad_accum_steps
     return [
@@ -250,14 +250,14 @@ def micro_batches(setup: Setup, least_tokens: int) -> list[Setup]:
 
 
 def require_memory(setup: Setup, least_tokens: int, free_bytes: int | None) -> str:
-    """Refuse, before the first step, what would run out of memory; a warning where it may, "" where it will not.
+    """Refuse a step that will run out of memory before it starts; return a warning if it may, "" if it will not.
 
     Args:
-        least_tokens: of the smallest update, which a micro-batch has to divide.
-        free_bytes: what this process may still take; None: not known, and nothing is refused.
+        least_tokens: of the smallest update: the micro-batch must divide it.
+        free_bytes: what this process may still take; None: unknown, and nothing is refused.
 
     Raises:
-        ConfigError: even if the prediction were too high by the margin, there is not enough.
+        ConfigError: the memory is too small even if the prediction is too high by its margin.
     """
     need_bytes = still_needed(setup)
     if free_bytes is None or fits(need_bytes, free_bytes, setup.device):
@@ -266,16 +266,16 @@ def require_memory(setup: Setup, least_tokens: int, free_bytes: int | None) -> s
     if smaller:
         mend = f"--batch.micro-batch {smaller[-1].micro_batch} fits, and the update stays the same"
     else:
-        mend = "no micro-batch fits: take a smaller model, shorter sequences, or --parallel.strategy fsdp on more GPUs"
+        mend = "no micro-batch fits: use a smaller model, shorter sequences, or --parallel.strategy fsdp on more GPUs"
     text = (
         f"micro_batch = {setup.micro_batch} x seq_len = {setup.seq_len} needs about {need_bytes / 1e9:.2f} GB of "
         f"memory and {free_bytes / 1e9:.2f} GB are free; {mend}."
     )
     if cannot_fit(need_bytes, free_bytes):
-        raise ConfigError(f"{text} (--no-check-memory tries all the same.)")
+        raise ConfigError(f"{text} (--no-check-memory tries anyway.)")
     return text
 
 
 def still_needed(setup: Setup) -> int:
-    """Bytes at the fullest moment, without those that a process has taken before it makes the model."""
+    """Bytes at the peak, without those that the process holds before it builds the model."""
     return sum(step_memory(setup).values()) - (PROCESS_BYTES if setup.device == "cpu" else 0)
