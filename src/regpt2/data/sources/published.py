@@ -107,7 +107,7 @@ def _config(publication: Publication, config: str) -> str:
     if config and config not in known:
         raise UsageError(
             f"{publication.name}: there is no --config {config!r}{did_you_mean(config, known)} "
-            f"There is: {', '.join(known)}; for another, choose hub --repo {publication.repo} --config {config}."
+            f"Available: {', '.join(known)}; for another, choose hub --repo {publication.repo} --config {config}."
         )
     return config or known[0]
 
