@@ -132,8 +132,8 @@ def test_without_a_reference_it_speaks_once_and_a_broken_verdict_costs_nothing(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (last,) = verdicts(run(tmp_path / "alone", tiny_data, max_steps=40))
-    assert (last["step"], last["state"]) == (40, "too short")
-    assert capsys.readouterr().out.count("verdict: too short to judge") == 1
+    assert (last["step"], last["state"]) == (40, "no reference")
+    assert capsys.readouterr().out.count("verdict: no reference") == 1
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
