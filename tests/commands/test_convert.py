@@ -19,6 +19,7 @@ from regpt2.model import architecture
 from regpt2.model.files.load import LoadedModel, TokenizerRef, Vocabulary, load_model
 from regpt2.model.gpt import GPT, Block, GPTConfig
 from regpt2.model.language_model import LayerCache
+from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.model.weights import gguf, huggingface, native, onnx
 
 ONLY_GPT2 = ["gguf", "huggingface", "llmc", "nanogpt"]
@@ -337,6 +338,16 @@ def test_a_gpt_with_parts_of_its_own_is_refused(
     said = refused(ConvertOptions("mine", tmp_path / "out", to=to))
     assert said.startswith(f"--to {to}: mine is not the gpt2 model that its configuration describes")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_subclass_of_the_modern_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OwnModern(ModernGPT):
+        pass
+
+    model = OwnModern(ModernConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=257)).eval()
+    monkeypatch.setattr("regpt2.commands.convert.load_model", lambda _: LoadedModel(model, None, "mine"))
+    said = refused(ConvertOptions("mine", tmp_path / "out", to="native"))
+    assert "mine is not the modern model that its configuration describes: its OwnModern is a subclass" in said
 
 
 @pytest.fixture

@@ -159,8 +159,8 @@ _PARTS: dict[str, type[nn.Module]] = {
     "attn": CausalSelfAttention,
     "mlp": MLP,
     **dict.fromkeys(("wte", "wpe"), nn.Embedding),
-    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm),
     **dict.fromkeys(("c_attn", "c_proj", "c_fc"), Linear),
+    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), LayerNorm),
 }
 
 

@@ -175,11 +175,12 @@ def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
 
 def _recorded(model: LanguageModel, cache: KVCache, ids: Tensor, n_tokens: int) -> StaticStep | None:
     """A recorded step from ids (B,) on, where it is faster and gives the model's own logits."""
-    step = recorded_if_faster(model, cache.k, cache.v, cache.length, n_tokens)
+    position = cache.length
+    step = recorded_if_faster(model, cache.k, cache.v, position, n_tokens)
     if step is None:
         return None
-    own = model.head(model.hidden(ids[:, None], cache.layers, position=cache.length)[:, -1])  # (B, V)
-    return step if twin_agrees("the CUDA graph", own, step(ids, cache.length)) else None
+    own = model.head(model.hidden(ids[:, None], cache.layers, position)[:, -1])  # (B, V)
+    return step if twin_agrees("the CUDA graph", own, step(ids, position)) else None
 
 
 def _last_logits(model: LanguageModel, ids: Tensor, cache: KVCache | None) -> Tensor:
