@@ -26,8 +26,8 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, results: 
         DataError: a record or the results are damaged.
     """
     runs = [runs] if isinstance(runs, Path) else list(runs)
-    path = _out(runs, out)
     records = records_of(runs)
+    path = _out(runs, out)
     if results is not None:
         if len(records) > 1:
             raise UsageError("--results belongs to one run; give only that run.")
@@ -58,8 +58,6 @@ def heads(records: list[Record]) -> tuple[str, str]:
 
 
 def _out(runs: Sequence[Path], out: Path | None) -> Path:
-    if not runs:
-        raise UsageError("a report needs a run; give the folder that `regpt2 train` wrote.")
     if out is None and len(runs) > 1:
         raise UsageError("a report of several runs needs a name: --out compared.html.")
     path = runs[0] / "report.html" if out is None else out
