@@ -78,7 +78,7 @@ def seconds_of_training(data: Path, *, sure: bool) -> float:
         config = recipe(data, Path(folder) / "run")
         if not sure:
             config = without(config, held)
-        held.enter_context(mock.patch("regpt2.run.loop.write_report", lambda run: run))
+        held.enter_context(mock.patch("regpt2.run.ending.write_report", lambda run: run))
         began_at = time.perf_counter()
         train(config)
         return time.perf_counter() - began_at

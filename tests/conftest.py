@@ -95,11 +95,11 @@ def pages_written(*, are: bool = True) -> Iterator[None]:
     Runs in processes of their own always do.
     """
     from regpt2.commands import report
-    from regpt2.run import loop
+    from regpt2.run import ending
 
     write = report.write_report if are else lambda run: run / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_report", write)
+        patch.setattr(ending, "write_report", write)
         yield
 
 

@@ -5,6 +5,7 @@
 
 import importlib
 import sys
+from types import ModuleType
 
 from regpt2 import __version__
 from regpt2.base.console import safe_text, set_least_width, wrapped
@@ -31,6 +32,7 @@ VERBS = {
     "report": "write a page, a picture and Markdown about one run or several",
     "verify": "check runs, checkpoints and data folders by their hashes and shapes",
 }
+HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
 # What these find goes to standard output alone, unless one of FILE_OPTIONS is given; the others write files.
 SHOWING = ("doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify")
@@ -59,48 +61,50 @@ First steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit code; a rank among several leaves its process instead."""
+    """Run one verb and return the exit code; a rank among several leaves its process instead.
+
+    Every foreseen problem ends as one message on standard error; `--debug` shows the traceback.
+    """
     open_closed_streams()  # before anything opens a file
     spin_briefly()
-    code = _main(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    at = arguments.index("--") if "--" in arguments else len(arguments)  # what comes after is no option
+    debug = "--debug" in arguments[:at]
+    options = [one for one in arguments[:at] if one != "--debug"]
+    set_least_width()
+    try:
+        code = _run(options + arguments[at:] or ["--help"], options)
+    except FailedElsewhere as problem:  # that rank says it
+        code = problem.exit_code
+    except Problem as problem:
+        code = _fail(str(problem), problem.exit_code, debug)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and error.filename == STREAMS["stdout"]:
+            code = 1  # the reader of our output left, as `| head` does
+        else:
+            code = _fail(describe_os_error(error), 1, debug)
+    except KeyboardInterrupt:
+        code = _fail("interrupted.", 130, debug)
+    finally:
+        watch_streams()  # what could not be shown is not tried again when the interpreter ends
     leave_if_one_of_many(code)
     return code
 
 
-def _main(argv: list[str] | None) -> int:
-    """Every foreseen problem ends as one message on standard error; `--debug` shows the traceback."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    at = arguments.index("--") if "--" in arguments else len(arguments)  # what comes after is no option
-    debug = "--debug" in arguments[:at]
-    arguments = [one for one in arguments[:at] if one != "--debug"] + arguments[at:] or ["--help"]
-    set_least_width()
-    try:
-        return _shown(arguments)
-    except FailedElsewhere as problem:  # that rank says it
-        return problem.exit_code
-    except Problem as problem:
-        return _fail(str(problem), problem.exit_code, debug)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and error.filename == STREAMS["stdout"]:
-            return 1  # the reader of our output left, as `| head` does
-        return _fail(describe_os_error(error), 1, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted.", 130, debug)
-    finally:
-        watch_streams()  # what could not be shown is not tried again when the interpreter ends
-
-
-def _shown(arguments: list[str]) -> int:
-    """Run the verb. Standard output may fail it only where nothing else has what it finds."""
-    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    names = {option.split("=")[0] for option in options}
-    shows = bool(names & {"-h", "--help"}) or arguments[0] in ("help", "-V", "--version")
-    shows |= arguments[0] in SHOWING and not names & set(FILE_OPTIONS)
-    watch_streams(strict=shows and arguments[0] not in PATIENT)
+def _run(arguments: list[str], options: list[str]) -> int:
+    """Run the verb. A standard output that fails makes it fail only where the result is nowhere else."""
+    verb, names = arguments[0], {option.split("=")[0] for option in options}
+    shows = bool(names & {"-h", "--help"}) or verb in (*HELP, *VERSION)
+    shows |= verb in SHOWING and not names & set(FILE_OPTIONS)
+    watch_streams(strict=shows and verb not in PATIENT)
     if shows:
         require_output()
     try:
-        code = _run(arguments[0], arguments[1:])
+        if verb in (*HELP, *VERSION):
+            sys.stdout.write(usage() if verb in HELP else f"regpt2 {__version__}\n")
+            code = 0
+        else:
+            code = _module_of(verb).main(arguments[1:])
     except SystemExit:  # the parser has shown its help
         sys.stdout.flush()
         raise
@@ -110,17 +114,10 @@ def _shown(arguments: list[str]) -> int:
     return code
 
 
-def _run(verb: str, arguments: list[str]) -> int:
-    if verb in ("-h", "--help", "help"):
-        sys.stdout.write(usage())
-        return 0
-    if verb in ("-V", "--version"):
-        sys.stdout.write(f"regpt2 {__version__}\n")
-        return 0
+def _module_of(verb: str) -> ModuleType:
     if verb not in VERBS:
-        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} Available: {', '.join(VERBS)}.")
-    code: int = importlib.import_module(f"regpt2.commands.{MODULES.get(verb, verb)}").main(arguments)
-    return code
+        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
+    return importlib.import_module(f"regpt2.commands.{MODULES.get(verb, verb)}")
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> int:

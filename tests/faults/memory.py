@@ -18,8 +18,9 @@ from suite import Bench, Fault, Outcome
 
 from regpt2.model.files.load import read_tensors
 from regpt2.run import intervals
-from regpt2.run.loop import Summary
-from regpt2.run.setup import Job, save
+from regpt2.run.ending import Summary
+from regpt2.run.saving import save
+from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
 
 
@@ -137,22 +138,22 @@ def leaks(bench: Bench) -> Outcome:
 def _instead_of_training(n: int, answer: Path) -> None:
     """Save and evaluate `n` times; note what the process holds after a fifth of the calls and after all."""
 
-    def measure(job: Job) -> Summary:
+    def measure(run: TrainingRun, state: RunState) -> Summary:
         work = {
-            "save": lambda call: save(job, call),
-            "evaluate": lambda call: intervals.evaluate(job, job.model, call, "val_loss"),
+            "save": lambda call: save(run, state, call),
+            "evaluate": lambda call: intervals.evaluate(run, state, run.model, call, "val_loss"),
         }
         found: dict[str, list[dict[str, int]]] = {what: [] for what in work}
         for what, do in work.items():
             for call in range(1, n + 1):
                 do(call)
                 if call in (n // 5, n):
-                    job.saver.wait()
+                    run.saver.wait()
                     found[what].append(_held())
         answer.write_text(json.dumps(found))
         return Summary(0, "measured", 0, job.run)
 
-    points.patch("regpt2.run.loop:run", lambda run: measure)
+    points.patch("regpt2.run.loop:run_updates", lambda run_updates: measure)
 
 
 def _held() -> dict[str, int]:

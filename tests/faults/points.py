@@ -65,11 +65,11 @@ STEP = (
     *_around("an evaluation", "regpt2.evals.val_loss:evaluate"),
     Point("in an evaluation", "regpt2.evals.val_loss:TokenStream.read", "after", nth=3),
     *_around("a sample", "regpt2.run.intervals:generate"),
-    *_around("the page", "regpt2.run.loop:write_report"),
+    *_around("the page", "regpt2.run.ending:write_report"),
 )
 # In going on with a run.
 RESUME = (
-    Point("after the lock is taken", "regpt2.run.loop:run"),
+    Point("after the lock is taken", "regpt2.run.loop:run_updates"),
     *_around("reading a checkpoint", f"{_SAVER}:read"),
     *_around("rename of config.toml", "os:replace", r"config\.toml$"),
     *_around("rename of the cut-back record", "os:replace", r"metrics\.jsonl$"),
@@ -129,9 +129,9 @@ def at_step() -> dict[str, int]:
     clock = {"step": 0}
 
     def wrap(update: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(job: Any, step: int, *rest: Any) -> Any:
+        def wrapped(run: Any, state: Any, step: int, *rest: Any) -> Any:
             clock["step"] = step
-            return update(job, step, *rest)
+            return update(run, state, step, *rest)
 
         return wrapped
 

@@ -23,7 +23,8 @@ from suite import Bench, Fault, Outcome
 
 from regpt2 import cli
 from regpt2.base.files import folder_lock
-from regpt2.run import loop
+from regpt2.run import ending, loop
+from regpt2.run.setup import RunState, TrainingRun
 
 LEAVE_S = 15.0  # a rank that others have left must not stay longer
 TIMEOUT_S = 6.0  # of the watchdog, in these trials
@@ -39,7 +40,7 @@ def start_ranks(
     def rank_main(rank: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        loop.write_report = lambda run: run / "report.html"
+        ending.write_report = lambda run: run / "report.html"
         if before is not None:
             before(rank)
         return cli.main(argv)
@@ -217,11 +218,11 @@ def flipped_weights(bench: Bench) -> Outcome:
 
 
 def _flipping(real: Callable[..., object], at: int, bit: int, place: float) -> Callable[..., object]:
-    def update(job: loop.Job, step: int, batch: object) -> object:
+    def update(run: TrainingRun, state: RunState, step: int, batch: object) -> object:
         if step == at:
-            weights = job.model.h[0].mlp.c_fc.weight.data.view(torch.int32).view(-1)
+            weights = run.model.h[0].mlp.c_fc.weight.data.view(torch.int32).view(-1)
             weights[int(place * len(weights))] ^= 1 << bit
-        return real(job, step, batch)
+        return real(run, state, step, batch)
 
     return update
 

@@ -16,7 +16,7 @@ import points
 import trial
 from suite import Bench, Fault, Outcome
 
-from regpt2.run import setup
+from regpt2.run import opening
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAVE_STEP, STEP = 16, 10
@@ -188,7 +188,7 @@ def _shift_clock(offset_s: float, step: int) -> None:
             return datetime.fromtimestamp(plain() + shifted(), tz)
 
     time.time = lambda: plain() + shifted()
-    setup.datetime = Moved  # type: ignore[attr-defined]
+    opening.datetime = Moved  # type: ignore[attr-defined]
 
 
 def _lying_times(bench: Bench, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from suite import Bench
 from regpt2 import cli
 from regpt2.base.errors import CheckpointError
 from regpt2.base.record.metrics import read_events
-from regpt2.run import loop
+from regpt2.run import ending
 from regpt2.training import checkpoint
 
 STEPS, SAVE_EVERY, KEEP = 24, 4, 3
@@ -109,7 +109,7 @@ def start(
 
     def work() -> int:
         if not page:  # 0.7 s of matplotlib that has no part in most faults
-            loop.write_report = lambda run: run / "report.html"
+            ending.write_report = lambda run: run / "report.html"
         if before is not None:
             before()
         return cli.main(argv)

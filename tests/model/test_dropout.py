@@ -115,7 +115,7 @@ def test_every_micro_batch_of_every_update_has_masks_of_its_own_and_after_a_resu
         return losses[1:]  # the first is thrown away: the rehearsal
 
     monkeypatch.setattr(GPT, "forward", noting)
-    monkeypatch.setattr("regpt2.run.loop.write_report", lambda run: run)
+    monkeypatch.setattr("regpt2.run.ending.write_report", lambda run: run)
     straight = run("straight", 4)
     assert len(straight) == 4 * 4, "four micro-batches in each of four updates"
     apart = sorted(straight)

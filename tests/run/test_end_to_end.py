@@ -87,7 +87,7 @@ def train_in_fp64(config: RunConfig) -> None:
     """The real run, its weights and its compute type widened."""
     with pytest.MonkeyPatch.context() as wide:
         wide.setattr(Compute, "dtype", property(lambda _: torch.float64))
-        wide.setattr("regpt2.run.loop.write_report", lambda run: run)  # a second each, and not the point
+        wide.setattr("regpt2.run.ending.write_report", lambda run: run)  # a second each, and not the point
         torch.set_default_dtype(torch.float64)
         try:
             train(config)

@@ -13,8 +13,9 @@ from conftest import TINY_RECIPE
 from regpt2.base.errors import Problem
 from regpt2.base.record.metrics import read_events
 from regpt2.config.run import RunConfig, load_recipe
+from regpt2.run import ending
 from regpt2.run import loop as train_module
-from regpt2.run import setup as job_module
+from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training.guard import GuardConfig
 from regpt2.training.step import LossScale
 
@@ -25,7 +26,7 @@ TIGHT = GuardConfig(spikes="skip", spike_z=0.4, window=6, max_skipped=STEPS)
 
 @pytest.fixture(autouse=True)
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "write_report", lambda run: run / "report.html")
+    monkeypatch.setattr(ending, "write_report", lambda run: run / "report.html")
 
 
 def tight(folder: Path, data: Path, run: str, **changes: Any) -> RunConfig:
@@ -45,7 +46,7 @@ def skipped(run: str | Path) -> list[int]:
 def straight(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_report", lambda run: run / "report.html")
+        patch.setattr(ending, "write_report", lambda run: run / "report.html")
         train_module.train(tight(folder, tiny_data, "run"))
     return folder / "run"
 
@@ -70,10 +71,10 @@ def test_a_stop_and_a_resume_change_nothing_of_it(
 ) -> None:
     update = train_module.update
 
-    def stopped_at(job: Any, step: int, batch: Any) -> Any:
+    def stopped_at(run: Any, state: Any, step: int, batch: Any) -> Any:
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(job, step, batch)
+        return update(run, state, step, batch)
 
     monkeypatch.setattr(train_module, "update", stopped_at)
     config = tight(tmp_path, tiny_data, "run", log_every=7)
@@ -108,11 +109,12 @@ def test_spikes_that_are_skipped_in_a_row_end_the_run_also_with_a_loss_scale(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, scale: LossScale | None, log_every: int
 ) -> None:
     spiking_from(10, monkeypatch)
-    build, jobs = train_module.build, []
+    build, states = train_module.build, list[RunState]()
 
-    def scaled(*arguments: Any) -> job_module.Job:
-        jobs.append(dataclasses.replace(build(*arguments), scale=scale and dataclasses.replace(scale)))
-        return jobs[-1]
+    def scaled(*arguments: Any) -> tuple[TrainingRun, RunState]:
+        run, state = build(*arguments)
+        states.append(dataclasses.replace(state, scale=scale and dataclasses.replace(scale)))
+        return run, states[-1]
 
     monkeypatch.setattr(train_module, "build", scaled)
     guard = GuardConfig(spikes="skip", window=12)
@@ -120,5 +122,5 @@ def test_spikes_that_are_skipped_in_a_row_end_the_run_also_with_a_loss_scale(
         train_module.train(tight(tmp_path, tiny_data, "run", guard=guard, log_every=log_every, max_steps=31))
     assert skipped(tmp_path / "run") == [10, 11, 12]
     if scale is not None:  # their gradients were finite: the scale was right, and has learned that
-        assert jobs[0].scale.factor == scale.factor
-        assert jobs[0].scale.good_steps == (12 if log_every == 1 else 31)
+        good_steps = 12 if log_every == 1 else 31
+        assert states[0].scale == LossScale(factor=scale.factor, good_steps=good_steps)

@@ -16,6 +16,7 @@ from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.ranks.world import World
 from regpt2.base.record.metrics import read_events
 from regpt2.commands import verify
+from regpt2.commands.train import main
 from regpt2.config.run import RunConfig, load_recipe, read_toml
 from regpt2.data.loader import BatchConfig, Loader
 from regpt2.data.mixture import read_shares
@@ -27,7 +28,7 @@ from regpt2.model.files.load import load_model
 from regpt2.pages.record import read_record
 from regpt2.pages.report.certificate import certificate
 from regpt2.references.run_facts import facts_of
-from regpt2.run.loop import main, train
+from regpt2.run.loop import train
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 

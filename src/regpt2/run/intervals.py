@@ -1,4 +1,4 @@
-"""Between updates: checkpoints, evaluations, samples. In: a job at a step; out: files, never a changed weight.
+"""Between updates: checkpoints, evaluations, samples. In: a run at a step; out: files, never a changed weight.
 
 Nothing here may cost a run: a checkpoint comes before anything optional, and what fails is noted.
 """
@@ -17,13 +17,14 @@ from regpt2.evals import EvalContext
 from regpt2.evals.scoring.assets import files_by_name
 from regpt2.model.language_model import LanguageModel
 from regpt2.references.verdict import of_record
-from regpt2.run.setup import Job, save
+from regpt2.run.saving import save
+from regpt2.run.setup import RunState, TrainingRun
 from regpt2.sampling.generate import generate
 from regpt2.training.ranks.strategy import in_compute_type, whole_model
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Is it this step's turn? Every `every` steps and at the last; never if `every` is 0."""
+    """Is something due at this step? Every `every` steps and at the last; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)
 
 
@@ -34,7 +35,7 @@ def evals_due(config: RunConfig, step: int) -> tuple[str, ...]:
 
 
 def sample_due(config: RunConfig, step: int) -> bool:
-    """Samples do not: an untrained model writes noise."""
+    """Are samples due? Not before the first update: an untrained model writes noise."""
     return step > 0 and due(step, config.sample_every, config.max_steps)
 
 
@@ -44,46 +45,46 @@ def anything_due(config: RunConfig, step: int) -> bool:
     return saving or bool(evals_due(config, step)) or sample_due(config, step)
 
 
-def observe(job: Job, step: int, *, done: Sequence[str] = ()) -> None:
-    """All that happens between updates, each at its own rhythm. Never changes a weight or the order of the data.
+def observe(run: TrainingRun, state: RunState, step: int, *, done: Sequence[str] = ()) -> None:
+    """Everything between updates, each at its own interval. Never changes a weight or the order of the data.
 
-    `done`: what an earlier start has recorded of this step, by name, as `MetricsLog.observed` says it.
+    `done`: names that an earlier start has recorded at this step (`MetricsLog.observed`).
     """
-    config = job.config
+    config = run.config
     if step and due(step, config.save_every, config.max_steps):
-        save(job, step)  # first: nothing optional comes before the model is safe
-    names = [name for name in evals_due(config, step) if name not in done and name not in job.without_data]
+        save(run, state, step)  # first: an evaluation may hang or run out of memory, and the model is then safe
+    names = [name for name in evals_due(config, step) if name not in done and name not in run.without_data]
     sampling = sample_due(config, step) and "sample" not in done
     if not (names or sampling):
         return
-    model = whole_model(job.model, job.world)
+    model = whole_model(run.model, run.world)
     for name in names:
-        evaluate(job, model, step, name)
-    if sampling and job.world.is_main:
-        sample(job, model, step)
-    job.watchdog.beat(f"step {step}, observed")
+        evaluate(run, state, model, step, name)
+    if sampling and run.world.is_main:
+        sample(run, model, step)
+    run.watchdog.beat(f"step {step}, observed")
 
 
-def evaluate(job: Job, model: LanguageModel, step: int, name: str) -> None:
-    """One evaluation. Whatever goes wrong in it is recorded, and training goes on."""
+def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int, name: str) -> None:
+    """One evaluation. An error in it is recorded, and training continues."""
     started_at = time.perf_counter()
-    config = job.config
+    config = run.config
 
     def on_batch() -> None:
-        job.watchdog.beat(f"step {step}, evaluation {name}")
-        if job.stop.received:
+        run.watchdog.beat(f"step {step}, evaluation {name}")
+        if run.stop.received:
             raise Stopped("asked to leave")
 
     context = EvalContext(
-        model=in_compute_type(model, job.compute.dtype),
-        world=job.world,
+        model=in_compute_type(model, run.compute.dtype),
+        world=run.world,
         data=None,
-        mix=job.data.shares,
+        mix=run.data.shares,
         seq_len=config.batch.seq_len,
         batch=config.batch.micro_batch,
         val_tokens=config.evals.val_tokens,
         on_batch=on_batch,
-        tokenizer=job.tokenizer,
+        tokenizer=run.tokenizer,
         files=files_by_name(config.evals.files, plugins.entries("evals")),
         limit=config.evals.limit,
         brief=True,
@@ -91,41 +92,42 @@ def evaluate(job: Job, model: LanguageModel, step: int, name: str) -> None:
     try:
         figures = plugins.load("evals", name).evaluate(context)
     except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
-        why = f"{type(error).__name__}: {error}"
-        note(job, step, f"evaluation {name} failed at step {step} ({why}); training continues")
+        note(
+            run, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training continues"
+        )
         return
-    job.results[name] = figures
+    state.results[name] = figures
     elapsed_s = time.perf_counter() - started_at
-    job.metrics.log(
+    run.metrics.log(
         "eval", step, eval=name, **figures, elapsed_s=elapsed_s, seen_tokens=config.batch.tokens_until(step)
     )
-    if job.world.is_main:
-        shown = ", ".join(f"{key} {figure(value)}" for key, value in figures.items() if value is not None)
+    if run.world.is_main:
+        shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if value is not None)
         say(f"step {step:>6,} | {name}: {shown}")
         if name == "val_loss":
-            judge(job, step)
+            judge(run, state, step)
 
 
-def judge(job: Job, step: int) -> None:
-    """Where the run stands now, by its record: so a resumed run knows what came before. Its end is said at the end."""
-    if job.metrics.path is None:
+def judge(run: TrainingRun, state: RunState, step: int) -> None:
+    """Compare the run with its reference, from its record: so a resumed run knows what came before."""
+    if run.metrics.path is None:
         return
     try:
-        verdict = of_record(read_events(job.metrics.path), job.config.evals.verdict)
+        verdict = of_record(read_events(run.metrics.path), run.config.evals.verdict)
     except Exception as error:  # as with evaluations: none may cost the run
-        note(job, step, f"no verdict at step {step} ({type(error).__name__}: {error}); training continues")
+        note(run, step, f"no verdict at step {step} ({type(error).__name__}: {error}); training continues")
         return
-    job.verdict = verdict
+    state.verdict = verdict
     if verdict is None or not verdict.worth_saying:
         return
-    job.metrics.log("verdict", step, **verdict.event())
-    if not verdict.finished:
+    run.metrics.log("verdict", step, **verdict.event())
+    if not verdict.finished:  # the last one is printed with the summary
         say(f"step {step:>6,} | verdict: {verdict.line()}")
 
 
-def sample(job: Job, model: LanguageModel, step: int) -> None:
-    """Let the model write. Its random numbers are its own."""
-    options, tokenizer, device = job.config.sample, job.tokenizer, job.world.device
+def sample(run: TrainingRun, model: LanguageModel, step: int) -> None:
+    """Let the model write, with a generator of its own: dropout and data do not notice."""
+    options, tokenizer, device = run.config.sample, run.tokenizer, run.world.device
     ids = tokenizer.encode(options.prompt) or [tokenizer.start_id]
     room = model.context_size - len(ids)
     try:
@@ -135,14 +137,14 @@ def sample(job: Job, model: LanguageModel, step: int) -> None:
             min(options.max_new_tokens, room),
             temperature=options.temperature,
             top_k=options.top_k,
-            generator=torch.Generator(device).manual_seed(random_seed(job.config.seed, step, 0)),
-            on_token=lambda _: job.watchdog.beat(f"step {step}, sample", counted=False),  # rank 0 alone
+            generator=torch.Generator(device).manual_seed(random_seed(run.config.seed, step, 0)),
+            on_token=lambda _: run.watchdog.beat(f"step {step}, sample", counted=False),  # rank 0 alone
         )
     except Exception as error:
-        note(job, step, f"sampling failed at step {step} ({type(error).__name__}: {error}); training continues")
+        note(run, step, f"sampling failed at step {step} ({type(error).__name__}: {error}); training continues")
         return
     texts = [tokenizer.decode(row) for row in rows.tolist()]
-    job.metrics.log("sample", step, prompt=options.prompt, texts=texts)
+    run.metrics.log("sample", step, prompt=options.prompt, texts=texts)
     for text in texts[:1]:
         say(f"step {step:>6,} | sample: {text}")
 
@@ -152,8 +154,8 @@ def random_seed(seed: int, step: int, micro_batch: int) -> int:
     return (seed * 1_000_003 + step) * 65_537 + micro_batch & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def note(job: Job, step: int, text: str) -> None:
+def note(run: TrainingRun, step: int, text: str) -> None:
     """Something that a reader of the record should know."""
-    job.metrics.log("note", step, text=text)
-    if job.world.is_main:
+    run.metrics.log("note", step, text=text)
+    if run.world.is_main:
         warn(text)

@@ -1,4 +1,4 @@
-"""A run made ready. In: a `RunConfig` and the ranks; out: a `Job`: data, model, optimizer, record, and its step."""
+"""A run made ready. In: a `RunConfig` and the ranks; out: a `TrainingRun` and its `RunState`."""
 
 import dataclasses
 import os
@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from regpt2.base import plugins
-from regpt2.base.console import ProgressLine, warn
-from regpt2.base.device import Compute, be_deterministic, choose_compute, compiles, peak_flops
-from regpt2.base.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
+from regpt2.base.console import ProgressLine, say, warn
+from regpt2.base.device import Compute, be_deterministic, choose_compute, compiles, device_name, peak_flops
+from regpt2.base.errors import ConfigError, DataError, Problem, UsageError
 from regpt2.base.free_memory import free_bytes
 from regpt2.base.ranks.signals import StopSignals
 from regpt2.base.ranks.watchdog import Watchdog
 from regpt2.base.ranks.world import World
 from regpt2.base.record.metrics import MetricsLog
 from regpt2.base.record.trackers import open_sinks
-from regpt2.config.run import RunConfig, differences, read_toml, setup_of
+from regpt2.config.run import RunConfig, setup_of
 from regpt2.data.loader import Loader
 from regpt2.data.mixture import Mixture, open_mixture, read_shares
 from regpt2.data.tokenizer import Tokenizer
@@ -27,70 +27,70 @@ from regpt2.data.tokens.shards import verify
 from regpt2.evals.scoring.assets import files_by_name, find
 from regpt2.evals.val_loss import require_window
 from regpt2.model.architecture import build_model, switches_on
-from regpt2.model.files.load import TokenizerRef
 from regpt2.model.language_model import LanguageModel
-from regpt2.model.weights import native
 from regpt2.references.verdict import Verdict
 from regpt2.training import checkpoint
+from regpt2.training.compiler_cache import CompilerCache
 from regpt2.training.guard import Guard
 from regpt2.training.memory import require_memory
-from regpt2.training.optimizer import build_optimizer, load_state_tensors, state_tensors
-from regpt2.training.ranks.replicas import check_replicas
-from regpt2.training.ranks.strategy import gather, load_weights, make_trainable
+from regpt2.training.optimizer import build_optimizer
+from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import LossScale
 
-# Another value of these makes another run: the batches of a step, or the weights, would not be the same.
-_DEFINE_THE_RUN = (
-    "seed", "model.", "optim.name",
-    "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
-)  # fmt: skip
-_MAY_CHANGE_SILENTLY = (
-    "recipe", "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every",
-    "keep_checkpoints", "verify_data", "check_memory", "track", "evals.verdict",
-    "sample.", "parallel.check_every", "parallel.timeout_s",
-)  # fmt: skip
 
-
-@dataclass
-class Job:
-    """Everything that the loop uses. `model` is the plain fp32 module, `trainable` a view of it."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What a run is made of, and keeps to its end. What changes beside the weights is in `RunState`."""
 
     config: RunConfig
+    folder: Path
     world: World
     compute: Compute
-    run: Path
     data: Mixture
     loader: Loader
     tokenizer: Tokenizer
     model: LanguageModel
+    """The plain module with fp32 weights: it is saved, evaluated and sampled."""
     trainable: nn.Module
-    """`model` in the compute type, compiled, over ranks: for `train_step`."""
+    """A view of `model` in the compute type, compiled, over ranks: for `train_step`."""
     optimizer: torch.optim.Optimizer
-    guard: Guard
-    scale: LossScale | None
     metrics: MetricsLog
     saver: checkpoint.Saver
     watchdog: Watchdog
     stop: StopSignals
     peak_flops: float | None
-    elapsed_s: float = 0.0
-    """Time in earlier stretches of this run."""
+    without_data: dict[str, str]
+    """Evaluations that are left out because their data is not available, and why."""
+
+    @property
+    def ordered(self) -> bool:
+        """Are gradients summed in a fixed order?"""
+        return self.config.parallel.strategy == "ordered"
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """What a run learns on its way, beside weights and moments."""
+
+    guard: Guard
+    scale: LossScale | None
+    """For fp16 alone."""
+    earlier_s: float = 0.0
+    """Time that earlier starts of this run have taken."""
     started_at: float = field(default_factory=time.monotonic)
-    baselines: dict[str, float] = field(default_factory=dict)
-    """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
     saved_at: int | None = None
     """The step of the newest checkpoint."""
-    without_data: dict[str, str] = field(default_factory=dict)
-    """Evaluations whose data could not be had, and why: they are left out."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """The newest figures of each evaluation."""
     verdict: Verdict | None = None
-    """Where the newest validation loss stands beside its reference; rank 0 alone has it."""
+    """The newest validation loss beside its reference; rank 0 alone has it."""
 
     @property
-    def tokenizer_ref(self) -> TokenizerRef:
-        """What a checkpoint says of the tokenizer."""
-        return TokenizerRef(self.tokenizer.name, self.tokenizer.fingerprint, characters=self.tokenizer.characters)
+    def elapsed_s(self) -> float:
+        """Time of all starts of this run up to now."""
+        return self.earlier_s + time.monotonic() - self.started_at
 
 
 def open_data(config: RunConfig) -> Mixture:
@@ -98,18 +98,21 @@ def open_data(config: RunConfig) -> Mixture:
     return open_mixture(read_shares(config.data, config.mix))
 
 
-def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, stop: StopSignals) -> Job:
+def build(
+    config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, stop: StopSignals
+) -> tuple[TrainingRun, RunState]:
     """Check everything that can be checked, then make model and optimizer. Nothing is written yet.
 
     Raises:
         Problem: something does not fit, on this rank or another.
     """
-    run = Path(config.run)
+    folder = Path(config.run)
+    ordered = config.parallel.strategy == "ordered"
     with world.together():
         compute = choose_compute(config.precision, world.device)
-        if config.deterministic or config.parallel.strategy == "ordered":
+        if config.deterministic or ordered:
             be_deterministic(world.device)
-        _check_folder(config, run)
+        _check_folder(config, folder)
         tokenizer = _matching_tokenizer(config, data)
         if config.sample_every:
             _check_prompt(config, tokenizer)
@@ -121,7 +124,7 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
         if config.eval_every and "val_loss" in config.evals.names:
             _check_evals(data, config.batch.seq_len)
         files = files_by_name(config.evals.files, plugins.entries("evals"))
-        sinks = open_sinks(config.track, run)
+        sinks = open_sinks(config.track, folder)
         if config.verify_data:
             _verify_data(data, world, watchdog)
         model = build_model(config.model, seed=config.seed).to(world.device)
@@ -129,27 +132,26 @@ def build(config: RunConfig, world: World, data: Mixture, watchdog: Watchdog, st
 
     compiled = compiles(config.compile, world.device)
     trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
-    ordered = config.parallel.strategy == "ordered"
-    return Job(
+    run = TrainingRun(
         config=config,
+        folder=folder,
         world=world,
         compute=compute,
-        run=run,
         data=data,
         loader=loader,
         tokenizer=tokenizer,
         model=model,
         trainable=trainable,
         optimizer=build_optimizer(model, config.optim, world, ordered=ordered, compiled=compiled),
-        guard=Guard(config.guard, world.device),
-        scale=LossScale(factor=2.0**16) if compute.needs_scaler else None,
-        metrics=MetricsLog(run / "metrics.jsonl" if world.is_main else None, sinks),
-        saver=checkpoint.Saver(run / "checkpoints", config.keep_checkpoints),
+        metrics=MetricsLog(folder / "metrics.jsonl" if world.is_main else None, sinks),
+        saver=checkpoint.Saver(folder / "checkpoints", config.keep_checkpoints),
         watchdog=watchdog,
         stop=stop,
         peak_flops=peak_flops(world.device, compute.precision),
         without_data=_fetch_assets(config.evals.names if config.eval_every else (), files, world),
     )
+    scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
+    return run, RunState(guard=Guard(config.guard, world.device), scale=scale)
 
 
 def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
@@ -242,106 +244,22 @@ def _verify_data(data: Mixture, world: World, watchdog: Watchdog) -> None:
                 raise DataError(f"{len(bad)} damaged shards in {share.folder}: {bad[0]} Prepare the data again.")
 
 
-def restore(job: Job) -> int:
-    """Go on where the run folder stands; returns the number of updates already made, 0 for a new run."""
-    newest = None
-    with job.world.together():
-        if job.world.is_main:
-            newest = checkpoint.newest_good(job.run / "checkpoints")
-    name = job.world.from_main(newest and newest.name)
-    if name is None:
-        return 0
-    with job.world.together():
-        found = checkpoint.read(job.run / "checkpoints" / name)
-        _check_same_run(job, found)
-        load_weights(job.model, found.model)
-        load_state_tensors(job.optimizer, job.model, found.optimizer)
-    job.guard.load_state(found.state["guard"])
-    if job.scale is not None and found.state["loss_scale"] is not None:
-        job.scale = LossScale(**found.state["loss_scale"])
-    job.elapsed_s = found.state["elapsed_s"]
-    job.saved_at = found.step
-    return found.step
-
-
-def _check_same_run(job: Job, found: checkpoint.Checkpoint) -> None:
-    """Refuse to go on as another run than the one that was begun."""
-    shape = dataclasses.asdict(job.config.model)
-    for key, value in found.config["model"].items():
-        if shape.get(key) != value:
-            raise CheckpointError(
-                f"{found.folder} holds a model with {key} = {value}, the recipe has {shape.get(key)}; "
-                "use the recipe of that run, or another --run folder."
-            )
-    if found.state["data_fingerprint"] != job.data.fingerprint:
-        raise CheckpointError(
-            f"{job.run} was trained on data with fingerprint {found.state['data_fingerprint'][:16]}, {job.data} has "
-            f"{job.data.fingerprint[:16]}; give the --data or --mix of that run, or another --run folder."
-        )
-    if not (job.run / "config.toml").is_file():
-        raise CheckpointError(f"{job.run / 'config.toml'} is missing; put it back, or use another --run folder.")
-    before = read_toml(job.run / "config.toml")
-    for key, (old, new) in differences(before, job.config).items():
-        if key.startswith(_DEFINE_THE_RUN):
-            raise ConfigError(
-                f"{key} was {old} in {job.run} and is {new} now: that is another run. "
-                f"Set it back, or use another --run folder."
-            )
-        if job.world.is_main and not key.startswith(_MAY_CHANGE_SILENTLY):
-            warn(f"{key} was {old} up to step {found.step} and is {new} from here on.")
-
-
-def require_room(job: Job, first: int) -> None:
-    """Refuse to begin a run whose checkpoints the disk cannot hold."""
-    every, last = job.config.save_every, job.config.max_steps
-    with job.world.together():
-        if job.world.is_main and every:
-            checkpoint.require_room(
-                job.run / "checkpoints",
-                12 * sum(p.numel() for p in job.model.parameters()),  # fp32 weights and AdamW's two moments
-                keep=job.config.keep_checkpoints,
-                saves_left=-(-last // every) - first // every,
-            )
-
-
-def save(job: Job, step: int) -> None:
-    """Begin a checkpoint of this step; the loop goes on once the state is copied. Every rank comes, rank 0 writes.
-
-    Raises:
-        Problem: the ranks' weights have drifted apart.
-    """
-    config, world = job.config, job.world
-    if step == job.saved_at:
-        return
-    job.saved_at = step
-    if config.parallel.check_every:
-        check_replicas(job.model, world, step)
-    parameters = gather(dict(job.model.named_parameters()), world)
-    moments = gather(state_tensors(job.optimizer, job.model), world)
-    if not world.is_main:
-        return
-    state = {
-        "step": step,
-        "seed": config.seed,
-        "val_tokens": config.evals.val_tokens,
-        "batch_tokens": config.batch.batch_tokens,
-        "tokens": config.batch.tokens_until(step),
-        "data_fingerprint": job.data.fingerprint,
-        "guard": job.guard.state(),
-        "loss_scale": dataclasses.asdict(job.scale) if job.scale else None,
-        "elapsed_s": job.elapsed_s + time.monotonic() - job.started_at,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "world_size": world.size,
-        "strategy": config.parallel.strategy,
-    }
-    job.saver.save(
-        lambda: checkpoint.snapshot(
-            step,
-            native.config_json(job.model.config, job.tokenizer_ref, job.model.trained_seq_len),
-            native.tensors(job.model, parameters),
-            moments,
-            state,
-            job.saver.copies,
-        )
+def compiler_cache(run: TrainingRun) -> CompilerCache | None:
+    """Where the compiled step is kept for the next start, loaded if it is there; None if no GPU code is compiled."""
+    config, device = run.config, run.world.device
+    if device.type != "cuda" or not compiles(config.compile, device):
+        return None
+    cache = CompilerCache(
+        {
+            "device": f"{device_name(device)} {device}",
+            "model": dataclasses.asdict(config.model),
+            "batch": [config.batch.micro_batch, config.batch.seq_len],
+            "optim": config.optim.name,
+            "precision": run.compute.precision,
+            "ranks": [config.parallel.strategy, run.world.size],
+            "deterministic": config.deterministic,
+        }
     )
+    if cache.load() and run.world.is_main:
+        say(f"using the compiled step of an earlier start: {cache.path}")
+    return cache

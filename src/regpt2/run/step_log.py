@@ -10,15 +10,16 @@ from regpt2.base.device import synchronize
 from regpt2.data.checks.baselines import is_near_uniform
 from regpt2.model.flops import flops_per_token, mfu
 from regpt2.run.intervals import note
-from regpt2.run.setup import Job
+from regpt2.run.setup import TrainingRun
+from regpt2.training.guard import Guard
 from regpt2.training.step import StepStats
 
 
-class Meter:
-    """Reads the device only when a line is due; the clock stands still while observing."""
+class StepLog:
+    """Reads the device only when a line is due, for that waits for every update. Observing is not timed."""
 
-    def __init__(self, job: Job, first: int) -> None:
-        self.job, self.first = job, first
+    def __init__(self, run: TrainingRun, guard: Guard, first: int) -> None:
+        self.run, self.guard, self.first = run, guard, first
         self.step = first
         """The newest update."""
         self._pending: list[tuple[int, StepStats, int]] = []
@@ -26,7 +27,7 @@ class Meter:
         self._busy_s = 0.0
         self._training_s = 0.0
         self._spoke_at = 0.0
-        self._flops = flops_per_token(job.config.model, job.config.batch.seq_len)
+        self._flops = flops_per_token(run.config.model, run.config.batch.seq_len)
 
     def add(self, step: int, stats: StepStats, digest: int) -> None:
         """Remember an update, and the digest of its data, without reading it."""
@@ -34,35 +35,35 @@ class Meter:
         self.step = step
 
     def pause(self) -> None:
-        """Stop the clock, once the device has done what it was asked."""
-        synchronize(self.job.world.device)
+        """Stop the clock, once the device has finished: what it still has queued is training time."""
+        synchronize(self.run.world.device)
         self._busy_s += time.perf_counter() - self._began_at
 
-    def go_on(self) -> None:
-        """Start it again."""
+    def resume(self) -> None:
+        """Start the clock again."""
         self._began_at = time.perf_counter()
 
-    def log(self) -> None:
+    def read(self) -> None:
         """Read all pending updates, if there are any, and record them.
 
         Raises:
-            Problem: the guard has seen too many bad updates.
+            Problem: too many updates in a row were skipped.
         """
-        job, config = self.job, self.job.config
+        run, config = self.run, self.run.config
         if not self._pending:
             return
         on_device = [torch.stack([s.loss, s.grad_norm, s.accepted, s.spike_limit]) for _, s, _ in self._pending]
         rows = torch.stack(on_device).tolist()
-        digests = job.world.sum_on_cpu(torch.tensor([_signed(d) for _, _, d in self._pending])).tolist()
+        digests = run.world.sum_on_cpu(torch.tensor([_signed(d) for _, _, d in self._pending])).tolist()
         self.pause()
         batch, last = config.batch, self._pending[-1][0]
         step_s = self._busy_s / len(rows)
         self._training_s += self._busy_s
         tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
-        used = mfu(tokens_per_s, self._flops, job.peak_flops, job.world.size)
+        used = mfu(tokens_per_s, self._flops, run.peak_flops, run.world.size)
         for (step, stats, _), row, digest in zip(self._pending, rows, digests, strict=True):
             loss, grad_norm, accepted, _ = row
-            job.metrics.log(
+            run.metrics.log(
                 "train",
                 step,
                 loss=loss,
@@ -79,24 +80,24 @@ class Meter:
         self._say(last, rows[-1], self._pending[-1][1].lr, step_s, tokens_per_s, used)
         self._pending.clear()
         self._busy_s = 0.0
-        self.go_on()
+        self.resume()
 
     def _remark(self, step: int, row: list[float], scale: float) -> None:
-        job, (loss, grad_norm, accepted, spike_limit) = self.job, row
-        if step == 1 and not is_near_uniform(loss, job.config.model.vocab_size):
-            expected = math.log(job.config.model.vocab_size)
-            note(job, step, f"the first loss is {loss:.3f}; an untrained model should have ln(V) = {expected:.3f}")
-        for remark in job.guard.observe(
+        run, (loss, grad_norm, accepted, spike_limit) = self.run, row
+        if step == 1 and not is_near_uniform(loss, run.config.model.vocab_size):
+            expected = math.log(run.config.model.vocab_size)
+            note(run, step, f"the first loss is {loss:.3f}; an untrained model should have ln(V) = {expected:.3f}")
+        for remark in self.guard.observe(
             step, loss, grad_norm, accepted=bool(accepted), spike_limit=spike_limit, scale=scale
         ):
-            note(job, step, remark)
+            note(run, step, remark)
 
     def _say(
         self, step: int, row: list[float], lr: float, step_s: float, tokens_per_s: float, used: float | None
     ) -> None:
         """A line for the first steps, the last, and at most one in two seconds between."""
-        config, now = self.job.config, time.perf_counter()
-        if not self.job.world.is_main or (self.first + 3 < step < config.max_steps and now - self._spoke_at < 2.0):
+        config, now = self.run.config, time.perf_counter()
+        if not self.run.world.is_main or (self.first + 3 < step < config.max_steps and now - self._spoke_at < 2.0):
             return
         self._spoke_at = now
         seen, done, all_tokens = map(config.batch.tokens_until, (self.first, step, config.max_steps))

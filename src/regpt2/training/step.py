@@ -25,9 +25,9 @@ class StepStats:
     spike_limit: Tensor
     """The loss above which it was a spike; infinite if nothing was."""
     lr: float
-    """The learning rate that the optimizer used, of groups with no ratio of their own."""
+    """The learning rate that the optimizer used, of groups that have no ratio."""
     scale: float
-    """The factor that its loss was multiplied with; 1 but for fp16."""
+    """The factor that its loss was multiplied by; 1 except in fp16."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class LossScale:
     good_steps: int = 0
 
     def update(self, finite: bool) -> None:
-        """Learn from one step: was its gradient finite?"""
+        """Adapt to one step: was its gradient finite?"""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.factor = max(1.0, self.factor / 2)
@@ -67,7 +67,7 @@ def train_step(
 
     Args:
         batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
-        lr: of groups that say no `lr_ratio`; the others' is so many times that.
+        lr: of groups that have no `lr_ratio`; the others' is that times their ratio.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         scale: for fp16 alone.
@@ -76,25 +76,30 @@ def train_step(
         before_micro_step: called with the micro-step's number, to set the random numbers of dropout.
     """
     factor = scale.factor if scale else 1.0
-    loss = accumulate(
-        trainable, batches, world=world, ordered=ordered, factor=factor, before_micro_step=before_micro_step
-    )
+    # Two ways to sum. As they come, the exchange is hidden behind the backward pass, but the order of the sum, and so
+    # the last bits, follow the number of ranks. A fixed order gives equal bits on 1, 2, 4, ... ranks and hides nothing.
+    accumulate = accumulate_in_order if ordered else accumulate_as_they_come
+    loss = accumulate(trainable, batches, world, factor=factor, before_micro_step=before_micro_step)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     if factor != 1.0:
-        torch._foreach_mul_(gradients, 1.0 / factor)
+        torch._foreach_mul_(gradients, 1.0 / factor)  # before the norm: `grad_clip` is in units of the true gradient
+    # The norm of the mean gradient of all ranks, never of one micro-batch: the update may not depend on how it is cut.
     grad_norm = whole(get_total_norm(gradients))
+    # Clip first, then ask the guard: it needs the norm from before, which `grad_norm` keeps. A norm that is not finite
+    # spoils the gradients here, which harms nothing: that update is skipped whole.
     if grad_clip > 0:
         clip_grads_with_norm_(parameters, grad_clip, grad_norm)
+    # Loss and norm are those of all ranks, so each decides the same: one that skipped alone would drift from the rest.
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
     limit = torch.full_like(loss, float("inf")) if spike_limit is None else spike_limit
-    accepted = (finite & (loss <= limit) if skip_spikes else finite).float()
+    accepted = (finite & (loss <= limit) if skip_spikes else finite).float()  # on the device: an `if` would wait for it
 
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     _update_if(optimizer, accepted)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # None, not zeros: the next backward pass writes instead of adding
     if scale is not None:
         scale.update(bool(finite))  # not `accepted`: a spike says nothing about the scale
     rate = _rate(optimizer)
@@ -102,63 +107,56 @@ def train_step(
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:
-    """The rate that was used, as the optimizer has it: of the group whose ratio is 1, or by the nearest to it."""
+    """The rate as the optimizer has it, not as it was asked for: of the group whose ratio is nearest to 1."""
     group = min(optimizer.param_groups, key=lambda group: abs(group.get("lr_ratio", 1.0) - 1.0))
     return float(group["lr"]) / float(group.get("lr_ratio", 1.0))
 
 
-def accumulate(
+def accumulate_as_they_come(
     trainable: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
-    *,
     world: World,
-    ordered: bool = False,
+    *,
     factor: float = 1.0,
     before_micro_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Leave the mean gradient over all micro-batches of all ranks, times `factor`, in `.grad`; returns the mean loss.
-
-    Ordered, no bit of it depends on how many ranks there are. Else the ranks exchange gradients in the last backward
-    pass, while it goes on.
-    """
-    way = _accumulate_in_order if ordered else _accumulate_as_they_come
-    return way(trainable, batches, world, factor, before_micro_step or (lambda micro_step: None))
-
-
-def _accumulate_as_they_come(
-    trainable: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    world: World,
-    factor: float,
-    before_micro_step: Callable[[int], None],
-) -> Tensor:
-    loss_sum = torch.zeros((), device=world.device)
+    """Leave the mean gradient over all micro-batches and ranks, times `factor`, in `.grad`; returns the mean loss."""
+    loss_sum = torch.zeros((), device=world.device)  # added up on the device: reading each loss would wait for it
     for i, (inputs, targets) in enumerate(batches):
-        before_micro_step(i)
+        if before_micro_step is not None:
+            before_micro_step(i)
+        # One exchange per update, in its last backward pass: the sums of the passes before travel with it.
         with gradient_sync(trainable, on=i == len(batches) - 1):
             loss = trainable(inputs, targets)  # (B, T) -> ()
-            (loss * (factor / len(batches))).backward()  # gradients add up: divide once, here
-        loss_sum += loss.detach()
+            # Gradients add up over micro-steps. Divided here, the sum is their mean, before it travels in the last
+            # pass, and no pass over all gradients is needed for it. Times the factor, so that fp16 does not underflow.
+            (loss * (factor / len(batches))).backward()
+        loss_sum += loss.detach()  # the plain loss, apart: the one that went backward is scaled
     return world.mean(loss_sum / len(batches))
 
 
-def _accumulate_in_order(
+def accumulate_in_order(
     trainable: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
     world: World,
-    factor: float,
-    before_micro_step: Callable[[int], None],
+    *,
+    factor: float = 1.0,
+    before_micro_step: Callable[[int], None] | None = None,
 ) -> Tensor:
+    """As `accumulate_as_they_come`, but no bit of the result depends on the number of ranks."""
     n_micro_batches = len(batches) * world.size
     parameters = [p for p in trainable.parameters() if p.requires_grad]
     tree = PairwiseSum()
     for i, (inputs, targets) in enumerate(batches):
-        before_micro_step(i)
+        if before_micro_step is not None:
+            before_micro_step(i)
+        # By the micro-batches of all ranks: one divisor, and so one rounding, on any number of ranks.
         loss = trainable(inputs, targets) / n_micro_batches  # (B, T) -> ()
         (loss * factor).backward()
+        # The loss is one more leaf: summed in the same order, it has the same bits as well.
         tree.add([*(p.grad.contiguous() for p in parameters if p.grad is not None), loss.detach()])
         for p in parameters:
-            p.grad = None
+            p.grad = None  # the tree adds, not the backward pass, whose running sum has another order
     total = tree.total()
     sum_over_ranks(total, world)
     *gradients, mean_loss = total
@@ -168,10 +166,9 @@ def _accumulate_in_order(
 
 
 def _update_if(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
-    """Make the update, or skip it whole. Who looks at `found_inf` is told on the device; others need the number.
-
-    torch marks those for its own GradScaler: fused kernels, and the optimizers of training/optim/ that do.
-    """
+    """Make the update, or skip it whole: neither weights nor moments change."""
+    # torch marks the optimizers that read `found_inf` on the device, as its GradScaler needs: fused kernels, and those
+    # of training/optim/ that do. For the others the number has to be read, which waits for the device.
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
         optimizer.step()

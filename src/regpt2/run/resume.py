@@ -1,0 +1,75 @@
+"""A run resumed. In: a run made ready; out: its weights and state as the newest good checkpoint has them."""
+
+import dataclasses
+
+from regpt2.base.console import warn
+from regpt2.base.errors import CheckpointError, ConfigError
+from regpt2.config.run import differences, read_toml
+from regpt2.run.setup import RunState, TrainingRun
+from regpt2.training import checkpoint
+from regpt2.training.optimizer import load_state_tensors
+from regpt2.training.ranks.strategy import load_weights
+from regpt2.training.step import LossScale
+
+# Another value of these makes another run: the batches of a step, or the weights, would not be the same.
+_DEFINE_THE_RUN = (
+    "seed", "model.", "optim.name",
+    "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
+)  # fmt: skip
+_MAY_CHANGE_SILENTLY = (
+    "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints",
+    "verify_data", "check_memory", "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
+)  # fmt: skip
+
+
+def restore(run: TrainingRun, state: RunState) -> int:
+    """Load the newest good checkpoint; returns the number of updates already made, 0 for a new run.
+
+    Raises:
+        CheckpointError, ConfigError: every checkpoint is damaged, or they are of another run.
+    """
+    newest = None
+    with run.world.together():
+        if run.world.is_main:  # it alone sets damaged ones aside; all ranks have to read the same one
+            newest = checkpoint.newest_good(run.folder / "checkpoints")
+    name = run.world.from_main(newest and newest.name)
+    if name is None:
+        return 0
+    with run.world.together():
+        found = checkpoint.read(run.folder / "checkpoints" / name)
+        _check_same_run(run, found)
+        load_weights(run.model, found.model)
+        load_state_tensors(run.optimizer, run.model, found.optimizer)
+    state.guard.load_state(found.state["guard"])
+    if state.scale is not None and found.state["loss_scale"] is not None:
+        state.scale = LossScale(**found.state["loss_scale"])
+    state.earlier_s = found.state["elapsed_s"]
+    state.saved_at = found.step
+    return found.step
+
+
+def _check_same_run(run: TrainingRun, found: checkpoint.Checkpoint) -> None:
+    """Refuse to resume as another run than the one that was started."""
+    shape = dataclasses.asdict(run.config.model)
+    for key, value in found.config["model"].items():
+        if shape.get(key) != value:
+            raise CheckpointError(
+                f"{found.folder} holds a model with {key} = {value}, the recipe has {shape.get(key)}; "
+                "use the recipe of that run, or another --run folder."
+            )
+    if found.state["data_fingerprint"] != run.data.fingerprint:
+        raise CheckpointError(
+            f"{run.folder} was trained on data with fingerprint {found.state['data_fingerprint'][:16]}, {run.data} has "
+            f"{run.data.fingerprint[:16]}; give the --data or --mix of that run, or another --run folder."
+        )
+    if not (run.folder / "config.toml").is_file():
+        raise CheckpointError(f"{run.folder / 'config.toml'} is missing; put it back, or use another --run folder.")
+    before = read_toml(run.folder / "config.toml")
+    for key, (old, new) in differences(before, run.config).items():
+        if key.startswith(_DEFINE_THE_RUN):
+            raise ConfigError(
+                f"{key} was {old} in {run.folder} and is {new} now: that makes it another run. "
+                f"Set it back, or use another --run folder."
+            )
+        if run.world.is_main and not key.startswith(_MAY_CHANGE_SILENTLY):
+            warn(f"{key} was {old} up to step {found.step} and is {new} from here on.")
