@@ -335,9 +335,9 @@ def test_going_on_as_another_run_is_refused(tmp_path: Path, tiny_data: Path, str
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=3)))
     with pytest.raises(CheckpointError, match="was trained on data with fingerprint"):
         train(dataclasses.replace(config, data=str(write_data(tmp_path / "other", seed=1))))
-    with pytest.raises(UsageError, match="holds a run already and resume is 'never'"):
+    with pytest.raises(UsageError, match="already holds a run and resume is 'never'"):
         train(dataclasses.replace(config, resume="never"))
-    with pytest.raises(UsageError, match="has no checkpoint to go on from and resume is 'must'"):
+    with pytest.raises(UsageError, match="has no checkpoint to resume from and resume is 'must'"):
         train(dataclasses.replace(config, resume="must", run=str(tmp_path / "none")))
 
 

@@ -168,7 +168,7 @@ def test_a_small_file_that_the_disk_did_not_keep_is_no_checkpoint(
     monkeypatch.setattr(checkpoint, "write_atomic", lambda path, text: write(path, text + " " * (path.name == name)))
     saver = Saver(tmp_path, keep=1)
     saver.save(lambda: snap(1))
-    assert f"{name}: read back, it is not what was written" in str(saver.wait())
+    assert f"{name}: read back, it differs from what was written" in str(saver.wait())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -155,7 +155,7 @@ def build(
 
 
 def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
-    """Refuse what would run out of memory; say where it may."""
+    """Refuse what would run out of memory; warn where it may."""
     if not config.check_memory or world.device.type not in ("cpu", "cuda"):
         return
     compiled = compiles(config.compile, world.device)
@@ -166,7 +166,7 @@ def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
 
 
 def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) -> dict[str, str]:
-    """Bring what evaluations need to every machine, before the first step; what cannot be had, and why."""
+    """Fetch the data of evaluations to every machine, before the first step; returns what is missing, and why."""
     missing: dict[str, str] = {}
     for name in names if world.local_rank == 0 else ():
         try:
@@ -180,12 +180,14 @@ def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) 
 def _check_folder(config: RunConfig, run: Path) -> None:
     for folder in (run, run / "checkpoints"):
         if os.path.lexists(folder) and not folder.is_dir():
-            raise UsageError(f"{folder} is in the way: it is no folder; move it, or choose another --run.")
+            raise UsageError(f"{folder} is in the way: it is not a folder. Move it, or choose another --run.")
     used = (run / "metrics.jsonl").exists() or bool(checkpoint.folders(run / "checkpoints"))
     if config.resume == "never" and used:
-        raise UsageError(f"{run} holds a run already and resume is 'never'; choose another --run, or --resume auto.")
+        raise UsageError(f"{run} already holds a run and resume is 'never'; choose another --run, or --resume auto.")
     if config.resume == "must" and not checkpoint.folders(run / "checkpoints"):
-        raise UsageError(f"{run} has no checkpoint to resume from and resume is 'must'; --resume auto starts anew.")
+        raise UsageError(
+            f"{run} has no checkpoint to resume from and resume is 'must'; --resume auto starts one."
+        )
 
 
 def _matching_tokenizer(config: RunConfig, data: Mixture) -> Tokenizer:
@@ -220,7 +222,7 @@ def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_evals(data: Mixture, seq_len: int) -> None:
-    """What evaluations need is looked for before the first step, not in the middle of the run."""
+    """Look for what evaluations need before the first step, not in the middle of the run."""
     try:
         with open_mixture(data.shares, "val") as val:
             for share, stream in zip(val.shares, val.streams, strict=True):

@@ -103,7 +103,7 @@ class StepLog:
         seen, done, all_tokens = map(config.batch.tokens_until, (self.first, step, config.max_steps))
         left_s = (all_tokens - done) * self._training_s / (done - seen)
         loss, grad_norm, *_ = row
-        busy = "" if used is None else f"mfu {100 * used:.1f}% | "  # of a CPU no peak is known
+        busy = "" if used is None else f"mfu {100 * used:.1f}% | "  # no peak is known of a CPU
         say(
             f"step {step:>6,}/{config.max_steps:,} | loss {loss:.4f} | norm {grad_norm:.3f} | lr {lr:.2e} | "
             f"{1e3 * step_s:,.1f} ms | {count(tokens_per_s)} tok/s | {busy}{duration(left_s)} left"

@@ -81,7 +81,7 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
     """Write one checkpoint, verified against `snap`, and return its folder. One process at a time for a run.
 
     Raises:
-        Problem: the disk has not enough room, or gives back other bytes than it was given.
+        Problem: too little space is free, or the disk returns other bytes than were written.
         OSError: it filled up in the middle, or may not be written; nothing is left under the final name.
     """
     _remove_unfinished(checkpoints)  # first: they take room
@@ -140,7 +140,7 @@ def _room_bytes(tensor_bytes: int) -> int:
 
 
 def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int) -> None:
-    """Refuse to begin a run whose checkpoints will not fit beside each other. Writes nothing.
+    """Refuse a run whose checkpoints will not fit on the disk together. Writes nothing.
 
     Args:
         tensor_bytes: of one checkpoint; with AdamW 12 for each parameter.
@@ -148,7 +148,7 @@ def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left:
         saves_left: how many this run will still write.
 
     Raises:
-        Problem: less is free than those will take that are yet to come.
+        Problem: the checkpoints still to come need more than is free.
     """
     more = min(saves_left, max(1, keep + 1 - len(folders(checkpoints)))) if keep else saves_left
     need_bytes = more * _room_bytes(tensor_bytes)
@@ -229,7 +229,7 @@ def verify_manifest(folder: Path) -> None:
 
 
 def check_content(folder: Path) -> str:
-    """What no SHA-256 tells of a verified checkpoint: do its parts fit together? Returns a line that says what it is.
+    """Do the parts of a verified checkpoint fit together? A SHA-256 cannot tell. Returns a summary line.
 
     Raises:
         CheckpointError: a weight or a moment is missing, of another shape than config.json says, or not finite.
@@ -255,11 +255,11 @@ def check_content(folder: Path) -> str:
 
 
 def newest_good(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all. Bad ones are set aside, aloud.
+    """The newest checkpoint that verifies, or None if there is none. Bad ones are set aside, with a warning.
 
     Raises:
-        CheckpointError: there are checkpoints and every one is bad, now or since an earlier start: going on would
-            silently start afresh.
+        CheckpointError: there are checkpoints and every one is bad, now or since an earlier start: training on would
+            silently start from nothing.
     """
     for folder in reversed(folders(checkpoints)):
         if (reason := fault(folder)) is None:
@@ -357,7 +357,7 @@ class Saver:
     def save(self, take: Callable[[], Snapshot]) -> None:
         """Wait for the save before this one, take the snapshot, which may use `copies` again, begin to write it.
 
-        A save that failed is said and costs only itself: this one is tried all the same.
+        An earlier save that failed is reported; this one is attempted as usual.
         """
         if (failure := self.wait()) is not None:
             warn(f"{failure} Trying again now.")
@@ -366,7 +366,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> Problem | None:
-        """Until the save under way is on disk; what it met, if it failed."""
+        """Wait until the save under way is on disk; returns its problem, if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -377,7 +377,7 @@ class Saver:
         return Problem(f"a checkpoint could not be saved: {said} Those before it, if any, are untouched.")
 
     def close(self) -> None:
-        """Wait, and say what the last save met; a run that ends by an error ends by that one."""
+        """Wait, and warn if the last save failed: a run that ends by another error must show that one."""
         if (failure := self.wait()) is not None:
             warn(str(failure))
 

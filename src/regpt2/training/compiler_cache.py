@@ -29,7 +29,7 @@ class CompilerCache:
         self.loaded = False
 
     def load(self) -> bool:
-        """Before anything is compiled. False: there is no file, or none that torch can use, which is said."""
+        """Before anything is compiled. False: there is no file, or torch cannot use it (a warning)."""
         if not self.path.is_file():
             return False
         try:
@@ -37,16 +37,16 @@ class CompilerCache:
             digest, made = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
             is_whole = hashlib.sha256(made).digest() == digest
             self.loaded = is_whole and torch.compiler.load_cache_artifacts(made) is not None
-            why = "torch has no use for it" if is_whole else "it is damaged"
+            why = "torch cannot use it" if is_whole else "it is damaged"
             self.path.touch()  # the oldest are removed
         except Exception as error:  # of the disk; or whatever torch meets in it
             why = f"{type(error).__name__}: {error}"
         if not self.loaded:
-            warn(f"{self.path} cannot be used: {why}; the step is compiled anew.")
+            warn(f"{self.path} cannot be used: {why}; the step is compiled again.")
         return self.loaded
 
     def save(self) -> None:
-        """After the first update: all of it has been compiled by then. A file that cannot be written is said."""
+        """After the first update: everything has been compiled by then. Warns if the file cannot be written."""
         if self.loaded and not torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]:
             return
         made = torch.compiler.save_cache_artifacts()

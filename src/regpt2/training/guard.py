@@ -20,11 +20,11 @@ class GuardConfig:
     """What to do with updates that look wrong. Those with a loss or gradient that is not finite are always skipped."""
 
     spikes: Literal["report", "skip", "off"] = "report"
-    """If a loss is far above those before it: report it, skip the update, or do nothing."""
+    """A loss far above those before it: report it, skip the update, or ignore it."""
     spike_z: float = 6.0
     """Standard deviations above the window's mean from which a loss is a spike."""
     window: int = 128
-    """Updates in the window of mean and deviation; before half of them are seen, nothing counts as a spike."""
+    """Updates that the mean and deviation are taken over; until half of them are seen nothing is a spike."""
     max_skipped: int = 3
     """Skipped updates in a row that stop the run; overflows do not count while fp16 searches its loss scale."""
 
@@ -42,9 +42,9 @@ class Guard:
     def __init__(self, config: GuardConfig, device: torch.device | None = None) -> None:
         self.config = config
         self.losses = torch.full((config.window,), math.nan, device=device)
-        """(window,): of the newest updates that were made, the newest last; NaN where there were fewer."""
+        """(window,): losses of the newest updates that were made, the newest last; NaN while there are fewer."""
         self.spike_limit = self._limit()
-        """The loss above which the next update is a spike, on the device; infinite while too few are known."""
+        """The loss above which the next update is a spike, on the device; infinite while too few losses are known."""
         self.skipped_in_a_row = 0
 
     @property
@@ -53,7 +53,7 @@ class Guard:
         return self.config.spikes == "skip"
 
     def take_in(self, stats: StepStats) -> None:
-        """After every update: its loss enters the window if it was made. Nothing waits for the device."""
+        """After every update: its loss enters the window if the update was made. Does not wait for the device."""
         newest = stats.loss.to(self.losses.dtype).reshape(1)
         made = torch.cat([self.losses[1:], newest])
         self.losses = torch.where(stats.accepted > 0, made, self.losses)
@@ -72,7 +72,7 @@ class Guard:
     def observe(
         self, step: int, loss: float, grad_norm: float, *, accepted: bool, spike_limit: float, scale: float = 1.0
     ) -> list[str]:
-        """Count one update, once its numbers have been read, in the order of updates; returns what to say about it.
+        """Count one update, once its numbers have been read, in the order of updates; returns the notes to record.
 
         Args:
             spike_limit: what its loss was compared with.

@@ -1,4 +1,4 @@
-"""Copies in main memory. In: tensors on any device; out: what they hold now, whatever happens to them afterwards."""
+"""Copies in main memory. In: tensors on any device; out: their present values, which later updates do not change."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from regpt2.base.console import warn
 class HostCopies:
     """Buffers in pinned memory for the tensors of a GPU, made once and used again by the next `take`.
 
-    A GPU writes into pinned memory by itself: all copies are asked for at once, and waited for once. Into ordinary
+    A GPU writes into pinned memory by itself: all copies are queued at once, and waited for once. Into ordinary
     memory each copy goes through a small buffer of the driver's, and is waited for.
     """
 
@@ -47,7 +47,7 @@ class HostCopies:
     def _new_buffer(self, tensor: Tensor) -> Tensor:
         try:
             return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._can_pin)
-        except RuntimeError as error:  # the system gives no more of such memory
+        except RuntimeError as error:  # the system has no more of such memory
             if not self._can_pin:
                 raise
             self._can_pin = False

@@ -1,4 +1,4 @@
-"""Did the disk take what it was given? In: a safetensors file, the tensors it should hold; out: its SHA-256, or no."""
+"""Does the disk hold what was written? In: a safetensors file, the tensors meant; out: its SHA-256, or a problem."""
 
 import hashlib
 import json
@@ -68,6 +68,6 @@ def _in_order_of_the_file(path: Path, header: bytes, tensors: Mapping[str, Tenso
 def not_as_meant(path: Path) -> Problem:
     """The problem to raise for a file that is not what was written."""
     return Problem(
-        f"{path}: read back, it is not what was written; the disk or the memory is failing: "
-        "choose a folder on another disk, and check this one."
+        f"{path}: read back, it differs from what was written; the disk or the memory is failing. "
+        "Choose a folder on another disk, and check this one."
     )

@@ -40,5 +40,5 @@ def check_replicas(model: nn.Module, world: World, step: int) -> None:
     raise Problem(
         f"step {step}: the weights of rank(s) {', '.join(map(str, apart))} differ from the other ranks', first in "
         f"{name}: a fault of memory, network or hardware on one of them. Nothing was saved since the last comparison; "
-        "the same command goes on from the checkpoint before. If it happens again, leave that machine out."
+        "run the same command again to resume from the checkpoint before. If it happens again, do not use that machine."
     )

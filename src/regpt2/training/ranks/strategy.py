@@ -3,7 +3,7 @@
 `model` stays the plain module with fp32 weights: it is what is saved, evaluated and sampled. `trainable` is what
 `train_step` sees. Their parameters are the same tensors. Three strategies share the work of an update:
 
-    ddp      every rank has all weights; gradients are averaged while the backward pass goes on
+    ddp      every rank has all weights; gradients are averaged during the backward pass
     fsdp     weights, gradients and optimizer state lie in shards over the ranks, and are gathered where they are used
     ordered  as ddp, but summed at the end and in a fixed order (see ordered_sums.py): slower, and the same bits
              for 1, 2, 4, ... ranks
@@ -39,7 +39,7 @@ class ParallelConfig:
     check_every: int = 100
     """Updates between comparisons of the weights across ranks; also before every checkpoint. 0 = never."""
     timeout_s: float = 300.0
-    """Seconds without progress on any rank before the run reports where it hangs and exits; 0 turns this off."""
+    """Seconds without progress on any rank after which a run reports where it hangs, and ends. 0 = never."""
 
     def __post_init__(self) -> None:
         if self.check_every < 0:
