@@ -54,7 +54,7 @@ from regpt2.pages.charts.draw import column, overview, png
 from regpt2.pages.charts.panels import panels as panels_of
 from regpt2.pages.record import read_record as open_record
 from regpt2.pages.report.write import heads, records_of, write_report
-from regpt2.run.loop import Summary
+from regpt2.run.ending import Summary
 from regpt2.run.loop import train as train_run
 from regpt2.sampling.tokenizer import tokenizer_of
 

@@ -116,7 +116,7 @@ def _run(arguments: list[str], options: list[str]) -> int:
 
 def _module_of(verb: str) -> ModuleType:
     if verb not in VERBS:
-        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} There is: {', '.join(VERBS)}.")
+        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)} Available: {', '.join(VERBS)}.")
     return importlib.import_module(f"regpt2.commands.{MODULES.get(verb, verb)}")
 
 

@@ -151,7 +151,7 @@ def _instead_of_training(n: int, answer: Path) -> None:
                     run.saver.wait()
                     found[what].append(_held())
         answer.write_text(json.dumps(found))
-        return Summary(0, "measured", 0, job.run)
+        return Summary(0, "measured", 0, run.folder)
 
     points.patch("regpt2.run.loop:run_updates", lambda run_updates: measure)
 

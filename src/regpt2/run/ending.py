@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from regpt2.base.console import duration, say
 from regpt2.base.device import peak_bytes
@@ -22,6 +23,8 @@ class Summary:
     reason: str
     """finished, or the signal that ended it."""
     exit_code: int
+    run: Path
+    """The run folder."""
 
 
 @contextmanager
@@ -56,7 +59,7 @@ def finish(run: TrainingRun, state: RunState, step: int, stop_signal: int | None
             say("run the same command again to resume." if saved else "nothing was saved: save_every = 0.")
     if failure is not None:  # last: all that could be kept is kept
         raise failure
-    return Summary(step, reason, 128 + stop_signal if stop_signal else 0)
+    return Summary(step, reason, 128 + stop_signal if stop_signal else 0, run.folder)
 
 
 def _say_results(state: RunState) -> None:

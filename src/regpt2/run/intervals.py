@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from regpt2.base import plugins
-from regpt2.base.console import count, say, warn
+from regpt2.base.console import figure, say, warn
 from regpt2.base.ranks.signals import Stopped
 from regpt2.base.record.metrics import read_events
 from regpt2.config.run import RunConfig
@@ -102,14 +102,10 @@ def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int,
         "eval", step, eval=name, **figures, elapsed_s=elapsed_s, seen_tokens=config.batch.tokens_until(step)
     )
     if run.world.is_main:
-        shown = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items() if value is not None)
+        shown = ", ".join(f"{key} {figure(value)}" for key, value in figures.items() if value is not None)
         say(f"step {step:>6,} | {name}: {shown}")
         if name == "val_loss":
             judge(run, state, step)
-
-
-def _shown(value: float) -> str:
-    return count(value) if abs(value) >= 1e4 else f"{value:,.4g}"
 
 
 def judge(run: TrainingRun, state: RunState, step: int) -> None:

@@ -58,7 +58,9 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
     config, world = run.config, run.world
     first, last = restore(run, state), config.max_steps  # updates already made: 0, or a checkpoint's
     if first > last:
-        raise UsageError(f"{run.folder} is at step {first:,}, max_steps = {last:,}; give --max-steps {first + 1}.")
+        raise UsageError(
+            f"{run.folder} is already at step {first:,}, but max_steps = {last:,}; give --max-steps {first + 1}."
+        )
     require_room(run, first)  # hours later the disk would be full in the middle of a run
     compiled = compiler_cache(run)  # before the rehearsal, which is the first to compile
     rehearse(run, first + 1)

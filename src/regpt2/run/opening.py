@@ -29,10 +29,11 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
     n_tokens = batch.tokens_until(config.max_steps)
     write_atomic(run.folder / "config.toml", to_toml(config))
     notes = _cut_back(run, first)
+    by_command = Path(sys.argv[0]).stem in ("regpt2", "__main__")
+    called = "regpt2" if by_command else f"python {sys.argv[0]}".strip()
     state.baselines = _baselines(run)
     event: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": run.folder.name,
         "config": dataclasses.asdict(config),
         "version": __version__,
         "commit": commit(),

@@ -17,8 +17,9 @@ _DEFINE_THE_RUN = (
     "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
 )  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
-    "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints",
-    "verify_data", "check_memory", "track", "evals.verdict", "sample.", "parallel.check_every", "parallel.timeout_s",
+    "recipe", "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every",
+    "keep_checkpoints", "verify_data", "check_memory", "track", "evals.verdict",
+    "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
 
 

@@ -185,9 +185,7 @@ def _check_folder(config: RunConfig, run: Path) -> None:
     if config.resume == "never" and used:
         raise UsageError(f"{run} already holds a run and resume is 'never'; choose another --run, or --resume auto.")
     if config.resume == "must" and not checkpoint.folders(run / "checkpoints"):
-        raise UsageError(
-            f"{run} has no checkpoint to resume from and resume is 'must'; --resume auto starts one."
-        )
+        raise UsageError(f"{run} has no checkpoint to resume from and resume is 'must'; --resume auto starts anew.")
 
 
 def _matching_tokenizer(config: RunConfig, data: Mixture) -> Tokenizer:

@@ -20,11 +20,11 @@ class GuardConfig:
     """What to do with updates that look wrong. Those with a loss or gradient that is not finite are always skipped."""
 
     spikes: Literal["report", "skip", "off"] = "report"
-    """A loss far above those before it: report it, skip the update, or ignore it."""
+    """If a loss is far above those before it: report it, skip the update, or do nothing."""
     spike_z: float = 6.0
     """Standard deviations above the window's mean from which a loss is a spike."""
     window: int = 128
-    """Updates that the mean and deviation are taken over; until half of them are seen nothing is a spike."""
+    """Updates in the window of mean and deviation; before half of them are seen, nothing counts as a spike."""
     max_skipped: int = 3
     """Skipped updates in a row that stop the run; overflows do not count while fp16 searches its loss scale."""
 

@@ -12,13 +12,13 @@ class ScheduleConfig:
     """Warm-up, then decay to `min_lr_fraction` of the peak at max_steps."""
 
     kind: Literal["cosine", "stable_linear", "constant"] = "cosine"
-    """cosine: GPT-3's; stable_linear: the peak held, then a linear decay; constant: the peak held."""
+    """cosine: GPT-3's; stable_linear: the peak held, then a straight line down; constant: the peak held."""
     warmup_steps: int = 715
     """Updates from 0 to the peak: 375M tokens in GPT-3 (arXiv:2005.14165, appendix B)."""
     min_lr_fraction: float = 0.1
     """The rate at the end, as a fraction of the peak."""
     decay_fraction: float = 0.4
-    """stable_linear: the fraction of max_steps that the decay takes."""
+    """stable_linear: the fraction of max_steps during which the rate decays."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:

@@ -39,7 +39,7 @@ class ParallelConfig:
     check_every: int = 100
     """Updates between comparisons of the weights across ranks; also before every checkpoint. 0 = never."""
     timeout_s: float = 300.0
-    """Seconds without progress on any rank after which a run reports where it hangs, and ends. 0 = never."""
+    """Seconds without progress on any rank before the run reports where it hangs and exits; 0 turns this off."""
 
     def __post_init__(self) -> None:
         if self.check_every < 0:
