@@ -114,7 +114,8 @@ def update(run: TrainingRun, state: RunState, step: int, batch: list[MicroBatch]
         skip_spikes=state.guard.skips_spikes,
         before_micro_step=lambda micro_step: before_micro_step(run, step, micro_step),
     )
-    state.guard.take_in(stats)  # at every update, unread: the next limit may not depend on when a line is logged
+    # At every update, unread: the next limit may not depend on when a line is logged.
+    state.guard.take_in(stats)
     return stats
 
 
