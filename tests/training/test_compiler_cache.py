@@ -52,7 +52,7 @@ def test_a_flipped_bit_keeps_a_file_from_torch(
     kept.path.write_bytes(content)
     assert not CompilerCache({}).load()
     assert seen == [b"kernels of a step"]
-    assert "it is damaged; the step is compiled anew" in capsys.readouterr().err
+    assert "it is damaged; the step is compiled again" in capsys.readouterr().err
 
 
 def test_what_torch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
