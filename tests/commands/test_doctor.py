@@ -92,7 +92,7 @@ def test_a_rank_that_the_others_wait_for_is_named() -> None:
     assert not examine._slower("matmul", [row(0, 6.0e14), row(1, 5.5e14)])
     (found,) = examine._slower("matmul", [row(0, 6.0e14), row(1, 5.5e14), row(2, 4.0e14)])
     assert found["status"] == "warn"
-    assert "rank 2 (4e+05B) is below 80 % of the fastest" in found["found"]
+    assert "rank 2 (400T) is below 80 % of the fastest" in found["found"]
 
 
 def test_wrong_usage_is_not_a_finding(recipe: Path, tmp_path: Path) -> None:
