@@ -38,7 +38,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regpt2.data.sources.plan.PART_BYTES", 20_000)
     monkeypatch.setattr("regpt2.data.sources.records.PART_BYTES", 20_000)
-    monkeypatch.setattr("regpt2.data.datasets.text_files.PART_BYTES", 20_000, raising=False)
 
 
 def texts_of(corpus: Path) -> list[str]:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from regpt2.base.errors import DataError
 from regpt2.base.record.metrics import MetricsLog
-from regpt2.config.run import RunConfig, run
+from regpt2.config import run
+from regpt2.config.run import RunConfig
 from regpt2.data import tokenizer
 from regpt2.data.tokens import other_formats, shards
 from regpt2.model.files import load
