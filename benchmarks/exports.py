@@ -11,7 +11,7 @@ from pathlib import Path
 
 from regpt2.base import plugins
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
-from regpt2.model.files.load import SHELF, Vocabulary
+from regpt2.model.files.contract import SHELF, Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 from works import PLACES, Shape
 

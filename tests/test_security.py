@@ -20,8 +20,10 @@ from regpt2.commands.report import write_report
 from regpt2.commands.sample import SampleOptions, sample
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.files import safe_pickle
-from regpt2.model.files.load import MAX_HEADER_BYTES, Vocabulary, load_model
+from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.load import load_model
 from regpt2.model.files.safe_pickle import read_pickled
+from regpt2.model.files.tensors import MAX_HEADER_BYTES
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
 

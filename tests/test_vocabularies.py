@@ -15,7 +15,8 @@ from regpt2.base.errors import CheckpointError, DownloadError
 from regpt2.commands.sample import SampleOptions, sample, tokenizer_of
 from regpt2.data import tokenizer as tokenizer_module
 from regpt2.data.tokenizer import VOCAB_SHA256, find_vocab
-from regpt2.model.files.load import Vocabulary, load_model
+from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf, huggingface, native
 

@@ -26,7 +26,7 @@ from regpt2.base.ranks.world import World
 from regpt2.commands.harness import harness_model, main
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
 from regpt2.evals import EvalContext
-from regpt2.model.files.load import Vocabulary
+from regpt2.model.files.contract import Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 
 pytestmark = pytest.mark.clients

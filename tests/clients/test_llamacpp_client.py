@@ -10,7 +10,9 @@ import torch
 from regpt2.base.errors import CheckpointError
 from regpt2.commands.convert import ConvertOptions, convert
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
-from regpt2.model.files.load import Vocabulary, load_model, tensors_of
+from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf as our_gguf
 from regpt2.model.weights import native

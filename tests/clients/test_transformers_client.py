@@ -7,7 +7,8 @@ import torch
 
 from regpt2.commands.convert import ConvertOptions, convert
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
-from regpt2.model.files.load import Vocabulary, load_model
+from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
 from regpt2.sampling.generate import generate

@@ -16,7 +16,8 @@ from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.commands.convert import TOLERANCE, ConvertOptions, convert, largest_difference, main
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model import architecture
-from regpt2.model.files.load import LoadedModel, TokenizerRef, Vocabulary, load_model
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
+from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.gpt import GPT, Block, GPTConfig
 from regpt2.model.language_model import LayerCache
 from regpt2.model.modern import ModernConfig, ModernGPT

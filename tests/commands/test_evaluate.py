@@ -11,7 +11,7 @@ from rank_processes import command_on_ranks
 from regpt2.base.errors import UsageError
 from regpt2.commands.evaluate import GROUPS, main, paper_table
 from regpt2.data.tokenizer import load_tokenizer
-from regpt2.model.files.load import TokenizerRef, Vocabulary
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
 from regpt2.references.scores import nearest, references, references_for

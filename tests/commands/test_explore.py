@@ -30,7 +30,9 @@ from regpt2.config.run import load_recipe
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.exploring.pictures import drawable, heads_picture, wpe_picture
 from regpt2.model.architecture import build_model
-from regpt2.model.files.load import LoadedModel, TokenizerRef, Vocabulary, tensors_of
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.load import LoadedModel
 from regpt2.model.gpt import GPT, CausalSelfAttention, GPTConfig
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.modern import ModernConfig

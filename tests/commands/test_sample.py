@@ -11,7 +11,7 @@ from regpt2 import cli
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.commands.sample import SampleOptions, main, sample
 from regpt2.data.tokenizer import load_tokenizer
-from regpt2.model.files.load import Vocabulary
+from regpt2.model.files.contract import Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
 

@@ -16,7 +16,7 @@ import torch
 import trial
 from suite import Bench, Fault, Outcome
 
-from regpt2.model.files.load import read_tensors
+from regpt2.model.files.tensors import read_tensors
 from regpt2.run import intervals
 from regpt2.run.ending import Summary
 from regpt2.run.saving import save

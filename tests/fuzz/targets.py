@@ -42,7 +42,8 @@ from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from regpt2.data.tokens.manifest import Manifest
 from regpt2.data.tokens.shards import open_tokens
 from regpt2.data.tokens.shards import verify as verify_data
-from regpt2.model.files.load import load_model, read_tensors
+from regpt2.model.files.load import load_model
+from regpt2.model.files.tensors import read_tensors
 from regpt2.model.weights import openai_tf
 from regpt2.training import checkpoint as checkpoints
 from regpt2.training.schedule import learning_rate

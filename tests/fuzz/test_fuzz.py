@@ -25,7 +25,7 @@ from regpt2.config import run
 from regpt2.config.run import RunConfig
 from regpt2.data import tokenizer
 from regpt2.data.tokens import other_formats, shards
-from regpt2.model.files import load
+from regpt2.model.files import load, tensors
 from regpt2.model.weights import gguf
 from regpt2.training import checkpoint
 
@@ -114,7 +114,7 @@ PLANTS: dict[str, tuple[str, object, str, object, type[BaseException]]] = {
     "a vocabulary by its size": ("vocabulary", tokenizer, "sha256_file", lambda _: tokenizer.VOCAB_SHA256, Exception),
     "a record that is not cut": ("record", MetricsLog, "cut_back", lambda *_: None, Exception),
     "tensors as they come": ("model_config", load, "check_tensors", lambda *_: None, RuntimeError),
-    "an error of a library": ("weights", load, "SafetensorError", KeyError, SafetensorError),
+    "an error of a library": ("weights", tensors, "SafetensorError", KeyError, SafetensorError),
     "a checkpoint that is not hashed": ("checkpoint", checkpoint, "verify_files", lambda *_: None, Exception),
     "a slow reader": ("recipe", RunConfig, "__post_init__", wait, AssertionError),
     "a message without end": ("recipe", run, "ConfigError", Flood, AssertionError),

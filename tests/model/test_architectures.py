@@ -20,7 +20,9 @@ from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, t
 from regpt2.evals.scoring.context import EvalContext
 from regpt2.evals.scoring.endings import Question, score_endings
 from regpt2.model.architecture import ARCHITECTURES, build_model, switches_on
-from regpt2.model.files.load import TokenizerRef, Vocabulary, load_model, tensors_of
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.load import load_model
 from regpt2.model.flops import n_weights
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.language_model import LanguageModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regpt2.base.errors import ConfigError
-from regpt2.model.files.load import tensors_of
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.gpt import GPT, MLP, GPTConfig
 from regpt2.model.kernels import attention, recompute
 

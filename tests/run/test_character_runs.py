@@ -20,7 +20,8 @@ from regpt2.cli import main
 from regpt2.commands.explore import explore
 from regpt2.commands.sample import tokenizer_of
 from regpt2.data.characters import CharacterTokenizer
-from regpt2.model.files.load import LoadedModel, TokenizerRef, Vocabulary, load_model
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
+from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.gpt import GPT, GPTConfig
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak. é\n"

@@ -10,7 +10,8 @@ import torch
 from cases import ODD_THINGS, Case, Content, sparse
 from safetensors.torch import save
 
-from regpt2.model.files.load import load_model, read_tensors
+from regpt2.model.files.load import load_model
+from regpt2.model.files.tensors import read_tensors
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import huggingface, native
 from regpt2.training import checkpoint

@@ -25,7 +25,9 @@ from regpt2.base.options import parse
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.tokenizer import Gpt2Tokenizer
 from regpt2.model.architecture import ARCHITECTURES, switches_on
-from regpt2.model.files.load import SHELF, TORCH_DTYPES, LoadedModel, Vocabulary, load_model, tensors_of
+from regpt2.model.files.contract import SHELF, TORCH_DTYPES, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.gpt import GPT, is_plain
 from regpt2.model.kernels.activation import split_activation
 from regpt2.model.language_model import GPTConfig, LanguageModel

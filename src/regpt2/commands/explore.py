@@ -25,7 +25,8 @@ from regpt2.exploring import page
 from regpt2.exploring.page import NO_WPE, Attention, Explored, Habit, Neighbors, TensorFigures
 from regpt2.model import gpt, modern
 from regpt2.model.architecture import switches_on
-from regpt2.model.files.load import LoadedModel, load_model, tensors_of
+from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.language_model import LanguageModel
 from regpt2.sampling.tokenizer import tokenizer_of
 

@@ -23,7 +23,8 @@ from regpt2.config.run import read_toml
 from regpt2.data.checks.integrity import Findings, check_data
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.tokens.manifest import MANIFEST_NAME
-from regpt2.model.files.load import read_json, verify_files
+from regpt2.model.files.load import verify_files
+from regpt2.model.files.safe_json import read_json
 from regpt2.training import checkpoint
 
 

@@ -8,7 +8,8 @@ from regpt2.base.files import sha256_bytes
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
 from regpt2.data.tokenizer import TOKENIZERS, VOCAB_SHA256, Gpt2Tokenizer, Tokenizer, load_tokenizer
-from regpt2.model.files.load import GPT2_ROWS, GPT2_TOKENS, LoadedModel, TokenizerRef, Vocabulary
+from regpt2.model.files.contract import GPT2_ROWS, GPT2_TOKENS, TokenizerRef, Vocabulary
+from regpt2.model.files.load import LoadedModel
 from regpt2.model.kernels.activation import split_activation
 
 _WAYS_OUT = (

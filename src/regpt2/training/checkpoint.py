@@ -36,7 +36,9 @@ from regpt2.base.files import (
     sha256_bytes,
     write_atomic,
 )
-from regpt2.model.files.load import load_model, read_json, read_tensors, verify_files
+from regpt2.model.files.load import load_model, verify_files
+from regpt2.model.files.safe_json import read_json
+from regpt2.model.files.tensors import read_tensors
 from regpt2.training.host_copy import HostCopies
 from regpt2.training.readback import not_as_meant, read_back
 

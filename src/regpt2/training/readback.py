@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regpt2.base.errors import Problem
 from regpt2.base.files import CHUNK_BYTES, forget_cached
-from regpt2.model.files.load import MAX_HEADER_BYTES
+from regpt2.model.files.tensors import MAX_HEADER_BYTES
 
 _DTYPES = {  # as safetensors calls them
     torch.float64: "F64",

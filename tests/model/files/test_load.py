@@ -14,7 +14,8 @@ from test_weights_shelf import unpickle_here
 from hub_server import FakeHub
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
 from regpt2.base.files import sha256_file
-from regpt2.model.files.load import TokenizerRef, Vocabulary, load_model
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import huggingface, nanogpt, native
 

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from regpt2.base.errors import CheckpointError
 from regpt2.data.tokenizer import Tokenizer, find_vocab, load_tokenizer
-from regpt2.model.files.load import Vocabulary, load_into, load_model
+from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.fill_model import load_into
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import huggingface, native
 

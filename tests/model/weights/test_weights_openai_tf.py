@@ -11,7 +11,8 @@ import torch
 from test_gpt import random_gpt
 
 from regpt2.base.errors import CheckpointError
-from regpt2.model.files.load import TokenizerRef, load_model
+from regpt2.model.files.contract import TokenizerRef
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import openai_tf
 

@@ -10,7 +10,8 @@ from test_gpt import SHAPES, batch, random_gpt, shape_name
 from regpt2.base import plugins
 from regpt2.base.errors import CheckpointError
 from regpt2.model.files import safe_pickle
-from regpt2.model.files.load import SHELF, TokenizerRef, Vocabulary, load_model
+from regpt2.model.files.contract import SHELF, TokenizerRef, Vocabulary
+from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from regpt2.base.device import Precision, choose_compute
 from regpt2.base.ranks.world import World
 from regpt2.machine.speed.lecture_steps import PLAIN, LectureGPT
-from regpt2.model.files.load import load_into, tensors_of
+from regpt2.model.files.fill_model import load_into, tensors_of
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels.loss import linear_cross_entropy
 from regpt2.training.optimizer import OptimConfig, build_optimizer

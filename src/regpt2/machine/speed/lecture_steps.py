@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regpt2.model.architecture import build_model
-from regpt2.model.files.load import load_into, tensors_of
+from regpt2.model.files.fill_model import load_into, tensors_of
 from regpt2.model.gpt import GPT, MLP, Block, CausalSelfAttention
 from regpt2.model.kernels.loss import reference_cross_entropy
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache

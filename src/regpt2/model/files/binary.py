@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.files import sha256_bytes
-from regpt2.model.files.load import GPT2_TOKENS, QUANTIZED, Vocabulary
+from regpt2.model.files.contract import GPT2_TOKENS, QUANTIZED, Vocabulary
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels.activation import Activation
 

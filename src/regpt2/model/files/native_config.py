@@ -7,7 +7,7 @@ from typing import Any
 
 from regpt2.base.errors import CheckpointError, ConfigError, did_you_mean
 from regpt2.model.architecture import config_class
-from regpt2.model.files.load import TokenizerRef
+from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.language_model import GPTConfig
 
 FORMAT, VERSION = "regpt2", 1

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from regpt2.base.console import safe_text
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import require_free_space
-from regpt2.model.files.load import QUANTIZED, TENSOR_NAME, WEIGHTS, peek_metadata, read_tensors
+from regpt2.model.files.contract import QUANTIZED, WEIGHTS
+from regpt2.model.files.tensors import TENSOR_NAME, peek_metadata, read_tensors
 
 MAX_MEMBERS = 10_000  # tensors, and files in the archive; GPT-2 XL has 580
 SPARE_BYTES = 512 << 20  # beyond what torch itself takes and three times the file

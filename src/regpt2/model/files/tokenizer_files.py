@@ -23,7 +23,7 @@ from regpt2.model.files.binary import (
     merges_of,
     token_texts,
 )
-from regpt2.model.files.load import CONFIG, GPT2_TOKENS, TokenizerRef, Vocabulary
+from regpt2.model.files.contract import CONFIG, GPT2_TOKENS, TokenizerRef, Vocabulary
 
 FAST, IDS, MERGES, SETTINGS, ADDED = (
     "tokenizer.json",

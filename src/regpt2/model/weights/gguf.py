@@ -30,7 +30,8 @@ from regpt2.model.files.binary import (
     read_array,
     token_texts,
 )
-from regpt2.model.files.load import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary, tensors_of
+from regpt2.model.files.contract import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.gpt import GPT
 
 FILES: tuple[str, ...] = ()

@@ -18,21 +18,12 @@ from torch import Tensor
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.files import write_atomic
 from regpt2.model.files.binary import drop_equal_head, own_weights
-from regpt2.model.files.load import (
-    CONFIG,
-    QUANTIZED,
-    TORCH_DTYPES,
-    WEIGHTS,
-    ModelFiles,
-    TokenizerRef,
-    Vocabulary,
-    peek_json,
-    read_json,
-    read_tensors,
-    tensors_of,
-)
+from regpt2.model.files.contract import CONFIG, QUANTIZED, TORCH_DTYPES, WEIGHTS, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.native_config import describe_tokenizer, parse_tokenizer
+from regpt2.model.files.safe_json import peek_json, read_json
 from regpt2.model.files.safe_pickle import read_pickled
+from regpt2.model.files.tensors import read_tensors
 from regpt2.model.files.tokenizer_files import FILES as TOKENIZER_FILES
 from regpt2.model.files.tokenizer_files import read_tokenizer, write_tokenizer
 from regpt2.model.gpt import GPT, GPTConfig

@@ -15,7 +15,8 @@ from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import atomic_file
 from regpt2.model.files.binary import SIZES, begins_with, config_of, drop_equal_head, own_weights
-from regpt2.model.files.load import CONFIG, ModelFiles, TokenizerRef, Vocabulary, tensors_of
+from regpt2.model.files.contract import CONFIG, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.safe_pickle import FROM_OBJECT, read_training_checkpoint
 from regpt2.model.gpt import GPT
 from regpt2.model.kernels.activation import GELU_FORMS, Activation

@@ -11,18 +11,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regpt2.base.files import write_atomic
-from regpt2.model.files.load import (
-    CONFIG,
-    WEIGHTS,
-    ModelFiles,
-    TokenizerRef,
-    Vocabulary,
-    peek_json,
-    read_json,
-    read_tensors,
-    tensors_of,
-)
+from regpt2.model.files.contract import CONFIG, WEIGHTS, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.native_config import FORMAT, describe, parse
+from regpt2.model.files.safe_json import peek_json, read_json
+from regpt2.model.files.tensors import read_tensors
 from regpt2.model.language_model import GPTConfig, LanguageModel
 
 FILES = (CONFIG, WEIGHTS)

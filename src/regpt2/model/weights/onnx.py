@@ -17,7 +17,8 @@ from torch import Tensor
 
 from regpt2.base.errors import UsageError
 from regpt2.model.architecture import build_model
-from regpt2.model.files.load import Vocabulary, load_into, tensors_of
+from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.fill_model import load_into, tensors_of
 from regpt2.model.language_model import LanguageModel
 
 MODEL = "model.onnx"

@@ -8,16 +8,11 @@ from pathlib import Path
 from safetensors.torch import save
 
 from regpt2.base.files import write_atomic
-from regpt2.model.files.load import (
-    TORCH_DTYPES,
-    ModelFiles,
-    Vocabulary,
-    parse_json,
-    peek_metadata,
-    read_tensors,
-    tensors_of,
-)
+from regpt2.model.files.contract import TORCH_DTYPES, ModelFiles, Vocabulary
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.native_config import FORMAT, describe, parse
+from regpt2.model.files.safe_json import parse_json
+from regpt2.model.files.tensors import peek_metadata, read_tensors
 from regpt2.model.language_model import LanguageModel
 
 FILES: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
 from regpt2.model.architecture import build_model
-from regpt2.model.files.load import load_into
+from regpt2.model.files.fill_model import load_into
 from regpt2.model.language_model import LanguageModel
 
 

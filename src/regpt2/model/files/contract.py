@@ -1,0 +1,75 @@
+"""What a weight format reads and writes. In: what a file says; out: a model's configuration, tensors and tokenizer.
+
+The contract of the shelf model/weights/. An entry that reads has
+
+    matches(path) -> bool      is this file or folder in my format? By content; never raises
+    read(path) -> ModelFiles   raises CheckpointError for what is damaged or is no GPT-2
+
+and one that writes has
+
+    write(model, place, vocabulary, dtype) -> None
+                               into an existing folder, or the file `place`; each file atomically
+    FILES                      names that `write` can leave in a folder; none: the format is one file
+    DTYPES                     types of weights that it can write, the default first
+    ANY_ARCHITECTURE           True if it holds every model of ours; left out: GPT-2 alone
+    ACTIVATION                 the only form of GELU that its readers compute; left out: it says which
+    CHARACTERS_NOTE            what to say where the model's ids are characters; left out: it does not hold them
+
+and, where others read the format, may have
+
+    CLIENT                     who they are
+    client_logits(place, ids) -> Tensor | None
+                               their logits (n, vocab_size) after ids (n, T), up to a constant; None: not installed
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from regpt2.model.language_model import GPTConfig
+
+SHELF = "model.weights"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+GPT2_TOKENS, GPT2_ROWS = 50257, 50304  # many pad the matrix to the second, and give it as the vocabulary's size
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED = (
+    "quantized weights, whose scales only the program that made them knows; get the model in fp32, fp16 or bf16."
+)
+
+
+@dataclass(frozen=True)
+class TokenizerRef:
+    """Which tokenizer a model was trained with: its name, and the fingerprint of its vocabulary."""
+
+    name: str
+    fingerprint: str
+    added: tuple[str | None, ...] = field(default=(), kw_only=True)
+    """The texts of the rows beyond that vocabulary, as fine-tuned and padded models have them; None: it has no text."""
+    characters: str | None = field(default=None, kw_only=True)
+    """Where each id is a character: all of them, in the order of ids."""
+    objection: str | None = field(default=None, kw_only=True, compare=False)
+    """A sentence: why it is none of ours, where files beside the weights show that."""
+
+
+@dataclass(frozen=True)
+class Vocabulary(TokenizerRef):
+    """What is at hand of the tokenizer beyond its name: for an export, or beside the weights that were read."""
+
+    eot: int | None = None
+    """The id of <|endoftext|>."""
+    merges: bytes | None = None
+    """GPT-2's `vocab.bpe`, if the tokenizer is GPT-2's."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a weight format reads: a model in our own parameter names and (out, in) orientation, without padding."""
+
+    config: GPTConfig
+    tensors: dict[str, Tensor]
+    tokenizer: TokenizerRef | None = None
+    trained_seq_len: int | None = None
+    """As `LanguageModel.trained_seq_len`."""
+    doubt: str | None = None
+    """Where the file does not say which GELU its model has: a sentence behind its name, of what is taken and why."""
