@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regpt2.base.errors import CheckpointError, Problem, UsageError
-from regpt2.commands.convert import TOLERANCE, ConvertOptions, convert, largest_difference, main
+from regpt2.commands.convert import ConvertOptions, convert, main
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model import architecture
+from regpt2.model.conversion import TOLERANCE, largest_difference
 from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.gpt import GPT, Block, GPTConfig
@@ -82,7 +83,7 @@ def test_an_earlier_export_is_replaced_by_force_only(tmp_path: Path) -> None:
     write_native(second, config=GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=257))
     out = tmp_path / "out"
     convert(ConvertOptions(str(first), out, to="huggingface"))
-    with pytest.raises(UsageError, match="is not empty; name another place, or replace an earlier export"):
+    with pytest.raises(UsageError, match="is not empty; choose another, or replace an earlier export"):
         convert(ConvertOptions(str(second), out, to="native"))
     assert load_model(out).model.config.n_layer == 2
     convert(ConvertOptions(str(second), out, to="native", force=True))
@@ -233,7 +234,7 @@ def test_impossible_types_and_one_way_formats_are_refused(tmp_path: Path) -> Non
     src, out = str(tmp_path / "a"), tmp_path / "b"
     assert "native can be written as fp32." in refused(ConvertOptions(src, out, to="native", dtype="fp16"))
     assert "gguf can be written as fp32, fp16, bf16, q8_0." in refused(ConvertOptions(src, out, to="gguf", dtype="q4"))
-    assert "that format is only read" in refused(ConvertOptions(src, out, to="openai_tf"))
+    assert "can only read that format" in refused(ConvertOptions(src, out, to="openai_tf"))
     assert "n_embd = 16 is no multiple of it" in refused(ConvertOptions(src, out, to="gguf", dtype="q8_0"))
     assert not out.exists()
 
@@ -242,7 +243,7 @@ def test_a_file_is_replaced_by_force_only_and_only_if_it_is_a_model(tmp_path: Pa
     write_native(tmp_path / "a")
     src, out = str(tmp_path / "a"), tmp_path / "out"
     out.write_text("years of work")
-    assert "exists; name another place" in refused(ConvertOptions(src, out, to="gguf"))
+    assert "exists; choose another" in refused(ConvertOptions(src, out, to="gguf"))
     assert "is not from an export" in refused(ConvertOptions(src, out, to="gguf", force=True))
     out.unlink()
     convert(ConvertOptions(src, out, to="gguf"))
@@ -268,7 +269,7 @@ def test_a_client_has_the_last_word(
         return None if answer == "nothing" else load_model(path).model(ids)[:, -1].detach() * 1.02
 
     monkeypatch.setattr(gguf, "client_logits", client_logits, raising=False)
-    monkeypatch.setattr("regpt2.commands.convert.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr("regpt2.model.conversion.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     options = ConvertOptions(str(tmp_path / "a"), tmp_path / "b", to="gguf")
     if answer == "nothing":
         convert(options)

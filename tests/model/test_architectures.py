@@ -15,11 +15,12 @@ from torch import Tensor
 from rank_processes import spawn
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.ranks.world import World
-from regpt2.commands.convert import ConvertOptions, convert, largest_difference
+from regpt2.commands.convert import ConvertOptions, convert
 from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, to_toml
 from regpt2.evals.scoring.context import EvalContext
 from regpt2.evals.scoring.endings import Question, score_endings
 from regpt2.model.architecture import ARCHITECTURES, build_model, switches_on
+from regpt2.model.conversion import largest_difference
 from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import load_model

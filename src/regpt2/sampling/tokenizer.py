@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from regpt2.base.console import warn
-from regpt2.base.errors import CheckpointError
+from regpt2.base.errors import CheckpointError, Problem
 from regpt2.base.files import sha256_bytes
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
@@ -62,6 +62,27 @@ def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
             "they are never sampled."
         )
     return tokenizer
+
+
+def vocabulary_of(loaded: LoadedModel, meta: Path | None = None) -> Vocabulary | None:
+    """What a converted file can hold of the model's tokenizer; of one that is not available only its name.
+
+    Raises:
+        Problem: `meta` was given and does not fit, as in `tokenizer_of`.
+    """
+    ref = loaded.tokenizer
+    try:
+        tokenizer = tokenizer_of(loaded, meta)
+    except Problem as problem:
+        if meta is not None:
+            raise
+        why = str(problem) if ref is None or ref.objection is None else f"{loaded.source}: {ref.objection}"
+        warn(f"{why} The weights are converted. The tokenizer's own files are left out.")
+        return None if ref is None else Vocabulary(ref.name, ref.fingerprint, added=ref.added)
+    base, added = (tokenizer.base, tokenizer.added) if isinstance(tokenizer, AddedTokens) else (tokenizer, ())
+    merges = base.vocab if isinstance(base, Gpt2Tokenizer) else None
+    name, fingerprint, characters = tokenizer.name, tokenizer.fingerprint, tokenizer.characters
+    return Vocabulary(name, fingerprint, tokenizer.eot, merges, added=added, characters=characters)
 
 
 def _by_size(loaded: LoadedModel) -> TokenizerRef:

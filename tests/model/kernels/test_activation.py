@@ -225,8 +225,8 @@ def test_a_format_whose_readers_compute_the_other_form_is_refused(
     with pytest.raises(UsageError) as caught:
         convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "b", to=to))
     said = str(caught.value)
-    assert f"--to {to}: what reads this format computes GELU as {theirs!r}" in said
-    assert "Formats that say which: huggingface, native, onnx, safetensors." in said
+    assert f"--to {to}: programs that read this format compute GELU as {theirs!r}" in said
+    assert "Formats that record the form: huggingface, native, onnx, safetensors." in said
     assert f"give {tmp_path / 'a'}:{theirs} as SOURCE" in said
     assert not (tmp_path / "b").exists()
     assert convert(ConvertOptions(f"{tmp_path / 'a'}:{theirs}", tmp_path / "b", to=to)) == 0
