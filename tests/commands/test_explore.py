@@ -15,20 +15,13 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
-from regpt2.commands.explore import (
-    all_attention_weights,
-    attention_weights,
-    describe,
-    explore,
-    habits_of,
-    main,
-    neighbors,
-    parts,
-    write_page,
-)
+from regpt2.commands.explore import explore, main
 from regpt2.config.run import load_recipe
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.exploring.measure import all_attention_weights, attention_weights, habits_of, neighbors, parts
+from regpt2.exploring.page import write_page
 from regpt2.exploring.pictures import drawable, heads_picture, wpe_picture
+from regpt2.exploring.terminal import describe
 from regpt2.model.architecture import build_model
 from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
@@ -248,7 +241,7 @@ def test_a_tiny_model_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([str(tmp_path), "--tokens", "e", "--prompt", "aaaa", "--out", str(tmp_path / "look")]) == 0
     printed = capsys.readouterr().out
     assert f"attention in {'4 tokens: a a a a' if block_size == 8 else 'the first 1 of 4 tokens: a'}\n" in printed
-    assert "explore.html is written" in printed
+    assert f"Wrote {tmp_path / 'look' / 'explore.html'}" in printed
     assert (tmp_path / "look" / "attention_previous.png").exists() == (block_size > 1)
 
 

@@ -1,13 +1,16 @@
 """The inside of a model as a page. In: an `Explored`; out: one HTML document that opens offline, light and dark."""
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import LiteralString
 
+from regpt2.base.errors import CheckpointError
+from regpt2.base.files import write_atomic
 from regpt2.exploring import pictures as drawing
-from regpt2.exploring.pictures import Array, Picture
+from regpt2.exploring.measure import NO_WPE, Explored
+from regpt2.exploring.pictures import Picture
 from regpt2.pages import PAGE_CSS
 from regpt2.pages.safe_html import Html, fill, join
 
@@ -39,118 +42,43 @@ _PAGE = """<!DOCTYPE html>
 """
 
 WPE: LiteralString = """
-<p>Attention by itself knows no order; these vectors tell a token where it stands. In a trained model neighboring
-positions are nearly alike and the channels run as smooth waves, as GPT-2's do in the lecture; curves that are still
-ragged say that it could have been trained longer. In an untrained one all is noise.</p>
-<p>From one position to the next the cosine is {smoothness} here; it is 0 without training, close to 1 after much.</p>
+<p>Attention by itself does not know the order of tokens; these vectors tell it the position of each. In a trained model
+neighboring positions have similar vectors and the channels are smooth waves, like GPT-2's in the lecture. Ragged curves
+mean that the model could have been trained for longer. An untrained model shows noise.</p>
+<p>Neighboring positions have a mean cosine of {smoothness} here; it is 0 when untrained, near 1 when well trained.</p>
 """
-NO_WPE = "Positions are in attention instead: queries and keys are rotated by them."
 WTE: LiteralString = """
-<p>The matrix that turns a token into a vector{and_back}. Untrained, all are about as long;
-with training, tokens that the data often has and those that it hardly ever has part ways.</p>
-<p>Neighbors are the tokens whose vectors point most nearly the same way. Trained, they are akin: other days beside
-a day, the same word in other spellings. Untrained, they are any tokens, with cosines that are small and alike.</p>
+<p>The matrix that turns a token into a vector{and_back}. In an untrained model all have about the same length;
+training separates frequent tokens from those that are rare in the data.</p>
+<p>The nearest tokens are those whose vectors have the most similar direction. In a trained model they are related:
+other days beside a day, the same word in other spellings. In an untrained model they are arbitrary, and their cosines
+are small and similar.</p>
 """
 HEADS: LiteralString = """
-<p>A row is a token, a column one that it looks at, and a row's weights add up to 1. The future, in gray, is not to be
-seen. Untrained heads look evenly at all that came before, which fades down the map; trained ones have a habit.</p>
-<p>For each of these habits the head that has it most, on this prompt:</p>
+<p>A row is a token, a column a token that it looks at; the weights of a row add up to 1. The future, in gray, is
+masked. Untrained heads look evenly at all earlier tokens, which fades down the map; trained heads have habits.</p>
+<p>For each of these habits, the head that has it most on this prompt:</p>
 """
 ALL_HEADS: LiteralString = """
-<p>The same maps, small. Stripes beside the diagonal look at the token before; a strong left edge rests on the first
-token, as heads do that have found nothing; stripes further off go back to where the text repeats itself.</p>
+<p>The same maps, small. Stripes beside the diagonal look at the token before. A strong left edge rests on the first
+token, as heads do that have found nothing. Stripes further away point to where the text repeats itself.</p>
 """
 
 
-@dataclass(frozen=True)
-class TensorFigures:
-    """A tensor in numbers."""
+def write_page(explored: Explored, folder: Path) -> list[str]:
+    """Write `explore.html`, and its pictures as PNG; return the pictures' names.
 
-    name: str
-    shape: str
-    n_params: int
-    mean: float
-    std: float
-    norm: float
-    min: float
-    max: float
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """A token, and those nearest to it with their cosines."""
-
-    token: str
-    nearest: list[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class Habit:
-    """What some head looks at: the head that does so most, and how much of its weight goes there."""
-
-    name: str
-    what: str
-    layer: int
-    head: int
-    share: float
-    even_share: float
-    """The same share for a head that looks evenly at all that came before."""
-
-    @property
-    def place(self) -> str:
-        """Which head it is."""
-        return f"layer {self.layer}, head {self.head}"
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What every head looks at in a prompt, or in its beginning."""
-
-    tokens: list[str]
-    n_prompt: int
-    """Tokens of the whole prompt."""
-    weights: Array
-    """(layers, heads, tokens, tokens)"""
-    habits: list[Habit]
-
-    @property
-    def shown(self) -> str:
-        """How much of the prompt is looked at."""
-        n = len(self.tokens)
-        unit = "token" if self.n_prompt == 1 else "tokens"
-        return f"{n} {unit}" if n == self.n_prompt else f"the first {n} of {self.n_prompt:,} {unit}"
-
-
-@dataclass(frozen=True)
-class Explored:
-    """All that a page shows. Names and tokens come from files and are not trusted."""
-
-    name: str
-    summary: str
-    tensors: list[TensorFigures]
-    parts: dict[str, int]
-    """Parameters of each part."""
-    tied: bool
-    """Is the head the token embeddings once more?"""
-    wpe: Array | None
-    """None: positions are not embedded."""
-    smoothness: float
-    """The mean cosine of the embeddings of neighboring positions; 0 where there are none."""
-    lengths: Array
-    """Of every token's embedding."""
-    neighbors: list[Neighbors]
-    attention: Attention | None
-    no_text: str
-    """Why there are no neighbors and no attention; empty where there are."""
-
-    @property
-    def about_head(self) -> str:
-        """Whose weights it has."""
-        if self.tied:
-            return (
-                "The head is tied: wte.weight is both the token embedding and the projection to logits, counted once."
-            )
-        return "The head has weights of its own, lm_head.weight."
+    Raises:
+        CheckpointError: there are weights that are not finite.
+    """
+    broken = [tensor.name for tensor in explored.tensors if not math.isfinite(tensor.stats["norm"])]
+    if broken:
+        raise CheckpointError(f"{explored.name}: not every value is finite in {', '.join(broken)}; nothing is drawn.")
+    drawn = pictures(explored)
+    for name, picture in drawn.items():
+        write_atomic(folder / f"{name}.png", picture.light)
+    write_atomic(folder / "explore.html", page(explored, drawn))
+    return list(drawn)
 
 
 def pictures(explored: Explored) -> dict[str, Picture]:
@@ -243,9 +171,8 @@ def _parameters(explored: Explored) -> Html:
     total = sum(explored.parts.values())
     parts = [[part, f"{n:,}", f"{n / total:.1%}"] for part, n in explored.parts.items()]
     parts.append(["total", f"{total:,}", "100.0%"])
-    figures = ("mean", "std", "norm", "min", "max")
     rows = [
-        [tensor.name, tensor.shape, f"{tensor.n_params:,}", *(f"{getattr(tensor, name):.4g}" for name in figures)]
+        [tensor.name, tensor.shape, f"{tensor.n_params:,}", *(f"{value:.4g}" for value in tensor.stats.values())]
         for tensor in explored.tensors
     ]
     return fill(
@@ -254,7 +181,7 @@ def _parameters(explored: Explored) -> Html:
         about_head=explored.about_head,
         parts=_table("Parameters of each part", ("part", "parameters", "share"), parts),
         n=len(rows),
-        tensors=_table("Every tensor", ("tensor", "shape", "parameters", *figures), rows),
+        tensors=_table("Every tensor", ("tensor", "shape", "parameters", *explored.tensors[0].stats), rows),
     )
 
 

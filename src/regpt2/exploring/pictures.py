@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from regpt2.exploring.measure import Array
 
 # L layers, H heads, T tokens, C = n_embd, V = vocab_size
 
