@@ -17,7 +17,7 @@ from regpt2.base.console import safe_text, say, warn
 from regpt2.base.errors import CheckpointError
 from regpt2.base.record.metrics import MetricsLog, read_events
 from regpt2.commands.report import write_report
-from regpt2.commands.sample import SampleOptions, sample
+from regpt2.commands.sample import sample
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.files import safe_pickle
 from regpt2.model.files.contract import Vocabulary
@@ -26,6 +26,7 @@ from regpt2.model.files.safe_pickle import read_pickled
 from regpt2.model.files.tensors import MAX_HEADER_BYTES
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
+from regpt2.sampling.continue_text import SampleOptions
 
 CORPUS = Path(__file__).parent / "security" / "corpus.py"
 
@@ -263,7 +264,7 @@ def test_what_a_model_writes_never_drives_the_terminal(
             on_token(torch.tensor([token]))  # type: ignore[operator]
         return torch.cat([prompt, torch.tensor([ids] * n)], dim=1)
 
-    monkeypatch.setattr("regpt2.commands.sample.generate", writes)
+    monkeypatch.setattr("regpt2.sampling.continue_text.generate", writes)
     texts = sample(SampleOptions(str(bytes_model), HOSTILE, n=n))
     shown = capsys.readouterr()
     assert unsafe(texts[0]) and not unsafe(shown.out) and not unsafe(shown.err)

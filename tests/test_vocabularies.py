@@ -12,13 +12,15 @@ from transformers import GPT2LMHeadModel
 
 from conftest import Run, needs_bf16
 from regpt2.base.errors import CheckpointError, DownloadError
-from regpt2.commands.sample import SampleOptions, sample, tokenizer_of
+from regpt2.commands.sample import sample
 from regpt2.data import tokenizer as tokenizer_module
 from regpt2.data.tokenizer import VOCAB_SHA256, find_vocab
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf, huggingface, native
+from regpt2.sampling.continue_text import SampleOptions
+from regpt2.sampling.tokenizer import tokenizer_of
 
 VOCAB = find_vocab().read_bytes()
 PADDED, NAMED = (None,) * 47, ("[PAD]", "<|user|>")

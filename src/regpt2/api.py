@@ -40,7 +40,6 @@ from regpt2.commands.evaluate import Results, measure
 from regpt2.commands.harness import harness_model
 from regpt2.commands.prepare import SHELF, PrepareOptions
 from regpt2.commands.prepare import prepare as prepare_data
-from regpt2.commands.sample import SampleOptions, SampleType, continuations, load_in
 from regpt2.commands.train import failures_named
 from regpt2.config.run import RunConfig, load_recipe, options_of, with_options
 from regpt2.data.sources.filters import Filters
@@ -56,6 +55,7 @@ from regpt2.pages.record import read_record as open_record
 from regpt2.pages.report.write import heads, records_of, write_report
 from regpt2.run.ending import Summary
 from regpt2.run.loop import train as train_run
+from regpt2.sampling.continue_text import SampleOptions, SampleType, continuations, load_in
 from regpt2.sampling.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ import torch
 
 from regpt2 import cli
 from regpt2.base.errors import CheckpointError, UsageError
-from regpt2.commands.sample import SampleOptions, main, sample
+from regpt2.commands.sample import main, sample
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
+from regpt2.sampling.continue_text import SampleOptions
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=257)
 

@@ -18,11 +18,11 @@ from regpt2.base.errors import CheckpointError, DataError
 from regpt2.base.record.metrics import read_events
 from regpt2.cli import main
 from regpt2.commands.explore import explore
-from regpt2.commands.sample import tokenizer_of
 from regpt2.data.characters import CharacterTokenizer
 from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.sampling.tokenizer import tokenizer_of
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak. é\n"
 CHARACTERS = "".join(sorted(set(TEXT)))
@@ -87,7 +87,7 @@ def test_a_checkpoint_holds_its_characters(place: Path, tmp_path: Path, capsys: 
     assert text.startswith("Speak") and len(text) == len("Speak") + 10 + 1 and set(text) <= set(CHARACTERS)
     assert main(["sample", str(place / "run"), "", "--max-new-tokens", "10"]) == 0
     told = capsys.readouterr()
-    assert "this model has no end of text; the empty prompt is continued after '\\n'" in told.err
+    assert "this model has no end of text; continuing the empty prompt after '\\n'" in told.err
     assert len(told.out) == 10 + 1
     assert main(["sample", str(place / "run"), "Speak!"]) == 2
     assert "'!', character 6 of the text, is not one of the" in capsys.readouterr().err
