@@ -176,7 +176,7 @@ def _same_for_client(export: Export, part: Path, model: LanguageModel) -> float 
 
     The program runs in a process of its own, because it may exit at a file that it rejects.
     """
-    client, most = export.entry.CLIENT, CLIENT_TOLERANCES[export.dtype]
+    client, tolerance = export.entry.CLIENT, CLIENT_TOLERANCES[export.dtype]
     ids = _check_ids(model.config)[:, : max(1, model.config.block_size - 1)]  # llama.cpp needs room for one more
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_mute) as pool:
@@ -188,10 +188,10 @@ def _same_for_client(export: Export, part: Path, model: LanguageModel) -> float 
     with torch.no_grad():
         expected = model(ids)[:, -1].log_softmax(-1)
     difference = float((torch.tensor(rows).log_softmax(-1) - expected).abs().max() / expected.abs().max())
-    if not difference <= most:
+    if not difference <= tolerance:
         raise CheckpointError(
             f"{client} computes log probabilities that differ by {difference:.1e} of the largest, "
-            f"expected at most {most:.0e}"
+            f"expected at most {tolerance:.0e}"
         )
     return difference
 

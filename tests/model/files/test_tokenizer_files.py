@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.tokenizer import VOCAB_SHA256, Gpt2Tokenizer, find_vocab
 from regpt2.model.files import tokenizer_files
-from regpt2.model.files.binary import GPT2_SHA256, GPT2_TEXTS_SHA256, is_gpt2_order, token_texts
 from regpt2.model.files.contract import GPT2_TOKENS, TokenizerRef, Vocabulary
 from regpt2.model.files.tokenizer_files import ADDED, FAST, FILES, IDS, KNOWN, MERGES, SETTINGS, read_tokenizer
+from regpt2.model.files.vocabulary import GPT2_SHA256, GPT2_TEXTS_SHA256, is_gpt2_order, token_texts
 
 pytestmark = pytest.mark.seconds
 

@@ -8,12 +8,11 @@ import torch
 
 from regpt2.base import plugins
 from regpt2.base.console import warn
-from regpt2.base.errors import CheckpointError, UsageError
+from regpt2.base.errors import CheckpointError, DownloadError, UsageError
 from regpt2.base.files import sha256_file
 from regpt2.model.architecture import build_model
 from regpt2.model.files.contract import CONFIG, GPT2_ROWS, GPT2_TOKENS, SHELF, WEIGHTS, ModelFiles, TokenizerRef
 from regpt2.model.files.fill_model import check_tensors, load_into
-from regpt2.model.files.hub import fetch, repo_id
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.kernels.activation import Activation, choose_activation, split_activation
 from regpt2.model.language_model import LanguageModel
@@ -23,6 +22,11 @@ KINDS = (
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
 _STEP = re.compile(r"step-(\d{8,})")
+_HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
+_PICKLE = "pytorch_model.bin"
+_TEXT_FILES = [CONFIG, "merges.txt", "vocab.json", "vocab.txt", "*.model", "tokenizer*.json", "added_tokens.json"]
+_TENSOR_FILES = [WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors"]
+_PICKLE_FILES = [_PICKLE, f"{_PICKLE}.index.json", "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def load_model(
     use = _Use(device, dtype, activation)
     if spec.startswith("hf:"):
         name = spec.removeprefix("hf:")
-        return _load_folder(fetch(name), use, source=f"hf:{repo_id(name)}")
+        return _load_folder(_fetch(name), use, source=f"hf:{_repo_id(name)}")
     folder = Path(spec)
     if not folder.exists():
         hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", spec) else ""
@@ -84,6 +88,32 @@ def load_model(
     if (folder / "checkpoints").is_dir():
         return _load_run(folder, use)
     return _load_folder(folder, use)
+
+
+def _repo_id(name: str) -> str:
+    """The repository of a model of the hub; GPT-2's own need no owner."""
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise UsageError(f"MODEL = {'hf:' + name!r:.200} cannot be a model of the hub; give hf:gpt2, or hf:owner/name.")
+    return name if "/" in name else f"openai-community/{name}"
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a model of the hub, from the cache if it is there; pickled weights only if it has no others."""
+    repo = _repo_id(name)
+    import huggingface_hub  # noqa: PLC0415  (slow to import, needed for hf: only)
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=_TEXT_FILES + _TENSOR_FILES))
+        if not any(any(folder.glob(pattern)) for pattern in _TENSOR_FILES):
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=_TEXT_FILES + _PICKLE_FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DownloadError(
+            f"hf:{name}: could not get {repo} from the Hugging Face hub ({reason}). Without a network here, run "
+            f"`hf download {repo} {CONFIG} {WEIGHTS} --local-dir FOLDER` elsewhere ({_PICKLE} if it has no "
+            f"{WEIGHTS}), copy FOLDER here, and give it as MODEL."
+        ) from None
+    return folder
 
 
 def _load_run(run: Path, use: _Use) -> LoadedModel:

@@ -1,6 +1,5 @@
 """What the native formats say of a model. In: its configuration and tokenizer; out: JSON text, and back."""
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,19 @@ from typing import Any
 from regpt2.base.errors import CheckpointError, ConfigError, did_you_mean
 from regpt2.model.architecture import config_class
 from regpt2.model.files.contract import TokenizerRef
+from regpt2.model.files.safe_json import json_text
 from regpt2.model.language_model import GPTConfig
 
 FORMAT, VERSION = "regpt2", 1
 _REQUIRED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
-def describe(config: GPTConfig, tokenizer: TokenizerRef | None, trained_seq_len: int | None) -> str:
+def describe(config: GPTConfig, tokenizer: TokenizerRef | None, trained_seq_len: int | None = None) -> str:
     """The JSON text: the format, its version, the model's shape, its tokenizer, and how long its sequences were."""
     document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(config)}
     document |= {"tokenizer": describe_tokenizer(tokenizer)}
     document |= {} if trained_seq_len is None else {"trained_seq_len": trained_seq_len}
-    return json.dumps(document, indent=2) + "\n"
+    return json_text(document)
 
 
 def describe_tokenizer(tokenizer: TokenizerRef | None) -> dict[str, Any] | None:

@@ -1,16 +1,16 @@
-"""JSON of a model folder. In: a file that need not be trusted; out: the object in it."""
+"""JSON of a model folder. In: a file that need not be trusted; out: the object in it, and back."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from regpt2.base.errors import CheckpointError
-from regpt2.base.files import read_small
+from regpt2.base.files import read_small, write_atomic
 from regpt2.model.files.contract import CONFIG, WEIGHTS
 
 
 def _whole(digits: str) -> int:
-    """A whole number in JSON; one far beyond 64 bits is no size, and overflows where it is divided or shown."""
+    """A whole number in JSON; one far beyond 64 bits is not a size, and would overflow when divided or shown."""
     if len(digits) > len(str(2**64)):
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
@@ -51,3 +51,13 @@ def peek_json(path: Path) -> dict[str, Any]:
         return read_json(path)
     except (CheckpointError, OSError):
         return {}
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """As every JSON file here is written."""
+    return json.dumps(document, indent=2) + "\n"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write it atomically."""
+    write_atomic(path, json_text(document))

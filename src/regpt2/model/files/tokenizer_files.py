@@ -14,7 +14,9 @@ from typing import Any
 
 from regpt2.base.errors import Problem
 from regpt2.base.files import SMALL_BYTES, read_small, sha256_bytes, sha256_file, write_atomic
-from regpt2.model.files.binary import (
+from regpt2.model.files.contract import CONFIG, GPT2_TOKENS, TokenizerRef, Vocabulary
+from regpt2.model.files.safe_json import write_json
+from regpt2.model.files.vocabulary import (
     END_OF_TEXT,
     GPT2_SHA256,
     added_texts,
@@ -23,7 +25,6 @@ from regpt2.model.files.binary import (
     merges_of,
     token_texts,
 )
-from regpt2.model.files.contract import CONFIG, GPT2_TOKENS, TokenizerRef, Vocabulary
 
 FAST, IDS, MERGES, SETTINGS, ADDED = (
     "tokenizer.json",
@@ -97,8 +98,8 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, block_size: int) -> No
     special = {n: _special(text) for n, text in ({END_OF_TEXT_ID: END_OF_TEXT} | added).items()}
     write_atomic(folder / MERGES, vocabulary.merges or b"")
     write_atomic(folder / IDS, json.dumps(ids))
-    _write_json(folder / FAST, _fast(ids, merges_of(vocabulary), special))
-    _write_json(
+    write_json(folder / FAST, _fast(ids, merges_of(vocabulary), special))
+    write_json(
         folder / SETTINGS,
         {
             "tokenizer_class": "GPT2Tokenizer",
@@ -141,10 +142,6 @@ def _fast(ids: Mapping[str, int], merges: list[str], special: Mapping[int, dict[
         "decoder": _BYTE_LEVEL,
         "model": model,
     }
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(document, indent=2) + "\n")
 
 
 def _gpt2(folder: Path, rows: int) -> Vocabulary | None:

@@ -17,21 +17,10 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.base.files import atomic_file, sha256_bytes
-from regpt2.model.files.binary import (
-    Cursor,
-    added_texts,
-    begins_with,
-    config_of,
-    damaged,
-    drop_equal_head,
-    gpt2_tokenizer,
-    is_gpt2_order,
-    merges_of,
-    read_array,
-    token_texts,
-)
+from regpt2.model.files.binary import Cursor, begins_with, config_of, damaged, drop_equal_head, read_array
 from regpt2.model.files.contract import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.vocabulary import added_texts, gpt2_tokenizer, is_gpt2_order, merges_of, token_texts
 from regpt2.model.gpt import GPT
 
 FILES: tuple[str, ...] = ()

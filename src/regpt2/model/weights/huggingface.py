@@ -5,7 +5,6 @@ prefix `transformer.`, and their Conv1D keeps a weight as (in, out) where nn.Lin
 """
 
 import importlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from regpt2.model.files.binary import drop_equal_head, own_weights
 from regpt2.model.files.contract import CONFIG, QUANTIZED, TORCH_DTYPES, WEIGHTS, ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.native_config import describe_tokenizer, parse_tokenizer
-from regpt2.model.files.safe_json import peek_json, read_json
+from regpt2.model.files.safe_json import peek_json, read_json, write_json
 from regpt2.model.files.safe_pickle import read_pickled
 from regpt2.model.files.tensors import read_tensors
 from regpt2.model.files.tokenizer_files import FILES as TOKENIZER_FILES
@@ -92,13 +91,13 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = 
     }
     write_atomic(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
     eot = None if vocabulary is None else vocabulary.eot
-    _write_json(
+    write_json(
         folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
     )
     if vocabulary is not None and vocabulary.merges is not None:
         write_tokenizer(folder, vocabulary, model.config.block_size)
     dtype_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-    _write_json(folder / CONFIG, _their_config(model.config, vocabulary) | {"dtype": dtype_name})
+    write_json(folder / CONFIG, _their_config(model.config, vocabulary) | {"dtype": dtype_name})
 
 
 @torch.no_grad()
@@ -137,10 +136,6 @@ def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str,
     if vocabulary is not None:  # for our own reading; transformers keeps what it does not know
         document["regpt2"] = {"tokenizer": describe_tokenizer(vocabulary)}
     return document
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(document, indent=2) + "\n")
 
 
 def _config(place: Path, document: dict[str, Any]) -> GPTConfig:

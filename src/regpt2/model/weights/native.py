@@ -4,34 +4,23 @@ Tensors have the model's own names and orientation, in fp32, without the vocabul
 says the format, its version, the model's shape and its tokenizer. A training checkpoint begins with the same two files.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor
 
 from regpt2.base.files import write_atomic
-from regpt2.model.files.contract import CONFIG, WEIGHTS, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.contract import CONFIG, WEIGHTS, ModelFiles, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.native_config import FORMAT, describe, parse
 from regpt2.model.files.safe_json import peek_json, read_json
 from regpt2.model.files.tensors import read_tensors
-from regpt2.model.language_model import GPTConfig, LanguageModel
+from regpt2.model.language_model import LanguageModel
 
 FILES = (CONFIG, WEIGHTS)
 DTYPES = ("fp32",)
 ANY_ARCHITECTURE = True
 CHARACTERS_NOTE = ""
-
-
-def tensors(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The contents of `model.safetensors`: contiguous fp32 by name, without padding; views where they can be."""
-    return tensors_of(model, parameters)
-
-
-def config_json(config: GPTConfig, tokenizer: TokenizerRef | None, trained_seq_len: int | None = None) -> str:
-    """The text of `config.json`."""
-    return describe(config, tokenizer, trained_seq_len)
+tensors, config_json = tensors_of, describe  # the contents of both files, for a checkpoint
 
 
 def matches(path: Path) -> bool:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import sha256_file
-from regpt2.model.files.binary import GPT2_SHA256, Cursor, config_of, damaged, read_array
+from regpt2.model.files.binary import Cursor, config_of, damaged, read_array
 from regpt2.model.files.contract import ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.safe_json import read_json
+from regpt2.model.files.vocabulary import GPT2_SHA256
 
 HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 VOCAB = "vocab.bpe"
@@ -29,7 +30,8 @@ MOST_INDEX_BYTES = 1 << 20  # GPT-2 XL's has 30 kB
 FLOAT32 = 1
 _SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_ctx", "vocab_size": "n_vocab"}
 _POLYNOMIAL = 0x82F63B78  # of CRC-32C: Castagnoli's, reflected
-_LANES = 1 << 14
+_LANES = 1 << 14  # a power of two
+_START = np.array([84, 100, 31, 100], np.uint8)  # takes an empty register to 0xFFFFFFFF, where a checksum starts
 _NAMES = {"g": "weight", "b": "bias", "w": "weight"}
 
 Words = npt.NDArray[np.uint32]
@@ -201,21 +203,20 @@ def _entry(path: Path, name: str, message: bytes) -> _Entry:
 def crc32c(data: npt.NDArray[np.uint8]) -> int:
     """CRC-32C of bytes, by NumPy at about 100 MB/s.
 
-    The bytes are cut into lanes that are read side by side, one byte of each at a time; the lanes' checksums are then
-    joined. That works because the register is linear over bits: what zeros do to it is a table of 32 columns.
+    The bytes are cut into lanes that are read side by side, one byte of each at a time. Neighboring lanes are then
+    joined: the register is linear over bits, so what the zeros of a lane's length do to it is a table of 32 columns.
     """
-    n = len(data) // _LANES  # bytes in a lane; what is left comes after them
-    register = 0xFFFFFFFF
-    if n:
-        lanes = _through(np.zeros(_LANES, np.uint32), data[: n * _LANES].reshape(_LANES, n).T)
-        zeros = _zeros(n)
-        register = int(_apply(_power(zeros, _LANES), np.array([register], np.uint32))[0]) ^ _join(lanes, zeros)
-    rest = data[n * _LANES :]
-    return int(_through(np.array([register], np.uint32), rest.reshape(-1, 1))[0]) ^ 0xFFFFFFFF
+    zeros_before = np.zeros(-(len(data) + len(_START)) % _LANES, np.uint8)  # they leave an empty register empty
+    rows = np.concatenate([zeros_before, _START, data]).reshape(_LANES, -1).T
+    lanes = _through(np.zeros(_LANES, np.uint32), rows)
+    zeros = _through(np.uint32(1) << np.arange(32, dtype=np.uint32), np.zeros((len(rows), 1), np.uint8))
+    while len(lanes) > 1:
+        lanes, zeros = _apply(zeros, lanes[0::2]) ^ lanes[1::2], _apply(zeros, zeros)
+    return int(lanes[0]) ^ 0xFFFFFFFF
 
 
 def masked(checksum: int) -> int:
-    """As TensorFlow and LevelDB store it, so that a checksum of data with checksums in it is none of a kind."""
+    """As TensorFlow and LevelDB store it: masked, because a CRC over data that contains CRCs is weak."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -227,35 +228,12 @@ def _through(registers: Words, rows: npt.NDArray[np.uint8]) -> Words:
     return registers
 
 
-def _join(lanes: Words, zeros: Words) -> int:
-    """The register after all lanes, each of which began with 0: neighbors are joined until one is left."""
-    while len(lanes) > 1:
-        lanes, zeros = _apply(zeros, lanes[0::2]) ^ lanes[1::2], _apply(zeros, zeros)
-    return int(lanes[0])
-
-
 def _apply(columns: Words, registers: Words) -> Words:
-    """A linear map, given by what it does to each bit, of registers."""
+    """A linear map, given by what it does to each bit, applied to registers."""
     out = np.zeros_like(registers)
     for bit, column in enumerate(columns):
         out ^= np.where(registers >> np.uint32(bit) & 1, column, np.uint32(0))
     return out
-
-
-def _zeros(n: int) -> Words:
-    """What n bytes of zero do to a register."""
-    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    return _power(_through(bits, np.zeros((1, 1), np.uint8)), n)
-
-
-def _power(columns: Words, n: int) -> Words:
-    """A linear map, n times."""
-    result = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    while n:
-        if n & 1:
-            result = _apply(columns, result)
-        columns, n = _apply(columns, columns), n >> 1
-    return result
 
 
 @cache
