@@ -169,7 +169,7 @@ def test_a_padded_model_without_files_is_taken_for_gpt2s(tmp_path: Path, capsys:
     folder = their_folder(tmp_path / "a", small_model(50304), generation_config={})
     sample(SampleOptions(str(folder), "Hi", max_new_tokens=2, device="cpu"))
     err = capsys.readouterr().err
-    assert "does not say which tokenizer it was trained with; taking GPT-2's" in err and "47 rows beyond" in err
+    assert "does not say which tokenizer it was trained with; using GPT-2's" in err and "47 rows beyond" in err
 
 
 @pytest.mark.seconds

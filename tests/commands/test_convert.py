@@ -235,7 +235,7 @@ def test_impossible_types_and_one_way_formats_are_refused(tmp_path: Path) -> Non
     assert "native can be written as fp32." in refused(ConvertOptions(src, out, to="native", dtype="fp16"))
     assert "gguf can be written as fp32, fp16, bf16, q8_0." in refused(ConvertOptions(src, out, to="gguf", dtype="q4"))
     assert "can only read that format" in refused(ConvertOptions(src, out, to="openai_tf"))
-    assert "n_embd = 16 is no multiple of it" in refused(ConvertOptions(src, out, to="gguf", dtype="q8_0"))
+    assert "n_embd = 16 is not a multiple of 32" in refused(ConvertOptions(src, out, to="gguf", dtype="q8_0"))
     assert not out.exists()
 
 

@@ -160,7 +160,10 @@ def test_control_characters_are_shown_not_obeyed(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": "x" * 64}, "the prompt has 64 tokens, the model can take 63; shorten it."),
+        (
+            {"prompt": "x" * 64},
+            "64 prompt tokens + 1 new ones = 65, the model can take 64; ask for at most 0",
+        ),
         (
             {"prompt": "x" * 60, "max_new_tokens": 100},
             "60 prompt tokens + 100 new ones = 160, the model can take 64; ask for at most 4 new ones",
@@ -202,4 +205,4 @@ def test_a_model_that_names_no_tokenizer_needs_gpt2s_size(tmp_path: Path, capsys
         sample(SampleOptions(str(tmp_path), "a"))
     native.write(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)), tmp_path, None)
     sample(SampleOptions(str(tmp_path), "Hello", max_new_tokens=5))
-    assert "warning: " in (err := capsys.readouterr().err) and "taking GPT-2's, of the same size" in err
+    assert "warning: " in (err := capsys.readouterr().err) and "using GPT-2's, which has the same size" in err

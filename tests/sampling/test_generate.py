@@ -208,7 +208,12 @@ def test_bf16_model_generates() -> None:
             {},
             "20 prompt tokens + 5 new ones = 25, the model can take 24; ask for at most 4 new ones, or shorten",
         ),
-        (24, 1, {}, "the prompt has 24 tokens, the model can take 23; shorten it."),
+        (
+            24,
+            1,
+            {},
+            "24 prompt tokens + 1 new ones = 25, the model can take 24; ask for at most 0 new ones, or shorten",
+        ),
         (0, 1, {}, "a prompt of 1 sequences x 0 tokens is empty"),
         (3, 0, {}, "max_new_tokens = 0 must be at least 1."),
         (3, 1, {"temperature": -1.0}, "temperature = -1.0 must be 0"),

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import LiteralString
 
@@ -11,35 +11,12 @@ from regpt2.base.files import write_atomic
 from regpt2.exploring import pictures as drawing
 from regpt2.exploring.measure import NO_WPE, Explored
 from regpt2.exploring.pictures import Picture
-from regpt2.pages import PAGE_CSS
+from regpt2.pages.report.page import document
 from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.tables import table
 
 CHANNELS = (150, 200, 250)  # as in the lecture; in a narrower model as far from the left as there
 LECTURE_WIDTH = 768
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>{name}: inside the model</title>
-<style>
-{css}</style>
-</head>
-<body>
-<header>
-<p class="kicker">regpt2 · inside a model</p>
-<h1>{name}</h1>
-<p class="faint">{summary}</p>
-</header>
-<main>
-{main}
-</main>
-</body>
-</html>
-"""
 
 WPE: LiteralString = """
 <p>Attention by itself does not know the order of tokens; these vectors tell it the position of each. In a trained model
@@ -98,15 +75,15 @@ def pictures(explored: Explored) -> dict[str, Picture]:
 
 def page(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
     """The whole document, with what `pictures` drew."""
-    own = Path(__file__).with_name("page.css")
-    css = "".join(file.read_text(encoding="utf-8") for file in (PAGE_CSS, own))
-    sections = (
-        _positions(explored, pictures),
-        _token_embeddings(explored, pictures),
-        _heads(explored, pictures),
-        _parameters(explored),
+    parts = [section(explored, pictures) for section in (_positions, _token_embeddings, _heads)]
+    return document(
+        explored.name,
+        headline="inside the model",
+        kind="inside a model",
+        summary=explored.summary,
+        parts=[*parts, _parameters(explored)],
+        css=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
     )
-    return fill(_PAGE, name=explored.name, css=Html(css), summary=explored.summary, main=join(sections))
 
 
 def _positions(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
@@ -131,7 +108,7 @@ def _token_embeddings(explored: Explored, pictures: Mapping[str, Picture]) -> Ht
 
 def _neighbors(explored: Explored) -> Html:
     if explored.no_text:
-        return fill('<p class="faint">Neighbors are left out. {why}</p>', why=explored.no_text)
+        return fill('<p class="faint">Nearest tokens are left out. {why}</p>', why=explored.no_text)
     rows = []
     for neighbors in explored.neighbors:
         near = (
@@ -139,7 +116,7 @@ def _neighbors(explored: Explored) -> Html:
             for token, cosine in neighbors.nearest
         )
         rows.append([_token(neighbors.token), join(near, " ")])
-    return _table("Neighbors, with cosines", ("token", "nearest"), rows, "neighbors")
+    return table("Nearest tokens, with cosines", ("token", "nearest"), rows, "neighbors")
 
 
 def _heads(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
@@ -157,13 +134,14 @@ def _heads(explored: Explored, pictures: Mapping[str, Picture]) -> Html:
         figures.append(_figure(pictures[f"attention_{habit.name}"], title))
     return fill(
         "<h2>Attention</h2>\n<p>The prompt, {shown}: {tokens}</p>\n{words}\n"
-        '<div class="curves">\n{figures}\n</div>\n<h3>Every head</h3>\n{all_words}\n{heads}',
+        '<div class="curves">\n{figures}\n</div>\n<h3>Every head</h3>\n{all_words}\n'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Attention maps of every head">\n{heads}\n</div>',
         shown=attention.shown,
         tokens=join(map(_token, attention.tokens), " "),
         words=fill(HEADS),
         figures=join(figures),
         all_words=fill(ALL_HEADS),
-        heads=_scrolling(_figure(pictures["attention_heads"], "Layers by heads"), "Attention maps of every head"),
+        heads=_figure(pictures["attention_heads"], "Layers by heads"),
     )
 
 
@@ -179,9 +157,9 @@ def _parameters(explored: Explored) -> Html:
         "<h2>Parameters</h2>\n<p>{about_head}</p>\n{parts}\n"
         "<details>\n<summary>All {n} tensors</summary>\n{tensors}\n</details>",
         about_head=explored.about_head,
-        parts=_table("Parameters of each part", ("part", "parameters", "share"), parts),
+        parts=table("Parameters of each part", ("part", "parameters", "share"), parts),
         n=len(rows),
-        tensors=_table("Every tensor", ("tensor", "shape", "parameters", *explored.tensors[0].stats), rows),
+        tensors=table("Every tensor", ("tensor", "shape", "parameters", *explored.tensors[0].stats), rows),
     )
 
 
@@ -204,27 +182,3 @@ def _data(png: bytes) -> str:
 
 def _token(token: str) -> Html:
     return fill('<span class="token" translate="no">{token}</span>', token=token)
-
-
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: LiteralString = "figures") -> Html:
-    """A table whose first column names the rows."""
-    heads = join((fill('<th scope="col">{name}</th>', name=name) for name in head), "")
-    lines = (
-        fill('<tr><th scope="row">{first}</th>{cells}</tr>', first=first, cells=join(map(_cell, cells), ""))
-        for first, *cells in rows
-    )
-    template = (
-        '<table class="{kind}">\n<caption>{title}</caption>\n<thead><tr>{heads}</tr></thead>\n'
-        "<tbody>\n{rows}\n</tbody>\n</table>"
-    )
-    return _scrolling(fill(template, kind=kind, title=title, heads=heads, rows=join(lines)), title)
-
-
-def _cell(value: str) -> Html:
-    return fill("<td>{value}</td>", value=value)
-
-
-def _scrolling(content: Html, name: str) -> Html:
-    """What may be wider than a phone: it scrolls by itself, by keyboard too."""
-    template = '<div class="scroll" tabindex="0" role="region" aria-label="{name}">\n{content}\n</div>'
-    return fill(template, name=name, content=content)

@@ -13,8 +13,8 @@ from regpt2.exploring.measure import Array
 
 
 @dataclass(frozen=True)
-class Ink:
-    """What things are drawn in: the colors of `page.css`, and scales of color for numbers."""
+class Palette:
+    """The colors of `page.css`, and scales of color for numbers."""
 
     paper: str
     text: str
@@ -26,7 +26,7 @@ class Ink:
     weight: tuple[str, ...]  # from nothing to all
 
 
-LIGHT = Ink(
+LIGHT = Palette(
     paper="#fdfcf9",
     text="#23221f",
     faint="#6f6c65",
@@ -36,7 +36,7 @@ LIGHT = Ink(
     signed=("#7a2412", "#c2512f", "#eec4ae", "#fdfcf9", "#b4cce4", "#35689f", "#16365a"),
     weight=("#fdfcf9", "#b4cce4", "#35689f", "#0f2a49"),
 )
-DARK = Ink(
+DARK = Palette(
     paper="#17181a",
     text="#e4e1d9",
     faint="#9c9890",
@@ -47,7 +47,7 @@ DARK = Ink(
     weight=("#17181a", "#27466a", "#7fb2e8", "#eaf4ff"),
 )
 
-Draw = Callable[[Any, Ink], None]
+Draw = Callable[[Any, Any, Palette], None]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Picture:
 def wpe_picture(wpe: Array) -> Picture:  # (block_size, C)
     """The position embeddings as the lecture shows them: a row for each position, a column for each channel."""
 
-    def draw(figure: Any, ink: Ink) -> None:
-        axes = figure.subplots()
+    def draw(figure: Any, axes: Any, ink: Palette) -> None:
         image = _image(axes, wpe, ink.signed, bound := 3 * float(wpe.std()) or 1.0, low=-bound)
         _dress(axes, ink, xlabel="channel", ylabel="position")
         _color_bar(figure, axes, image, ink)
@@ -77,8 +76,7 @@ def wpe_picture(wpe: Array) -> Picture:  # (block_size, C)
 def channels_picture(wpe: Array, channels: Sequence[int]) -> Picture:  # (block_size, C)
     """A few columns of the position embeddings, as curves."""
 
-    def draw(figure: Any, ink: Ink) -> None:
-        axes = figure.subplots()
+    def draw(figure: Any, axes: Any, ink: Palette) -> None:
         for channel, color in zip(channels, ink.lines, strict=False):
             axes.plot(wpe[:, channel], color=color, linewidth=1.1, label=f"channel {channel}")
         axes.grid(axis="y", color=ink.grid, linewidth=0.8)
@@ -93,8 +91,7 @@ def channels_picture(wpe: Array, channels: Sequence[int]) -> Picture:  # (block_
 def lengths_picture(lengths: Array) -> Picture:  # (V,)
     """The length of every token's embedding."""
 
-    def draw(figure: Any, ink: Ink) -> None:
-        axes = figure.subplots()
+    def draw(figure: Any, axes: Any, ink: Palette) -> None:
         size, alpha = (1.5, 0.35) if len(lengths) > 2000 else (4, 0.9)
         axes.plot(lengths, ".", markersize=size, markeredgewidth=0, alpha=alpha, color=ink.lines[0])
         axes.grid(axis="y", color=ink.grid, linewidth=0.8)
@@ -115,8 +112,7 @@ def heads_picture(weights: Array) -> Picture:  # (L, H, T, T)
     mosaic = tiles.transpose(0, 2, 1, 3).reshape(L * (T + 1), H * (T + 1))[:-1, :-1]
     cell = min(1.3, 7.8 / H)  # inches
 
-    def draw(figure: Any, ink: Ink) -> None:
-        axes = figure.subplots()
+    def draw(figure: Any, axes: Any, ink: Palette) -> None:
         _image(axes, mosaic, ink.weight, 1.0, future=ink.future, gamma=0.5)
         _dress(axes, ink, xlabel="head", ylabel="layer")
         every = max(1, round(0.16 / cell))
@@ -132,8 +128,7 @@ def heads_picture(weights: Array) -> Picture:  # (L, H, T, T)
 def head_picture(weights: Array, tokens: Sequence[str], what: str) -> Picture:  # (T, T)
     """The attention weights of one head, with the tokens along both sides."""
 
-    def draw(figure: Any, ink: Ink) -> None:
-        axes = figure.subplots()
+    def draw(figure: Any, axes: Any, ink: Palette) -> None:
         image = _image(axes, _without_future(weights), ink.weight, 1.0, future=ink.future, gamma=0.5)
         axes.set_aspect("equal")
         _dress(axes, ink)
@@ -164,14 +159,14 @@ def _picture(inches: tuple[float, float], draw: Draw, alt: str) -> Picture:
     return Picture(_png(inches, draw, LIGHT), _png(inches, draw, DARK), alt, width=round(96 * inches[0]))
 
 
-def _png(inches: tuple[float, float], draw: Draw, ink: Ink) -> bytes:
+def _png(inches: tuple[float, float], draw: Draw, ink: Palette) -> bytes:
     """The same arrays give the same bytes."""
     import matplotlib  # noqa: PLC0415  (slow to import; only pictures need it)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
         figure = Figure(figsize=inches, layout="constrained", facecolor=ink.paper)
-        draw(figure, ink)
+        draw(figure, figure.subplots(), ink)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=180, metadata={"Software": None})
     return out.getvalue()
@@ -196,7 +191,7 @@ def _image(
     return axes.imshow(values, cmap=scale.with_extremes(**extremes), norm=norm, aspect="auto", interpolation="nearest")
 
 
-def _dress(axes: Any, ink: Ink, *, xlabel: str = "", ylabel: str = "") -> None:
+def _dress(axes: Any, ink: Palette, *, xlabel: str = "", ylabel: str = "") -> None:
     axes.set_facecolor(ink.paper)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelcolor=ink.faint)
@@ -204,7 +199,7 @@ def _dress(axes: Any, ink: Ink, *, xlabel: str = "", ylabel: str = "") -> None:
     axes.set_ylabel(ylabel, color=ink.faint)
 
 
-def _color_bar(figure: Any, axes: Any, image: Any, ink: Ink, ticks: Sequence[float] | None = None) -> None:
+def _color_bar(figure: Any, axes: Any, image: Any, ink: Palette, ticks: Sequence[float] | None = None) -> None:
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=ticks, format="%g")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelcolor=ink.faint)

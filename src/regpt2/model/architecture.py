@@ -14,11 +14,7 @@ ARCHITECTURES: dict[str, tuple[type[GPTConfig], type[LanguageModel]]] = {
 
 
 def config_class(name: object) -> type[GPTConfig]:
-    """The configuration of an architecture.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
+    """The configuration of an architecture; a ConfigError if there is none of this name."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
         nearest, known = did_you_mean(str(name)[:80], ARCHITECTURES), ", ".join(ARCHITECTURES)
         raise ConfigError(f"model.architecture = {name!r:.80}{nearest} Available: {known}.")

@@ -47,11 +47,7 @@ class Export:
 
 
 def plan_export(src: str, dst: Path, to: str, dtype: str | None = None, *, replace: bool = False) -> Export:
-    """What to write where.
-
-    Raises:
-        UsageError: no such format or type, or `dst` holds something that may not be replaced.
-    """
+    """What to write where; a UsageError for an unknown format or type, or if `dst` may not be replaced."""
     entry = plugins.load(SHELF, to)
     if not hasattr(entry, "write"):
         raise UsageError(f"--to {to}: regpt2 can only read that format; choose another.")
@@ -62,11 +58,7 @@ def plan_export(src: str, dst: Path, to: str, dtype: str | None = None, *, repla
 
 
 def check_expressible(export: Export, loaded: LoadedModel) -> None:
-    """Most formats can express GPT-2 alone, and some only one form of GELU.
-
-    Raises:
-        UsageError: the format would describe another model than this one.
-    """
+    """Raise a UsageError if the format would describe another model: most hold GPT-2 alone, some one form of GELU."""
     model, config, entry = loaded.model, loaded.model.config, export.entry
     writers = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
     writers = {name: one for name, one in writers.items() if hasattr(one, "write")}

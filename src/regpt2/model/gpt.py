@@ -118,11 +118,6 @@ class GPT(LanguageModel):
                 p.fill_(1.0)  # LayerNorm weights
         self.wte.weight[self.config.vocab_size :] = 0.0
 
-    def n_params(self) -> int:
-        """Parameters, the padding rows of the vocabulary left out: 124,439,808 for the 124M model."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
-
     def hidden(
         self,
         ids: Tensor,

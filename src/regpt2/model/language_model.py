@@ -15,6 +15,9 @@ from regpt2.model.kernels.activation import GELU_FORMS, Activation
 
 # B sequences, T tokens, S = T + tokens in the cache, C = n_embd, H = n_head, D = C / H
 
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+VOCABULARY = {"wte.weight", "lm_head.weight"}  # matrices with a row for each token, and rows of padding
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
@@ -102,9 +105,11 @@ class LanguageModel(nn.Module, ABC):
     def init_weights(self, generator: torch.Generator) -> None:
         """Fresh weights."""
 
-    @abstractmethod
     def n_params(self) -> int:
-        """Parameters, the padding rows of the vocabulary left out."""
+        """Parameters, without the padding rows of the vocabulary: 124,439,808 for GPT-2's 124M model."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        padded = [p for name, p in self.named_parameters() if name in VOCABULARY]
+        return sum(p.numel() for p in self.parameters()) - sum(padding * p.shape[1] for p in padded)
 
     @abstractmethod
     def hidden(

@@ -240,11 +240,6 @@ class ModernGPT(LanguageModel):
         """The matrix (V, C) of the head: its own, or the embedding's. Its rows past vocab_size are and stay zero."""
         return self.lm_head.weight if self.config.untied_head else self.wte.weight
 
-    def n_params(self) -> int:
-        """Parameters, the padding rows of the vocabulary left out."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - (2 if self.config.untied_head else 1) * padding
-
     def hidden(
         self,
         ids: Tensor,

@@ -100,11 +100,7 @@ def load_in(dtype: SampleType, spec: str, device: torch.device) -> LoadedModel:
 
 
 def _room(options: SampleOptions, loaded: LoadedModel, n_prompt: int) -> int:
-    """How many tokens may follow the prompt.
-
-    Raises:
-        UsageError: `context` is out of its range, or prompt and new tokens are more than training has seen.
-    """
+    """How many tokens may follow the prompt; a UsageError if training has seen fewer, or `context` is wrong."""
     trained, block_size = loaded.model.context_size, loaded.model.config.block_size
     if options.context is not None and not 1 < options.context <= block_size:
         raise UsageError(f"context = {options.context} must be from 2 to the model's block_size, {block_size:,}.")

@@ -1,8 +1,8 @@
 """A GPT-2 for inference on a CPU. In: a model; out: its twin with its matrices laid out for few rows, or in int8.
 
-For a few rows a matmul takes as long as reading its weights. torch reads them at half the memory's rate; in oneDNN's
-own layout (bf16), or transposed (fp32), it comes near the whole of it; int8 weights are fewer bytes. The matrices are
-copied once, which pays from some fifty tokens on.
+For few rows a matmul takes as long as reading its weights. torch reads them at half the memory's rate. In oneDNN's own
+layout (bf16), or transposed (fp32), it reads at nearly the full rate; int8 weights are fewer bytes. The matrices are
+copied once, which pays off from about fifty tokens on.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class Int8Linear:
         largest = weight.abs().amax(dim=1, keepdim=True).clamp(min=_TINY)  # (out, 1)
         rounded = (weight * (127 / largest)).round().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self.scale = largest.flatten() / 127**2  # of the weights and, but for its largest value, of a row
+        self.scale = largest.flatten() / 127**2  # of the weights and of a row, but for the row's largest value
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
         self.zero, self.half = torch.zeros(1, dtype=torch.int32), torch.tensor(128.5)
 
@@ -71,12 +71,12 @@ class Int8Linear:
 
 Layout = type[PackedLinear] | type[TransposedLinear] | type[Int8Linear]
 
-_FEW_ROWS = 8  # up to which a transposed fp32 matrix was 1.3 to 1.5 times as fast; at 32 and more it is not
+_FEW_ROWS = 8  # up to here a transposed fp32 matrix was 1.3 to 1.5 times as fast; from 32 rows on it is not
 _TINY = 1e-30  # instead of a largest value of zero
 
 
 class PackedBlock(nn.Module):
-    """As Block, without dropout, in as few operations as can be: at one token each costs as much as its call."""
+    """Block without dropout, in as few operations as possible: for one token each costs as much as its call."""
 
     def __init__(self, block: Block, linear: Layout) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def _norm(x: Tensor, ln: nn.LayerNorm) -> Tensor:  # (..., C) -> (..., C)
 
 
 class PackedGPT(GPT):
-    """Shares embeddings and norms with `model`; has matrices of its own, as they were when it was made."""
+    """Shares embeddings and norms with `model`; its matrices are copies, made once."""
 
     def __init__(self, model: GPT, linear: Layout = PackedLinear) -> None:
         nn.Module.__init__(self)
@@ -119,10 +119,7 @@ class PackedGPT(GPT):
 
 
 def packed_if_faster(model: LanguageModel, n_tokens: int, *, rows: int) -> LanguageModel:
-    """A packed twin where it is faster for `n_tokens` passes over `rows` rows each, else the model itself.
-
-    The twin computes plain GPT-2 only, and must give the model's own logits.
-    """
+    """A packed twin if it is faster for `n_tokens` passes over `rows` rows and gives equal logits; else the model."""
     weight = next(model.h.parameters())  # the embeddings need not be of the same type
     linear: Layout = PackedLinear if weight.dtype == torch.bfloat16 else TransposedLinear
     pays = linear is PackedLinear or (weight.dtype == torch.float32 and rows <= _FEW_ROWS)
@@ -133,13 +130,13 @@ def packed_if_faster(model: LanguageModel, n_tokens: int, *, rows: int) -> Langu
             return model
         twin = PackedGPT(model, linear)
         return twin if twin_agrees("the packed model", *_logits(model, twin, weight.dtype)) else model
-    except (RuntimeError, AttributeError):  # a torch or a processor without it, or too little memory for a copy
+    except (RuntimeError, AttributeError):  # torch or the processor lacks it, or there is no memory for a copy
         return model
 
 
 @torch.no_grad()
 def _logits(model: GPT, twin: PackedGPT, dtype: torch.dtype) -> list[Tensor]:
-    """Logits (1, V) by both after the same few tokens; the model's mode is left as it was."""
+    """Logits (1, V) of both after the same few tokens; keeps the model's mode."""
     ids = torch.arange(min(8, model.config.block_size, model.config.vocab_size))[None]
     was_training = model.training
     model.eval()
@@ -150,15 +147,11 @@ def _logits(model: GPT, twin: PackedGPT, dtype: torch.dtype) -> list[Tensor]:
 
 
 def in_int8(model: LanguageModel) -> PackedGPT:
-    """A twin of an fp32 model with int8 matrices, for generating on a CPU.
-
-    Raises:
-        UsageError: not plain GPT-2, not on a CPU, or on one without instructions for int8.
-    """
+    """A twin with int8 matrices, for generating on a CPU; a UsageError if the model or the CPU is not made for it."""
     if not is_plain(model):
         raise UsageError(
             f"int8 is for plain GPT-2, this {type(model).__name__} (architecture {model.config.architecture!r}) is "
-            "not; use bf16."
+            "something else; use bf16."
         )
     if model.wte.weight.device.type != "cpu":
         raise UsageError(f"int8 is for CPUs, the model is on {model.wte.weight.device}; use bf16, or --device cpu.")

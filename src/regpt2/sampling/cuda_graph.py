@@ -1,7 +1,7 @@
 """One token at a time on a GPU. In: a GPT-2 and its cache; out: a step of fixed shapes, recorded and replayed.
 
-A small model's step is some two hundred kernels of a few microseconds, and starting one from Python takes longer than
-that. A CUDA graph starts all at once. Recording takes a few steps' time, where torch.compile takes a minute.
+A small model's step is about two hundred kernels of a few microseconds, and starting one from Python takes longer than
+that. A CUDA graph starts all at once. Recording takes as long as a few steps; torch.compile would take a minute.
 """
 
 import torch
@@ -18,7 +18,7 @@ _WORTH_RECORDING = 16  # tokens
 
 
 class _StaticLayer:
-    """One block's part of a cache: a new key goes to the place that `position` holds, `mask` hides those after it."""
+    """One block's part of a cache: a new key goes to the place in `position`, and `mask` hides later ones."""
 
     def __init__(self, k: Tensor, v: Tensor, position: Tensor, mask: Tensor) -> None:
         self.k, self.v, self.position = k, v, position  # two of (B, H, S, D), (1,)
@@ -32,9 +32,9 @@ class _StaticLayer:
 
 
 class StaticStep:
-    """The pass over one token of each sequence at a position that is a tensor: the same kernels at every position.
+    """A pass over one token of each sequence: the position is a tensor, so the kernels are the same at every position.
 
-    `k` and `v` are those of a KVCache, which holds the tokens before.
+    `k` and `v` belong to a KVCache, which holds the tokens before.
     """
 
     def __init__(self, model: GPT, k: Tensor, v: Tensor) -> None:  # k, v: (n_layer, B, H, S, D)
@@ -52,7 +52,7 @@ class StaticStep:
         return self.run()
 
     def run(self) -> Tensor:
-        """Logits (B, V) after `ids` at `position`, in place of what the cache has there."""
+        """Logits (B, V) after `ids` at `position`, whose keys and values are overwritten."""
         torch.le(self.places, self.position, out=self.seen)
         x = self.model.wte(self.ids) + self.model.wpe(self.position)  # (B, 1, C)
         for block, cache in zip(self.model.h, self.layers, strict=True):
@@ -61,23 +61,23 @@ class StaticStep:
 
 
 class RecordedStep(StaticStep):
-    """The same, recorded once: the logits are overwritten by the next step."""
+    """A step recorded once and replayed: the next step overwrites the logits."""
 
     def __init__(self, model: GPT, k: Tensor, v: Tensor, position: int) -> None:
         super().__init__(model, k, v)
-        self.position.fill_(position)  # what the cache gets here is written over by the first token
+        self.position.fill_(position)  # the first token overwrites what recording leaves in the cache
         with torch.cuda.device(k.device):
             self._record()
 
     def _record(self) -> None:
         aside, here = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # libraries set themselves up in the first runs, which cannot be recorded
+        with torch.cuda.stream(aside):  # libraries initialize in the first runs, which cannot be recorded
             for _ in range(2):
                 super().run()
         here.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
             self.logits = super().run()
 
     def run(self) -> Tensor:
@@ -86,7 +86,7 @@ class RecordedStep(StaticStep):
 
 
 def recorded_if_faster(model: LanguageModel, k: Tensor, v: Tensor, position: int, n_tokens: int) -> StaticStep | None:
-    """A recorded step where it is faster for `n_tokens` from `position` on: of a GPT-2, on a GPU."""
+    """A recorded step if it is faster for `n_tokens` from `position` on: for GPT-2, on a GPU."""
     if k.device.type != "cuda" or n_tokens < _WORTH_RECORDING or not may_have_twin(model):
         return None
     try:

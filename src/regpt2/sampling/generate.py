@@ -125,7 +125,8 @@ def generate(
     _check_prompt(model.config, prompt_ids, max_new_tokens)
     B, T = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
-    banned = _mask(never, model.config.vocab_size, ids.device)
+    banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=ids.device)  # (V,)
+    banned[list(never)] = True
     stopped = torch.zeros(B, dtype=torch.bool, device=ids.device)
     decoder = packed_if_faster(model, max_new_tokens, rows=B) if use_cache else model
     cache = _cache_for(decoder, B, ids.shape[1]) if use_cache else None
@@ -139,7 +140,8 @@ def generate(
             logits = step(ids[:, end - 1], end - 1) if step else _last_logits(decoder, ids[:, :end], cache)  # (B, V)
             if end == T and not logits.isfinite().all():
                 raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
-            new = next_token(_without(logits, banned), temperature, top_k, top_p, generator)  # (B,)
+            logits = logits.masked_fill(banned, -torch.inf) if never else logits
+            new = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
             if stop_id is not None:
                 new = new.masked_fill(stopped, stop_id)
                 stopped |= new == stop_id
@@ -151,19 +153,6 @@ def generate(
     finally:
         model.train(was_training)
     return ids
-
-
-def _mask(ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
-    """True at these ids: (V,); None if there are none."""
-    if not ids:
-        return None
-    mask = torch.zeros(vocab_size, dtype=torch.bool)
-    mask[list(ids)] = True
-    return mask.to(device)
-
-
-def _without(logits: Tensor, banned: Tensor | None) -> Tensor:  # (B, V), (V,) -> (B, V)
-    return logits if banned is None else logits.masked_fill(banned, -torch.inf)
 
 
 def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
@@ -208,12 +197,10 @@ def _check_prompt(config: GPTConfig, prompt_ids: Tensor, max_new_tokens: int) ->
     B, T = prompt_ids.shape
     if B < 1 or T < 1:
         raise UsageError(f"a prompt of {B} sequences x {T} tokens is empty; begin with <|endoftext|>.")
-    if config.block_size <= T:
-        raise UsageError(f"the prompt has {T:,} tokens, the model can take {config.block_size - 1:,}; shorten it.")
     if T + max_new_tokens > config.block_size:
         raise UsageError(
             f"{T:,} prompt tokens + {max_new_tokens:,} new ones = {T + max_new_tokens:,}, the model can take "
-            f"{config.block_size:,}; ask for at most {config.block_size - T:,} new ones, or shorten the prompt."
+            f"{config.block_size:,}; ask for at most {max(0, config.block_size - T):,} new ones, or shorten the prompt."
         )
     low, high = int(prompt_ids.min()), int(prompt_ids.max())
     if low < 0 or high >= config.vocab_size:

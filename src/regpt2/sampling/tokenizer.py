@@ -25,22 +25,21 @@ _META_MEND = (
 def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
     """The tokenizer that the model was trained with, and the texts of rows that were added to it.
 
-    `meta` is nanoGPT's `meta.pkl`, or its folder, with the characters that the model's ids are; by default it is looked
-    for beside the model.
+    `meta` is nanoGPT's `meta.pkl` with the characters of the ids, or its folder; the default is one beside the model.
 
     Raises:
-        CheckpointError: it is not known, is none of ours, or its vocabulary is another than ours of the same name.
-        DataError: `meta.pkl` is not there, or is not what nanoGPT writes.
+        CheckpointError: it is unknown, not supported, or has another vocabulary than ours of the same name.
+        DataError: `meta.pkl` is missing, or is not as nanoGPT writes it.
     """
     ref = _characters(loaded, meta) or loaded.tokenizer or _by_size(loaded)
     rows = loaded.model.config.vocab_size
     if ref.objection is not None:
-        insist = "If the weights were trained with GPT-2's all the same, take that file away."
+        insist = "If the weights were trained with GPT-2's tokenizer anyway, remove that file."
         raise CheckpointError(f"{loaded.source}: {ref.objection} {_WAYS_OUT} {insist}")
     if ref.name not in TOKENIZERS and ref.characters is None:
         known = " and ".join(TOKENIZERS)
         raise CheckpointError(
-            f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}, and only {known} are known. {_WAYS_OUT}"
+            f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}, regpt2 supports {known}. {_WAYS_OUT}"
         )
     tokenizer = _with_vocabulary(ref)
     if ref.fingerprint != tokenizer.fingerprint:
@@ -86,19 +85,19 @@ def vocabulary_of(loaded: LoadedModel, meta: Path | None = None) -> Vocabulary |
 
 
 def _by_size(loaded: LoadedModel) -> TokenizerRef:
-    """GPT-2's, for a model of its size that names none."""
+    """GPT-2's, for a model of its size that does not name a tokenizer."""
     rows = loaded.model.config.vocab_size
     if rows not in (GPT2_TOKENS, GPT2_ROWS):
         raise CheckpointError(
             f"{loaded.source} does not say which tokenizer it was trained with, and its {rows:,} tokens are "
             f"not GPT-2's {GPT2_TOKENS:,}. {_META_MEND} {_WAYS_OUT}"
         )
-    warn(f"{loaded.source} does not say which tokenizer it was trained with; taking GPT-2's, of the same size.")
+    warn(f"{loaded.source} does not say which tokenizer it was trained with; using GPT-2's, which has the same size.")
     return TokenizerRef("gpt2", VOCAB_SHA256, added=(None,) * (rows - GPT2_TOKENS))
 
 
 def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
-    """The characters of a model that does not hold them, by nanoGPT's `meta.pkl`."""
+    """The characters of a model that does not include them, from nanoGPT's `meta.pkl`."""
     ref, rows = loaded.tokenizer, loaded.model.config.vocab_size
     place = Path(split_activation(loaded.source)[0])
     if meta is None:
@@ -109,7 +108,7 @@ def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
         if not (place.exists() and meta.is_file()):
             if ref is None:
                 return None
-            raise CheckpointError(f"{loaded.source} does not hold the characters that its ids are. {_META_MEND}")
+            raise CheckpointError(f"{loaded.source} does not include the characters of its ids. {_META_MEND}")
     tokenizer = read_meta(meta / META_NAME if meta.is_dir() else meta)
     if ref is not None and ref.fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
@@ -120,7 +119,7 @@ def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
 
 
 def _with_vocabulary(ref: TokenizerRef) -> Tokenizer:
-    """From the characters, or for GPT-2's the merges, that came with the weights: so it needs no network."""
+    """Made from characters or GPT-2's merges beside the weights if possible: that needs no network."""
     if ref.characters is not None:
         return CharacterTokenizer(ref.characters)
     merges = ref.merges if isinstance(ref, Vocabulary) else None

@@ -15,7 +15,7 @@ from regpt2.training.ranks.strategy import shard_like
 
 NamedParameters = list[tuple[str, Tensor]]
 
-_FUSED_ON = ("cpu", "cuda")  # not "mps": its kernel does not look at found_inf, so a bad update would be made
+_FUSED_ON = ("cpu", "cuda")  # not "mps": its kernel ignores found_inf, so a bad update would be made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class MuonConfig:
     """
 
     lr: float = 0.025
-    """Peak learning rate: an update changes a matrix by about this much in each of its singular directions."""
+    """Peak learning rate: an update changes a matrix by about this much in each singular direction."""
     weight_decay: float = 0.05
     """Pulls those matrices towards zero."""
     momentum: float = 0.95
@@ -81,7 +81,7 @@ class OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must each be at least 0 and below 1.")
         if self.name not in plugins.entries("training.optim"):
-            plugins.load("training.optim", self.name)  # raises, with the names that there are
+            plugins.load("training.optim", self.name)  # raises, and lists the names
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -105,9 +105,9 @@ def build_optimizer(
     """The optimizer named in `config`, over all parameters of `model`.
 
     Args:
-        world: ranks that have the same weights and gradients, and may share the work of an update.
-        ordered: no bit may depend on their number: each makes the whole update.
-        compiled: what is many small kernels may be compiled.
+        world: ranks with the same weights and gradients, which may share the work of an update.
+        ordered: no bit may depend on the number of ranks, so each makes the whole update.
+        compiled: many small kernels may be compiled into one.
 
     Raises:
         ConfigError: this optimizer cannot work on shards of weights.
@@ -136,26 +136,26 @@ def parameter_groups(named_parameters: NamedParameters, config: OptimConfig) -> 
 
 
 def can_fuse(parameters: list[Tensor]) -> bool:
-    """Has their device one kernel for all of AdamW, which is told on the device whether to skip an update?"""
+    """True if every parameter's device has a fused AdamW that honors `found_inf`."""
     return all(p.device.type in _FUSED_ON and p.dtype.is_floating_point for p in parameters)
 
 
 def assign(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
-    """`old` takes the value of `new`, and keeps every bit where `skipped` is true: nobody waits for that number."""
+    """Copy `new` into `old`, unless `skipped` is true: then `old` keeps every bit. The host does not wait for it."""
     old.copy_(new if skipped is None else torch.where(skipped, old, new))
 
 
 def unused_options(config: OptimConfig, model: nn.Module) -> list[str]:
-    """A sentence for each option that was set and changes nothing, with this optimizer and this model."""
+    """A sentence for each option that was set but has no effect with this optimizer and this model."""
     ignored: tuple[str, ...] = plugins.load("training.optim", config.name).IGNORES
-    said = [
+    unused = [
         f"optim.{name} has no effect with optim.name = {config.name!r}."
         for name in ignored
         if getattr(config, name) != getattr(OptimConfig(), name)
     ]
     if config.head_lr and not any(name == "lm_head.weight" for name, _ in model.named_parameters()):
-        said.append("optim.head_lr has no effect: this model's head is its embedding (optim.embedding_lr).")
-    return said
+        unused.append("optim.head_lr has no effect: this model's head is its embedding (optim.embedding_lr).")
+    return unused
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -168,25 +168,21 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `state_tensors` gave, on each parameter's device.
-
-    Raises:
-        CheckpointError: state for another set of parameters, or of other shapes.
-    """
+    """Restore what `state_tensors` gave; a CheckpointError if it is of other parameters or shapes."""
     parameters = dict(model.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, kind = key.rsplit("/", 1)
         if name not in parameters:
             raise CheckpointError(
-                f"the optimizer state is of another model: it has {key!r}, the model has no {name!r}."
+                f"the optimizer state belongs to another model: it has {key!r}, the model has no {name!r}."
             )
         p = parameters[name]
         if value.dim() and value.shape != p.shape:
             raise CheckpointError(f"optimizer state {key!r} is {tuple(value.shape)}, expected {tuple(p.shape)}.")
         if value.dim():
             value = shard_like(value.to(p.device), p)
-        else:  # a counter of steps: beside the parameter for fused kernels only
+        else:  # a counter of steps: on the device for fused kernels only
             value = value.to(p.device) if optimizer.defaults.get("fused") else value.clone()
         found.setdefault(name, {})[kind] = value
     missing = sorted(set(parameters) - set(found)) if found else []

@@ -129,7 +129,7 @@ def test_what_does_not_exist_is_refused_with_the_four_kinds(
         (None, r"config\.json is missing"),
         ("{", r"config\.json is damaged: "),
         ("[1]", r"config\.json holds a JSON list, expected an object"),
-        ("{}", "is in no format that is known here"),
+        ("{}", "is in none of the known formats"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
@@ -141,9 +141,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | Non
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"x")
-    with pytest.raises(
-        CheckpointError, match=r"model\.pt is in no format that is known here \(gguf, huggingface, llmc, "
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.pt is in none of the known formats \(gguf, huggingface, llmc, "):
         load_model(tmp_path / "model.pt")
 
 
@@ -277,7 +275,7 @@ def test_a_log_folder_of_build_nanogpt_is_its_last_checkpoint(
     (tmp_path / "log" / "log.txt").write_text("0 train 10.9")
     assert has_seed(load_model(tmp_path / "log").model, 19072)
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'log'} holds 3 checkpoints. model_19072.pt is taken, of the last step" in said
+    assert f"{tmp_path / 'log'} holds 3 checkpoints. Loading model_19072.pt, of the last step" in said
 
 
 def test_checkpoints_without_numbers_are_named_and_not_guessed(tmp_path: Path) -> None:
@@ -287,7 +285,7 @@ def test_checkpoints_without_numbers_are_named_and_not_guessed(tmp_path: Path) -
     with pytest.raises(CheckpointError) as caught:
         load_model(tmp_path / "out")
     said = str(caught.value)
-    assert "holds 3 checkpoints: a.pt, best.pt, ckpt.pt. Name one of them as MODEL; the newest is" in said
+    assert "holds 3 checkpoints: a.pt, best.pt, ckpt.pt. Give one of them as MODEL; the newest is" in said
     assert said.endswith(f"{tmp_path / 'out' / 'best.pt'}.")
 
 

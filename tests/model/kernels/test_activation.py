@@ -187,7 +187,7 @@ def test_a_file_that_says_which_and_is_used_with_the_other_is_reported(
 ) -> None:
     native.write(random_gpt(EXACT), tmp_path, None)
     assert load_model(f"{tmp_path}:gelu_tanh").model.config.activation == "gelu_tanh"
-    assert f"{tmp_path} has activation = 'gelu'; its weights are used with 'gelu_tanh'" in capsys.readouterr().err
+    assert f"{tmp_path} has activation = 'gelu'; using 'gelu_tanh' instead" in capsys.readouterr().err
     (tmp_path / "a:gelu").mkdir()
     native.write(random_gpt(TANH), tmp_path / "a:gelu", None)
     assert load_model(tmp_path / "a:gelu").model.config.activation == "gelu_tanh"  # a folder of that name

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.model.files.contract import QUANTIZED
-from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels.activation import Activation
+from regpt2.model.language_model import SIZES, GPTConfig
 
 MOST_LAYERS = 1000  # GPT-3 has 96; a header must not make us build millions of empty ones
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal ones, saved as if they were weights
 
@@ -87,11 +86,7 @@ def read_array(file: IO[bytes], path: Path, dtype: str, shape: tuple[int, ...]) 
 def config_of(
     path: Path, sizes: Mapping[str, Any], dropout: float = 0.0, activation: Activation = "gelu_tanh"
 ) -> GPTConfig:
-    """The shape of a model, from the sizes in a file.
-
-    Raises:
-        CheckpointError: a size is missing, not a whole number, or impossible.
-    """
+    """The shape of a model from the sizes in a file; a CheckpointError if one is missing or impossible."""
     for name in SIZES:
         if type(sizes.get(name)) is not int:
             raise CheckpointError(f"{path}: {name} = {sizes.get(name)!r:.80}, expected a whole number.")

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError
 from regpt2.model.files.contract import QUANTIZED
-from regpt2.model.language_model import LanguageModel
-
-VOCABULARY = {"wte.weight", "lm_head.weight"}  # matrices with a row for each token, and rows of padding
-_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+from regpt2.model.language_model import SIZES, VOCABULARY, LanguageModel
 
 
 @torch.no_grad()
@@ -21,7 +18,7 @@ def load_into(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
         tensors: as `ModelFiles.tensors`: every parameter by its name, `wte.weight` of (vocab_size, n_embd).
 
     Raises:
-        CheckpointError: a tensor is missing, is none of the model's, or has another shape; nothing was copied.
+        CheckpointError: a tensor is missing, does not belong to the model, or has another shape; nothing was copied.
     """
     check_tensors(model, tensors)
     for name, place in _unpadded(model):
@@ -31,11 +28,7 @@ def load_into(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
 
 
 def check_tensors(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Compare names and shapes with the model's; it may be on the device "meta".
-
-    Raises:
-        CheckpointError: a tensor is missing, is none of the model's, or has another shape.
-    """
+    """Compare names and shapes with the model's, which may be on "meta"; raises as `load_into` does."""
     expected = dict(_unpadded(model))
     for name in sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"tensor {name} is missing: got {len(tensors)} tensors, expected {len(expected)}.")
@@ -43,7 +36,7 @@ def check_tensors(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"tensor {name} {list(tensors[name].shape)} belongs to no GPT of this shape.")
     for name, place in expected.items():
         if tensors[name].shape != place.shape:
-            sizes = ", ".join(f"{size} = {getattr(model.config, size)}" for size in _SIZES)
+            sizes = ", ".join(f"{size} = {getattr(model.config, size)}" for size in SIZES)
             got, wanted = list(tensors[name].shape), list(place.shape)
             raise CheckpointError(f"tensor {name} has shape {got}, expected {wanted} by the configuration: {sizes}.")
         if not tensors[name].is_floating_point() and tensors[name].dtype != torch.bool:
@@ -53,7 +46,7 @@ def check_tensors(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
 def tensors_of(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Every parameter by name, without padding rows: contiguous fp32, a view of the model where it can be.
 
-    `parameters`: a copy of the model's own by name, where those are not at hand whole.
+    `parameters`: a copy of the model's own by name, where those are sharded.
     """
     return {name: p.detach().to(torch.float32).contiguous() for name, p in _unpadded(model, parameters)}
 

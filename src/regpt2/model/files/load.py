@@ -1,7 +1,9 @@
 """A model by name. In: a run folder, a checkpoint, a file or folder of a known format, or `hf:gpt2`; out: a model."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,15 +32,6 @@ _PICKLE_FILES = [_PICKLE, f"{_PICKLE}.index.json", "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True)
-class _Use:
-    """How a model is wanted."""
-
-    device: str | torch.device
-    dtype: torch.dtype
-    activation: Activation | None
-
-
-@dataclass(frozen=True)
 class LoadedModel:
     """A model ready to use, in eval mode."""
 
@@ -52,7 +45,7 @@ class LoadedModel:
 
     @property
     def n_text_tokens(self) -> int:
-        """Tokens that text encodes to: without the rows that were added beyond the vocabulary, named or padding."""
+        """Tokens that text encodes to, without rows that were added to the vocabulary as names or padding."""
         rows = self.model.config.vocab_size
         if self.tokenizer is None:
             return GPT2_TOKENS if rows == GPT2_ROWS else rows
@@ -75,10 +68,10 @@ def load_model(
         DownloadError: the hub could not be reached, or has no such model.
     """
     spec, activation = split_activation(str(spec))
-    use = _Use(device, dtype, activation)
+    load = partial(_load_folder, device=device, dtype=dtype, asked=activation)
     if spec.startswith("hf:"):
         name = spec.removeprefix("hf:")
-        return _load_folder(_fetch(name), use, source=f"hf:{_repo_id(name)}")
+        return load(_fetch(name), source=f"hf:{_repo_id(name)}")
     folder = Path(spec)
     if not folder.exists():
         hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", spec) else ""
@@ -86,8 +79,8 @@ def load_model(
     if folder.name == "checkpoints" and not (folder / CONFIG).exists():
         folder = folder.parent
     if (folder / "checkpoints").is_dir():
-        return _load_run(folder, use)
-    return _load_folder(folder, use)
+        return _load_run(folder, load)
+    return load(folder)
 
 
 def _repo_id(name: str) -> str:
@@ -116,45 +109,46 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _load_run(run: Path, use: _Use) -> LoadedModel:
-    """The newest checkpoint that is whole; a bad one is named aloud and the one before it tried."""
+def _load_run(run: Path, load: Callable[[Path], LoadedModel]) -> LoadedModel:
+    """The newest checkpoint that is whole; a bad one causes a warning, and the one before it is tried."""
     folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         try:
             if not (folder / "manifest.json").exists():
-                raise CheckpointError(f"{folder} has no manifest.json: it was not written to its end.")
-            return _load_folder(folder, use)
+                raise CheckpointError(f"{folder} has no manifest.json: it was not written completely.")
+            return load(folder)
         except CheckpointError as error:
-            warn(f"{error} It is passed over, for the checkpoint before it.")
+            warn(f"{error} Trying the checkpoint before it.")
     raise CheckpointError(
         f"{run} holds no whole checkpoint: {len(folders)} in {run / 'checkpoints'}, none usable; "
-        "train further, or name another MODEL."
+        "train further, or give another MODEL."
     )
 
 
-def _load_folder(folder: Path, use: _Use, source: str | None = None) -> LoadedModel:
+def _load_folder(
+    folder: Path, device: str | torch.device, dtype: torch.dtype, asked: Activation | None, source: str | None = None
+) -> LoadedModel:
     verify_files(folder, (WEIGHTS, CONFIG))
     files = _read(folder)
     source = source or str(folder)
-    activation = choose_activation(source, files.config.activation, files.doubt, use.activation)
+    activation = choose_activation(source, files.config.activation, files.doubt, asked)
     files = replace(files, config=replace(files.config, activation=activation))
     try:
         _check_sizes(files)
-        with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
+        with torch.device("meta"):  # costs no time and no random numbers for weights that are replaced
             model = build_model(files.config)
         check_tensors(model, files.tensors)
-        model = model.to(use.dtype).to_empty(device=use.device)
+        model = model.to(dtype).to_empty(device=device)
         load_into(model, files.tensors)
         model.trained_seq_len = files.trained_seq_len
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     step = _STEP.fullmatch(folder.resolve().name)
-    source += f":{use.activation}" if use.activation else ""
+    source += f":{asked}" if asked else ""
     return LoadedModel(model.eval(), files.tokenizer, source, int(step.group(1)) if step else None)
 
 
 def _read(path: Path) -> ModelFiles:
-    """Through the entry of the shelf that recognizes the folder."""
     readers = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
     readers = {name: entry for name, entry in readers.items() if hasattr(entry, "read")}
     for entry in readers.values():
@@ -162,19 +156,13 @@ def _read(path: Path) -> ModelFiles:
             files: ModelFiles = entry.read(path)
             return files
     if path.is_dir():
-        read_json(path / CONFIG)  # if that is what is wrong, it says so
+        read_json(path / CONFIG)  # raises if this is what is wrong
     beside = f" Did you mean its folder, {path.parent}?" if (path.parent / CONFIG).is_file() else ""
-    raise CheckpointError(
-        f"{path} is in no format that is known here ({', '.join(readers)}); MODEL is {KINDS}.{beside}"
-    )
+    raise CheckpointError(f"{path} is in none of the known formats ({', '.join(readers)}); MODEL is {KINDS}.{beside}")
 
 
 def verify_files(folder: Path, names: tuple[str, ...]) -> None:
-    """Compare files with `manifest.json`, where the folder has one.
-
-    Raises:
-        CheckpointError: a file is missing, or differs in size or SHA-256.
-    """
+    """Compare files with `manifest.json`, if the folder has one; a CheckpointError if one is missing or differs."""
     if not (folder / "manifest.json").exists():
         return
     document = read_json(folder / "manifest.json")
@@ -195,9 +183,11 @@ def verify_files(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _check_sizes(files: ModelFiles) -> None:
-    """Refuse sizes that no model with these tensors has, before time and memory go into one of such sizes."""
+    """Refuse sizes that no model with these tensors can have, before they cost time and memory."""
     most = max((tensor.numel() for tensor in files.tensors.values()), default=0)
     limits = {"n_layer": len(files.tensors), "n_embd": most, "block_size": max(most, 1 << 20), "vocab_size": most}
     for name, limit in (limits | {"vocab_multiple": 65536}).items():
         if (got := getattr(files.config, name)) > limit:
-            raise CheckpointError(f"{name} = {got} cannot be: by its {len(files.tensors)} tensors at most {limit:,}.")
+            raise CheckpointError(
+                f"{name} = {got} is impossible with {len(files.tensors)} tensors, which allow at most {limit:,}."
+            )

@@ -1,4 +1,4 @@
-"""What the native formats say of a model. In: its configuration and tokenizer; out: JSON text, and back."""
+"""How the native formats describe a model. In: its configuration and tokenizer; out: JSON text, and back."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -8,58 +8,49 @@ from regpt2.base.errors import CheckpointError, ConfigError, did_you_mean
 from regpt2.model.architecture import config_class
 from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.files.safe_json import json_text
-from regpt2.model.language_model import GPTConfig
+from regpt2.model.language_model import SIZES, GPTConfig
 
 FORMAT, VERSION = "regpt2", 1
-_REQUIRED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def describe(config: GPTConfig, tokenizer: TokenizerRef | None, trained_seq_len: int | None = None) -> str:
     """The JSON text: the format, its version, the model's shape, its tokenizer, and how long its sequences were."""
-    document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": asdict(config)}
-    document |= {"tokenizer": describe_tokenizer(tokenizer)}
+    document = {"format": FORMAT, "version": VERSION, "model": asdict(config)}
+    document["tokenizer"] = describe_tokenizer(tokenizer)
     document |= {} if trained_seq_len is None else {"trained_seq_len": trained_seq_len}
     return json_text(document)
 
 
 def describe_tokenizer(tokenizer: TokenizerRef | None) -> dict[str, Any] | None:
-    """What a file says of a tokenizer, for `parse_tokenizer`."""
+    """What a file holds of a tokenizer, for `parse_tokenizer`."""
     if tokenizer is None:
         return None
-    said: dict[str, Any] = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
-    said |= {"added": list(tokenizer.added)} if tokenizer.added else {}
-    return said | ({} if tokenizer.characters is None else {"characters": tokenizer.characters})
+    document: dict[str, Any] = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+    document |= {"added": list(tokenizer.added)} if tokenizer.added else {}
+    return document | ({} if tokenizer.characters is None else {"characters": tokenizer.characters})
 
 
 def parse(place: Path, document: dict[str, Any]) -> tuple[GPTConfig, TokenizerRef | None, int | None]:
-    """What `describe` was given. `place` is the file, for messages.
-
-    Raises:
-        CheckpointError: it is from a later version of the format, or no possible model.
-    """
+    """What `describe` was given; `place` is for messages. A CheckpointError if no such model is possible."""
     if document.get("version") != VERSION:
         raise CheckpointError(
             f"{place} has version {document.get('version')!r} of the native format, expected {VERSION}; "
             "it needs another version of regpt2."
         )
     config = _config(place, document.get("model"))
-    return config, parse_tokenizer(place, document.get("tokenizer")), _trained(place, document, config.block_size)
-
-
-def _trained(place: Path, document: dict[str, Any], block_size: int) -> int | None:
-    trained = document.get("trained_seq_len")  # older files do not say it
-    if trained is not None and (type(trained) is not int or not 1 <= trained <= block_size):
+    trained = document.get("trained_seq_len")  # missing in older files
+    if trained is not None and (type(trained) is not int or not 1 <= trained <= config.block_size):
         raise CheckpointError(
-            f"{place}: trained_seq_len = {trained!r:.40} must be from 1 to model.block_size = {block_size:,}."
+            f"{place}: trained_seq_len = {trained!r:.40} must be from 1 to model.block_size = {config.block_size:,}."
         )
-    return trained
+    return config, parse_tokenizer(place, document.get("tokenizer")), trained
 
 
 def _config(place: Path, model: Any) -> GPTConfig:
     if not isinstance(model, dict):
         raise CheckpointError(f"{place} has no object 'model' with the model's shape.")
     try:
-        kind = config_class(model.get("architecture", "gpt2"))  # as before there were two
+        kind = config_class(model.get("architecture", "gpt2"))  # files from before there were two lack it
         _check_types(place, model, {field.name: type(field.default) for field in fields(kind)})
         return kind(**model)
     except ConfigError as error:
@@ -69,19 +60,15 @@ def _config(place: Path, model: Any) -> GPTConfig:
 def _check_types(place: Path, model: dict[str, Any], known: dict[str, type]) -> None:
     for key, value in model.items():
         if key not in known:
-            raise CheckpointError(f"{place}: model.{key} is no setting of a GPT{did_you_mean(key, known)}")
+            raise CheckpointError(f"{place}: model.{key} is not a setting of a GPT{did_you_mean(key, known)}")
         if type(value) is not known[key] and (type(value), known[key]) != (int, float):
             raise CheckpointError(f"{place}: model.{key} = {value!r} must be of type {known[key].__name__}.")
-    if missing := [key for key in _REQUIRED if key not in model]:
+    if missing := [key for key in SIZES if key not in model]:
         raise CheckpointError(f"{place}: model.{missing[0]} is missing.")
 
 
 def parse_tokenizer(place: Path, tokenizer: Any) -> TokenizerRef | None:
-    """What `describe_tokenizer` was given. `place` is the file, for messages.
-
-    Raises:
-        CheckpointError: it is another kind of value.
-    """
+    """What `describe_tokenizer` was given; a CheckpointError, with `place`, if it is something else."""
     if tokenizer is None:
         return None
     if isinstance(tokenizer, dict):

@@ -17,11 +17,7 @@ def _whole(digits: str) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: it is missing, too large, or holds no JSON object.
-    """
+    """The object in a JSON file; a CheckpointError if it is missing, too large, or holds no JSON object."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a model folder holds {CONFIG} beside {WEIGHTS}.")
     try:
@@ -31,11 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path, text: str) -> dict[str, Any]:
-    """The object in a JSON text that was read from `path`.
-
-    Raises:
-        CheckpointError: it holds no JSON object.
-    """
+    """The object in a JSON text that was read from `path`; a CheckpointError if it holds no JSON object."""
     try:
         value = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:

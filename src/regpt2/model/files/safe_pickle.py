@@ -1,9 +1,9 @@
 """A foreign PyTorch file (`.bin`, `.pt`). In: its path; out: its tensors, unpickled by a child process with limits.
 
-A pickle can hold code, and little of it can fill memory or a disk. So a child does all that looks inside the file:
-with `weights_only=True`, which builds tensors and nothing else, in bounded memory, time and space on disk. It hands
-plain tensors over as safetensors. Of a training checkpoint it hands over the model and its settings, which may be an
-object of a class that is not here: a stub takes its attributes, and no code of its own.
+A pickle can hold code, and a short one can fill memory or a disk. So only a child looks inside the file: with
+`weights_only=True`, which builds tensors and nothing else, in bounded memory, time and disk space. It returns plain
+tensors as safetensors. From a training checkpoint it returns the model and its settings. These may be an object of an
+unknown class: a stub takes its attributes, and runs none of its code.
 """
 
 import json
@@ -31,7 +31,7 @@ SPARE_S = 60.0  # beyond the time at the slowest speed that a disk may have
 SLOWEST_BYTES_PER_S = 20e6
 MOST_SETTINGS = 1_000_000  # characters; nanoGPT has 200, and a vocabulary of 65,536 characters 786,432
 STATE, CHECKPOINT, SETTINGS = "state", "checkpoint", "settings"
-FROM_OBJECT = "settings from an object"  # is it build-nanogpt's way to say the sizes?
+FROM_OBJECT = "settings from an object"  # whether they were, as in build-nanogpt
 _CONFIG_CLASSES = ("__main__.GPTConfig", "model.GPTConfig", "train_gpt2.GPTConfig")  # of build-nanogpt and its forks
 _ARRAYS = [  # of losses that were counted with NumPy, and of its generators' states
     *(f"numpy.{core}.multiarray.{maker}" for core in ("core", "_core") for maker in ("scalar", "_reconstruct")),
@@ -47,11 +47,7 @@ DTYPES = {
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict that `torch.save` wrote. Nothing in the file is run.
-
-    Raises:
-        CheckpointError, Problem: as `read_training_checkpoint`.
-    """
+    """The tensors of a state dict that `torch.save` wrote; raises as `read_training_checkpoint` does."""
     return _read(path, STATE)[0]
 
 
@@ -83,10 +79,10 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _run_child(path: Path, copy: Path, kind: str, timeout_s: float) -> str:
-    """Unpickle in a process of its own, which has no input and none of our open files. Empty, or what is wrong."""
-    said = copy.with_name("said")
+    """Unpickle in a process of its own, without input and without our open files. Returns an error, or ""."""
+    log = copy.with_name("log")
     command = [sys.executable, "-I", "-m", "regpt2.model.files.safe_pickle", str(path), str(copy), kind]
-    with open(said, "wb") as errors:
+    with open(log, "wb") as errors:
         try:
             code = subprocess.run(
                 command,
@@ -101,7 +97,7 @@ def _run_child(path: Path, copy: Path, kind: str, timeout_s: float) -> str:
             return _unreadable(f"reading it took more than {timeout_s:.0f} s")
     if code == 0:
         return ""
-    with open(said, "rb") as file:
+    with open(log, "rb") as file:
         lines = file.read(10_000).decode("utf-8", "replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "")
     return safe_text(last)[:1000] if code == 1 and last else _unreadable(f"its reader ended with code {code}")
@@ -113,14 +109,14 @@ def main() -> int:
     try:
         limit_this_process(path.stat().st_size)
         unpickle(path, copy, sys.argv[3])
-    except Exception as error:  # whatever it is, the parent needs one line
+    except Exception as error:  # of any kind: the parent needs one line
         sys.stderr.write(f"\n{refusal(error)}\n")
         return 1
     return 0
 
 
 def refusal(error: Exception) -> str:
-    """What an error says of the file, in one line to follow its name."""
+    """An error in one line, to be put after the name of the file."""
     if isinstance(error, CheckpointError):
         return str(error)
     told = str(error).partition(_ADVICE)[0].rpartition(_CAUSE)[2].rpartition(_WARNING)[2].split()
@@ -142,7 +138,7 @@ def _altered(why: str) -> CheckpointError:
 
 
 def limit_this_process(n_bytes: int) -> None:
-    """Bound what reading a file of so many bytes may take. Windows has no such limits: the time remains bounded."""
+    """Limit what reading a file of `n_bytes` may take. Windows has no such limits: there only the time is bounded."""
     torch.set_num_threads(1)
     if sys.platform == "win32":
         return
@@ -178,7 +174,7 @@ class _LeftOut:
 
 
 def unpickle(path: Path, copy: Path, kind: str = STATE) -> None:
-    """Write the tensors of `path` to `copy` as safetensors. For the child alone: what it raises is of every kind."""
+    """Write the tensors of `path` to `copy` as safetensors. For the child alone: it raises errors of any kind."""
     n_bytes = path.stat().st_size
     check_archive(path, n_bytes)
     stubs: list[Any] = [(_Settings, name) for name in _CONFIG_CLASSES] + [(_LeftOut, name) for name in _ARRAYS]
@@ -190,7 +186,7 @@ def unpickle(path: Path, copy: Path, kind: str = STATE) -> None:
 
 
 def check_archive(path: Path, n_bytes: int) -> None:
-    """Refuse an archive that is not as `torch.save` writes it: plain members, in all no larger than the file."""
+    """Refuse what `torch.save` would not write: compressed members, odd names, more bytes than the file has."""
     if not zipfile.is_zipfile(path):
         raise _damaged("its zip archive has no end")
     with zipfile.ZipFile(path) as archive:
@@ -204,20 +200,20 @@ def check_archive(path: Path, n_bytes: int) -> None:
             if not name.isprintable() or name.startswith("/") or {"..", "."} & set(name.split("/")) or "\\" in name:
                 raise _altered(f"{name!r:.80} in the archive leaves its folder")
         if sum(member.file_size for member in members) > n_bytes:
-            raise _altered("the archive says that it holds more bytes than it has")
+            raise _altered("the archive claims more bytes than it has")
         if bad := archive.testzip():
             raise _damaged(f"the CRC-32 of {bad!r:.80} in the archive differs")
 
 
 def plain_settings(checkpoint: Any) -> dict[str, Any]:
-    """The numbers and texts that a training checkpoint has beside its model: nanoGPT's `model_args`, or a `config`."""
+    """Numbers and texts beside the model of a training checkpoint: nanoGPT's `model_args`, or a `config`."""
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise CheckpointError(_without_settings(checkpoint))
     arguments, config = checkpoint.get("model_args"), checkpoint.get("config")
     from_object = not arguments and isinstance(config, _Settings)
     settings = vars(config) if from_object else arguments or config
     if not isinstance(settings, dict):
-        raise CheckpointError("does not say how large its model is: it has no 'model_args' and no 'config' beside it.")
+        raise CheckpointError("does not state the sizes of its model: it has no 'model_args' and no 'config'.")
     plain = {str(k): value for k, value in (checkpoint | settings).items() if type(value) in (int, float, bool, str)}
     if len(text := json.dumps(plain)) > MOST_SETTINGS:
         raise CheckpointError(f"has {len(text):,} characters of settings, at most {MOST_SETTINGS:,} are read.")
@@ -225,23 +221,21 @@ def plain_settings(checkpoint: Any) -> dict[str, Any]:
 
 
 def _without_settings(state: Any) -> str:
-    """What is wrong with a file that is no training checkpoint."""
-    if not isinstance(state, dict):
-        return f"holds a {type(state).__name__}, expected a training checkpoint: a dict with 'model' and 'model_args'."
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = ", ".join(repr(key)[:40] for key in list(state)[:8])
-        return f"is no training checkpoint: it has {keys or 'nothing'}, expected 'model' and beside it 'model_args'."
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = ", ".join(repr(key)[:40] for key in list(state)[:8]) if isinstance(state, dict) else ""
+        kind = f"a {type(state).__name__} with {keys or 'no keys'}"
+        return f"is no training checkpoint: {kind}, expected a dict with 'model' and 'model_args'."
     return (
-        f"holds {len(state):,} tensors and no settings: their shapes do not say n_head. Save {{'model': tensors, "
+        f"holds {len(state):,} tensors and no settings: their shapes do not tell n_head. Save {{'model': tensors, "
         "'model_args': {'n_layer': ..., 'n_head': ...}} as nanoGPT does, or, with the names and the orientation of "
         "Hugging Face, call it pytorch_model.bin and write a config.json beside it."
     )
 
 
 def plain_tensors(state: Any, n_bytes: int) -> dict[str, Tensor]:
-    """The state dict, if it holds dense tensors by name that are all there in a file of `n_bytes`."""
+    """The state dict, if it holds dense tensors by name, none larger than a file of `n_bytes` can hold."""
     if not isinstance(state, dict):
-        raise CheckpointError(f"holds more than tensors: a {type(state).__name__} in place of a dict of them; {_MEND}")
+        raise CheckpointError(f"holds more than tensors: a {type(state).__name__} instead of a dict; {_MEND}")
     if len(state) > MAX_MEMBERS:
         raise CheckpointError(f"holds {len(state):,} tensors, at most {MAX_MEMBERS:,} are read.")
     tensors: dict[str, Tensor] = {}
@@ -249,7 +243,7 @@ def plain_tensors(state: Any, n_bytes: int) -> dict[str, Tensor]:
     room = 2 * n_bytes  # tied weights are in the file once and here twice
     for name, value in state.items():
         if not isinstance(name, str) or not TENSOR_NAME.fullmatch(name):
-            raise CheckpointError(f"holds {name!r:.80}, which is no name of a tensor; {_MEND}")
+            raise CheckpointError(f"holds {name!r:.80}, which is not a name of a tensor; {_MEND}")
         if type(value) not in (Tensor, nn.Parameter):
             kind = "an array of NumPy" if isinstance(value, _LeftOut) else f"of type {type(value).__name__}"
             raise CheckpointError(f"holds more than tensors: {name} is {kind}; {_MEND}")

@@ -18,11 +18,7 @@ DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"} 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing, cut short, or no safetensors file.
-    """
+    """The tensors of a safetensors file; a CheckpointError if it is missing, cut short, or no safetensors file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a model folder holds {WEIGHTS} beside {CONFIG}.")
     try:
@@ -35,12 +31,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse what the library lets pass: a long header, odd names, types that no GPT has. It checks sizes and places.
-
-    Raises:
-        CheckpointError: a tensor is quantized.
-        ValueError, RecursionError: the header is none.
-    """
+    """Refuse what the library accepts: a long header, odd names, types that no GPT has. It checks sizes itself."""
     header = _header(path)
     for name, value in header.items() if isinstance(header, dict) else ():
         dtype = str(value.get("dtype")) if isinstance(value, dict) else None

@@ -1,7 +1,7 @@
 """The tokenizer's files in a Hugging Face folder. In: the folder; out: GPT-2's vocabulary, proven, and its files.
 
-Ids mean nothing without the tokenizer that a model was trained with, and 50,257 rows are no proof of GPT-2's. So every
-file that is there must describe GPT-2's: model, ids, merges, no normalizer, its way to split, no space put in front.
+Ids mean nothing without the tokenizer that a model was trained with, and 50,257 rows do not prove that it is GPT-2's.
+So every file that is there must describe GPT-2's: model, ids, merges, no normalizer, its split, no space in front.
 `tokenizer.json` must also give known ids for known sentences, where the package `tokenizers` is installed.
 """
 
@@ -26,30 +26,24 @@ from regpt2.model.files.vocabulary import (
     token_texts,
 )
 
-FAST, IDS, MERGES, SETTINGS, ADDED = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "added_tokens.json",
-)
-FILES = (FAST, IDS, MERGES, SETTINGS)  # that are written
+FAST, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+IDS, MERGES = "vocab.json", "merges.txt"
+FILES = (FAST, IDS, MERGES, SETTINGS)  # that `write_tokenizer` writes
 END_OF_TEXT_ID = GPT2_TOKENS - 1
 
-# Vocabularies of other kinds of tokenizers.
 _OTHERS = {"vocab.txt": "wordpiece", "*.model": "sentencepiece", "*.spm": "sentencepiece", "*.tiktoken": "tiktoken"}
 _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _CHANGED_TEXT = ("add_prefix_space", "do_lower_case")
 _CHANGED_MERGING = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 _CHANGED_SPLIT = ("lstrip", "rstrip", "single_word")
-_SPLIT = (("type", None), ("add_prefix_space", True), ("use_regex", True))  # and what is meant where it is left out
+_SPLIT = (("type", None), ("add_prefix_space", True), ("use_regex", True))  # with the default of each
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 # GPT-2's ids, by tiktoken: contractions, capitals, digits, runs of white space, accents in both forms, signs that a
 # normalizer would replace, scripts, an emoji of three characters, the end of text.
 KNOWN: tuple[tuple[str, list[int]], ...] = (
     ("Hello, I'm a language model", [15496, 11, 314, 1101, 257, 3303, 2746]),
-    ("it.\n\nThe", [270, 13, 198, 198, 464]),  # alone to show whether text is split at all
+    ("it.\n\nThe", [270, 13, 198, 198, 464]),  # the only one that shows whether text is split at all
     ("  two spaces, then\n\n\ta tab \n", [220, 734, 9029, 11, 788, 628, 197, 64, 7400, 220, 198]),
     (
         "THEY'LL pay $3,14159265 (2024)",
@@ -78,7 +72,7 @@ class _Another(Exception):
 def read_tokenizer(folder: Path, rows: int) -> TokenizerRef | None:
     """Which tokenizer lies beside the weights of a model with `rows` tokens; None if there is none.
 
-    GPT-2's comes with its merges, where they are at hand, and the texts of added rows; any other with the objection.
+    GPT-2's has its merges, if a file holds them, and the texts of added rows; any other has an objection.
     """
     try:
         return _gpt2(folder, rows)
@@ -99,19 +93,14 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, block_size: int) -> No
     write_atomic(folder / MERGES, vocabulary.merges or b"")
     write_atomic(folder / IDS, json.dumps(ids))
     write_json(folder / FAST, _fast(ids, merges_of(vocabulary), special))
-    write_json(
-        folder / SETTINGS,
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": block_size,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-            "added_tokens_decoder": {str(n): flags for n, flags in special.items()},
-        },
-    )
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        **dict.fromkeys(("add_prefix_space", "clean_up_tokenization_spaces"), False),
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        "added_tokens_decoder": {str(n): flags for n, flags in special.items()},
+    }
+    write_json(folder / SETTINGS, settings)
 
 
 def _special(text: str) -> dict[str, Any]:
@@ -119,22 +108,18 @@ def _special(text: str) -> dict[str, Any]:
 
 
 def _fast(ids: Mapping[str, int], merges: list[str], special: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """What `tokenizer.json` holds."""
+    """The content of `tokenizer.json`."""
     model = {
         "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
+        **dict.fromkeys(("dropout", "unk_token")),
+        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
+        **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
         "vocab": ids,
         "merges": merges,
     }
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding")),
         "added_tokens": [{"id": n, **flags} for n, flags in special.items()],
         "normalizer": None,
         "pre_tokenizer": _BYTE_LEVEL,
@@ -145,11 +130,7 @@ def _fast(ids: Mapping[str, int], merges: list[str], special: Mapping[int, dict[
 
 
 def _gpt2(folder: Path, rows: int) -> Vocabulary | None:
-    """GPT-2's tokenizer, proven by each file that is there.
-
-    Raises:
-        _Another: one of them is damaged, or describes another.
-    """
+    """GPT-2's tokenizer, proven by each file that is there; raises `_Another` where one is damaged or not GPT-2's."""
     settings, added = _Settings(folder), _Added(rows)
     settings.check()
     added.take(folder / ADDED, ((n, text) for text, n in _object(folder / ADDED).items()))
@@ -176,7 +157,7 @@ class _Added:
         self.rows, self.texts = rows, {END_OF_TEXT_ID: END_OF_TEXT}
 
     def take(self, file: Path, texts: Iterable[tuple[Any, Any]]) -> None:
-        """Add what `file` says, ids with texts. A token without a row, which the model cannot mean, is passed over."""
+        """Add ids with texts from `file`. A token without a row in the model is ignored."""
         for n, text in texts:
             if type(n) is not int or not isinstance(text, str):
                 raise _Another(file, f"has a token {text!r:.80} with the id {n!r:.40}")
@@ -188,13 +169,13 @@ class _Added:
 
 
 class _Settings:
-    """What `tokenizer_config.json` says, and `config.json` where it is silent."""
+    """The content of `tokenizer_config.json`, and of `config.json` for what it lacks."""
 
     def __init__(self, folder: Path) -> None:
         self.file, self.said, self.model = folder / SETTINGS, _object(folder / SETTINGS), _object(folder / CONFIG)
 
     def check(self) -> None:
-        """Refuse another class of tokenizer, and what changes the text before it is encoded."""
+        """Refuse another class of tokenizer, and settings that change the text before it is encoded."""
         name = self.said.get("tokenizer_class") or self.model.get("tokenizer_class")
         if name is not None and name not in _CLASSES:
             file = self.file if self.said.get("tokenizer_class") else self.file.with_name(CONFIG)
@@ -204,7 +185,6 @@ class _Settings:
                 raise _Another(self.file, f"has {key} = {self.said[key]!r:.80}, expected false")
 
     def added(self) -> list[tuple[Any, Any]]:
-        """Ids with texts."""
         tokens = self.said.get("added_tokens_decoder") or {}
         if not isinstance(tokens, dict) or not all(n.isdecimal() and len(n) < 10 for n in tokens):
             raise _Another(self.file, "has no object of ids in added_tokens_decoder")
@@ -212,7 +192,7 @@ class _Settings:
 
 
 def _text_of(file: Path, token: Any) -> Any:
-    """The text of an added token that is only that: no white space beside it belongs to it."""
+    """The text of an added token, which must not take white space beside it."""
     if not isinstance(token, dict) or "content" not in token:
         raise _Another(file, f"has an added token {token!r:.80}")
     if flags := [flag for flag in _CHANGED_SPLIT if token.get(flag)]:
@@ -265,7 +245,7 @@ def _by_description(file: Path, fast: dict[str, Any], added: _Added) -> Vocabula
 
 
 def _kinds(part: Any) -> str:
-    """The types that a part of `tokenizer.json` is made of, in short."""
+    """The types within a part of `tokenizer.json`, in short."""
     return ", ".join(re.findall(r'"type": "(\w+)"', json.dumps(part)))[:120] or json.dumps(part)[:120]
 
 
@@ -279,7 +259,7 @@ def _check_known_sentences(file: Path, text: str) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         found = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence, _ in KNOWN]
-    except Exception as error:  # whatever it has against the file
+    except Exception as error:  # the package raises errors of many kinds
         raise _Another(file, f"is refused by the package tokenizers ({str(error).strip()[:200]})") from None
     for (sentence, expected), ids in zip(KNOWN, found, strict=True):
         if ids != expected:
@@ -300,7 +280,7 @@ def _read(file: Path) -> str:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file. A model_max_length of 1e30 is usual."""
+    """The object in a JSON file; empty if there is no file. Not `read_json`: a model_max_length of 1e30 is common."""
     if not file.exists():
         return {}
     try:

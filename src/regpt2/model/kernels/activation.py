@@ -1,7 +1,7 @@
-"""The two forms of GELU. In: MODEL as it was typed, and what its file says; out: the form to use, and a word about it.
+"""The two forms of GELU. In: MODEL as it was typed, and what its file states; out: the form to use, with a warning.
 
-GELU is x times the share of the normal distribution below x: by erf, or as GPT-2 has it, by a tanh that comes near it.
-A model that was trained with one and is used with the other has logits that are off by a thousandth of the largest.
+GELU is x times the share of the normal distribution below x: by erf, or in GPT-2 by a tanh that approximates it.
+A model trained with one and used with the other has logits that are off by a thousandth of the largest.
 """
 
 from pathlib import Path
@@ -22,21 +22,17 @@ def split_activation(spec: str) -> tuple[str, Activation | None]:
 
 
 def choose_activation(source: str, stated: Activation, doubt: str | None, asked: Activation | None) -> Activation:
-    """The form that was asked for, else the one that the file states, or that is taken in doubt; aloud if it is unsure.
+    """The form that was asked for, else the one that the file states or that is likely; a warning if it is unsure.
 
     Args:
         source: the model's name, for messages.
         stated: what the file says, or what is likely.
-        doubt: a sentence, where the file does not say it.
+        doubt: a sentence, where the file does not state it.
         asked: what `split_activation` found.
     """
     if asked is None and doubt is not None:
-        warn(f"{source} {doubt} If it has the other one, give {source}:{other_activation(stated)} as MODEL.")
+        other = "gelu" if stated == "gelu_tanh" else "gelu_tanh"
+        warn(f"{source} {doubt} If it has the other one, give {source}:{other} as MODEL.")
     if asked not in (None, stated) and doubt is None:
-        warn(f"{source} has activation = {stated!r}; its weights are used with {asked!r}, as MODEL asks.")
+        warn(f"{source} has activation = {stated!r}; using {asked!r} instead, as MODEL asks.")
     return asked or stated
-
-
-def other_activation(activation: Activation) -> Activation:
-    """Of the two, the one that this is not."""
-    return "gelu" if activation == "gelu_tanh" else "gelu_tanh"

@@ -1,11 +1,11 @@
 """Causal attention. In: queries, keys, values (B, H, T, D); out: what each token gathers from itself and those before.
 
-The mathematics is softmax(q k^T / sqrt(D)) v with the future masked, and other documents too where a mask says so;
-which kernel does it depends on the device.
+It computes softmax(q k^T / sqrt(D)) v with the future masked, and with a mask also other documents. The kernel depends
+on the device.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 _BLOCK = 256  # queries at a time: of 128, 256 and 512 the fastest at T=1024 with and without gradient
 _FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
 _PLANS = ("cuda",)  # devices where torch may take cuDNN's attention
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WINDOW_MULTIPLE = 256  # without gradients only such lengths are worth a plan: those of whole windows
 
 DocumentMask = Tensor | BlockMask
@@ -40,7 +41,7 @@ def causal_attention(
         assert not dropout_p, "FlexAttention has no dropout"
         return flex_attention(q, k, v, block_mask=mask)
     T, S = q.shape[2], k.shape[2]
-    if torch.compiler.is_exporting():  # one graph for every T: its value must decide nothing
+    if torch.compiler.is_exporting():  # one graph for every T: no branch may depend on it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     small = T <= _BLOCK or q.dtype == torch.bfloat16
     if q.device.type == "cpu" and T > 1 and (small or mask is not None):
@@ -51,28 +52,22 @@ def causal_attention(
     as_it_comes = q.device.type in _PLANS and not is_worth_a_plan(T, S, with_gradient=torch.is_grad_enabled())
     with (
         _small_products(on=q.device.type == "cpu" and T == 1),
-        without_plans() if as_it_comes else nullcontext(),
+        sdpa_kernel(_WITHOUT_PLANS) if as_it_comes else nullcontext(),
     ):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
 
 
 def is_worth_a_plan(T: int, S: int, *, with_gradient: bool) -> bool:
-    """May torch take cuDNN's attention here? It is the fastest on Hopper, but plans each new shape for 40 to 70 ms.
+    """May torch use cuDNN's attention? It is the fastest on Hopper, but needs 40 to 70 ms to plan each new shape.
 
-    Training has one shape. Evaluations and generation meet hundreds; of these, whole windows are worth it.
+    Training has one shape. Evaluations and generation have hundreds; of these only whole windows are worth it.
     """
     return with_gradient or (T == S and T % _WINDOW_MULTIPLE == 0)
 
 
-def without_plans() -> AbstractContextManager[None]:
-    """Attention within by kernels that take any shape as it comes."""
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(kernels)
-
-
 @contextmanager
 def _small_products(*, on: bool) -> Iterator[None]:
-    """fp32 products on a CPU not through oneDNN, whose every call costs more than a vector's product."""
+    """fp32 products on a CPU without oneDNN, where a call costs more than the product of a vector."""
     if not on or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
         yield
         return
@@ -105,7 +100,7 @@ def document_mask(documents: Tensor, T: int) -> DocumentMask:
 
 
 def _takes_flex(documents: Tensor, T: int) -> bool:
-    """FlexAttention computes no block of keys that nobody sees. Uncompiled it is slower than a plain mask."""
+    """FlexAttention skips blocks of keys that no query sees. Uncompiled it is slower than a plain mask."""
     is_compiled_on_gpu = documents.device.type == "cuda" and torch.compiler.is_compiling()
     return is_compiled_on_gpu and documents.shape[1] == T and T % _FLEX_BLOCK == 0
 

@@ -115,43 +115,6 @@ def _scaled(d_hidden: Tensor, d_sum: Tensor) -> Tensor:
     return (d_hidden.to(d_sum.dtype) * d_sum).to(d_hidden.dtype)
 
 
-@torch.library.custom_op("regpt2::linear_cross_entropy", mutates_args=())
-def _opaque_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    softcap: float,
-    chunk_tokens: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the sum, on a GPU: one operator for the compiler, whole with its gradients."""
-    return _in_chunks(hidden, weight, targets, vocab_size, softcap, chunk_tokens, with_gradient)
-
-
-@_opaque_loss.register_fake
-def _shapes(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Gradients:
-    with_gradient = settings[-1]
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    d_hidden, d_weight = (hidden.shape, weight.shape) if with_gradient else ((0,), (0,))
-    return hidden.new_empty((), dtype=wide), hidden.new_empty(d_hidden), hidden.new_empty(d_weight, dtype=wide)
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-    _, d_hidden, d_weight = output
-    ctx.save_for_backward(d_hidden, d_weight)
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[1].dtype
-
-
-def _backward(ctx: Any, d_sum: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    d_hidden, d_weight = ctx.saved_tensors
-    return _scaled(d_hidden, d_sum), (d_weight * d_sum).to(ctx.dtype), None, None, None, None, None
-
-
-_opaque_loss.register_autograd(_backward, setup_context=_keep_gradients)
-
-
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -177,6 +140,33 @@ def _in_chunks(
             torch.mm(logits, weight, out=d_hidden[start : start + chunk_tokens])
             _add_product(d_weight, logits, rows)
     return loss_sum, d_hidden, d_weight
+
+
+# On a GPU: one operator for the compiler, whole with its gradients.
+_opaque_loss = torch.library.custom_op("regpt2::linear_cross_entropy", _in_chunks, mutates_args=())
+
+
+@_opaque_loss.register_fake
+def _shapes(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Gradients:
+    with_gradient = settings[-1]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    d_hidden, d_weight = (hidden.shape, weight.shape) if with_gradient else ((0,), (0,))
+    return hidden.new_empty((), dtype=wide), hidden.new_empty(d_hidden), hidden.new_empty(d_weight, dtype=wide)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    _, d_hidden, d_weight = output
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[1].dtype
+
+
+def _backward(ctx: Any, d_sum: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    d_hidden, d_weight = ctx.saved_tensors
+    return _scaled(d_hidden, d_sum), (d_weight * d_sum).to(ctx.dtype), None, None, None, None, None
+
+
+_opaque_loss.register_autograd(_backward, setup_context=_keep_gradients)
 
 
 def _add_product(d_weight: Tensor, d_logits: Tensor, rows: Tensor) -> None:

@@ -10,10 +10,10 @@ _WORTH = 1 << 20  # elements: below, the bookkeeping (0.1 ms) costs more than th
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, to the bit. On a CPU the backward pass makes again what the function's last step took in.
+    """`function(x)`, to the bit. On a CPU the backward pass recomputes the input of the function's last step.
 
-    That last step itself is not repeated: for `linear(gelu(x))` it is the GELU alone. torch.compile, which the GPU is
-    for, decides by itself what to keep. The function draws no random numbers.
+    That last step itself is not repeated: for `linear(gelu(x))` it is the GELU alone. torch.compile
+    decides by itself what to keep. The function draws no random numbers.
     """
     if x.device.type != "cpu" or x.numel() < _WORTH or torch.compiler.is_compiling():
         return function(x)

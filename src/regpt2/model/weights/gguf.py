@@ -4,7 +4,7 @@ Magic, version, keys with values, the list of tensors, and from the next multipl
 are stored in the chosen type; norms, biases and positions stay F32. The tokenizer is inside.
 """
 
-import importlib
+import importlib.util
 import math
 import struct
 from dataclasses import dataclass, replace
@@ -32,6 +32,12 @@ MOST_HEADER_BYTES = 16 << 20  # GPT-2's, which holds its vocabulary, has 1.9 MB
 BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: one fp16 scale, 32 int8
 TENSOR_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 8, "bf16": 30}
 FILE_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 7, "bf16": 32}
+SIZE_KEYS = {
+    "block_size": "gpt2.context_length",
+    "n_embd": "gpt2.embedding_length",
+    "n_layer": "gpt2.block_count",
+    "n_head": "gpt2.attention.head_count",
+}
 KIND, SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
@@ -54,7 +60,7 @@ _BLOCK_NAMES = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's numbers stand: bytes from the start of the data, their type and shape."""
+    """Where a tensor's numbers are: bytes from the start of the data, their type and shape."""
 
     offset: int
     kind: int
@@ -72,11 +78,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in the file, its weights as fp32.
-
-    Raises:
-        CheckpointError: it is cut short or damaged, of another architecture, or has weights of another type.
-    """
+    """The model in the file, its weights as fp32."""
     with open(path, "rb") as file:
         cursor = Cursor(file.read(MOST_HEADER_BYTES), path)
         cursor.take(len(MAGIC))
@@ -101,14 +103,12 @@ def read(path: Path) -> ModelFiles:
 
 
 def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
-    """Write the file.
-
-    Raises:
-        UsageError: Q8_0, and a row is not made of whole blocks.
-    """
+    """Write the file; a UsageError if its type is Q8_0 and a row does not consist of whole blocks."""
     config = model.config
     if dtype == "q8_0" and config.n_embd % BLOCK:
-        raise UsageError(f"q8_0 has blocks of {BLOCK} weights, and n_embd = {config.n_embd} is no multiple of it.")
+        raise UsageError(
+            f"q8_0 stores blocks of {BLOCK} weights, and n_embd = {config.n_embd} is not a multiple of {BLOCK}."
+        )
     keys = _keys(model, vocabulary, dtype)
     head = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors_of(model)), len(keys)), *keys]
     places: list[tuple[Tensor, _Place]] = []
@@ -129,15 +129,12 @@ def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "f
 
 
 def client_logits(path: Path, ids: Tensor) -> Tensor | None:
-    """What llama.cpp computes with the file: the log probabilities of the next token. Without a tokenizer it stops."""
+    """Log probabilities of the next token by llama.cpp, which cannot read a file without a tokenizer."""
     with open(path, "rb") as file:
-        has_tokenizer = b"tokenizer.ggml.tokens" in file.read(MOST_HEADER_BYTES)
-    try:
-        xllamacpp: Any = importlib.import_module("xllamacpp")
-    except ImportError:
+        has_tokenizer = TOKENS.encode() in file.read(MOST_HEADER_BYTES)
+    if not has_tokenizer or importlib.util.find_spec("xllamacpp") is None:
         return None
-    if not has_tokenizer:
-        return None
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.verbosity, params.warmup = str(path), -1, False
     params.n_ctx, params.n_parallel, params.n_gpu_layers = ids.shape[1] + 1, 1, 0
@@ -146,7 +143,7 @@ def client_logits(path: Path, ids: Tensor) -> Tensor | None:
     server = xllamacpp.Server(params)
     rows = []
     for prompt in ids.tolist():
-        # It leaves out the probabilities of a token that is half a character: so it must choose one that is whole.
+        # It reports no probabilities beside a token that is half a character, so it has to draw one that is whole.
         request = {"prompt": prompt, "max_tokens": 1, "logprobs": MOST_TOKENS, "logit_bias": [[A_WHOLE_TOKEN, 1e4]]}
         (token,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
         rows.append([found["logprob"] for found in sorted(token["top_logprobs"], key=lambda found: found["id"])])
@@ -154,30 +151,28 @@ def client_logits(path: Path, ids: Tensor) -> Tensor | None:
 
 
 def _keys(model: GPT, vocabulary: Vocabulary | None, dtype: str) -> list[bytes]:
-    """What llama.cpp must know of the model and its tokenizer, and our own name of the tokenizer."""
+    """What llama.cpp needs to know of the model and its tokenizer, and our own name of the tokenizer."""
     config = model.config
     keys = [
         _key("general.architecture", _TEXT, "gpt2"),
         _key("general.name", _TEXT, "GPT-2"),
         _key("general.file_type", _U32, FILE_TYPES[dtype]),
         _key("general.alignment", _U32, ALIGNMENT),
-        _key("gpt2.context_length", _U32, config.block_size),
-        _key("gpt2.embedding_length", _U32, config.n_embd),
-        _key("gpt2.block_count", _U32, config.n_layer),
+        *(_key(SIZE_KEYS[size], _U32, getattr(config, size)) for size in ("block_size", "n_embd", "n_layer")),
         _key("gpt2.feed_forward_length", _U32, 4 * config.n_embd),
-        _key("gpt2.attention.head_count", _U32, config.n_head),
+        _key(SIZE_KEYS["n_head"], _U32, config.n_head),
         _key("gpt2.attention.layer_norm_epsilon", _F32, 1e-5),
         _key("gpt2.vocab_size", _U32, config.vocab_size),
     ]
     if vocabulary is not None:
-        keys.append(_key("regpt2.tokenizer.name", _TEXT, vocabulary.name))
-        keys.append(_key("regpt2.tokenizer.fingerprint", _TEXT, vocabulary.fingerprint))
+        note = {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint}
+        keys += [_key(f"regpt2.tokenizer.{name}", _TEXT, text) for name, text in note.items()]
     texts = token_texts(vocabulary)
     if vocabulary is None or texts is None or len(texts) + len(vocabulary.added) != config.vocab_size:
         return [*keys, _key(KIND, _TEXT, "none")]
     end = len(texts) - 1
     types = [NORMAL] * end + [CONTROL] + [UNUSED if text is None else CONTROL for text in vocabulary.added]
-    # A row without a text has a name all the same, as by llama.cpp's own converter.
+    # A row without a text needs a name too; this is what llama.cpp's own converter writes.
     texts += [f"[PAD{n}]" if text is None else text for n, text in enumerate(vocabulary.added, start=len(texts))]
     return [
         *keys,
@@ -186,9 +181,7 @@ def _keys(model: GPT, vocabulary: Vocabulary | None, dtype: str) -> list[bytes]:
         _array(TOKENS, _TEXT, texts),
         _array(TOKEN_TYPES, _I32, types),
         _array(MERGES, _TEXT, merges_of(vocabulary)),
-        _key("tokenizer.ggml.bos_token_id", _U32, end),
-        _key("tokenizer.ggml.eos_token_id", _U32, end),
-        _key("tokenizer.ggml.unknown_token_id", _U32, end),
+        *(_key(f"tokenizer.ggml.{role}_token_id", _U32, end) for role in ("bos", "eos", "unknown")),
         _key("tokenizer.ggml.add_bos_token", _BOOL, False),
     ]
 
@@ -215,7 +208,6 @@ def _aligned(n_bytes: int) -> int:
 
 
 def _encoded(tensor: Tensor, kind: int) -> bytes:
-    """The numbers of a tensor in a type of GGUF."""
     if kind == TENSOR_TYPES["q8_0"]:
         return _quantized(tensor)
     dtype = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}[kind]
@@ -244,7 +236,7 @@ def _read_tensor(file: IO[bytes], path: Path, place: _Place) -> Tensor:
 
 def _read_keys(cursor: Cursor, n_keys: int) -> dict[str, Any]:
     keys: dict[str, Any] = {}
-    for _ in range(n_keys):  # each takes bytes, so that the header's end ends this
+    for _ in range(n_keys):  # each takes bytes, so a huge number fails at the end of the header
         name = cursor.text(cursor.value("Q"))
         if name in keys:
             raise damaged(cursor.path, f"the key {name!r:.80} twice")
@@ -255,7 +247,7 @@ def _read_keys(cursor: Cursor, n_keys: int) -> dict[str, Any]:
 
 
 def _read_list(cursor: Cursor, keep: bool) -> list[Any] | None:
-    """A list of texts or numbers, if it is to be kept; else only where it ends is found."""
+    """A list of texts or numbers; None if it is not needed, and only its end had to be found."""
     kind, n = cursor.value("I"), cursor.value("Q")
     if kind in _NUMBERS:
         data = cursor.take(n * struct.calcsize("<" + _NUMBERS[kind]))
@@ -294,7 +286,7 @@ def _read_places(cursor: Cursor, n_tensors: int) -> dict[str, _Place]:
         if 0 in shape:
             raise damaged(cursor.path, f"the tensor {name!r:.80} is empty")
         if kind == TENSOR_TYPES["q8_0"] and (not shape or shape[-1] % BLOCK):
-            raise damaged(cursor.path, f"the Q8_0 tensor {name!r:.80} has no whole blocks")
+            raise damaged(cursor.path, f"the Q8_0 tensor {name!r:.80} ends within a block")
         places[name] = _Place(offset, kind, shape)
     return places
 
@@ -302,32 +294,24 @@ def _read_places(cursor: Cursor, n_tensors: int) -> dict[str, _Place]:
 def _check_places(path: Path, places: dict[str, _Place], n_bytes: int) -> None:
     """Refuse tensors beyond the file's end, and more of them than it has bytes."""
     for name, place in places.items():
-        if place.offset + place.n_bytes > n_bytes:
-            raise damaged(
-                path, f"the tensor {name!r:.80} ends {place.offset + place.n_bytes - n_bytes:,} bytes too late"
-            )
+        if (beyond := place.offset + place.n_bytes - n_bytes) > 0:
+            raise damaged(path, f"the tensor {name!r:.80} ends {beyond:,} bytes after the end of the file")
     if sum(place.n_bytes for place in places.values()) > n_bytes:
         raise damaged(path, "its tensors overlap")
 
 
 def _config(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
-    """The sizes of the model but its vocabulary's, if it is a GPT-2."""
+    """The sizes of the model, without its vocabulary's, if it is a GPT-2."""
     if keys.get("general.architecture") != "gpt2":
         raise CheckpointError(f"{path} holds a {keys.get('general.architecture')!r:.80}, expected a 'gpt2'.")
     epsilon = keys.get("gpt2.attention.layer_norm_epsilon")
     if not isinstance(epsilon, float) or not math.isclose(epsilon, 1e-5, rel_tol=1e-6):
         raise CheckpointError(f"{path}: layer_norm_epsilon = {epsilon!r:.40}, expected 1e-05.")
-    names = {
-        "n_layer": "block_count",
-        "n_head": "attention.head_count",
-        "n_embd": "embedding_length",
-        "block_size": "context_length",
-    }
-    return {ours: keys.get(f"gpt2.{theirs}") for ours, theirs in names.items()}
+    return {size: keys.get(key) for size, key in SIZE_KEYS.items()}
 
 
 def _tokenizer(path: Path, keys: dict[str, Any], rows: int) -> TokenizerRef | None:
-    """By the tokenizer in the file, else by our own note; None where there is neither."""
+    """From the tokenizer in the file, or else from our own note; None if there is neither."""
     kind, split, merges = keys.get(KIND), keys.get(SPLIT), _list(keys, MERGES)
     name, fingerprint = keys.get("regpt2.tokenizer.name"), keys.get("regpt2.tokenizer.fingerprint")
     if isinstance(name, str) and isinstance(fingerprint, str) and (name != "gpt2" or not merges):
@@ -336,7 +320,7 @@ def _tokenizer(path: Path, keys: dict[str, Any], rows: int) -> TokenizerRef | No
         return None
     found, texts = gpt2_tokenizer([str(merge) for merge in merges]), [str(text) for text in _list(keys, TOKENS)]
     if kind != "gpt2" or split not in (None, "gpt-2"):
-        why = f"of kind {kind!r:.80} and splits text as {split!r:.80}, expected 'gpt2' and 'gpt-2'"
+        why = f"of kind {kind!r:.80} and splits text by {split!r:.80}, expected 'gpt2' and 'gpt-2'"
     elif found is None or not is_gpt2_order(texts[:GPT2_TOKENS]):
         why = "of other tokens or merges, or has them in another order"
     else:

@@ -1,7 +1,7 @@
 """The Hugging Face format. In: a folder as `transformers` writes it; out: a model's files, and back, without it.
 
-Written so that `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` take the folder as it is. Their names have the
-prefix `transformer.`, and their Conv1D keeps a weight as (in, out) where nn.Linear has (out, in).
+`AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` accept a written folder as it is. Their names have the prefix
+`transformer.`, and their Conv1D stores a weight as (in, out) where nn.Linear has (out, in).
 """
 
 import importlib
@@ -17,7 +17,7 @@ from torch import Tensor
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.files import write_atomic
 from regpt2.model.files.binary import drop_equal_head, own_weights
-from regpt2.model.files.contract import CONFIG, QUANTIZED, TORCH_DTYPES, WEIGHTS, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.contract import CONFIG, QUANTIZED, TORCH_DTYPES, WEIGHTS, ModelFiles, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.native_config import describe_tokenizer, parse_tokenizer
 from regpt2.model.files.safe_json import peek_json, read_json, write_json
@@ -37,7 +37,7 @@ PREFIX = "transformer."
 _SHARD = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
-# By the name of a size: GPT-2's own key of config.json, and the one that other models have, as transformers reads both.
+# For each size GPT-2's own key of config.json, and the key of other models: transformers reads both.
 _KEYS = {
     "n_layer": ("n_layer", "num_hidden_layers"),
     "n_head": ("n_head", "num_attention_heads"),
@@ -45,14 +45,14 @@ _KEYS = {
     "block_size": ("n_positions", "max_position_embeddings"),
     "vocab_size": ("vocab_size",),
 }
-# All of transformers' names for the two forms of GELU; the one that is written first. gelu_10 and others are neither.
+# Transformers' names for the two forms of GELU, of each the one that we write first. gelu_10 and others are neither.
 _GELUS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
     **dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
     "gelu_python": "gelu",
 }
-# What our GPT-2 is, by key of config.json: the values that it can stand for, the default of transformers first.
+# Keys of config.json and the values of them that are our GPT-2, the default of transformers first.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": tuple(_GELUS),
@@ -72,14 +72,12 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in folder `path`: one file or shards, safetensors or pickled, 16-bit weights as fp32.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the model is no GPT-2.
-    """
+    """The model in folder `path`: one file or shards, safetensors or pickled, 16-bit weights as fp32."""
     document = read_json(path / CONFIG)
     config = _config(path / CONFIG, document)
-    tokenizer = _tokenizer(path, config.vocab_size, document.get("regpt2"))
+    ours = document.get("regpt2")  # the note of our own export; files of another tokenizer may have been added since
+    note = ours.get("tokenizer") if isinstance(ours, dict) else None
+    tokenizer = read_tokenizer(path, config.vocab_size) or parse_tokenizer(path / CONFIG, note)
     return ModelFiles(config, _our_tensors(path, _read_raw(path), document.get("architectures")), tokenizer)
 
 
@@ -91,9 +89,8 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = 
     }
     write_atomic(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
     eot = None if vocabulary is None else vocabulary.eot
-    write_json(
-        folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
-    )
+    generation = {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
+    write_json(folder / "generation_config.json", generation)
     if vocabulary is not None and vocabulary.merges is not None:
         write_tokenizer(folder, vocabulary, model.config.block_size)
     dtype_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
@@ -117,23 +114,17 @@ def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str,
     document: dict[str, Any] = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
+        **{size: getattr(config, size) for size in ("n_layer", "n_head", "n_embd")},
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
         "vocab_size": config.vocab_size,
         "activation_function": next(name for name, form in _GELUS.items() if form == config.activation),
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
         "tie_word_embeddings": True,
     }
-    if vocabulary is not None:  # for our own reading; transformers keeps what it does not know
+    if vocabulary is not None:  # read by us alone; transformers keeps unknown keys
         document["regpt2"] = {"tokenizer": describe_tokenizer(vocabulary)}
     return document
 
@@ -144,15 +135,12 @@ def _config(place: Path, document: dict[str, Any]) -> GPTConfig:
         method = got.get("quant_method") if isinstance(got, dict) else got
         raise CheckpointError(f"{place}: quantization_config of {method!r:.80}: {QUANTIZED}")
     for key, supported in _SUPPORTED.items():
-        got, kind = document.get(key, supported[0]), type(supported[0])
-        expected = " or ".join(map(repr, supported[:2]))
-        if type(got) is not kind:
+        got, expected = document.get(key, supported[0]), " or ".join(map(repr, supported[:2]))
+        if type(got) is not type(supported[0]) or got not in supported:
             raise CheckpointError(
-                f"{place}: {key} = {got!r:.80} is of type {type(got).__name__}, expected {expected}, "
-                f"of type {kind.__name__}; correct it, or leave the key out."
+                f"{place}: {key} = {got!r:.80}, expected {expected} of type {type(supported[0]).__name__}; correct the "
+                "key or leave it out, unless this is another model than GPT-2."
             )
-        if got not in supported:
-            raise CheckpointError(f"{place}: {key} = {got!r:.80}, expected {expected}: it is another model than GPT-2.")
     sizes: dict[str, Any] = {name: _size(place, document, name) for name in _KEYS}
     if document.get("n_inner") not in (None, inner := 4 * sizes["n_embd"]):
         raise CheckpointError(f"{place}: n_inner = {document['n_inner']}, this GPT-2 has 4 x n_embd = {inner}.")
@@ -167,9 +155,9 @@ def _config(place: Path, document: dict[str, Any]) -> GPTConfig:
 
 
 def _size(place: Path, document: dict[str, Any], name: str) -> int:
-    """A size of the model; where the configuration leaves it out, GPT-2's."""
+    """A size of the model; where the configuration leaves it out, GPT-2's value."""
     given = {key: document[key] for key in _KEYS[name] if key in document}
-    if not given and name == "block_size" and "n_ctx" in document:  # all that the oldest files have
+    if not given and name == "block_size" and "n_ctx" in document:  # the oldest files have only this
         given = {"n_ctx": document["n_ctx"]}
     for key, value in given.items():
         if type(value) is not int:
@@ -180,25 +168,15 @@ def _size(place: Path, document: dict[str, Any], name: str) -> int:
     return int(next(iter(given.values()), getattr(GPTConfig, name)))
 
 
-def _tokenizer(folder: Path, rows: int, ours: Any) -> TokenizerRef | None:
-    """By the tokenizer's files beside the weights, else by our own export's note; None where there is neither.
-
-    Whoever changes an export keeps the note, and writes files of the tokenizer that now is the model's.
-    """
-    if (found := read_tokenizer(folder, rows)) is not None:
-        return found
-    return parse_tokenizer(folder / CONFIG, ours.get("tokenizer") if isinstance(ours, dict) else None)
-
-
 def _read_raw(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder, as they are there: of the same files that transformers would take."""
+    """All tensors of the folder as stored, from the same files that transformers would take."""
     for name, read_file in {WEIGHTS: read_tensors, PICKLE: read_pickled}.items():
         if (folder / name).exists():
             return read_file(folder / name)
         if (folder / f"{name}.index.json").exists():
             return _read_shards(folder / f"{name}.index.json", read_file)
     raise CheckpointError(
-        f"{folder} holds no weights: none of {WEIGHTS}, {PICKLE}, and neither's .index.json with its shards."
+        f"{folder} holds no weights: expected {WEIGHTS} or {PICKLE}, or the .index.json of either with its shards."
     )
 
 
@@ -217,13 +195,13 @@ def _read_shards(index: Path, read_file: Callable[[Path], dict[str, Tensor]]) ->
 
 
 def _our_tensors(folder: Path, raw: dict[str, Tensor], architectures: Any) -> dict[str, Tensor]:
-    """By GPT's names, in its orientation, in fp32; without masks, and without a head that only repeats `wte`."""
+    """With GPT's names and orientation, in fp32; without masks, and without a head that only repeats `wte`."""
     tensors = own_weights(folder, raw)
     for name in tensors:
         if name.split(".")[0] not in ("wte", "wpe", "h", "ln_f", "lm_head"):
             raise CheckpointError(
-                f"{folder}: tensor {name} is no language model's: it was saved as {architectures!r:.80}, expected "
-                "GPT2LMHeadModel or GPT2Model. To use it as a language model, save its `transformer` alone."
+                f"{folder}: tensor {name} is not part of a language model: it was saved as {architectures!r:.80}, "
+                "expected GPT2LMHeadModel or GPT2Model. To use it as a language model, save its `transformer` alone."
             )
     drop_equal_head(folder, tensors)
     return {name: tensor.T if name.endswith(_CONV1D) else tensor for name, tensor in tensors.items()}

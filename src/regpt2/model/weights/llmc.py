@@ -42,11 +42,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in the file, or in the folder's `model.bin`; bf16 as fp32.
-
-    Raises:
-        CheckpointError: it is cut short, of another version, or of impossible sizes.
-    """
+    """The model in the file, or in the folder's `model.bin`; bf16 as fp32."""
     path = _file(path)
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")

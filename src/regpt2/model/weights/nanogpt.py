@@ -14,20 +14,20 @@ import torch
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import atomic_file
-from regpt2.model.files.binary import SIZES, begins_with, config_of, drop_equal_head, own_weights
-from regpt2.model.files.contract import CONFIG, ModelFiles, TokenizerRef, Vocabulary
+from regpt2.model.files.binary import begins_with, config_of, drop_equal_head, own_weights
+from regpt2.model.files.contract import CONFIG, GPT2_ROWS, GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.safe_pickle import FROM_OBJECT, read_training_checkpoint
 from regpt2.model.gpt import GPT
 from regpt2.model.kernels.activation import GELU_FORMS, Activation
+from regpt2.model.language_model import SIZES
 
 FILES: tuple[str, ...] = ()
 DTYPES = ("fp32",)
 ACTIVATION = "gelu"
 MAGIC = b"PK\x03\x04"
 DATASET = "characters"
-CHARACTERS_NOTE = f"nanoGPT's sample.py reads them from data/{DATASET}/meta.pkl: copy the data's meta.pkl to there."
-GPT2_TOKENS, GPT2_ROWS = 50257, 50304  # they give the padded size as the vocabulary's
+CHARACTERS_NOTE = f"nanoGPT's sample.py reads them from data/{DATASET}/meta.pkl: copy the data's meta.pkl there."
 _NUMBERED = re.compile(r"[A-Za-z_-]*(\d+)\.pt")
 
 
@@ -37,12 +37,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in the file, or in the newest of a folder. Weights become fp32, missing biases zeros; of 50304 tokens
-    GPT-2's 50257 are taken.
-
-    Raises:
-        CheckpointError: it is damaged, holds code, or is no GPT-2.
-    """
+    """The model in the file, or in the newest of a folder, in fp32, without padding rows; missing biases are zeros."""
     path = _newest(path) if path.is_dir() else path
     raw, settings = read_training_checkpoint(path)
     rows, dropout = settings.get("vocab_size"), settings.get("dropout")
@@ -59,11 +54,10 @@ def read(path: Path) -> ModelFiles:
         tensors |= {name.removesuffix("weight") + "bias": torch.zeros(len(tensors[name])) for name in weights}
     if "wte.weight" in tensors:
         tensors["wte.weight"] = tensors["wte.weight"][: config.vocab_size]
-    name, fingerprint = settings.get("tokenizer"), settings.get("tokenizer_fingerprint")
-    known = isinstance(name, str) and isinstance(fingerprint, str)
-    characters = settings.get("characters")
-    characters = characters if isinstance(characters, str) else None
-    tokenizer = TokenizerRef(str(name), str(fingerprint), characters=characters) if known else None
+    keys = ("tokenizer", "tokenizer_fingerprint", "characters")
+    name, fingerprint, characters = (one if isinstance(one := settings.get(key), str) else None for key in keys)
+    known = name is not None and fingerprint is not None
+    tokenizer = TokenizerRef(name, fingerprint, characters=characters) if known else None
     return ModelFiles(config, tensors, tokenizer, doubt=doubt)
 
 
@@ -75,7 +69,7 @@ def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "f
     checkpoint: dict[str, Any] = {
         "model": state | {"transformer.wte.weight": wte, "lm_head.weight": wte},
         "model_args": {name: getattr(model.config, name) for name in (*SIZES, "dropout")} | {"bias": True},
-        "activation": model.config.activation,  # for our own reading; nanoGPT has the exact one
+        "activation": model.config.activation,  # read by us alone; nanoGPT has the exact one
     }
     if vocabulary is not None:
         checkpoint |= {"tokenizer": vocabulary.name, "tokenizer_fingerprint": vocabulary.fingerprint}
@@ -87,23 +81,18 @@ def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "f
 
 def _activation(path: Path, settings: dict[str, Any]) -> tuple[Activation, str | None]:
     """The form of GELU, and a warning if the file does not name it."""
-    said = settings.get("activation")
-    if said is not None and said not in GELU_FORMS:
-        raise CheckpointError(f"{path}: activation = {said!r:.80}, expected {' or '.join(GELU_FORMS)}.")
-    if said is not None:
-        return said, None
+    if (stated := settings.get("activation")) is not None:
+        if stated not in GELU_FORMS:
+            raise CheckpointError(f"{path}: activation = {stated!r:.80}, expected {' or '.join(GELU_FORMS)}.")
+        return stated, None
     ours = "tokenizer_fingerprint" in settings  # from before we had the exact one
     if ours or settings[FROM_OBJECT] or "bias" not in settings:  # build-nanogpt; nanoGPT before 2023-01-27
         return "gelu_tanh", None
-    return "gelu", "does not say which GELU it has: the exact one is taken, as nanoGPT has it since May 2023."
+    return "gelu", "does not say which GELU it has: the exact one is taken, as in nanoGPT since May 2023."
 
 
 def _newest(folder: Path) -> Path:
-    """The checkpoint in nanoGPT's out_dir, or in build-nanogpt's log the one of the last step.
-
-    Raises:
-        CheckpointError: there are several, without numbers.
-    """
+    """The checkpoint in nanoGPT's out_dir; of several, as in build-nanogpt's log, the one with the highest number."""
     paths = _checkpoints(folder)
     if len(paths) == 1:
         return paths[0]
@@ -112,15 +101,15 @@ def _newest(folder: Path) -> Path:
         names = ", ".join(sorted(path.name for path in paths))
         newest = max(paths, key=lambda path: path.stat().st_mtime)
         raise CheckpointError(
-            f"{folder} holds {len(paths)} checkpoints: {names:.200}. Name one of them as MODEL; the newest is {newest}."
+            f"{folder} holds {len(paths)} checkpoints: {names:.200}. Give one of them as MODEL; the newest is {newest}."
         )
     path = of_step[max(of_step)]
-    warn(f"{folder} holds {len(paths)} checkpoints. {path.name} is taken, of the last step; name another as MODEL.")
+    warn(f"{folder} holds {len(paths)} checkpoints. Loading {path.name}, of the last step; else give another as MODEL.")
     return path
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """None beside a config.json, which says another format."""
+    """None beside a config.json, which is the sign of another format."""
     if (folder / CONFIG).exists():
         return []
     return [path for path in folder.glob("*.pt") if begins_with(path, MAGIC)]

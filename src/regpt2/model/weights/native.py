@@ -29,11 +29,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in folder `path`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or from a later version of the format.
-    """
+    """The model in folder `path`."""
     config, tokenizer, trained_seq_len = parse(path / CONFIG, read_json(path / CONFIG))
     return ModelFiles(config, read_tensors(path / WEIGHTS), tokenizer, trained_seq_len)
 

@@ -30,11 +30,7 @@ MOST_BYTES = 2_000_000_000
 
 
 def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
-    """Write `model.onnx`, for every batch and every length up to block_size.
-
-    Raises:
-        UsageError: the packages that this needs are not installed.
-    """
+    """Write `model.onnx` for every batch and length; a UsageError if a package for it is not installed."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise UsageError(f"onnx needs the package {missing[0]}; install it with: pip install 'regpt2[onnx]'")
     unpadded = build_model(replace(model.config, vocab_multiple=1)).eval()

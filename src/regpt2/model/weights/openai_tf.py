@@ -1,4 +1,4 @@
-"""The checkpoints that OpenAI published. In: their folder (models/124M); out: a model's files. They are only read.
+"""The checkpoints that OpenAI published. In: their folder (models/124M); out: a model's files. It is only read.
 
 A TensorFlow V2 checkpoint, without TensorFlow: `model.ckpt.index` is a table in LevelDB's format from names to type,
 shape, place and checksum, each in protocol buffers; `model.ckpt.data-00000-of-00001` has the numbers, `hparams.json`
@@ -49,22 +49,18 @@ class _Entry:
 
 
 def matches(path: Path) -> bool:
-    """Does the folder have the sizes and the index?"""
+    """Does the folder hold the sizes and the index?"""
     return (path / HPARAMS).is_file() and (path / INDEX).is_file()
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in folder `path`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the model is no GPT-2.
-    """
+    """The model in folder `path`."""
     sizes = read_json(path / HPARAMS)
     config = config_of(path / HPARAMS, {ours: sizes.get(theirs) for ours, theirs in _SIZES.items()})
     entries = _read_index(path / INDEX)
     data = path / DATA
     if not data.is_file():
-        raise CheckpointError(f"{data} is missing; it stands beside {INDEX}.")
+        raise CheckpointError(f"{data} is missing; it belongs beside {INDEX}.")
     ends = [entry.offset + entry.n_bytes for entry in entries.values()]
     described = max(sum(entry.n_bytes for entry in entries.values()), *ends, 0)
     if described > data.stat().st_size:
@@ -81,12 +77,10 @@ def read(path: Path) -> ModelFiles:
 
 
 def _tokenizer(vocab: Path) -> TokenizerRef | None:
-    """By `vocab.bpe`, which serves as the vocabulary if it is GPT-2's."""
     if not vocab.is_file():
         return None
     fingerprint = sha256_file(vocab)
-    merges = vocab.read_bytes() if fingerprint == GPT2_SHA256 else None
-    return Vocabulary("gpt2", fingerprint, merges=merges)
+    return Vocabulary("gpt2", fingerprint, merges=vocab.read_bytes() if fingerprint == GPT2_SHA256 else None)
 
 
 def _our_name(path: Path, name: str) -> str:
@@ -115,7 +109,7 @@ def _read_index(path: Path) -> dict[str, _Entry]:
     footer = Cursor(data[-FOOTER_BYTES:], path)
     if data[-8:] != MAGIC.to_bytes(8, "little"):
         raise damaged(path, "it does not end as a table of TensorFlow does")
-    footer.varint(), footer.varint()  # where a second index is, which is empty
+    footer.varint(), footer.varint()  # the place of a second index, which is empty
     entries: dict[str, _Entry] = {}
     for _, handle in _block(path, data, footer.varint(), footer.varint()):
         place = Cursor(handle, path)
@@ -131,7 +125,7 @@ def _read_index(path: Path) -> dict[str, _Entry]:
 
 
 def _block(path: Path, data: bytes, offset: int, n_bytes: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a block. A key is given as the length that it shares with the one before it, and the rest."""
+    """Keys and values of a block. A key is stored as the length that it shares with the one before it, and the rest."""
     cursor = Cursor(data, path)
     cursor.take(offset)
     content, kind, checksum = cursor.take(n_bytes), cursor.take(1), cursor.value("I")
@@ -141,7 +135,7 @@ def _block(path: Path, data: bytes, offset: int, n_bytes: int) -> Iterator[tuple
         raise CheckpointError(f"{path} is compressed (kind {kind[0]}), expected a plain index, as OpenAI's are.")
     if len(content) < 4:
         raise damaged(path, f"its block at {offset:,} has no end")
-    n_restarts = int.from_bytes(content[-4:], "little")  # where whole keys stand, to search by: not needed
+    n_restarts = int.from_bytes(content[-4:], "little")  # places of whole keys, for searching: not needed
     block = Cursor(content[: max(0, len(content) - 4 * (n_restarts + 1))], path)
     key = b""
     while block.at < len(block.data):
@@ -160,12 +154,10 @@ def _fields(path: Path, message: bytes) -> Iterator[tuple[int, int | bytes]]:
         match tag & 7:
             case 0:
                 yield tag >> 3, cursor.varint()
-            case 1:
-                yield tag >> 3, cursor.value("Q")
+            case 1 | 5 as kind:
+                yield tag >> 3, cursor.value("Q" if kind == 1 else "I")
             case 2:
                 yield tag >> 3, cursor.take(cursor.varint())
-            case 5:
-                yield tag >> 3, cursor.value("I")
             case kind:
                 raise damaged(path, f"a field of kind {kind}")
 
@@ -175,8 +167,7 @@ def _numbers(path: Path, message: int | bytes) -> dict[int, int]:
 
 
 def _check_header(path: Path, message: bytes) -> None:
-    """Of the whole: one file of numbers, the lowest byte first."""
-    header = _numbers(path, message)
+    header = _numbers(path, message)  # 1: number of data files; 2: not 0 where the highest byte comes first
     if header.get(1, 0) != 1 or header.get(2, 0) != 0:
         raise CheckpointError(f"{path}: {header.get(1, 0)} data files, expected 1, of little-endian numbers.")
 

@@ -26,11 +26,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFiles:
-    """The model in the file, 16-bit weights as fp32.
-
-    Raises:
-        CheckpointError: it is damaged, or from a later version of the format.
-    """
+    """The model in the file, 16-bit weights as fp32."""
     raw = read_tensors(path)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
     config, tokenizer, trained_seq_len = parse(path, parse_json(path, peek_metadata(path, FORMAT) or ""))

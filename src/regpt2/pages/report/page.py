@@ -40,6 +40,7 @@ _PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+_NOTHING = Html()
 _MADE = '<p>Made from metrics.jsonl of {name} with SHA-256 <span class="hash">{sha256}</span></p>'
 
 
@@ -57,14 +58,16 @@ def page(records: Sequence[Record]) -> Html:
     )
 
 
-def document(title: str, *, headline: str, kind: str, summary: str, parts: Sequence[Html], made: Html) -> Html:
-    """A page with its head and its foot around these parts."""
+def document(
+    title: str, *, headline: str, kind: str, summary: str, parts: Sequence[Html], made: Html = _NOTHING, css: str = ""
+) -> Html:
+    """A page with its head and its foot around these parts; `css` is added to the style of every page."""
     return fill(
         _PAGE,
         title=title,
         headline=headline,
         kind=kind,
-        css=Html(PAGE_CSS.read_text(encoding="utf-8")),
+        css=Html(PAGE_CSS.read_text(encoding="utf-8") + css),
         summary=summary,
         main=join(part for part in parts if part),
         made=made,
