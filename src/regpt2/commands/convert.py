@@ -47,7 +47,7 @@ def convert(options: ConvertOptions) -> float:
 
     Raises:
         UsageError: no such format or type, one that cannot hold this model, or `dst` holds something.
-        CheckpointError: the source is no readable GPT-2, or what was written is not the same model.
+        CheckpointError: the source is not a readable GPT-2, or the written model differs.
     """
     export = plan_export(options.src, options.dst, options.to, options.dtype, replace=options.force)
     loaded = load_model(options.src)

@@ -174,7 +174,7 @@ def _figures_of(name: str, x: Tensor) -> TensorFigures:
 
 
 def parts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Parameters of each part that there is. Each counts once, a tied head with the embeddings, and no padding row."""
+    """Parameters of each part of the model: a tied head counts with the embeddings, padding rows do not count."""
     counts = {part: sum(tensors[name].numel() for name in tensors if mark in name) for part, mark in PARTS.items()}
     return {part: n for part, n in counts.items() if n}
 
@@ -196,7 +196,7 @@ def neighbors(wte: Tensor, tokenizer: Tokenizer, words: Sequence[str] | None) ->
         return []
     lengths = wte.norm(dim=1)  # (V,)
     cosines = (wte @ wte[chosen].T) / (lengths[:, None] * lengths[chosen]).clamp(min=1e-12)  # (V, chosen)
-    cosines[chosen, range(len(chosen))] = -torch.inf  # itself is no neighbor
+    cosines[chosen, range(len(chosen))] = -torch.inf  # a token is not its own neighbor
     values, nearest = (found.T.tolist() for found in cosines.topk(min(N_NEAREST, len(wte) - 1), dim=0))
     return [
         Neighbors(_shown(tokenizer, token), [(_shown(tokenizer, i), value) for i, value in zip(row, cos, strict=True)])
@@ -205,7 +205,7 @@ def neighbors(wte: Tensor, tokenizer: Tokenizer, words: Sequence[str] | None) ->
 
 
 def _shown(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text in one line: its spaces are to be seen, a part of a character is bytes."""
+    """A token as text on one line, with visible spaces; part of a character is shown as bytes."""
     text = tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")
     return safe_text(text).replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣")
 
@@ -223,7 +223,7 @@ def attention(model: LanguageModel, tokenizer: Tokenizer, prompt: str | None) ->
 
 @torch.no_grad()
 def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) -> (L, H, T, T)
-    """How much each token takes from each, in every head of every layer."""
+    """How much each token attends to each, in every head of every layer."""
     maps: list[Tensor] = []
 
     def look(attn: Any, given: tuple[Any, ...]) -> None:  # before each layer's attention begins
@@ -242,9 +242,9 @@ def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) 
 def attention_weights(
     attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: modern.Rotation | None = None
 ) -> Tensor:  # (1, T, C) -> (H, T, T)
-    """softmax(q k^T / sqrt(D)) in full, which the kernels that the model uses never write down."""
+    """softmax(q k^T / sqrt(D)) in full; the kernels that the model uses never store it."""
     if type(attn) not in (gpt.CausalSelfAttention, modern.CausalSelfAttention):
-        raise UsageError(f"attention maps are for this package's attention, this model's is a {type(attn).__name__}.")
+        raise UsageError(f"attention maps need this package's attention, this model's is a {type(attn).__name__}.")
     T = x.shape[1]
     q, k, _ = attn.c_attn(x).chunk(3, dim=2)  # three of (1, T, C)
     q, k = (z.view(1, T, attn.n_head, -1).transpose(1, 2) for z in (q, k))  # two of (1, H, T, D)
@@ -256,12 +256,12 @@ def attention_weights(
 
 
 def habits_of(weights: Tensor, ids: Sequence[int]) -> list[Habit]:  # (L, H, T, T), T ids
-    """Of each habit that shows in these ids, the head that has it most."""
+    """For each habit that these ids can show, the head that has it most."""
     T, H = len(ids), weights.shape[1]
     even = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
     found = []
     for name, places in _places(ids).items():
-        rows = places.any(dim=1)  # the tokens for which there is such a place
+        rows = places.any(dim=1)  # the tokens that have such a place
         if not rows.any():
             continue
         shares, even_share = ((w * places).sum(dim=-1)[..., rows].mean(dim=-1) for w in (weights, even))
@@ -272,7 +272,7 @@ def habits_of(weights: Tensor, ids: Sequence[int]) -> list[Habit]:  # (L, H, T, 
 
 
 def _places(ids: Sequence[int]) -> dict[str, Tensor]:
-    """(T, T) for each habit: where it looks. The first token, which can look nowhere else, is left out."""
+    """(T, T) for each habit: where it looks. The first token is left out: it can only look at itself."""
     T, tokens = len(ids), torch.tensor(ids)
     before = torch.ones(T, T, dtype=torch.bool).tril(-1)
     follows = torch.zeros(T, T, dtype=torch.bool)

@@ -15,7 +15,7 @@ from regpt2.pages.report.page import document
 from regpt2.pages.safe_html import Html, fill, join
 from regpt2.pages.tables import table
 
-CHANNELS = (150, 200, 250)  # as in the lecture; in a narrower model as far from the left as there
+CHANNELS = (150, 200, 250)  # as in the lecture; in a narrower model at the same fraction of the width
 LECTURE_WIDTH = 768
 
 WPE: LiteralString = """

@@ -52,13 +52,13 @@ Draw = Callable[[Any, Any, Palette], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """The same drawing twice, and in words for who does not see it."""
+    """The same drawing on light and dark paper, with a text alternative."""
 
     light: bytes
     dark: bytes
     alt: str
     width: int
-    """On a page, in its pixels: of 1/96 inch."""
+    """On a page, in pixels of 1/96 inch."""
 
 
 def wpe_picture(wpe: Array) -> Picture:  # (block_size, C)
@@ -144,7 +144,7 @@ def head_picture(weights: Array, tokens: Sequence[str], what: str) -> Picture:  
 
 
 def drawable(token: str) -> str:
-    """A token as a label: short, and what the font may lack as a question mark."""
+    """A token as a label: shortened, with a question mark for what the font may lack."""
     shown = token if len(token) <= 12 else token[:11] + "…"
     return "".join(c if (c < "\u0250" and c.isprintable()) or c in "␣…" else "?" for c in shown)
 
@@ -160,7 +160,7 @@ def _picture(inches: tuple[float, float], draw: Draw, alt: str) -> Picture:
 
 
 def _png(inches: tuple[float, float], draw: Draw, ink: Palette) -> bytes:
-    """The same arrays give the same bytes."""
+    """The bytes depend on the arrays alone."""
     import matplotlib  # noqa: PLC0415  (slow to import; only pictures need it)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -182,7 +182,7 @@ def _image(
     future: str = "none",
     gamma: float = 1.0,
 ) -> Any:
-    """The values in color, from `low` to `high`; those below are left out, NaN is `future`."""
+    """The values in color, from `low` to `high`; lower ones are blank, NaN has the color `future`."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # noqa: PLC0415
 
     scale = LinearSegmentedColormap.from_list("", colors)

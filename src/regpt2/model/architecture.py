@@ -14,7 +14,7 @@ ARCHITECTURES: dict[str, tuple[type[GPTConfig], type[LanguageModel]]] = {
 
 
 def config_class(name: object) -> type[GPTConfig]:
-    """The configuration of an architecture; a ConfigError if there is none of this name."""
+    """The configuration of an architecture; a ConfigError if the name is unknown."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
         nearest, known = did_you_mean(str(name)[:80], ARCHITECTURES), ", ".join(ARCHITECTURES)
         raise ConfigError(f"model.architecture = {name!r:.80}{nearest} Available: {known}.")
@@ -27,6 +27,6 @@ def build_model(config: GPTConfig, *, seed: int = 0) -> LanguageModel:
 
 
 def switches_on(config: GPTConfig) -> list[str]:
-    """What a model has that GPT-2 has not, by the names of its settings."""
+    """The settings that a model has switched on and GPT-2 does not have."""
     common = {field.name for field in fields(GPTConfig)}
     return [field.name for field in fields(config) if field.name not in common and getattr(config, field.name)]

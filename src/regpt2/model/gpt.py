@@ -160,7 +160,7 @@ _PARTS: dict[str, type[nn.Module]] = {
 
 
 def is_plain(model: nn.Module) -> TypeGuard[GPT]:
-    """Is it this page's GPT-2, no part replaced, patched or hooked? Else its weights do not tell what it computes."""
+    """Is it this page's GPT-2, no part replaced, patched or hooked? Else its weights do not define its logits."""
     for name, part in model.named_modules():
         last = name.rpartition(".")[2]
         changes = part._forward_hooks or part._forward_pre_hooks or vars(part).keys() & {"forward", "hidden", "head"}

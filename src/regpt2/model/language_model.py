@@ -1,6 +1,6 @@
-"""What every language model here can do, and the shape that all have. In: token ids; out: logits, or the mean loss.
+"""The interface of every language model here, and the shape that all have. In: token ids; out: logits, or a mean loss.
 
-A page of its own each: GPT-2 (gpt.py) and the modern one (modern.py). All else knows them by this alone.
+GPT-2 (gpt.py) and the modern one (modern.py) have a page each. All other code knows them by this interface alone.
 """
 
 from abc import ABC, abstractmethod
@@ -88,17 +88,17 @@ class LayerCache(Protocol):
 
 
 class LanguageModel(nn.Module, ABC):
-    """Ids in, logits out. Its parameters are all that it holds: it is made on the device "meta" and then filled."""
+    """Ids in, logits out. It holds nothing but parameters, so it can be made on the device "meta" and then filled."""
 
     config: GPTConfig
     h: nn.ModuleList
-    """The blocks, which their own page alone calls."""
+    """The blocks, which only their own page calls."""
     trained_seq_len: int | None = None
-    """Tokens of the sequences that its weights were trained on; None: not known, so block_size."""
+    """Tokens of the sequences that its weights were trained on; None: unknown, so block_size."""
 
     @property
     def context_size(self) -> int:
-        """The longest context that training has seen: evaluation and sampling take no longer one unless told to."""
+        """The longest context that training has seen; evaluation and sampling exceed it only on request."""
         return self.trained_seq_len or self.config.block_size
 
     @abstractmethod

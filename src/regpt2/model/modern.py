@@ -34,7 +34,7 @@ class ModernConfig(GPTConfig):
 
     architecture: str = "modern"
     n_head: int = 6
-    """Attention heads per block, here 128 wide: modded-nanogpt's choice, which a GPU's attention is fastest with."""
+    """Attention heads per block, here 128 wide: modded-nanogpt's choice, with which a GPU's attention is fastest."""
     rotary: bool = True
     """Queries and keys are rotated by their position (RoFormer, arXiv:2104.09864); off: learned positions `wpe`."""
     qk_norm: bool = True
@@ -56,13 +56,13 @@ class ModernConfig(GPTConfig):
         super().__post_init__()
         if self.dropout:
             raise ConfigError(
-                f"model.dropout = {self.dropout} must be 0: the modern model has none. Leave it out, "
-                "or take model.architecture = gpt2."
+                f"model.dropout = {self.dropout} must be 0: the modern model has none. Remove it, "
+                "or use model.architecture = gpt2."
             )
         if self.relu_squared and self.activation != GPTConfig.activation:
             raise ConfigError(
                 f"model.activation = {self.activation!r} has no effect beside model.relu_squared = true: "
-                "then the MLP has no GELU. Leave it out, or set relu_squared = false."
+                "then the MLP has no GELU. Remove it, or set relu_squared = false."
             )
         if not 0 <= self.softcap < math.inf:
             raise ConfigError(f"model.softcap = {self.softcap} must be 0 (off) or more; 15 is usual.")
@@ -106,7 +106,7 @@ def qk_norm(x: Tensor, rotation: Rotation | None) -> Tensor:  # (B, H, T, D) -> 
 
 
 class _QKNorm(torch.autograd.Function):
-    """Keeps its output, as attention does, and a number for each row: enough to go back."""
+    """Keeps its output, as attention does anyway, and one number per row: enough for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -122,12 +122,12 @@ class _QKNorm(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None]:
         y, r = ctx.saved_tensors
         d_y, wide = widened(d_y), widened(y)
-        along = (d_y * wide).mean(dim=3, keepdim=True)  # what would change the length alone
+        along = (d_y * wide).mean(dim=3, keepdim=True)  # the part that only changes the length
         return rotated(d_y.addcmul(wide, along, value=-1).mul_(r), ctx.back).to(y.dtype), None
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and those before it; how far they are apart is seen by the angle between."""
+    """Each token gathers from itself and those before it; the angle between two tells their distance."""
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__()
@@ -217,8 +217,8 @@ class ModernGPT(LanguageModel):
     def init_weights(self, generator: torch.Generator) -> None:
         """As GPT-2's, but for what `zero_init` lets start at zero: each block then begins as the identity.
 
-        The embedding too, though some draw it from N(0, 1): with a norm behind it, AdamW does the same from 0.02 at
-        0.02 times their learning rate.
+        The embedding starts as in GPT-2, though others draw it from N(0, 1): with a norm behind it, AdamW does the
+        same from 0.02 at 0.02 times their learning rate.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two additions per block
         for name, p in self.named_parameters():

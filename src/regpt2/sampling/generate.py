@@ -21,7 +21,7 @@ class KVCache:
     """Keys and values of all tokens so far, for every block, in buffers that are made once.
 
     Give `layers` to a model's `hidden`, first with the whole prompt, then with one token at a time; after each pass,
-    say with `advance` how many tokens it had.
+    call `advance` with its number of tokens.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class KVCache:
         self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(config.n_layer)]
 
     def advance(self, n_tokens: int) -> None:
-        """The pass over the next `n_tokens` is done: every block has appended them."""
+        """Count a finished pass over `n_tokens`: every block has appended them."""
         self.length += n_tokens
 
 
@@ -68,7 +68,7 @@ def next_token(
     """Draw one id for each row: logits (B, V) -> ids (B,).
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest id; one near 0 takes it as well.
+        temperature: divides the logits; 0, or a value near 0, takes the likeliest id.
         top_k: only the k likeliest ids; 0 = all.
         top_p: of those, the fewest that together have this probability (nucleus), at least one; above 0, 1 = all.
         generator: on the device of the logits; torch's own if None.
@@ -76,7 +76,7 @@ def next_token(
     logits = logits.float()  # in bf16 torch's argmax takes four times as long on a CPU
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=1)
-    if temperature < _SMALL:  # the quotients may be infinite: 0 for the likeliest, and below it -inf, are no NaN
+    if temperature < _SMALL:  # quotients may be infinite: 0 for the likeliest and -inf for others give no NaN
         logits, temperature = logits - logits.amax(dim=1, keepdim=True), max(temperature, _LEAST)
     logits = logits / temperature
     if top_k == 0 and top_p == 1:
@@ -85,7 +85,7 @@ def next_token(
     p = logits.softmax(dim=1)  # (B, K)
     if top_p < 1:
         likelier = p.cumsum(dim=1) - p  # the probability of all that come before
-        p = p.masked_fill(likelier >= top_p, 0.0)  # before the first there is nothing: it stays
+        p = p.masked_fill(likelier >= top_p, 0.0)  # the first has none before it, so it stays
     choice = torch.multinomial(p, 1, generator=generator)  # (B, 1); weights need not sum to one
     return ids.gather(1, choice).squeeze(1)
 
@@ -107,14 +107,14 @@ def generate(
 ) -> Tensor:
     """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens.
 
-    A generator in the same state gives the same ids. The model's mode, training or eval, is left as it was. Whoever
-    generates often from a model in bf16 or int8 on a CPU packs it once (see sampling/cpu.py), and gives the twin.
+    A generator in the same state gives the same ids. The model's mode, training or eval, is kept. To generate often
+    from a model in bf16 or int8 on a CPU, pack it once (see sampling/cpu.py), and pass the twin.
 
     Args:
         temperature, top_k, top_p, generator: see `next_token`.
-        use_cache: False computes every token from the whole sequence: slow, and what the cache is tested against.
+        use_cache: False computes every token from the whole sequence; slow, the reference for the cache in tests.
         stop_id: a row that has drawn this id is filled up with it; when all have, generation ends.
-        never: ids that are not drawn, as those that stand for no text.
+        never: ids that are not drawn, such as those without text.
         on_token: is given the new ids (B,) as soon as they are drawn.
 
     Raises:
@@ -135,7 +135,7 @@ def generate(
     model.eval()
     try:
         for end in range(T, T + max_new_tokens):
-            if cache is not None and end == T + 1:  # the prompt is done: from here on one token at a time
+            if cache is not None and end == T + 1:  # after the prompt: one token at a time
                 step = _recorded(decoder, cache, ids[:, T], max_new_tokens)
             logits = step(ids[:, end - 1], end - 1) if step else _last_logits(decoder, ids[:, :end], cache)  # (B, V)
             if end == T and not logits.isfinite().all():
@@ -156,14 +156,14 @@ def generate(
 
 
 def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
-    """In the activations' type, but fp32 on a CPU: there torch takes up to twice as long for a query in bf16."""
+    """In the type of the activations, but fp32 on a CPU, where a bf16 query takes torch up to twice as long."""
     weight = next(model.h.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
     return KVCache(model.config, batch, capacity, device=weight.device, dtype=dtype)
 
 
 def _recorded(model: LanguageModel, cache: KVCache, ids: Tensor, n_tokens: int) -> StaticStep | None:
-    """A recorded step from ids (B,) on, where it is faster and gives the model's own logits."""
+    """A recorded step from ids (B,) on, if it is faster and gives the model's own logits."""
     position = cache.length
     step = recorded_if_faster(model, cache.k, cache.v, position, n_tokens)
     if step is None:

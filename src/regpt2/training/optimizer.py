@@ -33,7 +33,7 @@ class MuonConfig:
     momentum: float = 0.95
     """Decay of the running mean of gradients, per update."""
     nesterov: bool = True
-    """Look ahead: mix the newest gradient once more into the mean."""
+    """Look ahead: mix the newest gradient into the mean a second time."""
     ns_steps: int = 5
     """Newton-Schulz iterations."""
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)

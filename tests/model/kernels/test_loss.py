@@ -245,4 +245,4 @@ def test_a_gpu_without_triton_is_said_once(capsys: pytest.CaptureFixture[str]) -
         assert [gpu_kernel(torch.device("mps")) for _ in range(3)] == [None] * 3
     finally:
         gpu_kernel.cache_clear()
-    assert capsys.readouterr().err.count("the loss takes torch's own kernels on mps") == 1
+    assert capsys.readouterr().err.count("the loss uses torch's own kernels on mps") == 1

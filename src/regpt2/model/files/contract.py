@@ -1,4 +1,4 @@
-"""What a weight format reads and writes. In: what a file says; out: a model's configuration, tensors and tokenizer.
+"""What a weight format reads and writes. In: the content of files; out: a model's configuration, tensors and tokenizer.
 
 The contract of the shelf model/weights/. An entry that reads has
 
@@ -12,14 +12,14 @@ and one that writes has
     FILES                      names that `write` can leave in a folder; none: the format is one file
     DTYPES                     types of weights that it can write, the default first
     ANY_ARCHITECTURE           True if it holds every model of ours; left out: GPT-2 alone
-    ACTIVATION                 the only form of GELU that its readers compute; left out: it says which
-    CHARACTERS_NOTE            what to say where the model's ids are characters; left out: it does not hold them
+    ACTIVATION                 the only form of GELU that its readers compute; left out: the format records it
+    CHARACTERS_NOTE            a note for models of characters; left out: the format cannot hold the characters
 
-and, where others read the format, may have
+and, where another program reads the format, may have
 
-    CLIENT                     who they are
+    CLIENT                     the program's name
     client_logits(place, ids) -> Tensor | None
-                               their logits (n, vocab_size) after ids (n, T), up to a constant; None: not installed
+                               its logits (n, vocab_size) after ids (n, T), up to a constant; None: not installed
 """
 
 from dataclasses import dataclass, field
@@ -31,11 +31,9 @@ from regpt2.model.language_model import GPTConfig
 
 SHELF = "model.weights"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-GPT2_TOKENS, GPT2_ROWS = 50257, 50304  # many pad the matrix to the second, and give it as the vocabulary's size
+GPT2_TOKENS, GPT2_ROWS = 50257, 50304  # many pad the matrix to the second number, and call that the vocabulary's size
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZED = (
-    "quantized weights, whose scales only the program that made them knows; get the model in fp32, fp16 or bf16."
-)
+QUANTIZED = "quantized weights, whose scales only the program that wrote them knows; get it in fp32, fp16 or bf16."
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,16 @@ class TokenizerRef:
     name: str
     fingerprint: str
     added: tuple[str | None, ...] = field(default=(), kw_only=True)
-    """The texts of the rows beyond that vocabulary, as fine-tuned and padded models have them; None: it has no text."""
+    """Texts of the rows beyond that vocabulary, in fine-tuned and padded models; None: the row has no text."""
     characters: str | None = field(default=None, kw_only=True)
-    """Where each id is a character: all of them, in the order of ids."""
+    """If each id is a character: all characters, in the order of ids."""
     objection: str | None = field(default=None, kw_only=True, compare=False)
-    """A sentence: why it is none of ours, where files beside the weights show that."""
+    """Why it is not supported, as a sentence, where files beside the weights show that."""
 
 
 @dataclass(frozen=True)
 class Vocabulary(TokenizerRef):
-    """What is at hand of the tokenizer beyond its name: for an export, or beside the weights that were read."""
+    """What is known of the tokenizer beyond its name: for an export, or from files beside the weights."""
 
     eot: int | None = None
     """The id of <|endoftext|>."""
@@ -72,4 +70,4 @@ class ModelFiles:
     trained_seq_len: int | None = None
     """As `LanguageModel.trained_seq_len`."""
     doubt: str | None = None
-    """Where the file does not say which GELU its model has: a sentence behind its name, of what is taken and why."""
+    """If the file does not state its GELU: which one is taken and why, as a sentence to follow the model's name."""

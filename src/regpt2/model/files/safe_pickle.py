@@ -56,7 +56,7 @@ def read_training_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, A
 
     Raises:
         CheckpointError: it is damaged, of an old kind, holds more than tensors, or would take more than its size.
-        Problem: there is no room for a copy in the temporary folder.
+        Problem: a copy does not fit in the temporary folder.
     """
     return _read(path, CHECKPOINT)
 
@@ -66,9 +66,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is missing, or no plain file.")
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
-            raise CheckpointError(
-                f"{path} is no zip archive: not from torch.save, or from one before torch 1.6; {_MEND}"
-            )
+            raise CheckpointError(f"{path} is no zip archive: not from torch.save, or from torch before 1.6; {_MEND}")
     n_bytes = path.stat().st_size
     require_free_space(Path(tempfile.gettempdir()), n_bytes, f"a copy of {path.name}")
     with tempfile.TemporaryDirectory(prefix="regpt2-", ignore_cleanup_errors=True) as folder:
@@ -119,10 +117,10 @@ def refusal(error: Exception) -> str:
     """An error in one line, to be put after the name of the file."""
     if isinstance(error, CheckpointError):
         return str(error)
-    told = str(error).partition(_ADVICE)[0].rpartition(_CAUSE)[2].rpartition(_WARNING)[2].split()
-    if found := _OBJECT.search(" ".join(told)):
+    reason = str(error).partition(_ADVICE)[0].rpartition(_CAUSE)[2].rpartition(_WARNING)[2].split()
+    if found := _OBJECT.search(" ".join(reason)):
         return f"refers to {found[1]}, which may run code: of objects nothing but tensors is read; {_MEND}"
-    return _unreadable(f"{type(error).__name__}: {' '.join(told)[:300]}")
+    return _unreadable(f"{type(error).__name__}: {' '.join(reason)[:300]}")
 
 
 def _unreadable(why: str) -> str:
@@ -159,7 +157,7 @@ def limit_this_process(n_bytes: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-class _Settings:
+class _AnyConfig:
     """Stands in for the class of a configuration: it takes any attributes."""
 
 
@@ -177,7 +175,7 @@ def unpickle(path: Path, copy: Path, kind: str = STATE) -> None:
     """Write the tensors of `path` to `copy` as safetensors. For the child alone: it raises errors of any kind."""
     n_bytes = path.stat().st_size
     check_archive(path, n_bytes)
-    stubs: list[Any] = [(_Settings, name) for name in _CONFIG_CLASSES] + [(_LeftOut, name) for name in _ARRAYS]
+    stubs: list[Any] = [(_AnyConfig, name) for name in _CONFIG_CLASSES] + [(_LeftOut, name) for name in _ARRAYS]
     with torch.serialization.safe_globals(stubs if kind == CHECKPOINT else []):
         state = torch.load(path, map_location="cpu", weights_only=True)
     settings = plain_settings(state) if kind == CHECKPOINT else {}
@@ -210,7 +208,7 @@ def plain_settings(checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise CheckpointError(_without_settings(checkpoint))
     arguments, config = checkpoint.get("model_args"), checkpoint.get("config")
-    from_object = not arguments and isinstance(config, _Settings)
+    from_object = not arguments and isinstance(config, _AnyConfig)
     settings = vars(config) if from_object else arguments or config
     if not isinstance(settings, dict):
         raise CheckpointError("does not state the sizes of its model: it has no 'model_args' and no 'config'.")
@@ -251,7 +249,7 @@ def plain_tensors(state: Any, n_bytes: int) -> dict[str, Tensor]:
             raise CheckpointError(f"holds {name} of type {str(value.dtype)[6:]}: {QUANTIZED}")
         if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in DTYPES or value.is_neg():
             kind = f"{str(value.dtype)[6:]}, {str(value.layout)[6:]}, on {value.device.type}"
-            raise CheckpointError(f"holds {name}, which is no dense tensor of plain numbers but {kind}; {_MEND}")
+            raise CheckpointError(f"holds {name}, which is not a dense tensor of plain numbers: {kind}; {_MEND}")
         storage, taken = value.untyped_storage(), value.numel() * value.element_size()
         room -= taken
         if taken > storage.nbytes() or room < 0:

@@ -50,7 +50,7 @@ def _header(path: Path) -> Any:
 
 
 def peek_metadata(path: Path, key: str) -> str | None:
-    """What a safetensors file says under `key` in its metadata; None if it says nothing, or is no such file."""
+    """The text under `key` in the metadata of a safetensors file; None if there is none, or it is another file."""
     try:
         metadata = _header(path)["__metadata__"] if path.is_file() else {}
         return metadata[key] if isinstance(metadata[key], str) else None
@@ -59,7 +59,7 @@ def peek_metadata(path: Path, key: str) -> str | None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON whose keys differ: readers disagree on which one of two they take."""
+    """A JSON object without repeated keys, of which readers take different ones."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name twice")
     return found

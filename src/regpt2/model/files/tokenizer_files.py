@@ -131,7 +131,7 @@ def _fast(ids: Mapping[str, int], merges: list[str], special: Mapping[int, dict[
 
 def _gpt2(folder: Path, rows: int) -> Vocabulary | None:
     """GPT-2's tokenizer, proven by each file that is there; raises `_Another` where one is damaged or not GPT-2's."""
-    settings, added = _Settings(folder), _Added(rows)
+    settings, added = _TokenizerConfig(folder), _Added(rows)
     settings.check()
     added.take(folder / ADDED, ((n, text) for text, n in _object(folder / ADDED).items()))
     added.take(folder / SETTINGS, settings.added())
@@ -168,24 +168,24 @@ class _Added:
                 self.texts[n] = text
 
 
-class _Settings:
+class _TokenizerConfig:
     """The content of `tokenizer_config.json`, and of `config.json` for what it lacks."""
 
     def __init__(self, folder: Path) -> None:
-        self.file, self.said, self.model = folder / SETTINGS, _object(folder / SETTINGS), _object(folder / CONFIG)
+        self.file, self.own, self.model = folder / SETTINGS, _object(folder / SETTINGS), _object(folder / CONFIG)
 
     def check(self) -> None:
         """Refuse another class of tokenizer, and settings that change the text before it is encoded."""
-        name = self.said.get("tokenizer_class") or self.model.get("tokenizer_class")
+        name = self.own.get("tokenizer_class") or self.model.get("tokenizer_class")
         if name is not None and name not in _CLASSES:
-            file = self.file if self.said.get("tokenizer_class") else self.file.with_name(CONFIG)
+            file = self.file if self.own.get("tokenizer_class") else self.file.with_name(CONFIG)
             raise _Another(file, f"has tokenizer_class = {name!r:.80}, expected 'GPT2Tokenizer'", kind=str(name)[:80])
         for key in _CHANGED_TEXT:
-            if self.said.get(key):
-                raise _Another(self.file, f"has {key} = {self.said[key]!r:.80}, expected false")
+            if self.own.get(key):
+                raise _Another(self.file, f"has {key} = {self.own[key]!r:.80}, expected false")
 
     def added(self) -> list[tuple[Any, Any]]:
-        tokens = self.said.get("added_tokens_decoder") or {}
+        tokens = self.own.get("added_tokens_decoder") or {}
         if not isinstance(tokens, dict) or not all(n.isdecimal() and len(n) < 10 for n in tokens):
             raise _Another(self.file, "has no object of ids in added_tokens_decoder")
         return [(int(n), _text_of(self.file, token)) for n, token in tokens.items()]

@@ -22,7 +22,7 @@ def token_texts(vocabulary: Vocabulary | None) -> list[str] | None:
 
 
 def text_bytes(text: str) -> bytes:
-    """The bytes that a token in printable form stands for."""
+    """The bytes of a token in printable form."""
     byte_of = {character: byte for byte, character in _byte_characters().items()}
     return bytes(byte_of[character] for character in text)
 

@@ -26,7 +26,7 @@ def choose_activation(source: str, stated: Activation, doubt: str | None, asked:
 
     Args:
         source: the model's name, for messages.
-        stated: what the file says, or what is likely.
+        stated: what the file states, or what is likely.
         doubt: a sentence, where the file does not state it.
         asked: what `split_activation` found.
     """

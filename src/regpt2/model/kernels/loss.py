@@ -21,13 +21,13 @@ from regpt2.base.device import can_compile
 
 # N = B * T tokens, n tokens in a chunk, C = n_embd, V = padded_vocab_size, v rows of a part of it
 
-IGNORED = -100  # a target that does not count, as torch has it; every negative one does not
+IGNORED = -100  # a target that does not count, as in torch; neither does any other negative one
 
 _CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of logits in the compute type, alive at once
 _CHUNK_MULTIPLE = {"cuda": 256}  # rows of a chunk: whole tiles of a GPU's matmuls
 _BLOCK_BYTES = {"cpu": 1 << 22}  # of fp32 logits: there they stay in the cache from the first pass to the last
 _LARGE_BLOCK_BYTES = 1 << 28  # elsewhere, without the kernel
-_CPU_PARTS = 8  # of the weight's gradient: before it is added a part is there once in 16 bits and once in 32
+_CPU_PARTS = 8  # of the weight's gradient: one part at a time exists in 16 bits and in 32
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """Summed loss, and its gradients by hidden states and by the weight, both empty where none was asked for."""
@@ -44,7 +44,7 @@ def softcapped(logits: Tensor, softcap: float) -> Tensor:
 def reference_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, softcap: float = 0.0
 ) -> Tensor:
-    """The same loss in one line, with the whole logits: what `linear_cross_entropy` is tested against."""
+    """The same loss with the whole logits: the reference for `linear_cross_entropy`."""
     logits = F.linear(hidden, weight.to(hidden.dtype))[:, :vocab_size]
     return F.cross_entropy(softcapped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap), targets)
 
@@ -87,12 +87,12 @@ def linear_cross_entropy(
         loss_sum = _opaque_loss(hidden, weight, targets, *settings)[0]
     else:
         loss_sum = _LinearCrossEntropy.apply(hidden, weight, targets, *settings)  # type: ignore[no-untyped-call]
-    # The division waits until here: before it, the gradients' small entries are not lost in fp16.
+    # Divided only here, so that small entries of the gradients are not lost in fp16.
     return loss_sum / (targets >= 0).sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Of the sum, on a CPU: its gradient is scaled in place, and a compiler may see inside."""
+    """Of the sum, on a CPU: the gradient is scaled in place, and a compiler can optimize the inside."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Tensor:
@@ -142,7 +142,7 @@ def _in_chunks(
     return loss_sum, d_hidden, d_weight
 
 
-# On a GPU: one operator for the compiler, whole with its gradients.
+# On a GPU: one operator for the compiler, with its gradients.
 _opaque_loss = torch.library.custom_op("regpt2::linear_cross_entropy", _in_chunks, mutates_args=())
 
 
@@ -182,7 +182,7 @@ def _add_product(d_weight: Tensor, d_logits: Tensor, rows: Tensor) -> None:
 def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float, wide: torch.dtype) -> Tensor:
     """Sum of the losses of a chunk (n, V); `logits` is overwritten by its gradient, softmax - onehot(target).
 
-    With a softcap that is the gradient of the capped logits, which tanh's own takes back to the logits before.
+    With a softcap that is the gradient of the capped logits, and tanh's derivative turns it into that of the logits.
     """
     on_cpu = logits.device.type == "cpu"
     if not on_cpu and wide == torch.float32 and (kernel := gpu_kernel(logits.device)) is not None:
@@ -222,5 +222,5 @@ def gpu_kernel(device: torch.device) -> ModuleType | None:
             return kernel
         except Exception as error:  # no C compiler, no headers of Python, a driver that is too old: Triton's own errors
             why = str(error).strip().split("\n")[-1] or type(error).__name__
-    warn(f"the loss takes torch's own kernels on {device}, which is slower: {why}.")
+    warn(f"the loss uses torch's own kernels on {device}, which are slower: {why}.")
     return None

@@ -1,8 +1,8 @@
 """The softmax's loss and gradient in one GPU kernel. In: logits (n, V); out: losses (n,), the gradient over the logits.
 
-As llm.c's fused classifier does: a program takes one row, goes over it once for the largest logit and the sum of
-exponentials, and once more to write softmax - onehot(target) in its place. Rows at work on all multiprocessors
-together stay below the L2 cache of the cards since A100, so that memory sees each logit read once and written once.
+As in llm.c's fused classifier, a program takes one row, reads it once for the largest logit and the sum of
+exponentials, and again to overwrite it with softmax - onehot(target). The rows in work on all multiprocessors fit into
+the L2 cache of GPUs since the A100, so each logit is read from memory once and written once.
 Import this only where Triton is installed.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 # n tokens, V = padded_vocab_size
 
-_BLOCK = 8192  # logits at a time: 8 a thread, which is one 16-byte load in 16 bits
+_BLOCK = 8192  # logits at a time: 8 per thread, one 16-byte load in 16 bits
 _WARPS = 32  # two programs of a multiprocessor then hold all its threads: 264 rows of 100 KB on an H200
 
 
@@ -23,7 +23,7 @@ def softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, softcap: flo
     Args:
         logits: (n, V), contiguous, of 16 or 32 bits; columns from `vocab_size` on take no part.
         targets: (n,) int64; a row whose target is negative has loss and gradient 0.
-        softcap: the logits are bent by tanh first, and the gradient goes through it; 0 = as they are.
+        softcap: the logits go through tanh first, and so does the gradient; 0 = off.
     """
     n, V = logits.shape
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)

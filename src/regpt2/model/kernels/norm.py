@@ -10,7 +10,7 @@ from torch.nn import functional as F
 # N rows, n rows at a time, C = n_embd
 
 RMS_EPS = 1e-6  # beside a mean square near 1; the embeddings' own, at the start, is 0.0004
-_ROWS = 512  # at a time in LayerNorm's backward pass: their fp32 copies stay in a CPU's cache
+_ROWS = 512  # at a time in LayerNorm's backward pass, so that their fp32 copies stay in a CPU's cache
 
 
 def widened(x: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class _LayerNorm(torch.autograd.Function):
-    """torch's kernels for a CPU, but for 16-bit rows the gradient of the weights: they sum it up in 16 bits.
+    """torch's kernels for a CPU, except for the weights' gradient of 16-bit rows, which they sum up in 16 bits.
 
-    Over 4,096 rows of 768 that is 6 % off for the weight and 3 % for the bias, and grows with the rows.
+    Over 4,096 rows of 768 that is 6 % off for the weight and 3 % for the bias, and grows with the number of rows.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input as it comes, and a number for each row; torch would keep two fp32 copies of 16-bit rows."""
+    """Keeps its input unchanged and one number per row; torch would keep two fp32 copies of 16-bit rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -90,6 +90,6 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         d_y, unit = widened(d_y), x * r
         d_weights = d_y * unit  # of each row
-        along = (d_weights * weight).mean(dim=-1, keepdim=True)  # what would change the length alone
+        along = (d_weights * weight).mean(dim=-1, keepdim=True)  # the part that only changes the length
         d_x = (d_y * weight).addcmul_(unit, along, value=-1).mul_(r)
         return d_x.to(x.dtype), d_weights.sum_to_size(weight.shape).to(weight.dtype)

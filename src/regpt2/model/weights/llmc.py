@@ -2,7 +2,7 @@
 
 A header of 256 int32 (magic, version, block_size, vocab_size, n_layer, n_head, n_embd, padded vocab_size), then the
 weights: wte with its padding rows, wpe, each kind of tensor for all layers together, ln_f. Linear weights are (out, in)
-as here. A written folder also has the tokenizer's file, which llm.c decodes ids with.
+as here. A written folder also has the tokenizer's file, with which llm.c decodes ids.
 """
 
 import math
@@ -72,7 +72,7 @@ def read(path: Path) -> ModelFiles:
 
 
 def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
-    """Write `model.bin`, and, where the vocabulary is at hand, the tokenizer's file."""
+    """Write `model.bin`, and if the vocabulary is available, the tokenizer's file."""
     if (texts := token_texts(vocabulary)) is not None:
         write_atomic(folder / TOKENIZER, _tokenizer_file(texts))
     config, tensors = model.config, tensors_of(model)

@@ -1,8 +1,8 @@
 """Checkpoints of nanoGPT and build-nanogpt. In: a `.pt` file; out: a model's files, and back, without running it.
 
-nanoGPT says the model's shape in `model_args`, build-nanogpt in a pickled `GPTConfig`. Their names have the prefix
-`transformer.`, and more where a compiled or parallel model was saved; the head is there a second time. Neither says
-which GELU it has: build-nanogpt's is the tanh form, nanoGPT's the exact one since May 2023, and was the other before.
+nanoGPT stores the model's shape in `model_args`, build-nanogpt in a pickled `GPTConfig`. Names have the prefix
+`transformer.`, and more prefixes if a compiled or parallel model was saved; the head is stored too. Neither records
+its GELU: build-nanogpt has the tanh form, nanoGPT the exact one since May 2023 and the tanh form before.
 """
 
 import re

@@ -1,6 +1,6 @@
 """ONNX. In: a model; out: a folder with `model.onnx`, from ids (batch, length) to logits; it is only written.
 
-Needs the extra `onnx`. Beyond 2 GB, which is as much as one such file can hold, the weights stand beside it.
+Needs the extra `onnx`. Above 2 GB, the limit of such a file, the weights are in a second file.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dty
     unpadded = build_model(replace(model.config, vocab_multiple=1)).eval()
     load_into(unpadded, tensors_of(model))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.block_size)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages for other kinds of models
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it complains about packages for other kinds of models
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the exporter about itself
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(
             unpadded,
             (torch.zeros(2, min(4, model.config.block_size), dtype=torch.int64),),

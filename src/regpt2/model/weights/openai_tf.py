@@ -39,7 +39,7 @@ Words = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the index says of a tensor."""
+    """An entry of the index."""
 
     dtype: int
     shape: tuple[int, ...]
