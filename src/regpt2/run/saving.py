@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from regpt2.model.files.load import TokenizerRef
+from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.weights import native
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
