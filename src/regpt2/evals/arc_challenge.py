@@ -1,7 +1,9 @@
 """ARC-Challenge. In: a model and grade-school science questions; out: how often it finds the right answer likeliest."""
 
-from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Record, ai2, evaluate_choices, read_examples
+from functools import partial
+
+from regpt2.evals.scoring.assets import Asset
+from regpt2.evals.scoring.choices import ACC, ACC_NORM, ai2, evaluate_choices
 from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "ARC-Challenge, test: 1,172 science questions, mostly with four answers"
@@ -13,13 +15,6 @@ FIELDS = "question, choices, answerKey (or query, choices, gold)"
 
 def evaluate(context: EvalContext) -> Figures:
     """`acc` and `acc_norm` with their standard errors, and `count`."""
-
-    def read() -> list[Example]:
-        path = find(ASSETS[0], "arc_challenge", context.files)
-        return read_examples(path, _example, FIELDS, limit=context.limit)
-
-    return evaluate_choices(context, "arc_challenge", read)
-
-
-def _example(record: Record) -> Example:
-    return ai2(record, "Question: ", "\nAnswer:")
+    return evaluate_choices(
+        context, ASSETS[0], partial(ai2, before="Question: ", after="\nAnswer:"), FIELDS, name="arc_challenge"
+    )

@@ -1,7 +1,7 @@
 """BoolQ. In: a model, passages with a yes-or-no question; out: how often the right answer is the likelier one."""
 
-from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.evals.scoring.assets import Asset
+from regpt2.evals.scoring.choices import ACC, Example, Line, evaluate_choices, simple
 from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "BoolQ, validation: 3,270 yes-or-no questions about a passage (always yes: 62.2 %)"
@@ -20,15 +20,10 @@ FIELDS = "passage, question, answer (or query, choices, gold)"
 
 def evaluate(context: EvalContext) -> Figures:
     """`acc` with its standard error, and `count`."""
-
-    def read() -> list[Example]:
-        path = find(ASSETS[0], "boolq", context.files)
-        return read_examples(path, _example, FIELDS, limit=context.limit)
-
-    return evaluate_choices(context, "boolq", read, norm=False)
+    return evaluate_choices(context, ASSETS[0], _example, FIELDS, name="boolq", norm=False)
 
 
-def _example(record: Record) -> Example:
+def _example(record: Line) -> Example:
     if example := simple(record):
         return example
     passage = f"{record['title']} -- {record['passage']}" if "title" in record else record["passage"]

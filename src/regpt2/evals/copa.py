@@ -1,7 +1,7 @@
 """COPA. In: a model and premises; out: how often it finds the right one of two causes or effects likelier."""
 
-from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import ACC, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.evals.scoring.assets import Asset
+from regpt2.evals.scoring.choices import ACC, Example, Line, evaluate_choices, simple
 from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "COPA, validation: 100 premises, each with two causes or effects"
@@ -22,15 +22,10 @@ CONNECTORS = {"cause": "because", "effect": "therefore"}
 
 def evaluate(context: EvalContext) -> Figures:
     """`acc` with its standard error, and `count`."""
-
-    def read() -> list[Example]:
-        path = find(ASSETS[0], "copa", context.files)
-        return read_examples(path, _example, FIELDS, limit=context.limit, member=MEMBER)
-
-    return evaluate_choices(context, "copa", read, norm=False)
+    return evaluate_choices(context, ASSETS[0], _example, FIELDS, name="copa", member=MEMBER, norm=False)
 
 
-def _example(record: Record) -> Example:
+def _example(record: Line) -> Example:
     if example := simple(record):
         return example
     premise = record["premise"].strip()[:-1]  # without its full stop

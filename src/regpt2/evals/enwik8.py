@@ -1,11 +1,8 @@
 """enwik8. In: a model and 100,000,000 bytes of Wikipedia's XML; out: bits per byte of the last 5,000,000."""
 
-from collections.abc import Sequence
-
-from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.assets import Asset
 from regpt2.evals.scoring.context import EvalContext, Figures
-from regpt2.evals.scoring.corpora import last_bytes, read_member
-from regpt2.evals.scoring.texts import Text, score_texts
+from regpt2.evals.scoring.corpora import score_last_bytes
 
 N_TEST_BYTES = 5_000_000
 
@@ -26,10 +23,5 @@ ASSETS = (
 
 def evaluate(context: EvalContext) -> Figures:
     """`bits_per_byte`, and how many `tokens` and `bytes` it is of. `limit` counts windows."""
-
-    def read() -> Sequence[Text]:
-        data = read_member(find(ASSETS[0], "enwik8", context.files), "enwik8")
-        return [last_bytes(data, N_TEST_BYTES, context.need_tokenizer(), context.limit * context.seq_len)]
-
-    (score,) = score_texts(context, "enwik8", 1, read)
+    score = score_last_bytes(context, ASSETS[0], N_TEST_BYTES, name="enwik8")
     return {"bits_per_byte": score.bits, "tokens": score.n_tokens, "bytes": score.n_units}

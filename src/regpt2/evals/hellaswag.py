@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from regpt2.base.console import warn
 from regpt2.base.errors import DataError
 from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import Example, Record, accuracy, predictions, read_examples
+from regpt2.evals.scoring.choices import Example, Line, accuracy, predictions, read_examples
 from regpt2.evals.scoring.context import EvalContext, Figures
 from regpt2.evals.scoring.endings import Question, Scored, score_endings
 from regpt2.evals.scoring.llmc_questions import PackedQuestion, is_packed, read_packed
@@ -100,7 +100,7 @@ def _figures(scenes: list[_Scene], scored: Scored, *, brief: bool) -> Figures:
     return figures
 
 
-def _scene(record: Record) -> _Scene:
+def _scene(record: Line) -> _Scene:
     endings, label = record["endings"], int(record["label"])
     completion = Example(record["ctx"], endings, label)
     if "ctx_a" not in record and "query" in record:

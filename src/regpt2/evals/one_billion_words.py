@@ -1,11 +1,8 @@
 """One Billion Word Benchmark. In: a model and the first held-out part; out: perplexity per original word."""
 
-from collections.abc import Sequence
-
-from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.assets import Asset
 from regpt2.evals.scoring.context import EvalContext, Figures
-from regpt2.evals.scoring.corpora import read_text, sentences
-from regpt2.evals.scoring.texts import Text, score_texts
+from regpt2.evals.scoring.corpora import score_sentences
 
 _FOLDER = "1-billion-word-language-modeling-benchmark-r13output"
 _MEMBER = f"{_FOLDER}/heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
@@ -20,10 +17,4 @@ ASSETS = (Asset("news.en.heldout-00000-of-00050", "", "", other_names=(f"{_FOLDE
 
 def evaluate(context: EvalContext) -> Figures:
     """`perplexity`, and how many `tokens` and `words` it is of. `limit` counts sentences."""
-
-    def read() -> Sequence[Text]:
-        text = read_text(find(ASSETS[0], "one_billion_words", context.files), _MEMBER)
-        return [sentences(text, context.need_tokenizer(), context.limit)]
-
-    (score,) = score_texts(context, "one_billion_words", 1, read)
-    return {"perplexity": score.perplexity, "tokens": score.n_tokens, "words": score.n_units}
+    return score_sentences(context, ASSETS[0], _MEMBER, name="one_billion_words")

@@ -1,7 +1,7 @@
 """OpenBookQA. In: a model and elementary science questions; out: how often it finds the right answer likeliest."""
 
-from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Record, ai2, evaluate_choices, read_examples
+from regpt2.evals.scoring.assets import Asset
+from regpt2.evals.scoring.choices import ACC, ACC_NORM, ai2, evaluate_choices
 from regpt2.evals.scoring.context import EvalContext, Figures
 
 DESCRIPTION = "OpenBookQA, test: 500 elementary science questions with four answers, without the book"
@@ -21,13 +21,4 @@ FIELDS = "question, choices, answerKey (or query, choices, gold)"
 
 def evaluate(context: EvalContext) -> Figures:
     """`acc` and `acc_norm` with their standard errors, and `count`."""
-
-    def read() -> list[Example]:
-        path = find(ASSETS[0], "openbookqa", context.files)
-        return read_examples(path, _example, FIELDS, limit=context.limit, member=MEMBER)
-
-    return evaluate_choices(context, "openbookqa", read)
-
-
-def _example(record: Record) -> Example:
-    return ai2(record, "", "")
+    return evaluate_choices(context, ASSETS[0], ai2, FIELDS, name="openbookqa", member=MEMBER)

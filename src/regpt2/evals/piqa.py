@@ -1,10 +1,12 @@
 """PIQA. In: a model and everyday goals; out: how often it finds the right one of two ways to reach them likelier."""
 
 import zipfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Record, evaluate_choices, read_examples, simple
+from regpt2.evals.scoring.choices import ACC, ACC_NORM, Example, Line, evaluate_choices, simple
 from regpt2.evals.scoring.context import EvalContext, Figures
 from regpt2.evals.scoring.corpora import read_text
 
@@ -27,21 +29,19 @@ FIELDS = "goal, sol1, sol2, label (or query, choices, gold)"
 def evaluate(context: EvalContext) -> Figures:
     """`acc` and `acc_norm` with their standard errors, and `count`."""
 
-    def read() -> list[Example]:
-        path = find(ASSETS[0], "piqa", context.files)
-        labels = iter(_labels(path))
+    @cache
+    def labels() -> Iterator[str]:
+        return iter(_labels(find(ASSETS[0], "piqa", context.files)))
 
-        def wording(record: Record) -> Example:
-            if example := simple(record, "\nAnswer:"):
-                return example
-            label = record["label"] if "label" in record else next(labels, None)
-            if label is None:
-                raise ValueError(f"no label, here or in a file {LABELS} beside it")
-            return Example(f"Question: {record['goal']}\nAnswer:", (record["sol1"], record["sol2"]), int(label))
+    def wording(record: Line) -> Example:
+        if example := simple(record, "\nAnswer:"):
+            return example
+        label = record["label"] if "label" in record else next(labels(), None)
+        if label is None:
+            raise ValueError(f"no label, here or in a file {LABELS} beside it")
+        return Example(f"Question: {record['goal']}\nAnswer:", (record["sol1"], record["sol2"]), int(label))
 
-        return read_examples(path, wording, FIELDS, limit=context.limit, member=MEMBER)
-
-    return evaluate_choices(context, "piqa", read)
+    return evaluate_choices(context, ASSETS[0], wording, FIELDS, name="piqa", member=MEMBER)
 
 
 def _labels(path: Path) -> list[str]:

@@ -1,11 +1,8 @@
 """Penn Treebank. In: a model and the test set as Mikolov prepared it; out: perplexity per original word."""
 
-from collections.abc import Sequence
-
-from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.assets import Asset
 from regpt2.evals.scoring.context import EvalContext, Figures
-from regpt2.evals.scoring.corpora import read_text, sentences
-from regpt2.evals.scoring.texts import Text, score_texts
+from regpt2.evals.scoring.corpora import score_sentences
 
 DESCRIPTION = "Penn Treebank test set: perplexity per original word, as in the GPT-2 paper's table"
 PROTOCOLS = {
@@ -24,10 +21,4 @@ ASSETS = (
 
 def evaluate(context: EvalContext) -> Figures:
     """`perplexity`, and how many `tokens` and `words` it is of. `limit` counts sentences."""
-
-    def read() -> Sequence[Text]:
-        text = read_text(find(ASSETS[0], "ptb", context.files), "simple-examples/data/ptb.test.txt")
-        return [sentences(text, context.need_tokenizer(), context.limit)]
-
-    (score,) = score_texts(context, "ptb", 1, read)
-    return {"perplexity": score.perplexity, "tokens": score.n_tokens, "words": score.n_units}
+    return score_sentences(context, ASSETS[0], "simple-examples/data/ptb.test.txt", name="ptb")

@@ -1,20 +1,15 @@
 """text8. In: a model and 100,000,000 letters and spaces; out: bits per character of the last 5,000,000."""
 
-from collections.abc import Sequence
-
-from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.assets import Asset
 from regpt2.evals.scoring.context import EvalContext, Figures
-from regpt2.evals.scoring.corpora import last_bytes, read_member
-from regpt2.evals.scoring.texts import Text, score_texts
+from regpt2.evals.scoring.corpora import score_last_bytes
 
 N_TEST_CHARACTERS = 5_000_000
 
 DESCRIPTION = (
     "text8, its last 5,000,000 characters (a to z and space): bits per character, as in the GPT-2 paper's table"
 )
-PROTOCOLS = {
-    "bits_per_character": "bits / characters of the last 5,000,000 characters as they are",
-}
+PROTOCOLS = {"bits_per_character": "bits / characters of the last 5,000,000 characters as they are"}
 ASSETS = (
     Asset(
         "text8.zip",
@@ -28,10 +23,5 @@ ASSETS = (
 
 def evaluate(context: EvalContext) -> Figures:
     """`bits_per_character`, and how many `tokens` and `characters` it is of. `limit` counts windows."""
-
-    def read() -> Sequence[Text]:
-        data = read_member(find(ASSETS[0], "text8", context.files), "text8")  # ASCII: a character is a byte
-        return [last_bytes(data, N_TEST_CHARACTERS, context.need_tokenizer(), context.limit * context.seq_len)]
-
-    (score,) = score_texts(context, "text8", 1, read)
+    score = score_last_bytes(context, ASSETS[0], N_TEST_CHARACTERS, name="text8")  # ASCII: a character is a byte
     return {"bits_per_character": score.bits, "tokens": score.n_tokens, "characters": score.n_units}

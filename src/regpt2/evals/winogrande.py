@@ -1,7 +1,7 @@
 """WinoGrande. In: a model, sentences with a blank; out: how often the right name makes the rest of it likelier."""
 
 from regpt2.evals.scoring.assets import Asset, find
-from regpt2.evals.scoring.choices import Record, accuracy, predictions, read_examples
+from regpt2.evals.scoring.choices import Line, accuracy, predictions, read_examples
 from regpt2.evals.scoring.context import EvalContext, Figures
 from regpt2.evals.scoring.endings import score_endings
 from regpt2.evals.scoring.questions import question, read_on_all_ranks
@@ -39,7 +39,7 @@ def evaluate(context: EvalContext) -> Figures:
     return {**accuracy("acc", predictions(nats), gold), "count": len(examples)}
 
 
-def _example(record: Record) -> tuple[list[str], str, int]:
+def _example(record: Line) -> tuple[list[str], str, int]:
     """The two beginnings, the rest that both have, and which beginning is right."""
     before, blank, rest = record["sentence"].partition("_")
     if not blank:

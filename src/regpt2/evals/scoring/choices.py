@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from regpt2.base.errors import DataError
+from regpt2.evals.scoring.assets import Asset, find
 from regpt2.evals.scoring.context import EvalContext, Figures
 from regpt2.evals.scoring.corpora import read_text
 from regpt2.evals.scoring.endings import score_endings
@@ -25,7 +26,8 @@ ACC_NORM = "the same, but each choice's loss is divided by its number of charact
 
 _MOST_BYTES = 1 << 28  # of text in a packed file
 
-Record = dict[str, Any]
+Line = dict[str, Any]
+"""A line of a file: a JSON object."""
 T = TypeVar("T")
 
 
@@ -42,12 +44,12 @@ class Example:
             raise ValueError(f"right choice {self.gold} of {len(self.choices)}, counted from 0")
 
 
-def read_examples(path: Path, wording: Callable[[Record], T], fields: str, *, limit: int, member: str = "") -> list[T]:
+def read_examples(path: Path, wording: Callable[[Line], T], fields: str, *, limit: int, member: str = "") -> list[T]:
     """What `wording` makes of each line, a JSON object; of an archive the lines of its `member` are read.
 
     Args:
         fields: what a line is expected to have, for the message.
-        limit: only the first so many; 0 = all.
+        limit: only the first N; 0 = all.
 
     Raises:
         DataError: the file cannot be read, or a line is something else.
@@ -71,11 +73,11 @@ def _unpack(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}; fetch it again.") from None
 
 
-def simple(record: Record, answer: str = "") -> Example | None:
+def simple(record: Line, answer: str = "") -> Example | None:
     """The example of a record in the simple layout (`query`, `choices`, `gold`), None if it is in another.
 
     Args:
-        answer: what stands between query and choice, where the query does not end with it.
+        answer: comes between query and choice, unless the query ends with it.
     """
     if "query" not in record:
         return None
@@ -84,7 +86,7 @@ def simple(record: Record, answer: str = "") -> Example | None:
     return Example(query, [choice.strip() for choice in record["choices"]], int(record["gold"]))
 
 
-def ai2(record: Record, before: str, after: str) -> Example:
+def ai2(record: Line, before: str = "", after: str = "") -> Example:
     """The example of a record of ARC or OpenBookQA, as AI2 or Hugging Face serves them, or in the simple layout."""
     if example := simple(record, after):
         return example
@@ -112,9 +114,20 @@ def accuracy(metric: str, predicted: Sequence[int], gold: Sequence[int]) -> Figu
 
 
 def evaluate_choices(
-    context: EvalContext, name: str, read: Callable[[], Sequence[Example]], *, norm: bool = True
+    context: EvalContext,
+    asset: Asset,
+    wording: Callable[[Line], Example],
+    fields: str,
+    *,
+    name: str,
+    member: str = "",
+    norm: bool = True,
 ) -> Figures:
-    """`acc`, with `norm` also `acc_norm`, their standard errors, and `count`."""
+    """`acc`, with `norm` also `acc_norm`, their standard errors, and `count`; see `read_examples`."""
+
+    def read() -> list[Example]:
+        return read_examples(find(asset, name, context.files), wording, fields, limit=context.limit, member=member)
+
     examples = read_on_all_ranks(context, name, read)
     tokenizer = context.need_tokenizer()
     questions = [question(tokenizer, one.context, [f" {choice}" for choice in one.choices]) for one in examples]

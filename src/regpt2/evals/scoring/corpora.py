@@ -8,8 +8,10 @@ from typing import IO
 
 from regpt2.base.errors import DataError
 from regpt2.data.tokenizer import Tokenizer
+from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.context import EvalContext, Figures
 from regpt2.evals.scoring.detokenize import penn_treebank
-from regpt2.evals.scoring.texts import Text
+from regpt2.evals.scoring.texts import Text, TextScore, score_texts
 
 _MOST_BYTES = 1 << 28  # of one file; enwik8, the largest, has 100,000,000
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
@@ -60,8 +62,30 @@ def read_text(path: Path, member: str) -> str:
         raise DataError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#x} at {error.start:,}.") from None
 
 
+def score_sentences(context: EvalContext, asset: Asset, member: str, *, name: str) -> Figures:
+    """`perplexity` per original word of a file of sentences, and how many `tokens` and `words`; `limit` of them."""
+
+    def read() -> list[Text]:
+        text = read_text(find(asset, name, context.files), member)
+        return [sentences(text, context.need_tokenizer(), context.limit)]
+
+    (score,) = score_texts(context, name, 1, read)
+    return {"perplexity": score.perplexity, "tokens": score.n_tokens, "words": score.n_units}
+
+
+def score_last_bytes(context: EvalContext, asset: Asset, n_bytes: int, *, name: str) -> TextScore:
+    """The score of the end of the file `name`, per byte; `limit` counts windows."""
+
+    def read() -> list[Text]:
+        data = read_member(find(asset, name, context.files), name)
+        return [last_bytes(data, n_bytes, context.need_tokenizer(), context.limit * context.seq_len)]
+
+    (score,) = score_texts(context, name, 1, read)
+    return score
+
+
 def sentences(text: str, tokenizer: Tokenizer, limit: int) -> Text:
-    """Sentences in the manner of the Penn Treebank, one a line, as one document; its units are the original words."""
+    """Sentences in the style of the Penn Treebank, one a line, as one document; its units are the original words."""
     lines = text.rstrip("\n").split("\n")[: limit or None]
     document = "".join(f"{penn_treebank(line)}\n" for line in lines)
     return Text([tokenizer.encode_to_numpy(document)], n_units=sum(len(line.split()) for line in lines))
