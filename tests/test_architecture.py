@@ -19,7 +19,7 @@ ROOMS = {
     "sampling": {"base", "data", "model"},
     "training": {"base", "model"},
     "exploring": {"base", "data", "model", "pages"},
-    "evals": {"base", "data", "model", "sampling", "training"},
+    "evals": {"base", "data", "model", "references", "sampling", "training"},
     "config": {"base", "data", "model", "references", "training"},
     "machine": {"base", "config", "data", "model", "pages", "training"},
     "comparing": {"base", "config", "data", "pages"},

@@ -114,7 +114,7 @@ def test_val_loss_needs_no_tokenizer_and_is_that_of_transformers(
     tmp_path: Path, regpt2: Run, monkeypatch: pytest.MonkeyPatch, model: Callable[[Path], Path]
 ) -> None:
     folder, data = model(tmp_path / "a"), write_ids(tmp_path / "data", 50257)
-    monkeypatch.setattr("regpt2.commands.evaluate.tokenizer_of", lambda _: pytest.fail("it was asked for"))
+    monkeypatch.setattr("regpt2.evals.measuring.measure.tokenizer_of", lambda _: pytest.fail("it was asked for"))
     done = regpt2("evaluate", folder, "--data", data, "--evals", "val_loss", "--out", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "a.json").read_text())["results"]["val_loss"]

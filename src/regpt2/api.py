@@ -35,9 +35,6 @@ from regpt2.base.errors import (
     did_you_mean,
 )
 from regpt2.base.ranks.world import World
-from regpt2.commands.evaluate import Options as EvaluateOptions
-from regpt2.commands.evaluate import Results, measure
-from regpt2.commands.harness import harness_model
 from regpt2.commands.prepare import SHELF, PrepareOptions
 from regpt2.commands.prepare import prepare as prepare_data
 from regpt2.commands.train import failures_named
@@ -45,6 +42,8 @@ from regpt2.config.run import RunConfig, load_recipe, options_of, with_options
 from regpt2.data.sources.filters import Filters
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.data.tokens.manifest import Manifest
+from regpt2.evals.measuring.harness import harness_model
+from regpt2.evals.measuring.measure import EvaluateOptions, Results, measure
 from regpt2.evals.scoring.context import EvalContext, scoring
 from regpt2.evals.scoring.texts import Score, score_text
 from regpt2.model.files.load import LoadedModel

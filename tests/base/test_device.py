@@ -10,6 +10,7 @@ import torch
 from regpt2.base.device import be_deterministic, undetermined_operation
 from regpt2.base.errors import Problem
 from regpt2.commands import evaluate, sample, train
+from regpt2.evals.measuring import measure
 
 CODE = """
 import json, os, torch, torch._inductor.config
@@ -64,7 +65,7 @@ def test_sampling_and_evaluating_ask_for_it_too(monkeypatch: pytest.MonkeyPatch)
     """Before any model is loaded: the missing one ends each command."""
     asked: list[str] = []
     monkeypatch.setattr(sample, "be_deterministic", lambda device: asked.append("sample"))
-    monkeypatch.setattr(evaluate, "be_deterministic", lambda device: asked.append("evaluate"))
+    monkeypatch.setattr(measure, "be_deterministic", lambda device: asked.append("evaluate"))
     for verb, flags in ((sample, []), (evaluate, ["--evals", "lambada"])):
         for deterministic in ([], ["--deterministic"]):
             with pytest.raises(Problem):

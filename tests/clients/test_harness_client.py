@@ -23,9 +23,10 @@ import torch
 from regpt2.base import plugins
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.ranks.world import World
-from regpt2.commands.harness import harness_model, main
+from regpt2.commands.harness import main
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
 from regpt2.evals import EvalContext
+from regpt2.evals.measuring.harness import harness_model
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 

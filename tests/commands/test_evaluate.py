@@ -9,8 +9,10 @@ import pytest
 from conftest import Run, needs_bf16
 from rank_processes import command_on_ranks
 from regpt2.base.errors import UsageError
-from regpt2.commands.evaluate import GROUPS, main, paper_table
+from regpt2.commands.evaluate import main
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.evals.measuring.measure import GROUPS
+from regpt2.evals.measuring.show import paper_table
 from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native

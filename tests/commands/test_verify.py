@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_step_and_swapped_files_are_found(
     ("change", "said"),
     [
         (lambda lines: [x for x in lines if '"step":7,' not in x or '"train"' not in x], "step 8 follows step 6"),
-        (lambda lines: lines + [x for x in lines if '"step":7,' in x and '"train"' in x], "step 7 comes again"),
+        (lambda lines: lines + [x for x in lines if '"step":7,' in x and '"train"' in x], "step 7 is repeated"),
         (lambda lines: [*lines[:5], "{half", *lines[5:]], "is not an event"),
         (lambda lines: lines[:5], "before the newest checkpoint"),
     ],

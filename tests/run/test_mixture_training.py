@@ -199,4 +199,4 @@ def test_verify_compares_the_mixture_with_the_run(
     assert f"BAD  {web} {code}: it has fingerprint" in capsys.readouterr().out
     (run / "config.toml").write_text(text.replace(str(code), str(tmp_path / "gone")))
     assert verify.main([str(run)]) == 0
-    assert "gone: not here: not compared" in capsys.readouterr().out
+    assert "gone: not found here, so not compared" in capsys.readouterr().out

@@ -1,35 +1,25 @@
-"""Check by hand. In: runs, checkpoints, data folders; out: a line for each thing looked at, 1 if any is bad.
+"""Check files by hand. In: runs, checkpoints, data folders; out: a line for each thing checked, 1 if any is bad.
 
 regpt2 verify runs/gpt2_124m data/fineweb_edu
-
-Everything is read to its end and compared with its hashes, its shape and its neighbors. Nothing on the disk is changed.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from regpt2.base.console import ProgressLine, say
-from regpt2.base.errors import CheckpointError, DataError, Problem, UsageError
+from regpt2.base.console import say
+from regpt2.base.errors import UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
-from regpt2.base.record.metrics import read_events
-from regpt2.config.run import read_toml
-from regpt2.data.checks.integrity import Findings, check_data
-from regpt2.data.mixture import open_mixture, read_shares
-from regpt2.data.tokens.manifest import MANIFEST_NAME
-from regpt2.model.files.load import verify_files
-from regpt2.model.files.safe_json import read_json
-from regpt2.training import checkpoint
+from regpt2.data.checks.integrity import Findings
+from regpt2.run.integrity import check_of
 
 
 @dataclass(frozen=True)
-class Options:
+class VerifyOptions:
     """Check runs, checkpoints and data folders: hashes, shapes, finite values, the record. Changes nothing."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|DATA")]
@@ -39,108 +29,17 @@ class Options:
 
 
 def main(arguments: list[str]) -> int:
-    """The verb `regpt2 verify`."""
-    options = parse(Options, arguments, "regpt2 verify")
+    """`regpt2 verify RUN|CHECKPOINT|DATA ...`: 1 if anything is bad."""
+    options = parse(VerifyOptions, arguments, "regpt2 verify")
     if not options.folders:
         raise UsageError("nothing to check: regpt2 verify RUN|CHECKPOINT|DATA ...")
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UsageError(f"--json {options.json} must be a file in a folder that exists.")
-    looks = [(folder, _kind(folder)) for folder in options.folders]  # usage first, before any work
+    checks = [(folder, check_of(folder)) for folder in options.folders]  # usage first, before any work
     findings = Findings()
-    for folder, look in looks:
-        look(folder, findings)
+    for folder, check in checks:
+        check(folder, findings)
     if options.json is not None:
         write_atomic(options.json, json.dumps([asdict(finding) for finding in findings.all], indent=1) + "\n")
     say(f"{len(findings.all)} things checked, {findings.n_bad or 'none'} bad.")
     return 1 if findings.n_bad else 0
-
-
-def _kind(folder: Path) -> Callable[[Path, Findings], None]:
-    """How to look at a folder, by what lies in it."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder; give a run, a checkpoint or a data folder.")
-    if any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-        return check_run
-    if any((folder / name).exists() for name in checkpoint.FILES):
-        return check_checkpoint
-    if (folder / MANIFEST_NAME).exists() or any(path.suffix in (".bin", ".npy", ".ds") for path in folder.iterdir()):
-        return check_data
-    raise UsageError(f"{folder} holds no run, no checkpoint and no token files; give one that does.")
-
-
-def check_run(run: Path, findings: Findings) -> None:
-    """The recipe, the record, every checkpoint, and whether the data is the one that it was trained on."""
-    findings.check(run / "config.toml", lambda: _recipe(run / "config.toml"))
-    checkpoints = run / "checkpoints"
-    there = checkpoint.folders(checkpoints)
-    findings.check(run / "metrics.jsonl", lambda: _record(run / "metrics.jsonl", there))
-    for folder in checkpoint.bad_folders(checkpoints):
-        findings.add(folder, "note", "set aside as damaged, never used")
-    for folder in sorted(checkpoints.glob("tmp-step-*")):
-        findings.add(folder, "note", "left by a save that was killed, or under way; the next save removes it")
-    if not there:
-        findings.add(checkpoints, "BAD" if checkpoint.bad_folders(checkpoints) else "note", "no checkpoint here")
-    good = [folder for folder in there if _check_checkpoint(folder, findings)]
-    if good:
-        _check_data_of_run(run, good[-1], findings)
-
-
-def _recipe(path: Path) -> str:
-    if not path.is_file():
-        raise CheckpointError("missing: the run cannot resume without it.")
-    config = read_toml(path)
-    return f"a recipe of {config.max_steps:,} steps"
-
-
-def _record(path: Path, checkpoints: list[Path]) -> str:
-    """Does the record have one line for each update, in order, at least up to the newest checkpoint?"""
-    if not path.is_file():
-        raise DataError("missing: what the run did is not recorded.")
-    expected = 1
-    for event in read_events(path):
-        if event["event"] != "train":
-            continue
-        if event["step"] != expected:
-            fault = "comes again" if event["step"] in range(1, expected) else f"follows step {expected - 1}"
-            raise DataError(f"step {event['step']!r:.40} {fault}, expected step {expected}.")
-        expected += 1
-    if checkpoints and expected <= (newest := checkpoint.step_of(checkpoints[-1])):
-        raise DataError(f"it ends at step {expected - 1}, before the newest checkpoint, of step {newest}.")
-    cut = "" if path.read_bytes()[-1:] in (b"\n", b"") else "; the last line is cut short, the next start drops it"
-    return f"steps 1 to {expected - 1}, none missing, none twice{cut}"
-
-
-def check_checkpoint(folder: Path, findings: Findings) -> None:
-    """A checkpoint by itself."""
-    _check_checkpoint(folder, findings)
-
-
-def _check_checkpoint(folder: Path, findings: Findings) -> bool:
-    whole = findings.check(folder / checkpoint.MANIFEST, lambda: checkpoint.verify_manifest(folder))
-    megabytes = {path.name: path.stat().st_size / 1e6 for path in folder.iterdir() if path.is_file()}
-    with ProgressLine(f"checking {folder.name}", sum(megabytes.values()), "MB") as progress:
-        for name in checkpoint.FILES:
-            whole &= findings.check(folder / name, partial(verify_files, folder, (name,)))
-            progress.advance(megabytes.get(name, 0.0))
-    return whole and findings.check(folder, lambda: checkpoint.check_content(folder))
-
-
-def _check_data_of_run(run: Path, newest: Path, findings: Findings) -> None:
-    try:
-        config = read_toml(run / "config.toml")
-        shares = read_shares(config.data, config.mix)
-    except Problem:  # it was said above
-        return
-    folders = " ".join(str(share.folder) for share in shares)
-    if not all(share.folder.is_dir() for share in shares):
-        findings.add(folders, "note", "not here: not compared with what the run was trained on")
-        return
-    expected = str(read_json(newest / checkpoint.STATE).get("data_fingerprint"))
-
-    def compare() -> str:
-        with open_mixture(shares) as data:
-            if data.fingerprint != expected:
-                raise DataError(f"it has fingerprint {data.fingerprint[:16]}, the run was trained on {expected[:16]}.")
-        return f"the data that the run was trained on; regpt2 verify {folders} checks its content"
-
-    findings.check(folders, compare)
