@@ -369,7 +369,7 @@ def test_verdict_is_told_in_words_with_its_checks_in_order(tmp_path: Path) -> No
     ]
     run = record(tmp_path / "run", events)
     text = page_of(run).text
-    assert "Above by 0.100: 3.5, the reference 3.4 here [1] To check, the likeliest first: the batch the rate" in text
+    assert "Above by 0.100: 3.5, the reference 3.4 here [1] What to check, the likeliest cause first: the batch the rate" in text
     assert "All 2 verdicts" in text and "On track" in text and "llm.c's log" in text
     markdown = (run / "report.md").read_text()
     assert "1. the batch\n2. the rate" in markdown
@@ -418,7 +418,7 @@ def test_runs_on_different_data_get_no_line_and_are_told_apart(tmp_path: Path) -
     runs = [real_run(tmp_path / name / "run", name) for name in ("fineweb", "fineweb_edu")]
     assert panels([read_record(run) for run in runs])[0].rules == []
     text = Page(write_report(runs, tmp_path / "both.html").read_text()).text
-    assert "losses of different data do not compare" in text
+    assert "their losses cannot be compared" in text
     assert str(runs[0]) in text, "two folders of one name are called by their paths"
 
 

@@ -2,9 +2,9 @@
 
 regpt2 compare demo "demo --optim.lr 2e-3" --seeds 4
 regpt2 compare demo "slow=demo --optim.lr 2e-3" --budget 10min --out runs/lr -- --data data/python_library_bytes
-regpt2 compare runs/lr --target 1.5                                      the tables again, nothing trained
+regpt2 compare runs/lr --target 1.5                                      write the tables again, train nothing
 
-Each run is a `regpt2 train` in a process of its own, in OUT/ARM/seed-N. Stopped and started again, it goes on.
+Each run is a `regpt2 train` in a process of its own, in OUT/ARM/seed-N. Interrupted, the same command resumes.
 """
 
 import shlex
@@ -58,7 +58,7 @@ class CompareOptions:
 
 
 def main(arguments: list[str]) -> int:
-    """The verb `regpt2 compare`: 1 if a run failed."""
+    """`regpt2 compare ARM ARM ...`: 1 if a run failed."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options = parse(CompareOptions, arguments[:at], "regpt2 compare")
     for name in ("seeds", "parallel", "evaluations"):
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     if len(options.arms) == 1 and Path(options.arms[0]).is_dir():
         return show_again(Path(options.arms[0]), options)
     if len(options.arms) < 2:
-        raise UsageError("a comparison takes two recipes at least, or the folder of one that was made.")
+        raise UsageError("a comparison needs two recipes or more, or the folder of an earlier comparison.")
     arms = read_arms(options.arms, arguments[at + 1 :])
     budget = read_budget(options.budget, arms[0].config)
     room = places(options.parallel, pick_device(arms[0].config.device))

@@ -30,8 +30,8 @@ class ReportOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb `regpt2 report`."""
+    """`regpt2 report RUN ...`."""
     options = parse(ReportOptions, argv, "regpt2 report")
     path = write_report(options.runs, options.out, options.results)
-    say(f"{path}, {path.with_suffix('.png').name} and {path.with_suffix('.md').name} are written.")
+    say(f"Wrote {path}, {path.with_suffix('.png').name} and {path.with_suffix('.md').name}.")
     return 0

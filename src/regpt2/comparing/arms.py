@@ -24,13 +24,13 @@ MOST_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Given:
-    """An arm as the command line has it."""
+    """An arm as given on the command line."""
 
     label: str
     spec: str
     config: RunConfig
     keeps_steps: bool
-    """It says --max-steps itself."""
+    """It has its own --max-steps."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Budget:
 
 
 def read_arms(specs: Sequence[str], common: Sequence[str]) -> list[Given]:
-    """Recipes with the options of all and their own, checked against each other.
+    """Recipes, each with the common options and its own, checked against each other.
 
     Raises:
-        UsageError: one is no recipe, two have one name, or their losses would not compare.
+        UsageError: one is no recipe, two have one name, or their losses could not be compared.
     """
     arms = [_read_arm(spec, common) for spec in specs]
     first = arms[0]
@@ -53,7 +53,7 @@ def read_arms(specs: Sequence[str], common: Sequence[str]) -> list[Given]:
     for arm in arms:
         if (label := arm.label.casefold()) in seen:
             raise UsageError(
-                f"two arms are called {arm.label!r}: {seen[label]!r} and {arm.spec!r}; give one another name, "
+                f"two arms are called {arm.label!r}: {seen[label]!r} and {arm.spec!r}; give one of them a name, "
                 f'as in "NAME={arm.spec}".'
             )
         seen[label] = arm.spec
@@ -65,12 +65,12 @@ def read_arms(specs: Sequence[str], common: Sequence[str]) -> list[Given]:
         ):
             if here != there:
                 raise UsageError(
-                    f"{arm.label} has {name} = {here!r}, {first.label} has {there!r}: their losses would not compare. "
-                    "Options after -- go for all arms."
+                    f"{arm.label} has {name} = {here!r}, {first.label} has {there!r}; losses on these do not compare. "
+                    "Options after -- apply to all arms."
                 )
         if "val_loss" not in arm.config.evals.names:
             raise UsageError(
-                f"{arm.label} does not evaluate val_loss, by which arms are compared; add it to evals.names."
+                f"{arm.label} does not evaluate val_loss, which the comparison needs; add it to evals.names."
             )
     return arms
 
@@ -80,11 +80,11 @@ def _read_arm(spec: str, common: Sequence[str]) -> Given:
     try:
         recipe, *own = shlex.split(named[2] if named else spec)
     except ValueError:
-        raise UsageError(f"{spec!r} is not a recipe with options: it is empty, or a quotation mark is alone.") from None
+        raise UsageError(f"{spec!r} is not a recipe with options: it is empty, or a quote is not closed.") from None
     options = [*common, *own]
     for option in options:
         if (name := option.partition("=")[0]) in _OURS:
-            raise UsageError(f"{name} is not for arms: the comparison sets it (--out, --seeds, --evaluations).")
+            raise UsageError(f"{name} cannot be set for an arm: use --out, --seeds or --evaluations.")
     config = parse(RunConfig, options, f"regpt2 compare, {spec!r}:", default=defaults_for(recipe, options))
     plain = " ".join([Path(recipe).stem, *own])
     label = named[1] if named else re.sub(r"[^\w.+]+", "-", plain)[:MOST_CHARACTERS]
@@ -93,7 +93,7 @@ def _read_arm(spec: str, common: Sequence[str]) -> Given:
 
 
 def read_budget(text: str, first: RunConfig) -> Budget:
-    """5M, or 10min; nothing is the tokens of the first arm.
+    """A budget as in 5M or 10min; empty: the tokens of the first arm.
 
     Raises:
         UsageError: it is neither.
@@ -109,7 +109,7 @@ def read_budget(text: str, first: RunConfig) -> Budget:
 
 
 def within(given: Given, tokens: int, evaluations: int) -> RunConfig:
-    """The arm's configuration with as many whole updates as the tokens allow; its schedule spans them.
+    """The arm's configuration with as many updates as the tokens allow; its schedule spans them.
 
     Raises:
         UsageError: they are too few.
@@ -118,7 +118,7 @@ def within(given: Given, tokens: int, evaluations: int) -> RunConfig:
     steps = config.max_steps if given.keeps_steps else steps_within(config.batch, tokens)
     if steps <= config.schedule.warmup_steps or not steps:
         raise UsageError(
-            f"{given.label}: {tokens:,} tokens are {steps:,} updates, and schedule.warmup_steps = "
+            f"{given.label}: {tokens:,} tokens make {steps:,} updates, expected more than schedule.warmup_steps = "
             f"{config.schedule.warmup_steps:,}; give a larger --budget, or a shorter warm-up."
         )
     every = max(1, round(steps / evaluations))
@@ -126,37 +126,35 @@ def within(given: Given, tokens: int, evaluations: int) -> RunConfig:
 
 
 def steps_within(batch: BatchConfig, tokens: int) -> int:
-    """The most updates that take no more than so many tokens."""
+    """The most updates that take no more than `tokens`."""
     return bisect.bisect_right(range(1, tokens // batch.seq_len + 2), tokens, key=batch.tokens_until)
 
 
 def keep_recipe(folder: Path, label: str, config: RunConfig) -> None:
-    """Write the arm's recipe into its folder, or find the same one there.
+    """Write the arm's recipe into its folder, or check that the same one is there.
 
     Raises:
-        UsageError: the arm was begun with another.
+        UsageError: the arm was started with another.
     """
     path = folder / label / "recipe.toml"
     if not path.exists():
         write_atomic(path, to_toml(config))
         return
-    changed = [
-        f"{key} was {old!r} and is {new!r} now" for key, (old, new) in differences(read_toml(path), config).items()
-    ]
-    if changed:
+    changes = differences(read_toml(path), config).items()
+    if changed := [f"{key} was {old!r} and is {new!r} now" for key, (old, new) in changes]:
         raise UsageError(
-            f"{folder / label} was begun with another recipe: {'; '.join(changed)}. Set it back, give the arm another "
+            f"{folder / label} was started with another recipe: {'; '.join(changed)}. Undo that, give the arm another "
             'name ("NAME=..."), or choose another --out.'
         )
 
 
 def described(given: Given, config: RunConfig) -> Arm:
-    """The arm as its pages tell of it."""
+    """The arm for the tables and the page."""
     return Arm(given.label, given.spec, config.max_steps, config.batch.tokens_until(config.max_steps), [])
 
 
 def with_baseline(folder: Path, arms: Sequence[Arm], baseline: str) -> list[Arm]:
-    """The arms with this one first, by default the one that is; each with the settings in which it differs from that.
+    """The arms with the baseline first (default: as they are), each with its settings that differ from it.
 
     Raises:
         UsageError: there is no such arm.

@@ -1,6 +1,5 @@
-"""A comparison drawn. In: its runs and outcomes; out: curves for a page, and a PNG with the differences beside them."""
+"""Charts of a comparison. In: its runs and outcomes; out: curves for a page, and a PNG with the differences beside."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,16 +8,16 @@ import numpy as np
 
 from regpt2.comparing.outcomes import Outcome
 from regpt2.comparing.runs import Comparison, Run, on_common_steps
-from regpt2.pages.charts.draw import PRINT, draw, plain, settings
+from regpt2.pages.charts.draw import PRINT, heading, plain, png, print_panel, settings
 from regpt2.pages.charts.panels import MOST_RUNS, Across, Panel, Trace, look_of
 from regpt2.pages.record import Column
 
-FIRST_SHOWN = 0.15  # of the way: before it all curves fall, and what differs is at the end
+FIRST_SHOWN = 0.15  # of the run: before that all curves fall steeply; the differences are at the end
 _UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def panels(plan: Comparison, runs: Sequence[Sequence[Run]]) -> list[Panel]:
-    """The validation losses over tokens and over time: the mean of each arm's seeds, in a band of its deviation."""
+    """The validation losses over tokens and over time: the mean over each arm's seeds, in a band of one deviation."""
     shown = [
         (place, arm.label, on_common_steps(of_arm))
         for place, (arm, of_arm) in enumerate(zip(plan.arms, runs, strict=True))
@@ -28,7 +27,7 @@ def panels(plan: Comparison, runs: Sequence[Sequence[Run]]) -> list[Panel]:
         return []
     note = "Means over seeds; the band is one standard deviation."
     if len(plan.arms) > MOST_RUNS:
-        note += f" The first {MOST_RUNS} arms; the tables have all."
+        note += f" Only the first {MOST_RUNS} arms are shown; the tables have all."
     last_s = max(float(run.seconds[-1]) for _, _, finished in shown for run in finished)
     unit, unit_s = next((unit, size) for unit, size in _UNITS if last_s >= 2 * size or size == 1)
     over_tokens = _panel("loss", "Validation loss, nats per token", "tokens", shown, lambda run: run.tokens)
@@ -64,15 +63,10 @@ def picture(
             1, 2, width_ratios=[1.5, 1], left=0.06, right=0.975, top=1 - 1.25 / inches, bottom=0.6 / inches, wspace=0.42
         )
         for panel in drawn[:1]:
-            axes = figure.add_subplot(grid[0, 0])
-            axes.set_title(panel.title, loc="left", fontsize=10, color=PRINT["text"], pad=8)
-            draw(axes, panel, PRINT, ticks=6, above=False)
+            print_panel(figure.add_subplot(grid[0, 0]), panel, ticks=6)
         _differences(figure.add_subplot(grid[0, 1]), plan, runs, found)
-        figure.text(0.03, 1 - 0.45 / inches, plain(title), fontsize=17, color=PRINT["text"], parse_math=False)
-        figure.text(0.03, 1 - 0.75 / inches, plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        heading(figure, title, subtitle, (1 - 0.45 / inches, 1 - 0.75 / inches))
+    return png(figure)
 
 
 def _differences(axes: Any, plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> None:

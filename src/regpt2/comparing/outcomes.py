@@ -10,13 +10,13 @@ from regpt2.comparing.runs import NOT_BEGUN, Comparison, Run, first_reached
 from regpt2.comparing.significance import ALPHA, Paired, holm, paired
 
 MATTERS = 0.004
-"""Nats. Seeds of one recipe at 124M differ by 0.0013 to 0.004; records of the speedruns claim no less."""
-FEW = 4  # seeds: with fewer an interval is too wide to tell anything
+"""Nats. Seeds of one recipe at 124M differ by 0.0013 to 0.004; the records of the speedruns claim at least that."""
+FEW = 4  # seeds: with fewer the interval is too wide to be useful
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What finished runs took to come down to a loss: one figure for each seed, infinite where it never did."""
+    """What finished runs took to reach a loss: one figure for each seed, infinite where a run never reached it."""
 
     tokens: list[float]
     seconds: list[float]
@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """In words. What is not shown may still be there."""
+        """In words."""
         if self.against is None or self.p_holm is None:
             return "no test: it takes two seeds" if self.finals else "no run finished"
         if self.p_holm >= ALPHA:
@@ -97,7 +97,7 @@ def _reached(runs: Sequence[Run], level: float) -> Reached:
 
 
 def _shares(pairs: Sequence[tuple[Run, Run]]) -> Reached:
-    """Each run against the baseline's run of its seed, at that run's final loss."""
+    """Each run as a share of the baseline's run with its seed, at that run's final loss."""
     tokens, seconds = [], []
     for run, base in pairs:
         level = float(base.losses[-1])
@@ -107,7 +107,7 @@ def _shares(pairs: Sequence[tuple[Run, Run]]) -> Reached:
 
 
 def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[str]:
-    """What a reader has to know before the figures are believed."""
+    """What limits the figures: runs that do not count, differences of set-up, too few seeds."""
     every = [run for of_arm in runs for run in of_arm]
     begun = [run for run in every if run.start]
     said = [
@@ -123,17 +123,17 @@ def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Out
     ]:
         said.append(f"Not begun, with these seeds: {', '.join(waiting)}.")
     if len({run.start.get("data_fingerprint") for run in begun}) > 1:
-        said.append("The data of these runs differ: their losses do not compare.")
+        said.append("The data of these runs differ, so their losses cannot be compared.")
     for name, key in (
         ("commits", "commit"), ("versions of PyTorch", "torch"), ("devices", "device"), ("threads", "threads"),
         ("precisions", "precision"),
     ):  # fmt: skip
         seen = list(dict.fromkeys(str(run.start.get(key)) for run in begun))
         if len(seen) > 1:
-            said.append(f"The runs were made on different {name}: {', '.join(seen)}.")
+            said.append(f"The runs used different {name}: {', '.join(seen)}.")
     n = min((one.against.n if one.against else 0 for one in found[1:]), default=0)
     if n < FEW:
-        said.append(f"Fewer than {FEW} pairs of runs: a difference has to be large to be told from chance.")
+        said.append(f"Fewer than {FEW} pairs of runs: only a large difference can be told from chance.")
     else:
-        said.append(f"The sign-flip test cannot give a p below 2^(1-n): {2.0 ** (1 - n):.3g} for {n} seeds.")
+        said.append(f"The sign-flip test cannot give a p below 2^(1-n), which is {2.0 ** (1 - n):.3g} for {n} seeds.")
     return said

@@ -11,9 +11,9 @@ from regpt2.pages import tables
 from regpt2.pages.published import Sources
 from regpt2.pages.report import markdown
 from regpt2.pages.report.page import chart, document, section
-from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
 
-# What a `run` event says, as a reader calls it.
+# Names on the page, and keys of the `run` event.
 _FACTS = {
     "Data set": "dataset",
     "Data fingerprint": "data_fingerprint",
@@ -30,7 +30,7 @@ _FACTS = {
 
 
 def facts(plan: Comparison, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
-    """What the figures depend on; where runs differ, all that there was."""
+    """What the figures depend on; where runs differ, all values."""
     starts = [run.start for of_arm in runs for run in of_arm if run.start]
     told = {"Command": plan.command, "Budget": plan.budget, "Seeds": f"1 to {plan.seeds}"}
     for name, key in _FACTS.items():
@@ -39,7 +39,7 @@ def facts(plan: Comparison, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
 
 
 def subtitle(plan: Comparison, runs: Sequence[Sequence[Run]]) -> str:
-    """On what, in a line."""
+    """Budget, seeds, data and device in a line."""
     told = facts(plan, runs)
     return f"{plan.budget} · seeds {told['Seeds']} · {told['Data set']} · {told['Device']}"
 
@@ -54,17 +54,13 @@ def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcom
     """The whole document."""
     said = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
     charts = join(chart(panel, Sources()) for panel in panels(plan, runs))
-    rows_of_facts = join(
-        fill('<tr><th scope="row">{name}</th><td>{value}</td></tr>', name=name, value=value)
-        for name, value in facts(plan, runs).items()
-    )
     parts = [
         section("Result", join([_table("Result", results_table(found)), said])),
         section("Tokens and time", _table("Tokens and time", costs_table(plan, found))),
         section("Curves", fill('<div class="curves">\n{charts}\n</div>', charts=charts) if charts else Html("")),
         section("Each seed", _table("Final validation loss", seeds_table(plan, runs, found))),
         section("Arms", _table("Arms", arms_table(plan), "figures runs")),
-        section("Certificate", fill('<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=rows_of_facts)),
+        section("Certificate", facts_table(fact(name, value) for name, value in facts(plan, runs).items())),
     ]
     hashes = join(
         fill("<p>{place} {sha256}</p>", place=f"{arm.label}/seed-{run.seed}", sha256=run.sha256)
@@ -72,10 +68,7 @@ def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcom
         for run in of_arm
         if run.sha256
     )
-    folded = (
-        '<details>\n<summary>SHA-256 of every metrics.jsonl</summary>\n<div class="hash">{hashes}</div>\n</details>'
-    )
-    made = fill(folded, hashes=hashes)
+    made = folded("SHA-256 of every metrics.jsonl", fill('<div class="hash">{hashes}</div>', hashes=hashes))
     return document(
         title(plan), headline="compared", kind="recipes compared", summary=subtitle(plan, runs), parts=parts, made=made
     )
@@ -89,15 +82,8 @@ def text(
     plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str], picture: str
 ) -> str:
     """The same for a README or a pull request; `picture` is the name of the file beside it."""
-    results, costs, seeds, arms = (
-        markdown.table(head, rows)
-        for head, *rows in (
-            results_table(found),
-            costs_table(plan, found),
-            seeds_table(plan, runs, found),
-            arms_table(plan),
-        )
-    )
+    tables_of = results_table(found), costs_table(plan, found), seeds_table(plan, runs, found), arms_table(plan)
+    results, costs, seeds, arms = (markdown.table(head, rows) for head, *rows in tables_of)
     parts = [f"# {markdown.text(title(plan))}", markdown.text(subtitle(plan, runs)), results]
     parts += [markdown.text(remark) for remark in remarks]
     parts += [f"![Validation losses and differences]({quote(picture)})", costs, seeds, arms]

@@ -13,9 +13,7 @@ from regpt2.base.errors import DataError
 from regpt2.base.files import read_small
 from regpt2.pages.record import Column, Event, Record, number, numbers, read_record
 
-TAIL_BYTES = 1 << 16  # more than an event of a run takes
-
-
+TAIL_BYTES = 1 << 16  # larger than any event of a run
 NOT_BEGUN = "not begun"
 
 
@@ -43,7 +41,7 @@ class Comparison:
     target: float | None
     command: str
     failures: dict[str, str] = field(default_factory=dict)
-    """What runs that failed said at last, by ARM/seed-N."""
+    """The last line of the log of each run that failed, by ARM/seed-N."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Run:
     """finished, or why it does not count."""
     tokens: Column
     seconds: Column
-    """Of training alone: evaluations and checkpoints stand still on this clock."""
+    """Time of updates alone, without evaluations and checkpoints."""
     losses: Column
     """The validation losses, in nats per token."""
     start: Event
@@ -69,7 +67,7 @@ class Run:
 
 
 def read_plan(folder: Path) -> Comparison:
-    """The plan that `compare.json` tells of.
+    """The plan in `compare.json`.
 
     Raises:
         DataError: there is none, or it is damaged.
@@ -80,7 +78,7 @@ def read_plan(folder: Path) -> Comparison:
         return Comparison(**{**told, "arms": [Arm(**arm) for arm in told["arms"]]})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path} tells of no comparison ({type(error).__name__}: {error}); give the recipes again, as at the start."
+            f"{path} holds no comparison ({type(error).__name__}: {error}); give the recipes again, as at the start."
         ) from None
 
 
@@ -90,7 +88,7 @@ def read_runs(folder: Path, plan: Comparison) -> list[list[Run]]:
 
 
 def read_run(folder: Path, plan: Comparison, arm: Arm, seed: int) -> Run:
-    """One run; it need not have begun."""
+    """One run, started or not."""
     place = f"{arm.label}/seed-{seed}"
     failure, nothing = plan.failures.get(place, ""), np.zeros(0)
     if not (folder / place / "metrics.jsonl").exists():
@@ -122,7 +120,7 @@ def seconds_at(record: Record, steps: Column) -> Column:
 
 
 def first_reached(at: Column, losses: Column, level: float) -> float:
-    """Where a curve first comes down to `level`, on straight lines between its points; infinity if it never does."""
+    """Where a curve first reaches `level`, interpolated linearly between its points; infinity if it never does."""
     known = np.isfinite(losses)
     at, losses = at[known], losses[known]
     below = np.flatnonzero(losses <= level)
@@ -143,7 +141,7 @@ def on_common_steps(runs: Sequence[Run]) -> list[Run]:
 
 
 def last_step(run: Path) -> int:
-    """The newest update in the record of a run under way, by the end of the file alone; 0 if none is there."""
+    """The newest update in the record of a running run, read from the end of the file; 0 if there is none."""
     try:
         with open(run / "metrics.jsonl", "rb") as file:
             size = file.seek(0, 2)

@@ -12,7 +12,7 @@ MOST_FLIPPED = 16  # pairs: 65,536 patterns of signs
 
 @dataclass(frozen=True)
 class Paired:
-    """What differences, one for each seed, say of their mean."""
+    """The mean of differences, one for each seed, and how certain it is."""
 
     n: int
     mean: float
@@ -64,17 +64,17 @@ def student_t_quantile(confidence: float, df: int) -> float:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float | None:
-    """Of all ways to give the differences signs, the share whose sum is as far from 0; None for too many pairs."""
+    """The share of all sign patterns whose sum is at least as far from 0 as the actual one; None for too many pairs."""
     values, n = np.asarray(differences, dtype=np.float64), len(differences)
     if n > MOST_FLIPPED:
         return None
     signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2^n, n)
     sums = np.abs(signs @ values)
-    return float(np.mean(sums >= abs(values.sum()) * (1 - 1e-12)))  # but for the rounding of a sum
+    return float(np.mean(sums >= abs(values.sum()) * (1 - 1e-12)))  # tolerates the rounding of a sum
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's correction for that several differences were looked at: with it a 0.05 holds for all of them together."""
+    """Holm's correction: keeps the overall error rate at 0.05 when several differences are tested."""
     adjusted, most, left = [1.0] * len(ps), 0.0, len(ps)
     for place in sorted(range(len(ps)), key=lambda place: ps[place]):
         most = max(most, min(1.0, left * ps[place]))

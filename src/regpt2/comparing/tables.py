@@ -14,10 +14,10 @@ HOW_TO_READ = (
     "Loss: the last validation loss, in nats per token, mean and standard deviation over the seeds. "
     "Difference: to the first arm, seed by seed, with the 95 % confidence interval of its mean; p: paired t-test, "
     "two-sided, then corrected for the number of arms (Holm; the verdict goes by it, at 0.05), and by the exact "
-    f"sign-flip test. Differences below {MATTERS} nats do not matter. No difference shown does not mean that there is "
-    "none. Tokens and time to a loss: when an arm first came down to the first arm's last loss, as a share of what "
-    "that one took in all, seed by seed. Time is that of updates alone. A schedule brings the loss down at its end: "
-    "with one that ended there an arm would need fewer."
+    f"sign-flip test. Differences below {MATTERS} nats do not matter. 'No difference shown' does not prove that "
+    "there is none. Tokens and time to a loss: when an arm first reached the first arm's last loss, as a share of what that "
+    "arm took in all, seed by seed. Time counts updates alone. A schedule lowers the loss most at its end, so an arm "
+    "whose schedule ended there would need less."
 )
 
 
@@ -34,7 +34,7 @@ def results_table(found: Sequence[Outcome]) -> list[list[str]]:
 
 
 def costs_table(plan: Comparison, found: Sequence[Outcome]) -> list[list[str]]:
-    """A head and a row for each arm: what it took, in all and down to the losses that count."""
+    """A head and a row for each arm: tokens and time, in all and to the losses of interest."""
     first, target = plan.arms[0].label, plan.target
     head = ["arm", "seeds", "tokens", "time", f"tokens to {first}'s loss", f"time to {first}'s loss"]
     head += [] if target is None else [f"tokens to {target:g}", f"time to {target:g}"]
@@ -49,7 +49,7 @@ def costs_table(plan: Comparison, found: Sequence[Outcome]) -> list[list[str]]:
 
 
 def seeds_table(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[list[str]]:
-    """The final loss of each run, a row for each arm, and what their signs alone say."""
+    """A head and a row for each arm: the final loss of each run, and the p-value of the sign-flip test."""
     rows = [["arm", *(f"seed {seed}" for seed in range(1, plan.seeds + 1)), "p by signs"]]
     for of_arm, one in zip(runs, found, strict=True):
         cells = [f"{run.losses[-1]:.4f}" if run.is_finished else run.status.split(":")[0] for run in of_arm]
@@ -58,12 +58,12 @@ def seeds_table(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence
 
 
 def arms_table(plan: Comparison) -> list[list[str]]:
-    """What each arm is."""
+    """A head and a row for each arm: its recipe and budget."""
     rows = [
         [arm.label, arm.spec, f"{arm.max_steps:,}", f"{arm.tokens:,}", "; ".join(arm.changes) or NOTHING]
         for arm in plan.arms
     ]
-    return [["arm", "given as", "updates", "tokens", "not as in the first"], *rows]
+    return [["arm", "given as", "updates", "tokens", "changes from the first"], *rows]
 
 
 def for_screen(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -82,7 +82,7 @@ def _loss(one: Outcome) -> str:
 
 
 def _share(shares: Sequence[float]) -> str:
-    """Mean and standard deviation, if all came down."""
+    """Mean and standard deviation, if all runs reached the loss."""
     if any(map(math.isinf, shares)):
         return _missed(shares)
     spread = f" ± {statistics.stdev(shares):.1%}" if len(shares) > 1 else ""
@@ -90,7 +90,7 @@ def _share(shares: Sequence[float]) -> str:
 
 
 def _first(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The mean, if all came down."""
+    """The mean, if all runs reached the loss."""
     if any(map(math.isinf, values)):
         return _missed(values)
     return show(statistics.fmean(values)) if values else NOTHING
@@ -98,7 +98,7 @@ def _first(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def _missed(values: Sequence[float]) -> str:
     missed = sum(map(math.isinf, values))
-    return "not reached" if missed == len(values) else f"not by {missed} of {len(values)}"
+    return "not reached" if missed == len(values) else f"not reached by {missed} of {len(values)}"
 
 
 def _tokens(tokens: float) -> str:
@@ -110,7 +110,7 @@ def _time(seconds: float) -> str:
 
 
 def chance(p: float | None) -> str:
-    """A p-value with the digits that it deserves."""
+    """A p-value with three digits."""
     if p is None:
         return NOTHING
     return "< 1e-6" if p < 1e-6 else f"{p:.3g}"

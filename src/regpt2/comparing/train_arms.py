@@ -1,4 +1,4 @@
-"""The runs of a comparison, made. In: its plan and configurations; out: run folders, each by a process of its own."""
+"""The runs of a comparison. In: its plan and configurations; out: run folders, each trained in its own process."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from regpt2.config.run import RunConfig, to_toml
 from regpt2.pages.record import read_record
 
 TIMED_STEPS = 30  # the first third warms up
-LEAVING_S = 60.0  # time for a run whose comparison was killed to write its last checkpoint
+LEAVING_S = 60.0  # a run whose comparison was killed may need this long to write its last checkpoint
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run to make."""
+    """A run to train."""
 
     arm: Arm
     seed: int
@@ -31,9 +31,9 @@ class Task:
     folder: Path
 
     def command(self, recipe: Path) -> Command:
-        """As a command line; what it says goes into its folder."""
-        said = ["train", str(recipe), "--run", str(self.folder), "--seed", str(self.seed)]
-        return Command(said, self.folder / "train.log")
+        """The command line; its output goes into the run folder."""
+        arguments = ["train", str(recipe), "--run", str(self.folder), "--seed", str(self.seed)]
+        return Command(arguments, self.folder / "train.log")
 
     def tokens_made(self) -> int:
         """Tokens trained on so far."""
@@ -41,7 +41,7 @@ class Task:
 
 
 def in_words(budget: Budget, arms: Sequence[Arm]) -> str:
-    """What each run takes, for the page."""
+    """The budget of each run, for the page."""
     if budget.seconds:
         return f"{duration(budget.seconds)} of training"
     least, most = (count(which(arm.tokens for arm in arms)) for which in (min, max))
@@ -49,7 +49,7 @@ def in_words(budget: Budget, arms: Sequence[Arm]) -> str:
 
 
 def budgets(out: Path, arms: Sequence[Given], budget: Budget, room: Sequence[Place]) -> list[int]:
-    """The tokens of each arm: those of the budget, or as many as its measured speed makes in the time.
+    """The tokens of each arm: those of the budget, or what it processes in that time at its measured speed.
 
     Raises:
         Problem: an arm cannot be measured.
@@ -82,7 +82,7 @@ def _was_timed(folder: Path) -> bool:
 
 
 def train_all(out: Path, plan: Comparison, configs: Mapping[str, RunConfig], room: Sequence[Place]) -> None:
-    """Make the runs that are not finished, seed by seed; compare.json grows with each. Failures go into the plan."""
+    """Train the unfinished runs, seed by seed, and update compare.json after each. Failures go into the plan."""
     tasks = [
         Task(arm, seed, configs[arm.label], out / arm.label / f"seed-{seed}")
         for seed in range(1, plan.seeds + 1)
@@ -104,12 +104,12 @@ def train_all(out: Path, plan: Comparison, configs: Mapping[str, RunConfig], roo
             say(f"{task.arm.label} seed {task.seed}: {told} ({n_done} of {n_runs})")
             write_json(out, plan)
     except KeyboardInterrupt:
-        say("Stopped; finished runs are kept; run the same command again to resume.")
+        say("Interrupted. Finished runs are kept; run the same command again to resume.")
         raise
 
 
 def _trained(out: Path, tasks: Sequence[Task], room: Sequence[Place]) -> Iterator[tuple[Task, int]]:
-    """Each task with its exit code, as it ends; meanwhile the progress of all."""
+    """Each task with its exit code when it ends; shows the progress of all meanwhile."""
     for task in tasks:
         _wait_until_left(task.folder)
     wholes = [task.config.batch.tokens_until(task.config.max_steps) for task in tasks]
@@ -128,10 +128,10 @@ def _trained(out: Path, tasks: Sequence[Task], room: Sequence[Place]) -> Iterato
 
 
 def _wait_until_left(folder: Path) -> None:
-    """A run whose comparison was killed writes a checkpoint before it leaves.
+    """Wait for a run whose comparison was killed: it writes a checkpoint before it exits.
 
     Raises:
-        UsageError: somebody holds the folder still.
+        UsageError: another process still holds the folder.
     """
     until = time.monotonic() + LEAVING_S
     while (folder / ".lock").exists():
@@ -145,6 +145,6 @@ def _wait_until_left(folder: Path) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The last line that a process said."""
+    """The last line of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.removeprefix("regpt2: ")[:500] for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.removeprefix("regpt2: ")[:500] for line in reversed(lines) if line.strip()), "no output")

@@ -1,4 +1,4 @@
-"""What a comparison found, written. In: its plan and its runs; out: tables on the screen and four files."""
+"""The result of a comparison. In: its plan and its runs; out: tables on the screen and four files."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from regpt2.comparing.tables import costs_table, for_screen, results_table
 
 
 def show(folder: Path, plan: Comparison) -> None:
-    """The tables on the screen; compare.json, compare.md, compare.png and compare.html."""
+    """Show the tables and write compare.json, compare.md, compare.png and compare.html."""
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
     said = remarks(plan, runs, found)
@@ -33,11 +33,11 @@ def show(folder: Path, plan: Comparison) -> None:
     tables = results_table(found), costs_table(plan, found)
     for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *said):
         say(line)
-    say(f"{folder / 'compare.html'} is written, and beside it compare.md, compare.png and compare.json.")
+    say(f"Wrote {folder / 'compare.html'}, compare.md, compare.png and compare.json.")
 
 
 def write_json(folder: Path, plan: Comparison) -> None:
-    """The plan, every run's curve and what it depends on, and what follows from them."""
+    """Write the plan, every run's curve and set-up, and the outcomes."""
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
     told = {
@@ -54,7 +54,7 @@ def write_json(folder: Path, plan: Comparison) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """The value for JSON, which has no NaN and no infinity: they become null."""
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):

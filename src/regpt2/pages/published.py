@@ -1,8 +1,9 @@
-"""What a run is held against. In: a `Record`; out: published scores of its size and on its data, and their sources."""
+"""Published results beside a run. In: a `Record`; out: scores of its size and on its data, and their sources."""
 
 import math
 
 from regpt2.pages.record import Event, Record, number
+from regpt2.pages.safe_html import Html, fill
 from regpt2.references.run_facts import dataset_of
 from regpt2.references.scores import Reference, references_for
 
@@ -12,7 +13,7 @@ NO_METRICS = ("event", "eval", "step", "time", "elapsed_s", "count", "tokens", "
 
 
 class Sources:
-    """Where the numbers of others on this page come from: each source has one number, in the order of first use."""
+    """The sources of the published numbers on a page, each with a number, in the order of first use."""
 
     def __init__(self) -> None:
         self.named: list[str] = []
@@ -23,9 +24,15 @@ class Sources:
             self.named.append(source)
         return self.named.index(source) + 1
 
+    def link(self, source: str) -> Html:
+        """The source's number as a link to the list of sources, after a space; nothing for no source."""
+        if not source:
+            return Html("")
+        return fill(' <a class="mark" href="#source-{n}">[{n}]</a>', n=self.mark(source))
+
 
 def size_of(record: Record) -> str:
-    """The size among GPT-2's that is nearest to the run's: by ratio; the smallest where nothing is known."""
+    """GPT-2's size that is nearest to the run's, by ratio; the smallest where the run's is unknown."""
     n_params = number(record.start.get("n_params"))
     if not (math.isfinite(n_params) and n_params > 0):
         return "124M"
@@ -33,7 +40,7 @@ def size_of(record: Record) -> str:
 
 
 def references_of(record: Record, name: str, metric: str) -> list[Reference]:
-    """Published scores beside one of the run's. A loss has some only on the very data set, in GPT-2's own tokens."""
+    """Published scores for one metric of the run; for a loss only those on the same data set, in GPT-2's tokens."""
     dataset = _dataset(record) if name == "val_loss" else None
     if name == "val_loss" and not (dataset and record.start.get("tokenizer") == "gpt2"):
         return []
@@ -41,18 +48,18 @@ def references_of(record: Record, name: str, metric: str) -> list[Reference]:
 
 
 def _dataset(record: Record) -> str | None:
-    """The data as the references call it: by its name or, of shards that came without one, by their folder's."""
+    """The data set as the references call it, by its name; shards without a name go by their folder's."""
     config = record.start.get("config")
     folder = config.get("data") if isinstance(config, dict) else None
     return dataset_of(record.dataset or str(folder))
 
 
 def latest_evals(record: Record) -> list[Event]:
-    """The newest event of each evaluation of the run, in the order in which they came; then what was measured later."""
+    """The newest event of each evaluation of the run, in the order of the record; then what was measured later."""
     return [*{str(event.get("eval")): event for event in record.evals}.values(), *record.measured]
 
 
 def metrics_of(event: Event) -> list[str]:
-    """The keys of an evaluation's figures: neither what is around them nor their standard errors."""
+    """The keys of an evaluation's metrics, without standard errors and other fields."""
     named = (key for key, value in event.items() if not isinstance(value, dict | list))
     return [key for key in named if key not in NO_METRICS and not key.endswith("_stderr")]

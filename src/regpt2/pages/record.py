@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import sha256_file
 from regpt2.base.record.metrics import read_events
+from regpt2.references.run_facts import Column, Event
 
-Event = dict[str, Any]
-Column = NDArray[np.float64]
 T = TypeVar("T")
 
 # Beyond this a value is drawn as a gap: the run has diverged, and a running sum would lose its digits.

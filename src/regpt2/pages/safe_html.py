@@ -20,3 +20,19 @@ def fill(template: LiteralString, **values: object) -> Html:
 def join(parts: Iterable[Html], between: LiteralString = "\n") -> Html:
     """Pieces of markup, one after another."""
     return Html(between).join(parts)
+
+
+def folded(name: str, body: Html) -> Html:
+    """A part of a page that opens with a click on its name."""
+    return fill("<details>\n<summary>{name}</summary>\n{body}\n</details>", name=name, body=body)
+
+
+def facts_table(rows: Iterable[Html]) -> Html:
+    """A table of names and values; see `fact`."""
+    return fill('<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=join(rows))
+
+
+def fact(name: str, value: object, *, kind: str = "") -> Html:
+    """A row of `facts_table`; `kind`: a CSS class of the value."""
+    kind = Html(fill(' class="{kind}"', kind=kind)) if kind else Html("")
+    return fill('<tr><th scope="row">{name}</th><td{kind}>{value}</td></tr>', name=name, kind=kind, value=value)

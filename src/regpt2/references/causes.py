@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from regpt2.references.curves import Curve
-from regpt2.references.run_facts import Facts
+from regpt2.references.run_facts import Column, Facts
 
-Column = NDArray[np.float64]
-Finding = tuple[float, str] | None
-CERTAIN, SYMPTOM, HINT, OPEN = 3.0, 2.0, 1.5, 1.0  # how much a finding weighs; OPEN: nobody knows
+Cause = tuple[float, str] | None
+"""How likely, and what to check; None where nothing is wrong."""
+CERTAIN, SYMPTOM, HINT, OPEN = 3.0, 2.0, 1.5, 1.0  # how likely a cause is; OPEN: not recorded
 
 # Thresholds, and what was measured. "Small": eight real runs of 0.1M parameters, 300 updates (tests/references),
 # against the mean of four; "public": a run on FineWeb-Edu that is published with
@@ -88,12 +87,12 @@ def _differs(mine: float | None, its: float | None, ratio: float) -> bool:
     return mine is not None and its is not None and not its / ratio <= mine <= its * ratio
 
 
-def _open(fact: object, text: str) -> Finding:
+def _open(fact: object, text: str) -> Cause:
     """To be looked at, if the record does not say it."""
     return (OPEN, text) if fact is None else None
 
 
-def _batch(of: Evidence) -> Finding:
+def _batch(of: Evidence) -> Cause:
     mine, its = of.facts.batch_tokens, of.curve.batch_tokens
     if _differs(mine, its, 1.25):
         return CERTAIN + 0.5, f"batch tokens: {mine:,.0f} an update, the reference has {its:,}"
@@ -107,7 +106,7 @@ def _batch(of: Evidence) -> Finding:
     return _open(mine, f"batch tokens: {its:,} an update")
 
 
-def _learning_rate(of: Evidence) -> Finding:
+def _learning_rate(of: Evidence) -> Cause:
     mine, its, said = of.facts, of.curve.recipe, []
     if _differs(mine.lr, its.get("lr"), 1.25):
         said.append(f"{mine.lr:.2g}, the reference has {its['lr']:.2g}")
@@ -128,7 +127,7 @@ def _learning_rate(of: Evidence) -> Finding:
     return _open(mine.lr, "learning rate: peak, warm-up and the rate at the end")
 
 
-def _order(of: Evidence) -> Finding:
+def _order(of: Evidence) -> Cause:
     if of.facts.order == "one batch":
         return CERTAIN + 0.6, "data order: every update sees the same batch"
     if (wave := of.wave()) > WAVE:
@@ -136,7 +135,7 @@ def _order(of: Evidence) -> Finding:
     return _open(of.facts.order, "data order: every window once, and the same for any number of ranks")
 
 
-def _precision(of: Evidence) -> Finding:
+def _precision(of: Evidence) -> Cause:
     updates = len(of.facts.train_steps)
     if of.facts.skipped > max(3, updates // 1000):
         return SYMPTOM + 0.3, f"precision: {of.facts.skipped} of {updates:,} updates were skipped as not finite"
@@ -145,7 +144,7 @@ def _precision(of: Evidence) -> Finding:
     return _open(of.facts.precision, "precision: bf16 with fp32 master weights")
 
 
-def _tokenizer(of: Evidence) -> Finding:
+def _tokenizer(of: Evidence) -> Cause:
     facts = of.facts
     if facts.dataset not in (None, of.curve.dataset):
         return CERTAIN + 0.9, f"data set: {facts.dataset}, the reference has {of.curve.dataset}"
@@ -165,14 +164,14 @@ def _tokenizer(of: Evidence) -> Finding:
     return _open(facts.tokenizer, "tokenizer: GPT-2's, and the same validation set")
 
 
-def _decay(of: Evidence) -> Finding:
+def _decay(of: Evidence) -> Cause:
     its = of.curve.recipe.get("weight_decay")
     if _differs(of.facts.weight_decay, its, 1.25):
         return CERTAIN, f"decay groups: weight decay {of.facts.weight_decay:g}, the reference has {its:g}"
     return _open(of.facts.weight_decay, "decay groups: 0.1 for matrices, none for biases and norms")
 
 
-def _ingredients(of: Evidence) -> Finding:
+def _ingredients(of: Evidence) -> Cause:
     off = [name for name in of.curve.recipe.get("ingredients", ()) if of.facts.model.get(name, True) in (False, 0)]
     if off:
         return CERTAIN + 0.8, f"model: without {', '.join(off)}, which the reference has"
@@ -180,7 +179,7 @@ def _ingredients(of: Evidence) -> Finding:
     return (CERTAIN + 0.7, f"optimizer: {mine}, the reference has {its}") if mine and its and mine != its else None
 
 
-_CHECKS: tuple[Callable[[Evidence], Finding], ...] = (
+_CHECKS: tuple[Callable[[Evidence], Cause], ...] = (
     _batch,
     _learning_rate,
     _order,

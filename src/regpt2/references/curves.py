@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Column = NDArray[np.float64]
+from regpt2.references.run_facts import Column
 
 _FOLDER = Path(__file__).with_name("curves")
 N_PARAMS = {  # of the models that the curves name

@@ -1,10 +1,9 @@
 """Bars drawn. In: `Bar`s from top to bottom; out: a PNG for a README."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from regpt2.pages.charts.draw import PRINT, plain
+from regpt2.pages.charts.draw import PRINT, heading, plain, png
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Bar:
     value: float | None
     text: str
     ink: str = "train"
-    """A role of `drawing.PRINT`."""
+    """A role of `PRINT`."""
 
 
 def bars_picture(bars: Sequence[Bar], title: str, subtitle: str) -> bytes:
@@ -43,8 +42,5 @@ def bars_picture(bars: Sequence[Bar], title: str, subtitle: str) -> bytes:
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(PRINT["grid"])
-    figure.text(0.03, 1 - 0.45 / inches, plain(title), fontsize=17, color=PRINT["text"], parse_math=False)
-    figure.text(0.03, 1 - 0.78 / inches, plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    heading(figure, title, subtitle, (1 - 0.45 / inches, 1 - 0.78 / inches))
+    return png(figure)

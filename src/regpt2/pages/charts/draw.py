@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,15 @@ from regpt2.pages.safe_html import Html, fill
 RUN_COLORS = ("#35689f", "#bb4a29", "#2b7a55", "#8a5aa8", "#8a6a00", "#257384", "#b0457b", "#55534d")
 
 
-@dataclass(frozen=True)
-class Ink:
-    """What each thing is drawn in, by role."""
-
-    colors: dict[str, str]
-
-    def __getitem__(self, role: str) -> str:
-        return self.colors[role]
-
-
-_RUNS = [f"run{place}" for place in range(1, len(RUN_COLORS) + 1)]
-PRINT = Ink(
-    {"paper": "#ffffff", "text": "#23221f", "faint": "#6f6c65", "grid": "#e6e3dc", "train": "#35689f", "val": "#bb4a29"}
-    | dict(zip(_RUNS, RUN_COLORS, strict=True))
-)
-# In SVG: stand-ins, which `_as_html` turns into the page's CSS variables, so that curves follow light and dark.
-THEMED = Ink({role: f"#0000{place:02x}" for place, role in enumerate(PRINT.colors, start=1)})
+PRINT = {  # the color of each role
+    "paper": "#ffffff", "text": "#23221f", "faint": "#6f6c65", "grid": "#e6e3dc", "train": "#35689f", "val": "#bb4a29"
+} | {f"run{place}": color for place, color in enumerate(RUN_COLORS, start=1)}  # fmt: skip
+# In SVG placeholders, which `_as_html` turns into the page's CSS variables: curves follow its light or dark theme.
+THEMED = {role: f"#0000{place:02x}" for place, role in enumerate(PRINT, start=1)}
 
 
 def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
-    """A panel as an element of a page, with its words for those who do not see it."""
+    """A panel as an element of a page, with a description for screen readers."""
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only a report needs it)
 
     width, height = inches
@@ -52,12 +39,12 @@ def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
 
 
 def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
-    """The PNG of `overview`."""
+    """`overview` as a PNG."""
     return png(overview(panels, title, subtitle))
 
 
 def png(figure: Any) -> bytes:
-    """A matplotlib figure as the bytes of a file."""
+    """A matplotlib figure as a PNG; the same figure gives the same bytes."""
     out = io.BytesIO()
     with settings("picture"):
         figure.savefig(out, format="png", metadata={"Software": None})
@@ -78,12 +65,16 @@ def overview(panels: Sequence[Panel], title: str, subtitle: str) -> Any:
             left=0.065, right=0.975, top=0.79, bottom=0.075, hspace=0.4, wspace=0.17,
         )  # fmt: skip
         for place, panel in (((0, 0), by_name.get("loss")), ((0, 1), beside), ((1, slice(None)), by_name.get("lr"))):
-            if panel is None:
-                continue
-            _print(figure.add_subplot(grid[place]), panel, ticks=4 if panel is beside else 6)
-        figure.text(0.03, 0.935, plain(title), fontsize=17, color=PRINT["text"], parse_math=False)
-        figure.text(0.03, 0.885, plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
+            if panel is not None:
+                print_panel(figure.add_subplot(grid[place]), panel, ticks=4 if panel is beside else 6)
+        heading(figure, title, subtitle, (0.935, 0.885))
     return figure
+
+
+def heading(figure: Any, title: str, subtitle: str, heights: tuple[float, float]) -> None:
+    """Title and subtitle above a figure, at these shares of its height."""
+    for text, y, size, role in ((title, heights[0], 17, "text"), (subtitle, heights[1], 10.5, "faint")):
+        figure.text(0.03, y, plain(text), fontsize=size, color=PRINT[role], parse_math=False)
 
 
 def column(panels: Sequence[Panel]) -> Any:
@@ -93,42 +84,43 @@ def column(panels: Sequence[Panel]) -> Any:
     with settings("column"):
         figure = Figure(figsize=(10, 3.2 * len(panels)), dpi=160, facecolor="white", layout="constrained")
         for place, panel in enumerate(panels, start=1):
-            _print(figure.add_subplot(len(panels), 1, place), panel, ticks=6)
+            print_panel(figure.add_subplot(len(panels), 1, place), panel, ticks=6)
     return figure
 
 
-def _print(axes: Any, panel: Panel, ticks: int) -> None:
+def print_panel(axes: Any, panel: Panel, ticks: int) -> None:
+    """Draw a panel below its title, in the colors of paper."""
     axes.set_title(panel.title, loc="left", fontsize=10, color=PRINT["text"], pad=8)
     draw(axes, panel, PRINT, ticks=ticks, above=False)
 
 
 def plain(text: str, most: int = 120) -> str:
-    """Text for a drawing: what the font may lack, or markup might use, is shown as a question mark."""
+    """Text for a drawing; characters that the font may lack, or that could be markup, become question marks."""
     return re.sub(r"[^\w .,:;+/%()=·-]", "?", text[:most], flags=re.ASCII).replace("\n", " ")
 
 
 def settings(salt: str) -> Any:
-    """Letters stay text, so that the page's own font is used; ids depend on the drawing alone, never on chance."""
+    """Letters stay text, so that the page's font applies; ids are not random, so that a redraw gives equal bytes."""
     import matplotlib  # noqa: PLC0415
 
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "path.simplify": True})
 
 
 def _as_html(markup: str, name: str, told: str) -> Html:
-    """matplotlib's file as an element of a page: no header, no addresses, ids of its own, colors from the page."""
+    """matplotlib's file as an element of a page: no header, no URLs, unique ids, the page's colors."""
     markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>", "", markup, flags=re.S)
     head, body = markup[: markup.index(">")], markup[markup.index(">") :]
     markup = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", head) + body
     markup = re.sub(r'\bid="', f'id="{name}-', markup).replace("url(#", f"url(#{name}-")
     markup = markup.replace('xlink:href="#', f'href="#{name}-')
-    for role, stand_in in THEMED.colors.items():
+    for role, stand_in in THEMED.items():
         markup = markup.replace(stand_in, f"var(--{role})")
     return Html(markup.replace("<svg", fill('<svg role="img" aria-label="{told}"', told=told), 1).strip())
 
 
-def draw(axes: Any, panel: Panel, ink: Ink, *, ticks: int, above: bool = True) -> None:
-    """Draw a panel into axes, with about so many ticks; `above`: its tokens along the upper edge."""
+def draw(axes: Any, panel: Panel, ink: dict[str, str], *, ticks: int, above: bool = True) -> None:
+    """Draw a panel into axes, with about `ticks` ticks; `above`: also a scale of tokens along the upper edge."""
     _dress(axes, panel, ink, ticks)
     for trace in panel.traces:
         _trace(axes, trace, ink, brief=ticks < 5)
@@ -150,8 +142,8 @@ def draw(axes: Any, panel: Panel, ink: Ink, *, ticks: int, above: bool = True) -
         axes.legend(loc="upper right", frameon=False, labelcolor=ink["text"], handlelength=2.2, fontsize=9.5)
 
 
-def _dress(axes: Any, panel: Panel, ink: Ink, ticks: int) -> None:
-    """Thin rules instead of a box, from 0 to the last step, a dotted line wherever the run was taken up again."""
+def _dress(axes: Any, panel: Panel, ink: dict[str, str], ticks: int) -> None:
+    """Thin rules instead of a box, from 0 to the last step; a dotted line where the run was resumed."""
     across = panel.across
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(ink["grid"])
@@ -171,8 +163,8 @@ def _locator(ticks: int, *, integer: bool = True) -> Any:
     return MaxNLocator(ticks, integer=integer, steps=[1, 2, 2.5, 5, 10])
 
 
-def _token_axis(axes: Any, panel: Panel, ink: Ink) -> None:
-    """The same ticks above, in tokens: batches may grow, so each is looked up."""
+def _token_axis(axes: Any, panel: Panel, ink: dict[str, str]) -> None:
+    """The same ticks above, in tokens. Each is looked up: a batch ramp makes the scale nonlinear."""
     tokens_at = panel.across.tokens_at
     assert tokens_at is not None
     above = axes.secondary_xaxis("top")
@@ -187,8 +179,8 @@ def _token_axis(axes: Any, panel: Panel, ink: Ink) -> None:
     above.xaxis.set_major_formatter(label)
 
 
-def _trace(axes: Any, trace: Trace, ink: Ink, *, brief: bool) -> None:
-    """A line; its markers stand where there is room for them, and where it is a single point."""
+def _trace(axes: Any, trace: Trace, ink: dict[str, str], *, brief: bool) -> None:
+    """A line, with markers where there is room for them, or where it is a single point."""
     finite = np.isfinite(trace.x) & np.isfinite(trace.y)
     n, look = int(finite.sum()), trace.look
     if not n:
@@ -206,8 +198,8 @@ def _trace(axes: Any, trace: Trace, ink: Ink, *, brief: bool) -> None:
         axes.fill_between(trace.x, low, high, color=ink[look.ink], alpha=0.16, linewidth=0)
 
 
-def _rule(axes: Any, label: str, value: float, panel: Panel, ink: Ink, *, on_right: bool) -> None:
-    """A level, named where curves that fall or rise to it have not come yet: at the left."""
+def _rule(axes: Any, label: str, value: float, panel: Panel, ink: dict[str, str], *, on_right: bool) -> None:
+    """A level with its name at the left, where curves have not reached it yet; or at the right."""
     axes.axhline(value, color=ink["faint"], linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
     at, shift, side = (1, -2, "right") if on_right else (0, 2, "left")
     axes.annotate(
@@ -218,7 +210,7 @@ def _rule(axes: Any, label: str, value: float, panel: Panel, ink: Ink, *, on_rig
 
 
 def _across(x: float, place: int, unit: str) -> str:
-    """A tick; the first after 0 tells the unit."""
+    """The label of a tick; the first after 0 has the unit."""
     shown = f"{x:,.0f}" if unit == "steps" and x < 1e6 else count(x)
     unit = unit.removesuffix("s") if shown == "1" else unit
     return shown + (f" {unit}" if place == 1 else "")

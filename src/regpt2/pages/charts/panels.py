@@ -18,7 +18,7 @@ MARKERS = "os^Dv*PX"
 
 @dataclass(frozen=True)
 class Look:
-    """How a curve is drawn. `ink` is a role of `drawing.Ink`; each run has its own ink, dash and marker."""
+    """How a curve is drawn. `ink` is a role of `draw.PRINT`; each run has its own ink, dash and marker."""
 
     ink: str
     width: float = 1.7

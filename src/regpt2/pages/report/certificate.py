@@ -6,11 +6,11 @@ import math
 from regpt2.base.console import count, duration, safe_json
 from regpt2.base.files import sha256_bytes
 from regpt2.pages.record import Event, Record, number
-from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
 
 MOST_NAMED = 20
 
-# What a `run` event says, as a reader calls it. Values that differ from one start to the next are all shown.
+# Names on the page, and keys of the `run` event. Values that differ between starts are all shown.
 _FACTS = {
     "Command": "command",
     "Commit": "commit",
@@ -62,7 +62,7 @@ def certificate(record: Record) -> dict[str, str]:
 
 
 def certificate_json(record: Record, sources: list[str]) -> str:
-    """The same with the sources of all other numbers, as JSON that no page can take for markup."""
+    """The same with the sources of published numbers, as JSON in which nothing can be read as markup."""
     said = {name.lower().replace(" ", "_"): value for name, value in certificate(record).items()}
     text = json.dumps({**said, "sources": sources}, indent=2, ensure_ascii=False)
     return safe_json(text).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
@@ -70,20 +70,11 @@ def certificate_json(record: Record, sources: list[str]) -> str:
 
 def provenance(record: Record, sources: list[str]) -> Html:
     """The section: the facts, and the same to copy."""
-    row = '<tr><th scope="row">{name}</th><td{kind}>{value}</td></tr>'
-    rows = join(
-        fill(row, name=name, kind=Html(' class="hash"' if name in _HASHES else ""), value=value)
-        for name, value in certificate(record).items()
-    )
-    told = certificate_json(record, sources)
-    return fill(
-        '<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>\n'
-        '<details>\n<summary>The certificate as JSON, to copy</summary>\n<pre class="copy" tabindex="0">{text}</pre>\n'
-        '</details>\n<script type="application/json">{json}</script>',
-        rows=rows,
-        text=told,
-        json=Html(told),
-    )
+    facts = certificate(record).items()
+    rows = facts_table(fact(name, value, kind="hash" if name in _HASHES else "") for name, value in facts)
+    text = certificate_json(record, sources)
+    copy = folded("The certificate as JSON, to copy", fill('<pre class="copy" tabindex="0">{text}</pre>', text=text))
+    return join([rows, fill('{copy}\n<script type="application/json">{json}</script>', copy=copy, json=Html(text))])
 
 
 def _mixture(run: Event) -> list[str]:
@@ -99,7 +90,7 @@ def _is_told(record: Record, key: str) -> bool:
 
 
 def _over_runs(record: Record, key: str) -> str:
-    """The value that every start of the run had, or each one with the step from which it held."""
+    """The value at all starts of the run, or each value with the step from which it applied."""
     told: list[tuple[str, str]] = []
     for run in record.runs:
         value = _find(run, key)
@@ -114,20 +105,17 @@ def _over_runs(record: Record, key: str) -> str:
 
 
 def notes(record: Record) -> Html:
-    """What happened on the way, in the run's own words."""
+    """The notes that the run wrote."""
     if not record.notes:
         return Html("")
-    row = '<tr><th scope="row">step {step}</th><td>{text}</td></tr>'
-    rows = [
-        fill(row, step=_whole(note.get("step")), text=str(note.get("text", ""))[:1000]) for note in record.notes[:100]
-    ]
-    if len(record.notes) > len(rows):
-        rows.append(fill("<tr><th></th><td>and {n} more, in the record</td></tr>", n=len(record.notes) - len(rows)))
-    return fill('<table class="facts">\n<tbody>\n{rows}\n</tbody>\n</table>', rows=join(rows))
+    shown = record.notes[:100]
+    rows = [fact(f"step {_whole(note.get('step'))}", str(note.get("text", ""))[:1000]) for note in shown]
+    rows += [fact("", f"and {len(record.notes) - 100} more, in the record")] if len(record.notes) > 100 else []
+    return facts_table(rows)
 
 
 def _named(items: list[str]) -> str:
-    """The items, or how many there are beyond those named; "none"."""
+    """The first items and how many more there are; or "none"."""
     more = [f"and {len(items) - MOST_NAMED:,} more"] if len(items) > MOST_NAMED else []
     return ", ".join(items[:MOST_NAMED] + more) or "none"
 
@@ -143,7 +131,7 @@ def _whole(value: object) -> str:
 
 
 def _find(said: object, key: str) -> object:
-    """The value of `key` in an event or, where the event does not say it itself, in the configuration within."""
+    """The value of `key` in an event or, if the event lacks it, in the configuration within."""
     if not isinstance(said, dict):
         return None
     found = (_find(value, key) for value in said.values())

@@ -10,7 +10,7 @@ from regpt2.pages.published import Sources
 from regpt2.pages.record import Record
 from regpt2.pages.report.certificate import certificate_json
 from regpt2.pages.report.page import subtitle, title
-from regpt2.pages.report.results import column, headline
+from regpt2.pages.report.results import DATA_DIFFER, headline, side_by_side
 from regpt2.pages.report.scores import scores
 from regpt2.pages.report.verdicts import after_state, checks_of, state_of
 
@@ -21,8 +21,9 @@ def markdown(records: Sequence[Record], picture: str) -> str:
     """The whole text; `picture` is the name of the file beside it."""
     sources, alone = Sources(), len(records) == 1
     said = headline(records[0]) if alone else "side by side"
-    parts = [f"# {text(title(records))}: {text(said)}", text(subtitle(records)), _runs(records)]
-    parts += [] if compared_on(records) else ["Their data differ: losses of different data do not compare."]
+    runs = table(["", *(record.name for record in records)], side_by_side(records))
+    parts = [f"# {text(title(records))}: {text(said)}", text(subtitle(records)), runs]
+    parts += [] if compared_on(records) else [DATA_DIFFER]
     parts += [f"![Curves: {text(said)}]({quote(picture)})"]
     lines = _lines(records, sources)
     parts += [f"Lines: {text('; '.join(lines), 1000)}."] if lines else []
@@ -35,13 +36,6 @@ def markdown(records: Sequence[Record], picture: str) -> str:
         parts.append(f"<details>\n<summary>{summary}</summary>\n\n```json\n{told}\n```\n\n</details>")
     parts += ["\n".join(f"{n}. {text(named)}" for n, named in enumerate(sources.named, 1))] if sources.named else []
     return "\n\n".join(parts) + "\n"
-
-
-def _runs(records: Sequence[Record]) -> str:
-    columns = [column(record) for record in records]
-    rows = [[name, *(values[name] for values in columns)] for name in columns[0]]
-    rows = [row for row in rows if set(row[1:]) != {"–"}]
-    return table(["", *(record.name for record in records)], rows)
 
 
 def _lines(records: Sequence[Record], sources: Sources) -> list[str]:

@@ -9,11 +9,11 @@ from regpt2.pages.charts.panels import Panel, compared_on, panels
 from regpt2.pages.published import Sources
 from regpt2.pages.record import Record
 from regpt2.pages.report.certificate import notes, provenance
-from regpt2.pages.report.results import column, headline, results, summary
+from regpt2.pages.report.results import DATA_DIFFER, headline, results, side_by_side, summary
 from regpt2.pages.report.samples import sample, samples
 from regpt2.pages.report.scores import evaluations
 from regpt2.pages.report.verdicts import verdicts
-from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.safe_html import Html, fill, folded, join
 from regpt2.pages.tables import table
 
 _PAGE = """<!DOCTYPE html>
@@ -45,7 +45,7 @@ _MADE = '<p>Made from metrics.jsonl of {name} with SHA-256 <span class="hash">{s
 
 
 def page(records: Sequence[Record]) -> Html:
-    """The whole document. Several runs lie over one another in each curve and beside one another in a table."""
+    """The whole document. Several runs share each chart and have a column each in a table."""
     sources = Sources()
     parts = _of_one(records[0], sources) if len(records) == 1 else _of_several(records, sources)
     return document(
@@ -61,7 +61,7 @@ def page(records: Sequence[Record]) -> Html:
 def document(
     title: str, *, headline: str, kind: str, summary: str, parts: Sequence[Html], made: Html = _NOTHING, css: str = ""
 ) -> Html:
-    """A page with its head and its foot around these parts; `css` is added to the style of every page."""
+    """A page with header and footer around these parts; `css` is added to the style of every page."""
     return fill(
         _PAGE,
         title=title,
@@ -80,7 +80,7 @@ def title(records: Sequence[Record]) -> str:
 
 
 def subtitle(records: Sequence[Record]) -> str:
-    """What was run, and how far; the names of several."""
+    """What was run, and how far; of several runs their names."""
     return summary(records[0]) if len(records) == 1 else " · ".join(record.name for record in records)
 
 
@@ -99,12 +99,9 @@ def _of_one(record: Record, sources: Sources) -> list[Html]:
 
 
 def _of_several(records: Sequence[Record], sources: Sources) -> list[Html]:
-    columns = [column(record) for record in records]
-    rows = [[name, *(values[name] for values in columns)] for name in columns[0]]
-    rows = [row for row in rows if set(row[1:]) != {"–"}]
-    parts = [table("Runs", ["", *(record.name for record in records)], rows, "figures runs")]
+    parts = [table("Runs", ["", *(record.name for record in records)], side_by_side(records), "figures runs")]
     if not compared_on(records):
-        parts.append(fill('<p class="remark">Their data differ: losses of different data do not compare.</p>'))
+        parts.append(fill('<p class="remark">{text}</p>', text=DATA_DIFFER))
     written = join(sample(record, record.samples[-1], f"{record.name} · ") for record in records if record.samples)
     parts += [section("Curves", curves(records, sources)), section("Samples", written)]
     for record in records:
@@ -114,13 +111,12 @@ def _of_several(records: Sequence[Record], sources: Sources) -> list[Html]:
             section("Certificate", provenance(record, sources.named), inner=True),
             section("Notes", notes(record), inner=True),
         ]
-        whole = "<details>\n<summary>Verdict, evaluations, certificate</summary>\n{inner}\n</details>"
-        parts.append(section(record.name, fill(whole, inner=join(part for part in inner if part))))
+        parts.append(section(record.name, folded("Verdict, evaluations, certificate", join(filter(None, inner)))))
     return [*parts, section("Sources", listed(sources))]
 
 
 def section(name: str, body: Html, *, inner: bool = False) -> Html:
-    """A part of the page below its heading; nothing for nothing."""
+    """A part of the page below its heading; empty without a body."""
     level = "h3" if inner else "h2"
     return (
         fill("<section>\n<{level}>{name}</{level}>\n{body}\n</section>", level=level, name=name, body=body)
@@ -130,41 +126,33 @@ def section(name: str, body: Html, *, inner: bool = False) -> Html:
 
 
 def curves(records: Sequence[Record], sources: Sources) -> Html:
-    """Every chart that there is something to draw for."""
+    """All charts that have data."""
     drawn = panels(records)
     if not drawn:
         return fill('<p class="faint">No step is recorded yet.</p>')
     resumed = fill(
-        '\n<p class="remark">A dotted line: here the run was resumed.</p>' if drawn[0].across.resumes else ""
+        '\n<p class="remark">A dotted line marks where the run was resumed.</p>' if drawn[0].across.resumes else ""
     )
     figures = join(chart(panel, sources) for panel in drawn)
     return fill('<div class="curves">\n{figures}\n</div>{resumed}', figures=figures, resumed=resumed)
 
 
 def chart(panel: Panel, sources: Sources) -> Html:
-    """A drawing with its title and remarks; the loss comes again at the width of a phone."""
+    """A chart with its title and remarks; the loss also in the width of a phone."""
     if panel.name == "loss":
         both = '<div class="on-desk">{desk}</div><div class="on-phone">{phone}</div>'
         drawing = fill(both, desk=svg(panel, (8.4, 3.7)), phone=svg(panel, (4.4, 3.5), "loss-phone"))
     else:
         drawing = svg(panel, (4.4, 2.4))
     remarks = [fill("{note}", note=panel.note)] if panel.note else []
-    told = '{label} {value} <a class="mark" href="#source-{n}">[{n}]</a>'
     lines = [
-        fill(told, label=rule.label, value=panel.tick(rule.value), n=sources.mark(rule.source))
+        fill("{label} {value}{mark}", label=rule.label, value=panel.tick(rule.value), mark=sources.link(rule.source))
         for rule in panel.rules
         if rule.source
     ]
     remarks += [fill("Lines: {lines}.", lines=join(lines, ", "))] if lines else []
-    remarks += [
-        fill(
-            'Reference: {about} <a class="mark" href="#source-{n}">[{n}]</a>.',
-            about=one.about,
-            n=sources.mark(one.source),
-        )
-        for one in panel.traces
-        if one.source
-    ]
+    references = (trace for trace in panel.traces if trace.source)
+    remarks += [fill("Reference: {about}{n}.", about=one.about, n=sources.link(one.source)) for one in references]
     remark = fill('\n<p class="remark">{all}</p>', all=join(remarks, " ")) if remarks else Html("")
     return fill(
         '<figure class="{width}">\n<figcaption>{title}</figcaption>\n{drawing}{remark}\n</figure>',
@@ -180,14 +168,11 @@ def config(record: Record) -> Html:
     told = record.config_toml or json.dumps(record.start.get("config") or {}, indent=2, ensure_ascii=False)
     if told == "{}":
         return Html("")
-    return fill(
-        '<details>\n<summary>config.toml, every value resolved</summary>\n<pre tabindex="0">{told}</pre>\n</details>',
-        told=told[:100_000],
-    )
+    return folded("config.toml, every value resolved", fill('<pre tabindex="0">{told}</pre>', told=told[:100_000]))
 
 
 def listed(sources: Sources) -> Html:
-    """Where the numbers of others come from."""
+    """The list of sources."""
     if not sources.named:
         return Html("")
     item = '<li id="source-{n}">{named}</li>'

@@ -1,6 +1,7 @@
-"""What a run came to. In: a `Record`; out: its result in a line, in a row of numbers, and as a column of a table."""
+"""The result of a run. In: a `Record`; out: a line, a row of numbers, and the columns of several runs."""
 
 import math
+from collections.abc import Sequence
 
 from regpt2.base.console import count, duration
 from regpt2.pages.record import Event, Record, number, smooth
@@ -10,7 +11,8 @@ from regpt2.pages.safe_html import Html, fill, join
 from regpt2.pages.tables import figure
 
 MOST_CHARACTERS = 60
-MOST_DIGITS = 16  # of a value in large letters; the tables below have all of it
+MOST_DIGITS = 16  # of a value in large letters; the tables below show all of it
+DATA_DIFFER = "The data of these runs differ, so their losses cannot be compared."
 
 
 def headline(record: Record) -> str:
@@ -62,7 +64,7 @@ def results(record: Record) -> Html:
         ("Validation loss", figure("loss", last.get("loss")), "nats" if last else "", beside),
         ("Perplexity", figure("perplexity", last.get("perplexity")), "", "per token"),
         _third(record, last.get("bits_per_byte"), compressor),
-        ("Time", wall_time(record), "", f"{step_ms:,.0f} ms a step" if math.isfinite(step_ms) else ""),
+        ("Time", _wall_time(record), "", f"{step_ms:,.0f} ms a step" if math.isfinite(step_ms) else ""),
         (
             "Tokens/s",
             count(speed) if math.isfinite(speed) else "–",
@@ -87,14 +89,17 @@ def results(record: Record) -> Html:
     return fill('<dl class="results">\n{cells}\n</dl>', cells=join(shown))
 
 
-def column(record: Record) -> dict[str, str]:
-    """The run beside others: a value for each row of the table, in the order of reading."""
+def side_by_side(records: Sequence[Record]) -> list[list[str]]:
+    """Rows of a table with a column for each run, without the rows that no run has a value for."""
+    columns = [_column(record) for record in records]
+    rows = [[name, *(values[name] for values in columns)] for name in columns[0]]
+    return [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def _column(record: Record) -> dict[str, str]:
     last = record.validations[-1] if record.validations else {}
-    training, speed, n_params = (
-        final_training_loss(record),
-        record.typical("tokens_per_s"),
-        record.start.get("n_params"),
-    )
+    training, speed = final_training_loss(record), record.typical("tokens_per_s")
+    n_params, config = number(record.start.get("n_params")), record.start.get("config")
     return {
         "Verdict": state_of(record.verdicts[-1]) if record.verdicts else "–",
         "Validation loss": figure("loss", last.get("loss")),
@@ -104,26 +109,19 @@ def column(record: Record) -> dict[str, str]:
         "Training loss": figure("loss", training if math.isfinite(training) else None),
         "Steps": f"{record.last_step:,.0f}",
         "Tokens": count(record.tokens) if record.tokens else "–",
-        "Time": wall_time(record),
+        "Time": _wall_time(record),
         "Tokens/s": count(speed) if math.isfinite(speed) else "–",
         "Recipe": record.recipe,
-        "Parameters": count(number(n_params)) if math.isfinite(number(n_params)) else "–",
+        "Parameters": count(n_params) if math.isfinite(n_params) else "–",
         "Data set": record.dataset or "–",
         "Device": str(record.start.get("device") or "–"),
-        "Seed": str(config_of(record).get("seed", "–")),
+        "Seed": str(config.get("seed", "–") if isinstance(config, dict) else "–"),
         "Commit": str(record.start.get("commit") or "–"),
         "Ended": record.status,
     }
 
 
-def config_of(record: Record) -> dict[str, object]:
-    """The configuration that the first start recorded."""
-    config = record.start.get("config")
-    return config if isinstance(config, dict) else {}
-
-
-def wall_time(record: Record) -> str:
-    """How long the run took."""
+def _wall_time(record: Record) -> str:
     return duration(record.elapsed_s) if math.isfinite(record.elapsed_s) else "–"
 
 

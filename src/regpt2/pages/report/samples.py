@@ -1,10 +1,10 @@
-"""What a model wrote as it learned. In: a `Record`; out: its samples in the order of the steps."""
+"""Samples written during training. In: a `Record`; out: the texts in the order of the steps."""
 
 import math
 
 from regpt2.base.console import count
 from regpt2.pages.record import Event, Record, number, numbers, spread
-from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.safe_html import Html, fill, folded, join
 from regpt2.pages.tables import figure
 
 MOST_SAMPLES = 24
@@ -13,7 +13,7 @@ MOST_CHARACTERS = 2000
 
 
 def samples(record: Record) -> Html:
-    """The section: the first, the middle and the last at once, the others folded between."""
+    """The section: the first, the middle and the last sample, with the others folded between them."""
     chosen = spread(record.samples, MOST_SAMPLES)
     if not chosen:
         return Html("")
@@ -30,7 +30,7 @@ def samples(record: Record) -> Html:
 
 
 def sample(record: Record, event: Event, heading: str = "") -> Html:
-    """The texts of one step; each begins with the prompt, shown fainter."""
+    """The texts of one step, each after its prompt in a fainter color."""
     texts = event.get("texts")
     prompt = str(event.get("prompt") or "")[:MOST_CHARACTERS]
     shown = []
@@ -48,10 +48,8 @@ def _when(record: Record, event: Event) -> str:
 
 
 def _folded(events: list[Event], shown: list[Html]) -> list[Html]:
-    """The samples below a line that opens them; nothing for none."""
     if not events:
         return []
     first, last = (f"{number(events[at].get('step')):,.0f}" for at in (0, -1))
     between = f"steps {first} to {last}" if len(events) > 1 else f"step {first}"
-    told = f"{len(events)} more in between, {between}"
-    return [fill("<details>\n<summary>{told}</summary>\n{parts}\n</details>", told=told, parts=join(shown))]
+    return [folded(f"{len(events)} more samples, {between}", join(shown))]

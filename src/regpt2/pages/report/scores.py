@@ -1,10 +1,10 @@
-"""Evaluations beside those of others. In: a `Record`; out: the tables of what was measured, references next to it."""
+"""Evaluations beside published ones. In: a `Record`; out: tables of what was measured, with references."""
 
 from dataclasses import dataclass
 
 from regpt2.pages.published import CHANCE, Sources, latest_evals, metrics_of, references_of
 from regpt2.pages.record import Event, Record, spread
-from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.safe_html import Html, fill, folded, join
 from regpt2.pages.tables import figure, table
 
 MOST_EVALS = 100
@@ -14,8 +14,8 @@ _SHARES = ("acc", "accuracy")
 
 
 @dataclass(frozen=True)
-class Score:
-    """One metric of one evaluation, ready to be shown; `against` has pairs of what others reached and its source."""
+class ScoreRow:
+    """One metric of one evaluation as text; `against`: published figures, each with its source."""
 
     eval: str
     metric: str
@@ -25,7 +25,7 @@ class Score:
     protocol: str
 
 
-def scores(record: Record) -> list[Score]:
+def scores(record: Record) -> list[ScoreRow]:
     """The newest figures of each evaluation."""
     return [
         _score(record, metric, event)
@@ -35,7 +35,7 @@ def scores(record: Record) -> list[Score]:
 
 
 def evaluations(record: Record, sources: Sources) -> Html:
-    """The section: the newest figures beside those of others; below, folded, how each came about."""
+    """The section: the newest figures beside published ones; below, folded, the history of each."""
     shown = scores(record)
     if not shown:
         return Html("")
@@ -43,7 +43,9 @@ def evaluations(record: Record, sources: Sources) -> Html:
     head = ["evaluation", "metric", "value", "count", "reference", *(["protocol"] if has_protocol else [])]
     rows: list[list[object]] = []
     for score in shown:
-        told = join((_beside(said, source, sources) for said, source in score.against), "; ")
+        told = join(
+            (fill("{said}{mark}", said=said, mark=sources.link(source)) for said, source in score.against), "; "
+        )
         row = [score.eval, score.metric.replace("_", " "), score.value, score.count, told or "–"]
         rows.append([*row, *([score.protocol] if has_protocol else [])])
     parts = [table("Evaluations", head, rows, "figures scores")]
@@ -61,7 +63,7 @@ def shown_as(metric: str, value: object) -> str:
     return f"{100 * value:.2f} %" if share and is_accuracy and isinstance(value, float) else figure(metric, value)
 
 
-def _score(record: Record, metric: str, event: Event) -> Score:
+def _score(record: Record, metric: str, event: Event) -> ScoreRow:
     name = str(event.get("eval"))
     value = shown_as(metric, event.get(metric))
     stderr = event.get(f"{metric}_stderr")
@@ -75,14 +77,7 @@ def _score(record: Record, metric: str, event: Event) -> Score:
     protocols = event.get("protocol")
     protocol = protocols.get(metric) if isinstance(protocols, dict) else protocols
     n = event.get("count", event.get("tokens"))
-    return Score(name, metric, value, figure("count", n), against, str(protocol or "")[:300])
-
-
-def _beside(said: str, source: str, sources: Sources) -> Html:
-    if not source:
-        return fill("{said}", said=said)
-    n = sources.mark(source)
-    return fill('{said} <a class="mark" href="#source-{n}">[{n}]</a>', said=said, n=n)
+    return ScoreRow(name, metric, value, figure("count", n), against, str(protocol or "")[:300])
 
 
 def _history(name: str, events: list[Event]) -> Html:
@@ -91,5 +86,4 @@ def _history(name: str, events: list[Event]) -> Html:
     keys = ["step", *(key for key in keys if key not in ("step", "time"))][:MOST_COLUMNS]
     rows = [[figure(key, event.get(key)) for key in keys] for event in spread(events, MOST_ROWS)]
     told = f"All {len(events):,} evaluations of {name[:60]}"
-    inner = table(told, [key.replace("_", " ") for key in keys], rows)
-    return fill("<details>\n<summary>{told}</summary>\n{inner}\n</details>", told=told, inner=inner)
+    return folded(told, table(told, [key.replace("_", " ") for key in keys], rows))

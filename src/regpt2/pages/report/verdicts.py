@@ -1,8 +1,8 @@
-"""The verdicts of a run. In: a `Record`; out: the newest in words, its checks in their order, and those before it."""
+"""The verdicts of a run. In: a `Record`; out: the newest with its checks, and a table of all."""
 
 from regpt2.pages.published import Sources
 from regpt2.pages.record import Event, Record, spread
-from regpt2.pages.safe_html import Html, fill, join
+from regpt2.pages.safe_html import Html, fill, folded, join
 from regpt2.pages.tables import figure, table
 
 MOST_CHECKS = 12
@@ -15,12 +15,11 @@ def state_of(verdict: Event) -> str:
 
 
 def verdicts(record: Record, sources: Sources) -> Html:
-    """The section; nothing where no verdict was given."""
+    """The section; empty without a verdict."""
     if not record.verdicts:
         return Html("")
     last = record.verdicts[-1]
-    named = str(last.get("source") or "")
-    source = fill(' <a class="mark" href="#source-{n}">[{n}]</a>', n=sources.mark(named)) if named else Html("")
+    source = sources.link(str(last.get("source") or ""))
     template = '<p class="verdict"><strong>{state}</strong>{text}{source}</p>'
     said = fill(template, state=state_of(last), text=after_state(last), source=source)
     band = str(last.get("band_reason") or "")[:300]
@@ -29,13 +28,13 @@ def verdicts(record: Record, sources: Sources) -> Html:
 
 
 def after_state(verdict: Event) -> str:
-    """The rest of the verdict's sentence: it begins with the state itself, or says it in other words."""
+    """The verdict's sentence without the state that it begins with; after a colon if it does not."""
     text, state = str(verdict.get("text") or "")[:1000], str(verdict.get("state"))
     return text.removeprefix(state) if text.startswith(state) else f": {text}" if text else ""
 
 
 def checks_of(verdict: Event) -> list[str]:
-    """What to look at, the likeliest first."""
+    """What to check, the likeliest cause first."""
     checks = verdict.get("checks")
     return [str(check)[:500] for check in checks[:MOST_CHECKS]] if isinstance(checks, list) else []
 
@@ -45,7 +44,7 @@ def _checks(verdict: Event) -> Html:
     if not checks:
         return Html("")
     items = join(fill("<li>{check}</li>", check=check) for check in checks)
-    return fill("<p>To check, the likeliest first:</p>\n<ol>\n{items}\n</ol>", items=items)
+    return fill("<p>What to check, the likeliest cause first:</p>\n<ol>\n{items}\n</ol>", items=items)
 
 
 def _history(record: Record) -> Html:
@@ -57,5 +56,5 @@ def _history(record: Record) -> Html:
         for verdict in spread(record.verdicts, MOST_ROWS)
     ]
     head = ["step", "difference, nats", "band", "projected end", "verdict"]
-    told = f"All {len(record.verdicts):,} verdicts"
-    return fill("<details>\n<summary>{told}</summary>\n{table}\n</details>", told=told, table=table(told, head, rows))
+    name = f"All {len(record.verdicts):,} verdicts"
+    return folded(name, table(name, head, rows))
