@@ -49,9 +49,9 @@ def test_an_arm_is_a_recipe_with_options_and_a_name(tiny_recipe: Path) -> None:
         (["TINY", "nonesuch"], "there is no recipe 'nonesuch'"),
         (["TINY", "b=TINY --data elsewhere"], "b has data = 'elsewhere', tiny has ''"),
         (["TINY", "b=TINY --evals.val-tokens 7"], "b has evals.val_tokens = 7, tiny has 512"),
-        (["TINY", "b=TINY --seed 3"], "--seed is not for arms"),
+        (["TINY", "b=TINY --seed 3"], "--seed cannot be set for an arm"),
         (["TINY", "b=TINY --evals.names hellaswag"], "b does not evaluate val_loss"),
-        (["TINY", "b=TINY 'open"], "a quotation mark is alone"),
+        (["TINY", "b=TINY 'open"], "a quote is not closed"),
         (["TINY", ""], "it is empty"),
         (["TINY", "b=TINY --optim.lr -1"], "optim.lr"),
     ],
@@ -80,16 +80,16 @@ def test_a_budget_sets_updates_that_do_not_exceed_it_and_spans_the_schedule(tiny
     assert [within(arm, 10_000, 20).eval_every for arm in (small, large, own)] == [2, 1, 1]
     batch = BatchConfig(batch_tokens=256, micro_batch=2, seq_len=32)
     assert [steps_within(batch, tokens) for tokens in (255, 256, 511, 512, 25_600)] == [0, 1, 1, 2, 100]
-    with pytest.raises(UsageError, match=r"1,024 tokens are 4 updates, and schedule.warmup_steps = 4"):
+    with pytest.raises(UsageError, match=r"1,024 tokens make 4 updates, expected more than schedule.warmup_steps = 4"):
         within(small, 1024, 20)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo"], "two recipes at least"),
+        (["demo"], "two recipes or more"),
         (["demo", "demo --optim.lr 1", "--seeds", "0"], "--seeds 0 must be at least 1"),
-        (["."], "tells of no comparison"),
+        (["."], "holds no comparison"),
         (["demo", "b=demo", "--budget", "5m"], "--budget 5m is neither"),
         (["demo", "b=demo"], "data/python_library_bytes"),
     ],

@@ -143,8 +143,8 @@ def test_runs_of_other_data_or_another_machine_are_told(tmp_path: Path) -> None:
     write_run(tmp_path / "b/seed-1", [5.0, 3.0], device="cpu: two", data_fingerprint="g")
     runs = read_runs(tmp_path, plan)
     said = remarks(plan, runs, outcomes(plan, runs))
-    assert "The data of these runs differ: their losses do not compare." in said
-    assert "The runs were made on different devices: cpu: one, cpu: two." in said
+    assert "The data of these runs differ, so their losses cannot be compared." in said
+    assert "The runs used different devices: cpu: one, cpu: two." in said
 
 
 def test_tables_have_a_cell_for_everything(tmp_path: Path) -> None:
@@ -172,5 +172,5 @@ def test_the_newest_update_is_read_from_the_end_of_the_file(tmp_path: Path) -> N
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"plan": {"arms": 3}}', '{"plan": {"arms": []}}'])
 def test_a_damaged_plan_is_one_message(tmp_path: Path, damage: str) -> None:
     (tmp_path / "compare.json").write_text(damage)
-    with pytest.raises(Exception, match="tells of no comparison"):
+    with pytest.raises(Exception, match="holds no comparison"):
         read_plan(tmp_path)

@@ -14,10 +14,10 @@ HOW_TO_READ = (
     "Loss: the last validation loss, in nats per token, mean and standard deviation over the seeds. "
     "Difference: to the first arm, seed by seed, with the 95 % confidence interval of its mean; p: paired t-test, "
     "two-sided, then corrected for the number of arms (Holm; the verdict goes by it, at 0.05), and by the exact "
-    f"sign-flip test. Differences below {MATTERS} nats do not matter. 'No difference shown' does not prove that "
-    "there is none. Tokens and time to a loss: when an arm first reached the first arm's last loss, as a share of what that "
-    "arm took in all, seed by seed. Time counts updates alone. A schedule lowers the loss most at its end, so an arm "
-    "whose schedule ended there would need less."
+    f"sign-flip test. Differences below {MATTERS} nats do not matter. No difference shown does not prove that "
+    "there is none. Tokens and time to a loss: when an arm first reached the first arm's last loss, as a share of what "
+    "that arm took in all, seed by seed. Time counts updates alone. A schedule lowers the loss most at its end, so an "
+    "arm whose schedule ended there would need less."
 )
 
 
