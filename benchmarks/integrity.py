@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from regpt2.base.device import device_name
 from regpt2.base.ranks.world import World
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.run.loop import train
 from regpt2.training import checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regpt2.cli import VERBS, main
-from regpt2.config.run import recipe_names
+from regpt2.config.recipe_files import recipe_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -2,7 +2,7 @@
 
 from gpu_items import Check
 from gpu_timing import keep_step, step_work
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 
 MICRO_BATCH = {"gpt2_350m": 32, "gpt2_774m": 16, "gpt2_1558m": 8}
 

@@ -15,7 +15,7 @@ from typing import Any
 from gpu_items import Check, Skip
 from regpt2.base.errors import Problem
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 
 GUESS = 300_000.0  # tokens per second, where no headline was measured
 

@@ -21,7 +21,7 @@ from regpt2.commands import compare
 from regpt2.commands.compare import main
 from regpt2.comparing import train_arms
 from regpt2.comparing.arms import read_arms, read_budget, steps_within, within
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.data.loader import BatchConfig
 from regpt2.pages.record import read_record
 

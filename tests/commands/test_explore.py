@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.commands.explore import explore, main
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.exploring.measure import all_attention_weights, attention_weights, habits_of, neighbors, parts
 from regpt2.exploring.page import write_page

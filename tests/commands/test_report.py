@@ -369,7 +369,8 @@ def test_verdict_is_told_in_words_with_its_checks_in_order(tmp_path: Path) -> No
     ]
     run = record(tmp_path / "run", events)
     text = page_of(run).text
-    assert "Above by 0.100: 3.5, the reference 3.4 here [1] What to check, the likeliest cause first: the batch the rate" in text
+    checks = "What to check, the likeliest cause first: the batch the rate"
+    assert f"Above by 0.100: 3.5, the reference 3.4 here [1] {checks}" in text
     assert "All 2 verdicts" in text and "On track" in text and "llm.c's log" in text
     markdown = (run / "report.md").read_text()
     assert "1. the batch\n2. the rate" in markdown

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regpt2.base.errors import ConfigError, Problem
-from regpt2.config.run import RunConfig, SampleConfig, differences, read_toml, to_toml
+from regpt2.config.run import RunConfig, SampleConfig
+from regpt2.config.toml_file import differences, read_toml, to_toml
 
 
 def toml(folder: Path, text: str) -> Path:

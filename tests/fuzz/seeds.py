@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from regpt2.config.run import RECIPES, RunConfig, to_toml
+from regpt2.config.recipe_files import RECIPES
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import to_toml
 from regpt2.data.tokenizer import find_vocab
 from regpt2.data.tokens.manifest import Manifest, Split
 from regpt2.data.tokens.shards import write_shard

@@ -36,7 +36,8 @@ from seeds import (
 
 from regpt2.base.errors import Problem
 from regpt2.base.record.metrics import MetricsLog, read_events
-from regpt2.config.run import load_recipe, read_toml, to_toml
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.toml_file import read_toml, to_toml
 from regpt2.data import tokenizer as tokenizer_module
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from regpt2.data.tokens.manifest import Manifest

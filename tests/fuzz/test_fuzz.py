@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from regpt2.base.errors import DataError
 from regpt2.base.record.metrics import MetricsLog
-from regpt2.config import run
+from regpt2.config import toml_file
 from regpt2.config.run import RunConfig
 from regpt2.data import tokenizer
 from regpt2.data.tokens import other_formats, shards
@@ -117,7 +117,7 @@ PLANTS: dict[str, tuple[str, object, str, object, type[BaseException]]] = {
     "an error of a library": ("weights", tensors, "SafetensorError", KeyError, SafetensorError),
     "a checkpoint that is not hashed": ("checkpoint", checkpoint, "verify_files", lambda *_: None, Exception),
     "a slow reader": ("recipe", RunConfig, "__post_init__", wait, AssertionError),
-    "a message without end": ("recipe", run, "ConfigError", Flood, AssertionError),
+    "a message without end": ("recipe", toml_file, "ConfigError", Flood, AssertionError),
 }
 
 

@@ -16,7 +16,9 @@ from rank_processes import spawn
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.ranks.world import World
 from regpt2.commands.convert import ConvertOptions, convert
-from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, to_toml
+from regpt2.config.recipe_files import defaults_for
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import differences, read_toml, to_toml
 from regpt2.evals.scoring.context import EvalContext
 from regpt2.evals.scoring.endings import Question, score_endings
 from regpt2.model.architecture import ARCHITECTURES, build_model, switches_on

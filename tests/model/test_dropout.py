@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import TINY_RECIPE, write_tokens
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels import attention
 from regpt2.model.kernels.attention import causal_attention

@@ -24,7 +24,8 @@ from conftest import shard_tokens, write_data
 from rank_processes import spawn
 from regpt2.base.device import Compute
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.model.gpt import GPT
 from regpt2.run.loop import train
 

@@ -12,7 +12,8 @@ from test_train import state_of
 from conftest import TINY_RECIPE
 from regpt2.base.errors import Problem
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.run import ending
 from regpt2.run import loop as train_module
 from regpt2.run.setup import RunState, TrainingRun

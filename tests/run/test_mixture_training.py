@@ -17,7 +17,9 @@ from regpt2.base.ranks.world import World
 from regpt2.base.record.metrics import read_events
 from regpt2.commands import verify
 from regpt2.commands.train import main
-from regpt2.config.run import RunConfig, load_recipe, read_toml
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import read_toml
 from regpt2.data.loader import BatchConfig, Loader
 from regpt2.data.mixture import read_shares
 from regpt2.data.tokens.manifest import Manifest

@@ -14,7 +14,7 @@ from conftest import TINY_RECIPE, Run, needs_bf16
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.record.metrics import read_events
 from regpt2.cli import main
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig
 from regpt2.run.loop import train

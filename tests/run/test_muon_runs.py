@@ -11,7 +11,8 @@ from test_train import command, losses, run_train, state_of, torchrun, wait_for_
 from conftest import TINY_RECIPE
 from regpt2.base.errors import ConfigError
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import load_recipe, to_toml
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.toml_file import to_toml
 
 
 @pytest.fixture

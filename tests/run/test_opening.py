@@ -10,7 +10,8 @@ import pytest
 from conftest import TINY_RECIPE, write_data
 from regpt2.base.errors import ConfigError, DataError
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.run import intervals as observe_module
 from regpt2.run.loop import train
 

@@ -16,7 +16,7 @@ from regpt2 import cli
 from regpt2.base.errors import ConfigError
 from regpt2.base.record.metrics import read_events
 from regpt2.commands import plan
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.data.loader import BatchConfig, Loader
 from regpt2.data.tokens.shards import open_tokens
 from regpt2.machine.known_gpus import find_machine

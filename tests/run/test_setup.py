@@ -8,7 +8,8 @@ import pytest
 
 from conftest import TINY_RECIPE
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.run.loop import train
 
 

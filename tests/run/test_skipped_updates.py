@@ -20,7 +20,7 @@ from torch import Tensor
 from conftest import TINY_RECIPE, write_tokens
 from regpt2.base.device import Compute
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.model.gpt import GPT
 from regpt2.run.loop import train
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import RunConfig, read_toml
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import read_toml
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split
 from regpt2.data.tokens.shards import write_shard

@@ -21,7 +21,8 @@ from conftest import TINY_RECIPE, Run, pages_written, write_data
 from rank_processes import command_on_ranks
 from regpt2.base.errors import CheckpointError, ConfigError, DataError, UsageError
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.run import intervals as observe_module
 from regpt2.run import loop as train_module
 from regpt2.run.loop import due, train

@@ -12,7 +12,7 @@ from conftest import TINY_RECIPE
 from regpt2 import cli
 from regpt2.base.errors import CheckpointError
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.modern import ModernGPT

@@ -12,7 +12,7 @@ from regpt2.base.errors import Problem, UsageError
 from regpt2.base.record.metrics import read_events
 from regpt2.cli import main
 from regpt2.commands.report import write_report
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.model.files.load import load_model
 from regpt2.model.weights import huggingface
 

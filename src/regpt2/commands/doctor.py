@@ -18,7 +18,8 @@ from regpt2.base.device import pick_device
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.options import parse
 from regpt2.base.ranks.world import start_world
-from regpt2.config.run import RunConfig, load_recipe
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.machine.health.examine import conclude, examine, show
 from regpt2.machine.health.patient import CheckResult
 

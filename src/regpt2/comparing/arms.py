@@ -11,7 +11,9 @@ from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
 from regpt2.comparing.runs import Arm
-from regpt2.config.run import RunConfig, defaults_for, differences, read_toml, to_toml
+from regpt2.config.recipe_files import defaults_for
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import differences, read_toml, to_toml
 from regpt2.data.loader import BatchConfig
 
 _LABEL = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)

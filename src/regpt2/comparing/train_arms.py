@@ -14,7 +14,8 @@ from regpt2.base.ranks.processes import Command, Place, run_commands
 from regpt2.comparing.arms import Budget, Given
 from regpt2.comparing.runs import Arm, Comparison, last_step, read_run
 from regpt2.comparing.write import write_json
-from regpt2.config.run import RunConfig, to_toml
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import to_toml
 from regpt2.pages.record import read_record
 
 TIMED_STEPS = 30  # the first third warms up

@@ -10,7 +10,7 @@ from pathlib import Path
 from regpt2.base.console import ProgressLine
 from regpt2.base.errors import CheckpointError, DataError, Problem, UsageError
 from regpt2.base.record.metrics import read_events
-from regpt2.config.run import read_toml
+from regpt2.config.toml_file import read_toml
 from regpt2.data.checks.integrity import Findings, check_data
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.tokens.manifest import MANIFEST_NAME

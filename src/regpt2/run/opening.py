@@ -15,7 +15,8 @@ from regpt2.base.device import device_name
 from regpt2.base.errors import Problem
 from regpt2.base.files import write_atomic
 from regpt2.base.version import commit
-from regpt2.config.run import RunConfig, to_toml
+from regpt2.config.run import RunConfig
+from regpt2.config.toml_file import to_toml
 from regpt2.data.checks.baselines import baselines
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training.optimizer import unused_options

@@ -4,7 +4,7 @@ import dataclasses
 
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, ConfigError
-from regpt2.config.run import differences, read_toml
+from regpt2.config.toml_file import differences, read_toml
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
 from regpt2.training.optimizer import load_state_tensors

@@ -19,7 +19,8 @@ from regpt2.base.ranks.watchdog import Watchdog
 from regpt2.base.ranks.world import World
 from regpt2.base.record.metrics import MetricsLog
 from regpt2.base.record.trackers import open_sinks
-from regpt2.config.run import RunConfig, setup_of
+from regpt2.config.run import RunConfig
+from regpt2.config.setup import setup_of
 from regpt2.data.loader import Loader
 from regpt2.data.mixture import Mixture, open_mixture, read_shares
 from regpt2.data.tokenizer import Tokenizer

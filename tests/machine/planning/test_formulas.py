@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from regpt2.base import plugins
 from regpt2.base.errors import UsageError
 from regpt2.base.ranks.world import World
-from regpt2.config.run import load_recipe, setup_of
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.setup import setup_of
 from regpt2.machine.known_gpus import GIB, LARGE_FLOPS, MACHINES, SMALL_FLOPS, find_machine, recognize
 from regpt2.machine.planning.formulas import Place, micro_step_seconds, share_of_peak, step_seconds, update_flops
 from regpt2.model.architecture import build_model

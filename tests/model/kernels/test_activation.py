@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.record.metrics import read_events
 from regpt2.commands.convert import ConvertOptions, convert
-from regpt2.config.run import load_recipe
+from regpt2.config.recipe_files import load_recipe
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels.activation import Activation

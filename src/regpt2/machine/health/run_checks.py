@@ -9,7 +9,7 @@ from regpt2.base import free_memory
 from regpt2.base.device import choose_compute
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import free_bytes, try_lock, write_atomic
-from regpt2.config.run import setup_of
+from regpt2.config.setup import setup_of
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import MANIFEST_NAME, Manifest

@@ -8,7 +8,8 @@ import torch
 from regpt2.base.device import choose_compute, compiles, device_name, pick_device
 from regpt2.base.errors import ConfigError, UsageError
 from regpt2.base.free_memory import free_bytes
-from regpt2.config.run import RunConfig, setup_of
+from regpt2.config.run import RunConfig
+from regpt2.config.setup import setup_of
 from regpt2.machine.known_gpus import find_machine, recognize
 from regpt2.machine.planning.formulas import Place
 from regpt2.training.memory import FP32, Setup, fits, still_needed

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from regpt2.config.run import RECIPES, find_recipe, load_recipe, read_toml, recipe_head, recipe_names, to_toml
+from regpt2.config.recipe_files import RECIPES, find_recipe, load_recipe, recipe_head, recipe_names
+from regpt2.config.toml_file import read_toml, to_toml
 from regpt2.model.architecture import build_model
 from regpt2.references.curves import N_PARAMS, choose
 from regpt2.training.optimizer import OptimConfig
