@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import sha256_file
 from regpt2.base.record.metrics import read_events
-from regpt2.references.run_facts import Column, Event
+from regpt2.references.run_facts import Column as Column
+from regpt2.references.run_facts import Event as Event
 
 T = TypeVar("T")
 
