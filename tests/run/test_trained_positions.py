@@ -96,7 +96,7 @@ def test_evaluate_goes_as_far_as_training_unless_told_to_go_on(
     assert json.loads((run.parent / "results.json").read_text())["seq_len"] == 16
     assert cli.main([*given, "--seq-len", "32"]) == 0
     assert max(longest) == 32
-    assert "positions after that are untrained" in capsys.readouterr().err
+    assert "the positions after that are untrained" in capsys.readouterr().err
 
 
 def test_sample_goes_as_far_as_training_unless_told_to_go_on(
@@ -114,7 +114,7 @@ def test_sample_goes_as_far_as_training_unless_told_to_go_on(
     longest.clear()
     assert cli.main(["sample", str(run), "a" * 17, "--max-new-tokens", "15", "--context", "32"]) == 0
     assert max(longest) > 16
-    assert "positions after that are untrained" in capsys.readouterr().err
+    assert "later positions are untrained" in capsys.readouterr().err
 
 
 @pytest.mark.process

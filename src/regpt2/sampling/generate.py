@@ -107,8 +107,7 @@ def generate(
 ) -> Tensor:
     """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens.
 
-    A generator in the same state gives the same ids. The model's mode, training or eval, is kept. To generate often
-    from a model in bf16 or int8 on a CPU, pack it once (see sampling/cpu.py), and pass the twin.
+    The model's mode, training or eval, is kept. To generate often on a CPU, pack it once (sampling/cpu.py).
 
     Args:
         temperature, top_k, top_p, generator: see `next_token`.
@@ -125,8 +124,7 @@ def generate(
     _check_prompt(model.config, prompt_ids, max_new_tokens)
     B, T = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
-    banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=ids.device)  # (V,)
-    banned[list(never)] = True
+    banned = ids.new_zeros(model.config.vocab_size, dtype=torch.bool).index_fill(0, ids.new_tensor(never), True)  # (V,)
     stopped = torch.zeros(B, dtype=torch.bool, device=ids.device)
     decoder = packed_if_faster(model, max_new_tokens, rows=B) if use_cache else model
     cache = _cache_for(decoder, B, ids.shape[1]) if use_cache else None

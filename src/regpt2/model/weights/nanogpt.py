@@ -56,8 +56,7 @@ def read(path: Path) -> ModelFiles:
         tensors["wte.weight"] = tensors["wte.weight"][: config.vocab_size]
     keys = ("tokenizer", "tokenizer_fingerprint", "characters")
     name, fingerprint, characters = (one if isinstance(one := settings.get(key), str) else None for key in keys)
-    known = name is not None and fingerprint is not None
-    tokenizer = TokenizerRef(name, fingerprint, characters=characters) if known else None
+    tokenizer = None if name is None or fingerprint is None else TokenizerRef(name, fingerprint, characters=characters)
     return ModelFiles(config, tensors, tokenizer, doubt=doubt)
 
 
