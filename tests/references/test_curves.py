@@ -43,7 +43,6 @@ def test_every_file_is_a_curve_and_known_here() -> None:
 def test_between_two_points_the_loss_is_read_over_log_tokens() -> None:
     of = Curve("x", "", "", "", 1, tokens=np.array([0.0, 100.0, 10_000.0]), loss=np.array([9.0, 5.0, 3.0]))
     assert of.at(1_000) == pytest.approx(4.0)
-    assert of.reached(4.0) == pytest.approx(1_000)
     assert of.slope(1_000) == pytest.approx(1 / math.log(10))
     assert math.isnan(of.at(99)) and math.isnan(of.at(10_001)), "outside of its points it says nothing"
 

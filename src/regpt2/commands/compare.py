@@ -19,8 +19,8 @@ from regpt2.base.errors import UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.options import parse
 from regpt2.base.ranks.processes import places
-from regpt2.comparing.arms import described, keep_recipe, read_arms, read_budget, with_baseline, within
-from regpt2.comparing.runs import Comparison, read_plan
+from regpt2.comparing.arms import keep_recipe, read_arms, read_budget, with_baseline, within
+from regpt2.comparing.runs import Arm, Comparison, read_plan
 from regpt2.comparing.train_arms import budgets, in_words, train_all
 from regpt2.comparing.write import show
 from regpt2.data.mixture import open_mixture, read_shares
@@ -80,7 +80,9 @@ def main(arguments: list[str]) -> int:
         }
         for label, config in configs.items():
             keep_recipe(options.out, label, config)
-        compared = [described(arm, configs[arm.label]) for arm in arms]
+        steps = {label: config.max_steps for label, config in configs.items()}
+        tokens = {label: config.batch.tokens_until(steps[label]) for label, config in configs.items()}
+        compared = [Arm(arm.label, arm.spec, steps[arm.label], tokens[arm.label], []) for arm in arms]
         plan = Comparison(
             arms=with_baseline(options.out, compared, options.baseline),
             seeds=options.seeds,

@@ -150,11 +150,6 @@ def keep_recipe(folder: Path, label: str, config: RunConfig) -> None:
         )
 
 
-def described(given: Given, config: RunConfig) -> Arm:
-    """The arm for the tables and the page."""
-    return Arm(given.label, given.spec, config.max_steps, config.batch.tokens_until(config.max_steps), [])
-
-
 def with_baseline(folder: Path, arms: Sequence[Arm], baseline: str) -> list[Arm]:
     """The arms with the baseline first (default: as they are), each with its settings that differ from it.
 
@@ -166,11 +161,11 @@ def with_baseline(folder: Path, arms: Sequence[Arm], baseline: str) -> list[Arm]
         raise UsageError(f"--baseline {baseline}{did_you_mean(baseline, labels)} Available: {', '.join(labels)}.")
     ordered = sorted(arms, key=lambda arm: arm.label != (baseline or labels[0]))
     first = read_toml(folder / ordered[0].label / "recipe.toml")
-    return [replace(arm, changes=_changes(first, read_toml(folder / arm.label / "recipe.toml"))) for arm in ordered]
-
-
-def _changes(old: RunConfig, new: RunConfig) -> list[str]:
-    return [f"{key} {_shown(a)} → {_shown(b)}" for key, (a, b) in differences(old, new).items() if key != "eval_every"]
+    changes = [differences(first, read_toml(folder / arm.label / "recipe.toml")) for arm in ordered]
+    for of_arm in changes:
+        of_arm.pop("eval_every", None)  # follows from the number of updates
+    shown = [[f"{key} {_shown(a)} → {_shown(b)}" for key, (a, b) in of_arm.items()] for of_arm in changes]
+    return [replace(arm, changes=lines) for arm, lines in zip(ordered, shown, strict=True)]
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,7 @@
 """What a comparison shows. In: the runs of each arm; out: means, differences to the baseline, tokens and time saved."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,31 +78,24 @@ def outcomes(plan: Comparison, runs: Sequence[Sequence[Run]]) -> list[Outcome]:
 def _outcome(label: str, runs: Sequence[Run], baseline: dict[int, Run], target: float | None) -> Outcome:
     finished = [run for run in runs if run.is_finished]
     pairs = [(run, baseline[run.seed]) for run in finished if run.seed in baseline]
+    shares = [(run, float(at.losses[-1]), float(at.tokens[-1]), float(at.seconds[-1])) for run, at in pairs]
     return Outcome(
         label=label,
         finals={run.seed: float(run.losses[-1]) for run in finished},
         tokens=float(np.mean([run.tokens[-1] for run in finished])) if finished else math.nan,
         seconds=float(np.mean([run.seconds[-1] for run in finished])) if finished else math.nan,
         against=paired([float(run.losses[-1] - base.losses[-1]) for run, base in pairs]),
-        shares=_shares(pairs) if pairs else None,
-        to_target=None if target is None else _reached(finished, target),
+        shares=_reached(shares) if shares else None,
+        to_target=None if target is None else _reached((run, target, 1.0, 1.0) for run in finished),
     )
 
 
-def _reached(runs: Sequence[Run], level: float) -> Reached:
-    return Reached(
-        [first_reached(run.tokens, run.losses, level) for run in runs],
-        [first_reached(run.seconds, run.losses, level) for run in runs],
-    )
-
-
-def _shares(pairs: Sequence[tuple[Run, Run]]) -> Reached:
-    """Each run as a share of the baseline's run with its seed, at that run's final loss."""
+def _reached(runs: Iterable[tuple[Run, float, float, float]]) -> Reached:
+    """What each run took to reach a loss, in units of these tokens and seconds."""
     tokens, seconds = [], []
-    for run, base in pairs:
-        level = float(base.losses[-1])
-        tokens.append(first_reached(run.tokens, run.losses, level) / float(base.tokens[-1]))
-        seconds.append(first_reached(run.seconds, run.losses, level) / float(base.seconds[-1]))
+    for run, level, token_unit, second_unit in runs:
+        tokens.append(first_reached(run.tokens, run.losses, level) / token_unit)
+        seconds.append(first_reached(run.seconds, run.losses, level) / second_unit)
     return Reached(tokens, seconds)
 
 

@@ -10,31 +10,22 @@ from regpt2.comparing.tables import HOW_TO_READ, arms_table, costs_table, result
 from regpt2.pages import tables
 from regpt2.pages.published import Sources
 from regpt2.pages.report import markdown
+from regpt2.pages.report.certificate import FACTS
 from regpt2.pages.report.page import chart, document, section
 from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
 
-# Names on the page, and keys of the `run` event.
-_FACTS = {
-    "Data set": "dataset",
-    "Data fingerprint": "data_fingerprint",
-    "Tokenizer": "tokenizer",
-    "Validation tokens": "val_tokens",
-    "Device": "device",
-    "Precision": "precision",
-    "Threads": "threads",
-    "Commit": "commit",
-    "regpt2": "version",
-    "Python": "python",
-    "PyTorch": "torch",
-}
+_SHOWN = (
+    "Data set", "Data fingerprint", "Tokenizer", "Validation tokens", "Device", "Precision", "Threads", "Commit",
+    "regpt2", "Python", "PyTorch",
+)  # fmt: skip
 
 
 def facts(plan: Comparison, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
     """What the figures depend on; where runs differ, all values."""
     starts = [run.start for of_arm in runs for run in of_arm if run.start]
     told = {"Command": plan.command, "Budget": plan.budget, "Seeds": f"1 to {plan.seeds}"}
-    for name, key in _FACTS.items():
-        told[name] = ", ".join(dict.fromkeys(str(start.get(key))[:200] for start in starts)) or "unknown"
+    for name in _SHOWN:
+        told[name] = ", ".join(dict.fromkeys(str(start.get(FACTS[name]))[:200] for start in starts)) or "unknown"
     return told
 
 

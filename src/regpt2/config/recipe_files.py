@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,8 @@ def recipe_rows() -> list[str]:
 
 def recipe_head(path: Path) -> str:
     """The comment at the head of a recipe: what it does, on what hardware, in what time, with what result."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    head = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        head.append(line.removeprefix("#").removeprefix(" "))
-    return "\n".join(head)
+    head = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in head)
 
 
 def find_recipe(spec: str) -> Path:
@@ -42,15 +37,13 @@ def find_recipe(spec: str) -> Path:
     Raises:
         UsageError: neither a shipped recipe nor a TOML file.
     """
-    shipped = RECIPES / f"{spec}.toml"
-    if spec in recipe_names():
-        return shipped
-    path = Path(spec)
+    path, names = Path(spec), recipe_names()
+    if spec in names:
+        return RECIPES / f"{spec}.toml"
     if path.suffix == ".toml":
         if not path.is_file():
             raise UsageError(f"{spec}: there is no such file.")
         return path
-    names = recipe_names()
     raise UsageError(
         f"there is no recipe {spec!r}{did_you_mean(spec, names)} Available: {', '.join(names)}; "
         "or give a file that ends in .toml."
@@ -58,7 +51,7 @@ def find_recipe(spec: str) -> Path:
 
 
 def load_recipe(spec: str) -> RunConfig:
-    """A recipe by name or path, checked; its run folder is runs/NAME unless it says otherwise."""
+    """A recipe by name or path, checked; its default run folder is runs/NAME."""
     path = find_recipe(spec)
     config = read_toml(path)
     run, recipe = config.run or str(Path("runs") / path.stem), config.recipe or path.stem
@@ -66,7 +59,7 @@ def load_recipe(spec: str) -> RunConfig:
 
 
 def defaults_for(spec: str, options: list[str]) -> RunConfig:
-    """A recipe as the options find it: in the architecture that they name; where they give `--mix`, without its data.
+    """The recipe that options apply to: in the architecture that they name, without its data if they give `--mix`.
 
     Raises:
         ConfigError: there is no such architecture.
@@ -78,7 +71,7 @@ def defaults_for(spec: str, options: list[str]) -> RunConfig:
 
 
 def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
-    """The configuration with other values: `{"max_steps": 20, "optim": {"lr": 3e-4}}`, or `{"optim.lr": 3e-4}`.
+    """The configuration with changed values: `{"max_steps": 20, "optim": {"lr": 3e-4}}`, or `{"optim.lr": 3e-4}`.
 
     Raises:
         ConfigError: an unknown key, a wrong type, an impossible value.
@@ -103,7 +96,7 @@ def _open_to(given: Collection[str], config: RunConfig, architecture: str | None
 
 
 def _rebuilt(model: GPTConfig, architecture: str) -> GPTConfig:
-    """The same shape in another architecture, whose own switches are as they are by default there."""
+    """The same shape in another architecture, with the defaults of its own switches."""
     kind = config_class(architecture)
     if type(model) is kind:
         return model

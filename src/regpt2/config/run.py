@@ -1,6 +1,6 @@
-"""The configuration of a run. In: a recipe (TOML) and options; out: one frozen, checked `RunConfig`, and TOML again.
+"""The configuration of a run. In: values; out: one frozen, checked `RunConfig`.
 
-It only composes the dataclasses that stand beside the code that reads them.
+It only composes dataclasses, each of which is defined beside the code that reads it.
 Precedence: default < recipe < command line.
 """
 
@@ -127,12 +127,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.mix:
             read_shares(self.data, self.mix)  # raises what is wrong with them
-        if self.max_steps < 1:
-            raise ConfigError(f"max_steps = {self.max_steps} must be at least 1.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed} must be from 0 to 2**63 - 1.")
-        if self.log_every < 1:
-            raise ConfigError(f"log_every = {self.log_every} must be at least 1.")
+        for name in ("max_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1.")
         for name in ("eval_every", "sample_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0 (0 = never).")
@@ -143,7 +142,7 @@ class RunConfig:
             )
 
     def check_ranks(self, world_size: int) -> None:
-        """Refuse updates that so many ranks cannot share, of whatever size.
+        """Refuse a number of ranks that cannot share every update, whatever its size.
 
         Raises:
             ConfigError: not a whole number of passes, or one that the strategy cannot do.

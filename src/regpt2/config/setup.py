@@ -5,7 +5,7 @@ from regpt2.training.memory import Setup
 
 
 def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, compiled: bool) -> Setup:
-    """How each of so many ranks trains, for what is known of memory and time.
+    """How each rank trains, as the estimates of memory and time need it.
 
     Raises:
         ConfigError: an update is not a whole number of passes.

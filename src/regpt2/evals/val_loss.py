@@ -57,22 +57,8 @@ def evaluate(context: EvalContext) -> Figures:
     }
 
 
-def n_val_windows(context: EvalContext, folder: Path, tokens: TokenStream) -> int:
-    """How many windows are scored, over all ranks.
-
-    Raises:
-        DataError: the split is shorter than one.
-    """
-    require_window(folder, tokens.n_tokens, context.seq_len)
-    return min(max(1, context.val_tokens // context.seq_len), (tokens.n_tokens - 1) // context.seq_len)
-
-
 def require_window(folder: Path, n_tokens: int, seq_len: int) -> None:
-    """Refuse a validation split that is shorter than one window.
-
-    Raises:
-        DataError: it is.
-    """
+    """Raise a DataError if a validation split is shorter than one window."""
     if n_tokens <= seq_len:
         raise DataError(
             f"{folder}: the validation split has {n_tokens:,} tokens, expected at least {seq_len + 1:,}, for a window "
@@ -87,7 +73,8 @@ def _score_mine(context: EvalContext, folder: Path) -> torch.Tensor:
     sums = torch.zeros(3, dtype=torch.float64)
     with scoring(context), open_tokens(folder, "val") as tokens:
         byte_lengths = _byte_lengths(tokens)
-        windows = range(n_val_windows(context, folder, tokens))
+        require_window(folder, tokens.n_tokens, T)
+        windows = range(min(max(1, context.val_tokens // T), (tokens.n_tokens - 1) // T))  # over all ranks
         # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
         for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
             context.on_batch()

@@ -25,28 +25,23 @@ PROTOCOLS = {
     "bits_per_byte": "bits / bytes of the raw file as it is",
 }
 
-_SERVER, _LICENCE = "https://wikitext.smerity.com", "CC BY-SA 4.0"
-RAW = Asset(
-    "wikitext-2-raw-v1.zip",
-    f"{_SERVER}/wikitext-2-raw-v1.zip",
-    "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
-    _LICENCE,
-    other_names=("wiki.test.raw", "wikitext-2-raw/wiki.test.raw", "wikitext-103-raw/wiki.test.raw"),
-)
-WIKITEXT2 = Asset(
-    "wikitext-2-v1.zip",
-    f"{_SERVER}/wikitext-2-v1.zip",
-    "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-    _LICENCE,
-    other_names=("wikitext-2/wiki.test.tokens",),
-)
-WIKITEXT103 = Asset(
-    "wikitext-103-v1.zip",  # 190 MB
-    f"{_SERVER}/wikitext-103-v1.zip",
-    "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-    _LICENCE,
-    other_names=("wikitext-103/wiki.test.tokens",),
-)
+
+def _asset(name: str, sha256: str, *other_names: str) -> Asset:
+    return Asset(name, f"https://wikitext.smerity.com/{name}", sha256, "CC BY-SA 4.0", other_names)
+
+
+RAW = _asset(
+    "wikitext-2-raw-v1.zip", "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+    "wiki.test.raw", "wikitext-2-raw/wiki.test.raw", "wikitext-103-raw/wiki.test.raw",
+)  # fmt: skip
+WIKITEXT2 = _asset(
+    "wikitext-2-v1.zip", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+    "wikitext-2/wiki.test.tokens",
+)  # fmt: skip
+WIKITEXT103 = _asset(  # 190 MB
+    "wikitext-103-v1.zip", "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+    "wikitext-103/wiki.test.tokens",
+)  # fmt: skip
 ASSETS = (RAW,)  # all that training needs; the others are fetched when the columns are asked for
 
 _PER_WORD = ("wikitext2_perplexity", "wikitext103_perplexity", "word_perplexity")

@@ -41,17 +41,14 @@ def size_of(record: Record) -> str:
 
 def references_of(record: Record, name: str, metric: str) -> list[Reference]:
     """Published scores for one metric of the run; for a loss only those on the same data set, in GPT-2's tokens."""
-    dataset = _dataset(record) if name == "val_loss" else None
-    if name == "val_loss" and not (dataset and record.start.get("tokenizer") == "gpt2"):
-        return []
+    dataset = None
+    if name == "val_loss":
+        config = record.start.get("config")
+        folder = config.get("data") if isinstance(config, dict) else None  # shards without a name go by their folder's
+        dataset = dataset_of(record.dataset or str(folder))
+        if not dataset or record.start.get("tokenizer") != "gpt2":
+            return []
     return [one for one in references_for(name, metric, dataset) if one.model.endswith(f" {size_of(record)}")]
-
-
-def _dataset(record: Record) -> str | None:
-    """The data set as the references call it, by its name; shards without a name go by their folder's."""
-    config = record.start.get("config")
-    folder = config.get("data") if isinstance(config, dict) else None
-    return dataset_of(record.dataset or str(folder))
 
 
 def latest_evals(record: Record) -> list[Event]:

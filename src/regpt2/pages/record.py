@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import sha256_file
 from regpt2.base.record.metrics import read_events
-from regpt2.references.run_facts import Column as Column
-from regpt2.references.run_facts import Event as Event
 
+Event = dict[str, Any]
+Column = NDArray[np.float64]
 T = TypeVar("T")
 
-# Beyond this a value is drawn as a gap: the run has diverged, and a running sum would lose its digits.
+# A larger value is drawn as a gap: the run has diverged, and a running sum would lose its digits.
 LIMIT = 1e9
 BEYOND_TOKENS = 1e18
 
@@ -26,7 +26,7 @@ TRAIN_COLUMNS = ("step", "loss", "grad_norm", "lr", "step_ms", "tokens_per_s", "
 
 @dataclass(frozen=True)
 class Record:
-    """All that a run wrote down. Nothing in it is trusted to be there, to be a number, or to be harmless text."""
+    """All that a run recorded. Any of it may be missing, no number, or hostile text."""
 
     name: str
     runs: list[Event]
@@ -40,7 +40,7 @@ class Record:
     config_toml: str
     sha256: str
     measured: list[Event] = field(default_factory=list)
-    """What was measured of its model later, by `regpt2 evaluate`: told in the tables, never drawn in the curves."""
+    """Later results of `regpt2 evaluate` on its model: shown in the tables, not in the curves."""
 
     @property
     def start(self) -> Event:
@@ -55,7 +55,7 @@ class Record:
 
     @property
     def status(self) -> str:
-        """How the run ended, in a word; "running" if it has not, or was killed."""
+        """How the run ended, in a word; without an `end` event it is running, or was killed."""
         return "running, or killed" if self.end is None else str(self.end.get("reason") or "ended")
 
     @property
@@ -71,7 +71,7 @@ class Record:
 
     @property
     def dataset(self) -> str:
-        """The name of the data set, or nothing where it is not known: then no loss of others is beside its own."""
+        """The name of the data set; empty if unknown, and then no published loss is shown beside the run's."""
         return str(self.start.get("dataset") or "")
 
     @property
@@ -84,7 +84,7 @@ class Record:
         return [event for event in self.evals if event.get("eval") == name]
 
     def tokens_at(self, steps: Column) -> Column:
-        """Tokens trained on after so many steps, as recorded: batches may grow."""
+        """Tokens trained on after these steps, as recorded, since batches may grow."""
         made, tokens = self.train["step"], self.train["tokens"]
         known = np.isfinite(made) & (np.abs(tokens) < BEYOND_TOKENS)
         if not known.any():
@@ -101,7 +101,7 @@ class Record:
 
     @property
     def elapsed_s(self) -> float:
-        """The time of the whole run as its end tells it; before the end the time of its steps; NaN if unknown."""
+        """The time of the whole run, from its `end` event; without one the time of its steps; NaN if unknown."""
         if self.end is not None and math.isfinite(number(self.end.get("elapsed_s"))):
             return number(self.end.get("elapsed_s"))
         step_ms = self.train["step_ms"]
@@ -181,12 +181,12 @@ def _not_a_run(run: Path) -> str:
     if not run.is_dir():
         return f"{run} is a file; {mend}."
     below = sorted(str(path.parent) for path in run.glob("*/metrics.jsonl"))
-    found = f" Below it there is: {', '.join(below[:5])}." if below else ""
+    found = f" Runs below it: {', '.join(below[:5])}." if below else ""
     return f"{run} holds no metrics.jsonl, so it is not the folder of a run; {mend}.{found}"
 
 
 def number(value: object) -> float:
-    """A recorded value as a float, also where the record spells "nan" or "inf"; NaN for all that is no number."""
+    """A recorded value as a float, also the texts "nan" and "inf"; NaN for anything else."""
     if not isinstance(value, int | float | str):
         return math.nan
     try:
@@ -201,14 +201,14 @@ def numbers(events: Iterable[Event], key: str) -> Column:
 
 
 def spread(items: Sequence[T], at_most: int) -> list[T]:
-    """At most so many of the items, evenly chosen, with the first and the last among them."""
+    """At most `at_most` of the items, evenly chosen, with the first and the last among them."""
     if len(items) <= at_most:
         return list(items)
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, at_most)]
 
 
 def thin(x: Column, y: Column, at_most: int = 1000) -> tuple[Column, Column]:
-    """A curve by the means of equal buckets. Values without a limit are left out; a bucket of them is a gap."""
+    """A curve reduced to the means of equal buckets. Values beyond LIMIT are left out; a bucket of them is a gap."""
     if len(x) <= at_most:
         return x, np.where(np.abs(y) < LIMIT, y, np.nan)
     edges = np.linspace(0, len(x), at_most, endpoint=False).astype(np.int64)
@@ -216,7 +216,7 @@ def thin(x: Column, y: Column, at_most: int = 1000) -> tuple[Column, Column]:
 
 
 def thin_peaks(x: Column, y: Column, at_most: int = 500) -> tuple[Column, Column]:
-    """A curve by the greatest value of each bucket: a single slow step stays to be seen."""
+    """A curve reduced to the greatest value of each bucket, so that a single slow step stays visible."""
     y = np.where(np.abs(y) < LIMIT, y, np.nan)
     if len(x) <= at_most:
         return x, y

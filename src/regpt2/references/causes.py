@@ -1,7 +1,7 @@
 """What to check when a run is above its reference. In: the evidence; out: sentences, the likeliest cause first.
 
-What a run says of itself is compared with the reference: equal is checked off, different comes first. What it does
-not say is judged by symptoms.
+What a run recorded is compared with the reference: equal facts are no cause, different ones come first. What it did
+not record is judged by symptoms.
 """
 
 import math
@@ -31,7 +31,7 @@ _TOO_HOT = "as with far too high a rate or without warm-up (the curve cannot tel
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A run beside its reference: validation losses after so many tokens, and what the run says of itself."""
+    """A run beside its reference: validation losses over tokens, and what the run recorded."""
 
     curve: Curve
     facts: Facts
@@ -45,7 +45,7 @@ class Evidence:
         return np.array([loss - reference for loss, reference in pairs if math.isfinite(reference)])
 
     def fall(self) -> float:
-        """How far the loss has come down, as a share of the reference's fall over the same tokens."""
+        """How far the loss has fallen, as a share of the reference's fall over the same tokens."""
         here = self.curve.at(min(self.tokens[-1], self.curve.tokens[-1]))
         return float((self.curve.loss[0] - self.losses[-1]) / (self.curve.loss[0] - here))
 
@@ -55,7 +55,7 @@ class Evidence:
         late = late[np.isfinite(late)]
         if self.curve.scatter is None or len(late) < 32:
             return math.nan
-        # Neighbors share their trend: what they differ by is chance, sqrt(2) times that of one.
+        # Neighbors share the trend, so their difference is noise, sqrt(2) times that of one loss.
         return float(np.median(np.abs(np.diff(late))) / 0.6745 / math.sqrt(2) / self.curve.scatter)
 
     def gap(self) -> float:
@@ -76,19 +76,19 @@ class Evidence:
 
 
 def likeliest_first(evidence: Evidence) -> tuple[str, ...]:
-    """What to check, the likeliest first. The checks below are in the order in which they are usually to blame."""
+    """What to check, the likeliest cause first. _CHECKS breaks ties: it has the usual cause first."""
     found = [finding for check in _CHECKS if (finding := check(evidence)) is not None]
     texts = tuple(text for _, text in sorted(found, key=lambda finding: -finding[0]))
     return texts or ("all that the record says is the reference's: data (regpt2 verify), device, changed code",)
 
 
 def _differs(mine: float | None, its: float | None, ratio: float) -> bool:
-    """Are both known, and further apart than this ratio?"""
+    """True if both are known and further apart than this ratio."""
     return mine is not None and its is not None and not its / ratio <= mine <= its * ratio
 
 
 def _open(fact: object, text: str) -> Cause:
-    """To be looked at, if the record does not say it."""
+    """To check if the record does not have it."""
     return (OPEN, text) if fact is None else None
 
 

@@ -35,34 +35,26 @@ class Curve:
     """Standard deviation over runs at each point, where there were several."""
     model: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """What is known of it, by the names in _RECIPE; a tokenizer that is not said is GPT-2's."""
+    """What is known of its recipe, by the names in _RECIPE; the default of tokenizer is GPT-2's."""
     scatter: float | None = None
     """Standard deviation of the training losses of single updates, late in the run."""
     auto: bool = False
     """Is it the one for its model and data set?"""
     by_shape: bool = False
-    """Made of another curve's shape and a known end: no curve of this recipe on this data is published."""
+    """Made of another curve's shape and a known end, because no curve of this recipe on this data is published."""
     margin: float = 0.0
     """By how much its own level is uncertain, in nats."""
 
     def at(self, tokens: float) -> float:
-        """The loss after so many tokens, between two points on a line over log tokens; NaN outside of the points."""
+        """The loss after `tokens`, interpolated linearly over log tokens; NaN outside of the points."""
         if not self.tokens[1] <= tokens <= self.tokens[-1]:
             return math.nan
         return float(np.interp(math.log(tokens), np.log(self.tokens[1:]), self.loss[1:]))
 
     def slope(self, tokens: float) -> float:
-        """By how much the loss falls while the tokens grow e-fold, here."""
+        """By how much the loss falls here while the tokens grow e-fold."""
         low, high = max(tokens / 1.1, self.tokens[1]), min(tokens * 1.1, self.tokens[-1])
         return max(0.0, self.at(low) - self.at(high)) / math.log(high / low)
-
-    def reached(self, loss: float) -> float:
-        """The tokens after which it was first as low as this; NaN if it never was."""
-        lower = np.flatnonzero(self.loss[1:] <= loss) + 1
-        if not len(lower) or lower[0] == 1:
-            return math.nan
-        ends = slice(lower[0] - 1, lower[0] + 1)
-        return math.exp(np.interp(-loss, -self.loss[ends], np.log(self.tokens[ends])))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a run says of itself. In: the events of its record, of any age; out: `Facts`, each of which may be unknown."""
+"""What a run recorded. In: the events of its record, of any version; out: `Facts`, each of which may be unknown."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def _nothing() -> Column:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Facts:
-    """None, or an empty column, is what nobody knows."""
+    """What a record says; None, or an empty column, is unknown."""
 
     dataset: str | None = None
     """As scores.toml and the curves call it."""
@@ -32,7 +32,7 @@ class Facts:
     batch_tokens: float | None = None
     """Of an update, at its largest."""
     ramp_from: float | None = None
-    """Of the first update, where they grow; 0: they do not."""
+    """Of the first update, where batches grow; 0: they do not."""
     max_steps: float | None = None
     total_tokens: float | None = None
     """Of the whole run."""
@@ -49,7 +49,7 @@ class Facts:
     gzip_bits: float | None = None
     """Bits per byte of gzip on the validation split."""
     skipped: int = 0
-    """Updates that were not made."""
+    """Updates that were skipped."""
     train_steps: Column = field(default_factory=_nothing)
     train_losses: Column = field(default_factory=_nothing)
     eval_steps: Column = field(default_factory=_nothing)
@@ -60,7 +60,7 @@ class Facts:
 
 
 def facts_of(events: Iterable[Event]) -> Facts:
-    """Everything that bears on a verdict. A record is not trusted: what is no finite number is unknown."""
+    """Everything that a verdict depends on. A record is not trusted: what is no finite number counts as unknown."""
     start: Event = {}
     train: dict[float, tuple[float, ...]] = {}
     evals: dict[float, tuple[float, ...]] = {}
@@ -77,9 +77,8 @@ def facts_of(events: Iterable[Event]) -> Facts:
     trained = np.array([train[step] for step in sorted(train)]).reshape(-1, 2).T
     evaluated = np.array([evals[step] for step in sorted(evals)]).reshape(-1, 4).T
     of_the_start = _of_the_start(start)
-    of_equal_updates = evaluated[0] * number(
-        of_the_start["batch_tokens"]
-    )  # older records say no more, and had no other
+    # Older records have no tokens beside an evaluation; in them all updates were of equal size.
+    of_equal_updates = evaluated[0] * number(of_the_start["batch_tokens"])
     return Facts(
         **of_the_start,
         skipped=skipped,
@@ -93,7 +92,6 @@ def facts_of(events: Iterable[Event]) -> Facts:
 
 
 def _of_the_start(start: Event) -> dict[str, Any]:
-    """What the `run` event says."""
     config = _table(start, "config")
     model, batch, optim, schedule = (_table(config, name) for name in ("model", "batch", "optim", "schedule"))
     return {
@@ -119,12 +117,12 @@ def _of_the_start(start: Event) -> dict[str, Any]:
 
 
 def dataset_of(text: str) -> str | None:
-    """The data set that a name or a path speaks of, as the references call it."""
+    """The data set in a name or a path, as the references call it."""
     return next((name for name, pattern in _DATASETS.items() if re.search(pattern, text.lower())), None)
 
 
 def number(value: object) -> float:
-    """A recorded value as a float; NaN for what is none, or too large for any of these."""
+    """A recorded value as a float; NaN for anything else, or too large for any of these."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
     return float(value) if usable else math.nan  # type: ignore[arg-type]
 

@@ -1,10 +1,10 @@
-"""Where a run stands beside a reference. In: a curve, the run's validation losses and facts; out: a Verdict.
+"""A run compared with a reference. In: a curve, the run's validation losses and facts; out: a Verdict.
 
 Compared at equal tokens. The band is what reruns of one recipe may differ by, half its width being the sum of
   0.02 nats       llm.c's recipe on 10B tokens of FineWeb was published to end at 3.2722 (modded-nanogpt
                   2024-10-13_llmc), 3.2847 (as quoted in tyler-romero/nanogpt-speedrun run.sh) and 3.29 (llm.c #481).
                   Seeds alone do less: 0.0013 at the end over 10 runs (track_3_optimization/results/20260610);
-  5 % of tokens   a rerun may reach the same loss so much sooner or later: seeds differ by 1 % of the tokens at first
+  5 % of tokens   a rerun may reach the same loss that much sooner or later: seeds differ by 1 % of the tokens at first
                   (the same 10 runs), warm-ups of 700 and 715 updates by 2 %. Wide on the steep first part, nothing at
                   the end; once a held learning rate goes down the curve is steep by its schedule, alike in all reruns,
                   and the slope from before that counts;
@@ -16,7 +16,7 @@ Compared at equal tokens. The band is what reruns of one recipe may differ by, h
 The end is compared by progress: a cosine that ends at 10.0B tokens has come down as far as one that ends at 10.26B. The
 projected end is the curve's end plus today's difference. From a quarter of a run on that was off by at most 0.04 nats
 among the published runs of one model and length (FineWeb and FineWeb-Edu, either one projected by the other), at a
-tenth by 0.11: so it is not said before a quarter, nor where the lengths differ by more than 10 %.
+tenth by 0.11, so it is not reported before a quarter, nor where the lengths differ by more than 10 %.
 """
 
 import math
@@ -34,12 +34,12 @@ from regpt2.references.run_facts import Column, Event, Facts, facts_of
 from regpt2.references.scores import references_for
 
 RERUN_NATS, RERUN_TOKENS, DEVIATIONS, SAME_LENGTH, PROJECT_FROM = 0.02, 0.05, 3.0, 0.1, 0.25
-NEAR_UNIFORM = 0.5  # nats around ln(vocabulary), the loss of a model that knows nothing yet
+NEAR_UNIFORM = 0.5  # nats around ln(vocabulary), the loss of an untrained model
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Where a run stands at its newest evaluation."""
+    """A run compared with a reference at its newest evaluation."""
 
     state: str
     """"on track", "above", "better", "too early"; without a curve "no reference" or "too short"."""
@@ -57,7 +57,7 @@ class Verdict:
     source: str = ""
     by_shape: bool = False
     checks: tuple[str, ...] = ()
-    """What to look at, the likeliest first; empty unless something is off."""
+    """What to check, the likeliest cause first; empty unless something is off."""
     openai: str = ""
     """The published loss of OpenAI's model of this size on this data."""
 
@@ -69,17 +69,17 @@ class Verdict:
     def line(self) -> str:
         """One sentence; it begins with the state."""
         if self.difference is None or self.band is None:
-            said = self._without_reference()
+            line = self._without_reference()
         else:
             reference = f"{self.loss - self.difference:.4f}" + (" by shape" if self.by_shape else "")
             off = "" if self.state == "on track" else f" by {abs(self.difference):.3f}"
             place = f"{self.loss:.4f}, the reference {reference}"
-            said = f"{self.state}{off}{' at the end' * self.finished}: {place} (band {self.band:.3f})"
+            line = f"{self.state}{off}{' at the end' * self.finished}: {place} (band {self.band:.3f})"
             if self.projected_end is not None and not self.finished:
-                said += f"; projected end {self.projected_end:.3f}, the reference's {self.reference_end:.3f}"
+                line += f"; projected end {self.projected_end:.3f}, the reference's {self.reference_end:.3f}"
         if self.finished and self.openai:
-            said += f"; on this data {self.openai}"
-        return said + (f"; check first: {self.checks[0]}" if self.checks else "")
+            line += f"; on this data {self.openai}"
+        return line + (f"; check first: {self.checks[0]}" if self.checks else "")
 
     def _without_reference(self) -> str:
         if self.state == "too early":
@@ -113,15 +113,15 @@ def judge(
     total_tokens: float,
     facts: Facts,
 ) -> Verdict:
-    """The verdict at the last of the points (tokens, validation loss). Without a curve the run is asked alone."""
+    """The verdict at the last of the points (tokens, validation loss); without a curve by the run alone."""
     now, loss = float(tokens[-1]), float(losses[-1])
-    asked_alone = Verdict("no reference", now, loss, now >= total_tokens, openai=_openai(facts))
+    by_itself = Verdict("no reference", now, loss, now >= total_tokens, openai=_openai(facts))
     if curve is None:
         short = now < (facts.n_params or 0)
         checks = tuple(self_checks(facts, losses, short=short))
-        unjudged = short and asked_alone.finished and not checks
-        return replace(asked_alone, state="too short" if unjudged else "no reference", checks=checks)
-    compared = replace(asked_alone, curve=curve.name, source=curve.source, by_shape=curve.by_shape)
+        unjudged = short and by_itself.finished and not checks
+        return replace(by_itself, state="too short" if unjudged else "no reference", checks=checks)
+    compared = replace(by_itself, curve=curve.name, source=curve.source, by_shape=curve.by_shape)
     end = float(curve.loss[-1]) if _same_length(curve, total_tokens) else None
     last = float(curve.tokens[-1])
     here = last if compared.finished and end is not None else min(now, last)
@@ -143,7 +143,7 @@ def judge(
 
 
 def band_at(curve: Curve, tokens: float, total_tokens: float) -> tuple[float, str]:
-    """Half the width of the band, and what it is made of; the head of this file has the reasons."""
+    """Half the width of the band, and its terms; the head of this file gives the reasons."""
     steady, end = tokens, float(curve.tokens[-1])
     if "decay_fraction" in curve.recipe:
         steady = min(tokens, (1 - curve.recipe["decay_fraction"]) * end / 1.1)  # a slope looks 10 % ahead

@@ -114,7 +114,12 @@ def score_texts(
         texts = read()
         with scoring(context):
             gpt = context.scoring_gpt()
-            rows = [(*_score_mine(context, gpt, text), *_sizes(context, text)) for text in texts]
+            # The sizes of a text come from one rank only, because the rows are summed over ranks.
+            sizes = [(sum(map(len, text.documents)), text.n_units) for text in texts]
+            rows = [
+                (*_score_mine(context, gpt, text), *(size if context.world.is_main else (0, 0)))
+                for text, size in zip(texts, sizes, strict=True)
+            ]
         return torch.tensor(rows, dtype=torch.float64)
 
     sums = sum_over_ranks(context, name, score_mine, torch.zeros(n_texts, 4))
@@ -122,11 +127,6 @@ def score_texts(
         if n_scored != n_tokens:
             raise Problem(f"{name}: {n_scored:,.0f} of {n_tokens:,.0f} tokens were scored: the ranks read other data.")
     return tuple(TextScore(nats, int(n_tokens), int(n_units)) for nats, n_tokens, _, n_units in sums.tolist())
-
-
-def _sizes(context: EvalContext, text: Text) -> tuple[int, int]:
-    """Tokens and units, from one rank only: it is the sum over ranks that is taken."""
-    return (sum(map(len, text.documents)), text.n_units) if context.world.is_main else (0, 0)
 
 
 def _score_mine(context: EvalContext, gpt: LanguageModel, text: Text) -> tuple[float, int]:
@@ -144,7 +144,7 @@ def _score_mine(context: EvalContext, gpt: LanguageModel, text: Text) -> tuple[f
 
 
 def _windows(ids: Ids, start_id: int, seq_len: int) -> Iterator[tuple[Ids, int]]:
-    """Up to seq_len + 1 tokens, of which the last so many are scored; each token of `ids` in one window."""
+    """Up to seq_len + 1 tokens, and how many of the last are scored; each token of `ids` is in one window."""
     stream = np.concatenate([np.array([start_id], dtype=ids.dtype), ids])
     for start in range(0, len(ids), seq_len):
         end = min(start + seq_len, len(ids))
@@ -152,14 +152,14 @@ def _windows(ids: Ids, start_id: int, seq_len: int) -> Iterator[tuple[Ids, int]]
 
 
 def _batch_nats(context: EvalContext, gpt: LanguageModel, batch: Sequence[tuple[Ids, int]]) -> float:
-    """Summed nats of the scored tokens of a batch; logits exist only for those, and only some at a time."""
+    """Summed nats of the scored tokens of a batch; logits are computed only for those, a chunk at a time."""
     longest = max(len(window) for window, _ in batch)
-    rows = np.zeros((len(batch), longest), dtype=np.int64)  # shorter windows end in padding, which is never looked at
+    rows = np.zeros((len(batch), longest), dtype=np.int64)  # shorter windows end in padding, which is not scored
     is_scored = np.zeros((len(batch), longest - 1), dtype=bool)
     for row, (window, n_new) in enumerate(batch):
         rows[row, : len(window)] = window
         is_scored[row, len(window) - 1 - n_new : len(window) - 1] = True
-    where = np.flatnonzero(is_scored)  # found here: a GPU asked for them would be waited for
+    where = np.flatnonzero(is_scored)  # on the CPU: on a GPU this would wait for the device
     ids, scored = (torch.from_numpy(array).to(context.world.device) for array in (rows[:, :-1], where))
     hidden = gpt.hidden(ids, dtype=context.dtype).flatten(0, 1)[scored]  # (B, T, C) -> (n, C)
     targets = torch.from_numpy(rows[:, 1:].reshape(-1)[where]).to(context.world.device)  # (n,)

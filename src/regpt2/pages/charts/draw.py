@@ -38,11 +38,6 @@ def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
     return _as_html(out.getvalue(), name, plain(panel.told(), 2000))
 
 
-def picture(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
-    """`overview` as a PNG."""
-    return png(overview(panels, title, subtitle))
-
-
 def png(figure: Any) -> bytes:
     """A matplotlib figure as a PNG; the same figure gives the same bytes."""
     out = io.BytesIO()

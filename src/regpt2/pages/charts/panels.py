@@ -1,4 +1,4 @@
-"""What a report draws. In: the records of runs; out: panels: curves, and the lines that they are held against."""
+"""What a report draws. In: the records of runs; out: panels with curves and the lines to compare them with."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,13 +37,13 @@ class Trace:
     look: Look
     spread: Column | None = None
     about: str = ""
-    """What a curve of others is, in full; its label is short."""
+    """The full name of a published curve; its label is short."""
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A level that others reached."""
+    """A published level to compare with."""
 
     label: str
     value: float
@@ -63,7 +63,7 @@ class Across:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing: all that it shows, before any of it is drawn."""
+    """The content of one chart."""
 
     name: str
     title: str
@@ -75,15 +75,10 @@ class Panel:
     log: bool = False
     note: str = ""
     most: float = math.inf
-    """What lies above is left out."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Is there nothing to draw?"""
-        return not any(np.isfinite(trace.y).any() for trace in self.traces)
+    """Values above it are left out."""
 
     def limits(self) -> tuple[float, float] | None:
-        """Room for the end of the run, where the differences are: the first fall enters from above."""
+        """Limits that fit the end of the run, where the differences are; the first fall enters from above."""
         named = [trace.y[np.isfinite(trace.y)] for trace in self.traces if trace.look.alpha == 1 and len(trace.y) > 1]
         named = [y for y in named if len(y)]
         if self.log or self.from_zero or not named:
@@ -96,29 +91,26 @@ class Panel:
         return (low - margin, high + margin * (2 if self.rules else 1)) if margin else None
 
     def told(self) -> str:
-        """The drawing in words, for those who do not see it."""
+        """The chart in words, for screen readers."""
         said = [_told(trace, self) for trace in self.traces if trace.label and np.isfinite(trace.y).any()]
         said += [f"{rule.label}: {self.tick(rule.value)}" for rule in self.rules]
         return f"{self.title}. {'; '.join(said)}."
 
 
 def panels(records: Sequence[Record]) -> list[Panel]:
-    """What there is to draw of these runs, the loss first."""
+    """The charts that these runs have data for, the loss first."""
     across = _across(records)
     drawn = [_loss(records, across), _hellaswag(records, across)]
     drawn += [_bits(records[0], across)] if len(records) == 1 else []
     drawn += [_column(records, across, *told) for told in _COLUMNS]
-    return [panel for panel in drawn if not panel.is_empty]
+    return [panel for panel in drawn if any(np.isfinite(trace.y).any() for trace in panel.traces)]
 
 
 def compared_on(records: Sequence[Record]) -> str:
-    """The data that all these runs were validated on, so that their losses compare; nothing if they differ."""
-    on = {_data_of(record) for record in records}
+    """The data that all these runs were validated on; empty if it differs, for then losses cannot be compared."""
+    starts = [(record.dataset, record.start) for record in records]
+    on = {f"{name or run.get('data_fingerprint')} in tokens of {run.get('tokenizer')}" for name, run in starts}
     return on.pop() if len(on) == 1 else ""
-
-
-def _data_of(record: Record) -> str:
-    return f"{record.dataset or record.start.get('data_fingerprint')} in tokens of {record.start.get('tokenizer')}"
 
 
 def look_of(place: int, *, faint: bool = False) -> Look:
@@ -131,14 +123,10 @@ def look_of(place: int, *, faint: bool = False) -> Look:
 
 def _across(records: Sequence[Record]) -> Across:
     if len(records) > 1:
-        return Across("tokens", max((_finite(record.tokens) for record in records), default=1.0))
+        return Across("tokens", max(record.tokens for record in records))
     (record,) = records
     resumes = tuple(number(run.get("step")) for run in record.runs[1:50])
     return Across("steps", record.last_step, resumes, record.tokens_at if record.tokens else None)
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 def _x(records: Sequence[Record], record: Record, steps: Column) -> Column:
@@ -170,7 +158,7 @@ def _loss(records: Sequence[Record], across: Across) -> Panel:
 
 
 def _reference_curve(records: Sequence[Record], across: Across) -> Trace | None:
-    """The curve of the verdict, as far as the runs have come; its band from the first verdict to the last."""
+    """The curve of the verdict up to the runs' last tokens; its band from the first verdict to the last."""
     judged = next((record for record in records if record.verdicts), None)
     named = judged and judged.verdicts[-1].get("curve")
     curve = next((one for one in reference_curves.load() if one.name == named), None)
@@ -243,7 +231,7 @@ def _slow_steps(record: Record) -> str:
 
 
 def _within(y: Column) -> Column:
-    """Values that can be drawn; a gap for all others."""
+    """The values with gaps for those that cannot be drawn."""
     return np.where(np.abs(y) < LIMIT, y, np.nan)
 
 

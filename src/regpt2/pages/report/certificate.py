@@ -11,7 +11,7 @@ from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
 MOST_NAMED = 20
 
 # Names on the page, and keys of the `run` event. Values that differ between starts are all shown.
-_FACTS = {
+FACTS = {
     "Command": "command",
     "Commit": "commit",
     "regpt2": "version",
@@ -40,7 +40,8 @@ def certificate(record: Record) -> dict[str, str]:
     configs = [run.get("config") for run in record.runs]
     recipes = {str(one["recipe"])[:100]: None for one in configs if isinstance(one, dict) and one.get("recipe")}
     facts = {"Recipe": ", ".join(recipes)} if recipes else {}
-    facts |= {name: _over_runs(record, key) for name, key in _FACTS.items() if _is_told(record, key)}
+    told = {key for key in FACTS.values() for run in record.runs if key in run or _find(run, key) is not None}
+    facts |= {name: _over_runs(record, key) for name, key in FACTS.items() if key in told}
     if mixture := _mixture(record.start):
         facts["Mixture"] = _named(mixture)
     ramp_from, ramp_tokens = (number(_find(record.start, key)) for key in ("ramp_from", "ramp_tokens"))
@@ -78,15 +79,11 @@ def provenance(record: Record, sources: list[str]) -> Html:
 
 
 def _mixture(run: Event) -> list[str]:
-    """The data sets with their shares, where there are several."""
+    """The data sets of a mixture with their shares."""
     sets = run.get("data_sets")
     known = [one for one in sets if isinstance(one, dict)] if isinstance(sets, list) else []
     shares = [f"{number(one.get('weight')):.4g} of {str(one.get('name'))[:100]}" for one in known]
     return shares if len(shares) > 1 else []
-
-
-def _is_told(record: Record, key: str) -> bool:
-    return any(key in run or _find(run, key) is not None for run in record.runs)
 
 
 def _over_runs(record: Record, key: str) -> str:

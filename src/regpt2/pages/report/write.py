@@ -9,7 +9,7 @@ from pathlib import Path
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import read_small, write_atomic
 from regpt2.base.record.metrics import read_events
-from regpt2.pages.charts.draw import picture
+from regpt2.pages.charts.draw import overview, png
 from regpt2.pages.charts.panels import MOST_RUNS, panels
 from regpt2.pages.record import Record, read_record
 from regpt2.pages.report.markdown import markdown
@@ -33,7 +33,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None, results: 
             raise UsageError("--results belongs to one run; give only that run.")
         records = [_with_results(records[0], results)]
     image = path.with_suffix(".png")
-    write_atomic(image, picture(panels(records), *heads(records)))
+    write_atomic(image, png(overview(panels(records), *heads(records))))
     write_atomic(path.with_suffix(".md"), markdown(records, image.name))
     write_atomic(path, page(records))
     return path
@@ -47,7 +47,9 @@ def records_of(runs: Sequence[Path]) -> list[Record]:
         DataError: a record is damaged.
     """
     if not 1 <= len(runs) <= MOST_RUNS:
-        raise UsageError(f"{len(runs)} runs were given; a report shows 1 to {MOST_RUNS} of them, told apart by color.")
+        raise UsageError(
+            f"got {len(runs)} runs; a report shows 1 to {MOST_RUNS}, each in its own color."
+        )
     return _named([_judged(read_record(run), run) for run in runs], runs)
 
 
@@ -67,7 +69,7 @@ def _out(runs: Sequence[Path], out: Path | None) -> Path:
 
 
 def _judged(record: Record, run: Path) -> Record:
-    """The record with a verdict, also where none was given while it was made."""
+    """The record with a verdict, computed now if the run recorded none."""
     if record.verdicts:
         return record
     verdict = of_record(read_events(run / "metrics.jsonl"))
@@ -77,7 +79,7 @@ def _judged(record: Record, run: Path) -> Record:
 
 
 def _named(records: list[Record], runs: Sequence[Path]) -> list[Record]:
-    """Runs whose folders have one name are called by their paths."""
+    """Runs whose folders share a name get their paths as names."""
     times = Counter(record.name for record in records)
     return [
         record if times[record.name] == 1 else replace(record, name=str(run))
@@ -86,10 +88,9 @@ def _named(records: list[Record], runs: Sequence[Path]) -> list[Record]:
 
 
 def _with_results(record: Record, path: Path) -> Record:
-    """The record, with the figures of `regpt2 evaluate` beside its own."""
     try:
-        told = json.loads(read_small(path, DataError))
-        events = [{**figures, "eval": name} for name, figures in told["results"].items()]
+        content = json.loads(read_small(path, DataError))
+        events = [{**figures, "eval": name} for name, figures in content["results"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} holds no results of evaluations ({type(error).__name__}: {error}); "
