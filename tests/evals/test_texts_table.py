@@ -128,7 +128,9 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("REGPT2_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"nor ptb\.test\.txt or .* give the file: --files ptb=PATH"):
         ptb.evaluate(given("ptb", tmp_path))
-    with pytest.raises(DownloadError, match=r"not served as one file; give it: --files one_billion_words=PATH"):
+    with pytest.raises(
+        DownloadError, match=r"not served as one file; give a local copy: --files one_billion_words=PATH"
+    ):
         one_billion_words.evaluate(CONTEXT)
     (tmp_path / "text8").write_text("abc")
     with pytest.raises(UsageError, match="tokenizer"):

@@ -1,4 +1,4 @@
-"""Check files by hand. In: runs, checkpoints, data folders; out: a line for each thing checked, 1 if any is bad.
+"""Check files. In: runs, checkpoints, data folders; out: a line for each thing checked, 1 if any is bad.
 
 regpt2 verify runs/gpt2_124m data/fineweb_edu
 """

@@ -103,7 +103,7 @@ def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Out
     """What limits the figures: runs that do not count, differences of set-up, too few seeds."""
     every = [run for of_arm in runs for run in of_arm]
     begun = [run for run in every if run.start]
-    said = [
+    lines = [
         f"{arm.label} seed {run.seed} does not count: {run.status}."
         for arm, of_arm in zip(plan.arms, runs, strict=True)
         for run in of_arm
@@ -114,19 +114,19 @@ def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Out
         for arm, of_arm in zip(plan.arms, runs, strict=True)
         if (seeds := [str(run.seed) for run in of_arm if run.status == NOT_BEGUN])
     ]:
-        said.append(f"Not begun, with these seeds: {', '.join(waiting)}.")
+        lines.append(f"Not begun, with these seeds: {', '.join(waiting)}.")
     if len({run.start.get("data_fingerprint") for run in begun}) > 1:
-        said.append("The data of these runs differ, so their losses cannot be compared.")
+        lines.append("The data of these runs differ, so their losses cannot be compared.")
     for name, key in (
         ("commits", "commit"), ("versions of PyTorch", "torch"), ("devices", "device"), ("threads", "threads"),
         ("precisions", "precision"),
     ):  # fmt: skip
         seen = list(dict.fromkeys(str(run.start.get(key)) for run in begun))
         if len(seen) > 1:
-            said.append(f"The runs used different {name}: {', '.join(seen)}.")
+            lines.append(f"The runs used different {name}: {', '.join(seen)}.")
     n = min((one.against.n if one.against else 0 for one in found[1:]), default=0)
     if n < FEW:
-        said.append(f"Fewer than {FEW} pairs of runs: only a large difference can be told from chance.")
+        lines.append(f"Fewer than {FEW} pairs of runs: only a large difference can be told from chance.")
     else:
-        said.append(f"The sign-flip test cannot give a p below 2^(1-n), which is {2.0 ** (1 - n):.3g} for {n} seeds.")
-    return said
+        lines.append(f"The sign-flip test cannot give a p below 2^(1-n), which is {2.0 ** (1 - n):.3g} for {n} seeds.")
+    return lines

@@ -23,16 +23,16 @@ _SHOWN = (
 def facts(plan: Comparison, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
     """What the figures depend on; where runs differ, all values."""
     starts = [run.start for of_arm in runs for run in of_arm if run.start]
-    told = {"Command": plan.command, "Budget": plan.budget, "Seeds": f"1 to {plan.seeds}"}
+    values = {"Command": plan.command, "Budget": plan.budget, "Seeds": f"1 to {plan.seeds}"}
     for name in _SHOWN:
-        told[name] = ", ".join(dict.fromkeys(str(start.get(FACTS[name]))[:200] for start in starts)) or "unknown"
-    return told
+        values[name] = ", ".join(dict.fromkeys(str(start.get(FACTS[name]))[:200] for start in starts)) or "unknown"
+    return values
 
 
 def subtitle(plan: Comparison, runs: Sequence[Sequence[Run]]) -> str:
     """Budget, seeds, data and device in a line."""
-    told = facts(plan, runs)
-    return f"{plan.budget} · seeds {told['Seeds']} · {told['Data set']} · {told['Device']}"
+    values = facts(plan, runs)
+    return f"{plan.budget} · seeds {values['Seeds']} · {values['Data set']} · {values['Device']}"
 
 
 def title(plan: Comparison) -> str:
@@ -43,10 +43,10 @@ def title(plan: Comparison) -> str:
 
 def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str]) -> Html:
     """The whole document."""
-    said = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
+    notes = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
     charts = join(chart(panel, Sources()) for panel in panels(plan, runs))
     parts = [
-        section("Result", join([_table("Result", results_table(found)), said])),
+        section("Result", join([_table("Result", results_table(found)), notes])),
         section("Tokens and time", _table("Tokens and time", costs_table(plan, found))),
         section("Curves", fill('<div class="curves">\n{charts}\n</div>', charts=charts) if charts else Html("")),
         section("Each seed", _table("Final validation loss", seeds_table(plan, runs, found))),

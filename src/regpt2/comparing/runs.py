@@ -74,8 +74,8 @@ def read_plan(folder: Path) -> Comparison:
     """
     path = folder / "compare.json"
     try:
-        told = json.loads(read_small(path, DataError))["plan"]
-        return Comparison(**{**told, "arms": [Arm(**arm) for arm in told["arms"]]})
+        plan = json.loads(read_small(path, DataError))["plan"]
+        return Comparison(**{**plan, "arms": [Arm(**arm) for arm in plan["arms"]]})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} holds no comparison ({type(error).__name__}: {error}); give the recipes again, as at the start."

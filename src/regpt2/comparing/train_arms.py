@@ -101,8 +101,8 @@ def train_all(out: Path, plan: Comparison, configs: Mapping[str, RunConfig], roo
             if code:
                 plan.failures[f"{task.arm.label}/seed-{task.seed}"] = last_words(task.folder / "train.log")
             run = read_run(out, plan, task.arm, task.seed)
-            told = f"loss {run.losses[-1]:.4f}, {duration(run.seconds[-1])}" if run.is_finished else run.status
-            say(f"{task.arm.label} seed {task.seed}: {told} ({n_done} of {n_runs})")
+            result = f"loss {run.losses[-1]:.4f}, {duration(run.seconds[-1])}" if run.is_finished else run.status
+            say(f"{task.arm.label} seed {task.seed}: {result} ({n_done} of {n_runs})")
             write_json(out, plan)
     except KeyboardInterrupt:
         say("Interrupted. Finished runs are kept; run the same command again to resume.")

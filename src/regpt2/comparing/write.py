@@ -25,13 +25,13 @@ def show(folder: Path, plan: Comparison) -> None:
     """Show the tables and write compare.json, compare.md, compare.png and compare.html."""
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
-    said = remarks(plan, runs, found)
+    notes = remarks(plan, runs, found)
     write_json(folder, plan)
     write_atomic(folder / "compare.png", picture(plan, runs, found, title(plan), subtitle(plan, runs)))
-    write_atomic(folder / "compare.md", text(plan, runs, found, said, "compare.png"))
-    write_atomic(folder / "compare.html", page(plan, runs, found, said))
+    write_atomic(folder / "compare.md", text(plan, runs, found, notes, "compare.png"))
+    write_atomic(folder / "compare.html", page(plan, runs, found, notes))
     tables = results_table(found), costs_table(plan, found)
-    for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *said):
+    for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *notes):
         say(line)
     say(f"Wrote {folder / 'compare.html'}, compare.md, compare.png and compare.json.")
 
@@ -40,7 +40,7 @@ def write_json(folder: Path, plan: Comparison) -> None:
     """Write the plan, every run's curve and set-up, and the outcomes."""
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
-    told = {
+    content = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "commit": commit(),
@@ -50,7 +50,7 @@ def write_json(folder: Path, plan: Comparison) -> None:
         "remarks": remarks(plan, runs, found),
         "runs": {arm.label: [asdict(run) for run in of_arm] for arm, of_arm in zip(plan.arms, runs, strict=True)},
     }
-    write_atomic(folder / "compare.json", json.dumps(_plain(told), indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / "compare.json", json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ _QUESTION = re.compile(rf"([^\t]*{_BLANK}[^\t]*)\t([^\t]+)\t+([^\t]+)")
 
 
 def _asset(kind: str) -> Asset:
-    """The archive, which holds all kinds; by hand also a folder with what was in it."""
+    """The archive, which holds all kinds; or a local folder with its files."""
     return Asset(
         "CBTest.tgz",  # 120 MB
         "https://parl.ai/downloads/cbt/cbt.tar.gz",

@@ -11,7 +11,7 @@ DESCRIPTION = "One Billion Word Benchmark, held-out part 0: perplexity per origi
 PROTOCOLS = {
     "perplexity": "exp(nats of the sentences, detokenized, as one text / original words); line ends are no words",
 }
-# Served only within 1.8 GB (statmt.org/lm-benchmark), of which this is 1 MB: given by hand, the archive or the file.
+# Served only within an archive of 1.8 GB (statmt.org/lm-benchmark): give the archive, or this file of 1 MB.
 ASSETS = (Asset("news.en.heldout-00000-of-00050", "", "", other_names=(f"{_FOLDER}.tar.gz", _MEMBER)),)
 
 

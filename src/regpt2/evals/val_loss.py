@@ -2,7 +2,7 @@
 
 The set is the first `val_tokens` tokens of the validation split in windows of `seq_len`, the same for every batch size
 and number of ranks. The sum over all its tokens is divided once, so that a short last batch weighs what it should.
-Of a mixture every data set is scored so; the figures are the mean by its weights, and the loss of each stands beside.
+Of a mixture each data set is scored; the figures are the mean by its weights, beside the loss of each.
 """
 
 import math
@@ -27,7 +27,7 @@ ASSETS: tuple[Asset, ...] = ()
 
 
 def evaluate(context: EvalContext) -> Figures:
-    """`loss` (nats per token), `perplexity`, `bits_per_byte` (None where the vocabulary is not at hand), `tokens`.
+    """`loss` (nats per token), `perplexity`, `bits_per_byte` (None if the vocabulary is not available), `tokens`.
 
     Of a mixture also `loss_NAME` of each data set.
 

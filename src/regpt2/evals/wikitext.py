@@ -49,7 +49,7 @@ _TITLE = re.compile(r"^\s*= [^=](.*[^=])? =\s*$")  # of an article; sections hav
 
 
 def evaluate(context: EvalContext) -> Figures:
-    """See PROTOCOLS; a column is None where its tokenized file is not at hand. `limit` counts articles."""
+    """See PROTOCOLS; a column is None if its tokenized file is not available. `limit` counts articles."""
 
     def read() -> Sequence[Text]:
         tokenizer, limit = context.need_tokenizer(), context.limit
@@ -69,7 +69,7 @@ def evaluate(context: EvalContext) -> Figures:
 
 
 def articles(text: str) -> list[str]:
-    """The text cut before each ` = Title = `; what stands before the first is left out if it is blank."""
+    """The text cut before each ` = Title = `; blank text before the first is dropped."""
     found: list[list[str]] = [[]]
     for line in text.split("\n"):
         if _TITLE.match(line):
@@ -86,7 +86,7 @@ def _by_article(parts: Sequence[str], extra_words: int, tokenizer: Tokenizer, li
 
 
 def _tokenized(context: EvalContext, asset: Asset, folder: str) -> Sequence[str]:
-    """Articles of a tokenized file; none if it cannot be had, or only the raw file was given."""
+    """Articles of a tokenized file; none if it is not available, or if only the raw file was given."""
     given = context.files.get("wikitext")
     if given is not None and given.is_file():
         return ()

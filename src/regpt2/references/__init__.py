@@ -1,1 +1,1 @@
-"""What a result is held against: published scores (`scores`), loss curves (`curves`), and the verdict (`verdict`)."""
+"""Published results to compare with: scores (`scores`), loss curves (`curves`); the verdict on a run (`verdict`)."""

@@ -107,19 +107,19 @@ def _batch(of: Evidence) -> Cause:
 
 
 def _learning_rate(of: Evidence) -> Cause:
-    mine, its, said = of.facts, of.curve.recipe, []
+    mine, its, differing = of.facts, of.curve.recipe, []
     if _differs(mine.lr, its.get("lr"), 1.25):
-        said.append(f"{mine.lr:.2g}, the reference has {its['lr']:.2g}")
+        differing.append(f"{mine.lr:.2g}, the reference has {its['lr']:.2g}")
     if _differs(mine.warmup_steps, its.get("warmup_steps"), 1.5):
-        said.append(f"warm-up of {mine.warmup_steps:,.0f} updates, the reference has {its['warmup_steps']:,}")
+        differing.append(f"warm-up of {mine.warmup_steps:,.0f} updates, the reference has {its['warmup_steps']:,}")
     if mine.schedule and mine.schedule != its.get("schedule", mine.schedule):
-        said.append(f"schedule {mine.schedule}, the reference has {its['schedule']}")
+        differing.append(f"schedule {mine.schedule}, the reference has {its['schedule']}")
     if abs((mine.final_lr_fraction or 0) - its.get("final_lr_fraction", mine.final_lr_fraction or 0)) > 0.15:
-        said.append(
+        differing.append(
             f"it ends at {mine.final_lr_fraction:.0%} of its peak, the reference at {its['final_lr_fraction']:.0%}"
         )
-    if said:
-        return CERTAIN + 0.4, f"learning rate: {'; '.join(said)}"
+    if differing:
+        return CERTAIN + 0.4, f"learning rate: {'; '.join(differing)}"
     if of.fall() < STALLED:
         return SYMPTOM + 0.6, f"learning rate: the loss stands still at {of.losses[-1]:.2f}, {_TOO_HOT}"
     if (lead := -of.differences().min()) > LEAD:

@@ -13,7 +13,7 @@ Compared at equal tokens. The band is what reruns of one recipe may differ by, h
   the schedule    where the run is to end elsewhere than the curve: what the two learning rates differ by at these
                   tokens, as a share of the peak, times what the curve falls between equal tokens and equal progress.
 
-The end is compared by progress: a cosine that ends at 10.0B tokens has come down as far as one that ends at 10.26B. The
+The end is compared by progress: a cosine that ends at 10.0B tokens has decayed as far as one that ends at 10.26B. The
 projected end is the curve's end plus today's difference. From a quarter of a run on that was off by at most 0.04 nats
 among the published runs of one model and length (FineWeb and FineWeb-Edu, either one projected by the other), at a
 tenth by 0.11, so it is not reported before a quarter, nor where the lengths differ by more than 10 %.

@@ -160,7 +160,7 @@ def _check(options: EvaluateOptions, loaded: LoadedModel) -> str | None:
         if getattr(options, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}.")
     if options.seq_len is not None and not 1 <= options.seq_len <= block_size:
-        raise UsageError(f"--seq-len {options.seq_len} must lie between 1 and the model's block_size, {block_size}.")
+        raise UsageError(f"--seq-len {options.seq_len} must be between 1 and the model's block_size, {block_size}.")
     if options.data is None:
         return None
     ours, rows = loaded.tokenizer, loaded.model.config.vocab_size

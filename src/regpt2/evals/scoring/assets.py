@@ -1,4 +1,4 @@
-"""The data of an evaluation. In: its description and perhaps a path given by hand; out: a file, checked by SHA-256."""
+"""The data of an evaluation. In: its description and optionally a local path; out: a file, checked by SHA-256."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ class Asset:
     """A file that an evaluation needs, as its publisher serves it."""
 
     name: str
-    """Its file name, in the cache and in a folder given by hand."""
+    """Its file name, in the cache and in a local folder."""
     url: str
-    """Where it is served; empty if it is not served as one file any more and has to be given by hand."""
+    """Where it is served; empty if it is not served as one file, so that a local file must be given."""
     sha256: str
-    """Of the downloaded file; a file given by hand is taken as it is."""
+    """Of the downloaded file; a local file is used unchecked."""
     licence: str = ""
     other_names: tuple[str, ...] = ()
-    """Under which it may also lie in a folder given by hand."""
+    """Other names that it may have in a local folder."""
 
 
 def files_by_name(items: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
@@ -44,25 +44,25 @@ def files_by_name(items: Sequence[str], names: Sequence[str]) -> dict[str, Path]
 
 
 def find(asset: Asset, name: str, files: Mapping[str, Path]) -> Path:
-    """The file: given by hand, in the cache, or downloaded into it.
+    """The file: the local one if given, else from the cache, downloaded if needed.
 
     Args:
-        name: the evaluation's, under which `files` has a path: the file itself, or a folder that holds it.
+        name: the evaluation; `files` may have a path for it, of the file itself or of a folder that holds it.
 
     Raises:
-        DataError: there is nothing at the given path.
+        DataError: the given path does not have it.
         DownloadError: it is not in the cache and cannot be fetched.
     """
     if (given := files.get(name)) is not None:
         return _given(asset, name, given)
     cached = cache_dir() / "evals" / name / asset.name
     if not asset.url and not cached.exists():
-        raise DownloadError(f"{name}: {asset.name} is not served as one file; give it: --files {name}=PATH.")
+        raise DownloadError(f"{name}: {asset.name} is not served as one file; give a local copy: --files {name}=PATH.")
     try:
         if asset.url:
             download(asset.url, cached, asset.sha256)
     except DownloadError as error:
-        raise DownloadError(f"{error} Or give a copy: --files {name}=PATH.") from None
+        raise DownloadError(f"{error} Or give a local copy: --files {name}=PATH.") from None
     return cached
 
 

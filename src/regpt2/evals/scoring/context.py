@@ -1,4 +1,4 @@
-"""What an evaluation may use. In: a model, the ranks, where data lies; out: sums over ranks, also if one has failed."""
+"""What an evaluation may use. In: a model, the ranks, paths of data; out: sums over ranks, also if a rank fails."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -35,17 +35,17 @@ class EvalContext:
     val_tokens: int
     """How many target tokens of the validation split to score, from its beginning."""
     on_batch: Callable[[], None] = lambda: None
-    """To be called at each batch: it tells that the work moves, and raises `Stopped` when a signal asked to leave."""
+    """Called at each batch: reports progress, and raises `Stopped` when a signal asked the run to stop."""
     tokenizer: Tokenizer | Callable[[], Tokenizer] | None = None
-    """The model's, or what finds it once a text is to be scored; None where it is not known."""
+    """The model's, or a function that finds it when needed; None if unknown."""
     files: Mapping[str, Path] = field(default_factory=dict)
-    """Data given by hand, by name of the evaluation: a file, or a folder for one of several."""
+    """Local data by name of the evaluation: a file, or a folder of several."""
     mix: tuple[Share, ...] = ()
     """Instead of `data`: the data sets of a run, and their weights."""
     limit: int = 0
-    """Only the first so many examples; 0 = all."""
+    """Only the first N examples; 0 = all."""
     brief: bool = False
-    """While training: one protocol, the one that is drawn over the run, instead of all."""
+    """While training: only the one protocol that the report draws."""
 
     @property
     def gpt(self) -> LanguageModel:
@@ -54,7 +54,7 @@ class EvalContext:
 
     @property
     def context_size(self) -> int:
-        """The most tokens that a context and its ending may have: as in training, or `seq_len` where that is more."""
+        """The most tokens of a context with its ending: the larger of the training length and `seq_len`."""
         return max(self.seq_len, self.gpt.context_size)
 
     @property
@@ -63,9 +63,9 @@ class EvalContext:
         return getattr(self.model, "dtype", None) or next(self.model.parameters()).dtype
 
     def scoring_gpt(self) -> LanguageModel:
-        """The model for many passes: its matrices are rounded to the compute type and packed once, not in every pass.
+        """The model for many passes: its matrices are rounded to the compute type and packed once, not per pass.
 
-        A copy, where they are of another type or packing pays; embeddings, which are summed as they are, stay shared.
+        A copy, if they have another type or packing is faster; it shares the embeddings, which are summed unrounded.
         """
         gpt, dtype = self.gpt, self.dtype
         if next(gpt.h.parameters()).dtype != dtype:
@@ -81,7 +81,7 @@ class EvalContext:
         """The model's tokenizer.
 
         Raises:
-            Problem: it is not known or not at hand, so no text can be scored.
+            Problem: it is unknown or not available, so no text can be scored.
         """
         if self.tokenizer is None:
             raise UsageError("the model does not say which tokenizer it was trained with: no text can be scored.")
@@ -91,7 +91,7 @@ class EvalContext:
 def sum_over_ranks(context: EvalContext, name: str, score_mine: Callable[[], Tensor], like: Tensor) -> Tensor:
     """The sum over ranks of what `score_mine` returns on each: float64, of the shape of `like`.
 
-    A rank that fails comes to the sum too, so that none is left waiting; then every rank raises.
+    A rank that fails joins the sum too, so that no rank waits for it; then every rank raises.
 
     Raises:
         Exception: what this rank failed with.
@@ -111,7 +111,7 @@ def sum_over_ranks(context: EvalContext, name: str, score_mine: Callable[[], Ten
 
 @contextmanager
 def scoring(context: EvalContext) -> Iterator[None]:
-    """In eval mode and without gradients; the model's mode is as it was afterwards."""
+    """In eval mode and without gradients; restores the model's mode."""
     was_training = context.model.training
     context.model.eval()
     try:

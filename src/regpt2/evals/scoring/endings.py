@@ -1,6 +1,6 @@
 """Which ending is likeliest? In: contexts with their endings, as ids; out: nats, tokens and greediness of each ending.
 
-A context is computed once: its keys and values are given to all of its endings. Contexts of one length are computed
+A context is computed once: all of its endings use its keys and values. Contexts of one length are computed
 together, and so are endings of about one length, so that little is padding. The last token of an ending predicts
 nothing and is never computed; logits exist only where a token is scored, a chunk at a time.
 """
@@ -67,7 +67,7 @@ class _Batch:
 def score_endings(context: EvalContext, name: str, questions: Sequence[Question]) -> Scored:
     """Score every ending after its context. Every rank calls it, and gets all.
 
-    What is longer than the context may be is cut from the left; of an ending that is longer itself the end is scored.
+    A context and ending that are too long are cut from the left; of a too long ending only its end is scored.
 
     Raises:
         CheckpointError: the model's loss is not finite.
@@ -86,7 +86,9 @@ def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], 
     world, most = context.world, context.context_size
     too_long = sum(len(ending) > most for question in questions for ending in question.endings)
     if too_long and world.is_main:
-        warn(f"{name}: {too_long:,} endings have more than the {most:,} tokens of a context; their last ones count.")
+        warn(
+            f"{name}: {too_long:,} endings exceed the {most:,} tokens of a context; only their last tokens are scored."
+        )
     sums = torch.zeros(3, len(questions), E, dtype=torch.float64)
     most_tokens = context.batch * context.seq_len
     batches = _batches(questions, most, min(most_tokens, _MOST_TOKENS.get(world.device.type, most_tokens)))
@@ -165,7 +167,7 @@ def _score_batch(context: EvalContext, gpt: LanguageModel, batch: _Batch) -> Ite
         for layer in shared:
             layer.which = torch.tensor([ending.context for ending in endings], device=device)
         lengths = [len(ending.ids) - 1 for ending in endings]
-        # By numbers that are known here: a GPU asked which ones are inputs would be waited for.
+        # Indices from the CPU: a mask on a GPU would make the host wait for the device.
         is_input = torch.tensor([row * T + i for row, n in enumerate(lengths) for i in range(n)], device=device)
         x = hidden(inputs, position).flatten(0, 1)[is_input]  # (n, C)
         scores = _score_tokens(gpt, x, [token for ending in endings for token in ending.ids[1:]])  # (3, n)

@@ -35,7 +35,7 @@ def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
         out = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    return _as_html(out.getvalue(), name, plain(panel.told(), 2000))
+    return _as_html(out.getvalue(), name, plain(panel.description(), 2000))
 
 
 def png(figure: Any) -> bytes:
@@ -101,7 +101,7 @@ def settings(salt: str) -> Any:
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "path.simplify": True})
 
 
-def _as_html(markup: str, name: str, told: str) -> Html:
+def _as_html(markup: str, name: str, label: str) -> Html:
     """matplotlib's file as an element of a page: no header, no URLs, unique ids, the page's colors."""
     markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>", "", markup, flags=re.S)
@@ -111,7 +111,7 @@ def _as_html(markup: str, name: str, told: str) -> Html:
     markup = markup.replace('xlink:href="#', f'href="#{name}-')
     for role, stand_in in THEMED.items():
         markup = markup.replace(stand_in, f"var(--{role})")
-    return Html(markup.replace("<svg", fill('<svg role="img" aria-label="{told}"', told=told), 1).strip())
+    return Html(markup.replace("<svg", fill('<svg role="img" aria-label="{label}"', label=label), 1).strip())
 
 
 def draw(axes: Any, panel: Panel, ink: dict[str, str], *, ticks: int, above: bool = True) -> None:

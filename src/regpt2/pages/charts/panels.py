@@ -90,11 +90,11 @@ class Panel:
         margin = 0.07 * (high - low)
         return (low - margin, high + margin * (2 if self.rules else 1)) if margin else None
 
-    def told(self) -> str:
+    def description(self) -> str:
         """The chart in words, for screen readers."""
-        said = [_told(trace, self) for trace in self.traces if trace.label and np.isfinite(trace.y).any()]
-        said += [f"{rule.label}: {self.tick(rule.value)}" for rule in self.rules]
-        return f"{self.title}. {'; '.join(said)}."
+        parts = [_describe(trace, self) for trace in self.traces if trace.label and np.isfinite(trace.y).any()]
+        parts += [f"{rule.label}: {self.tick(rule.value)}" for rule in self.rules]
+        return f"{self.title}. {'; '.join(parts)}."
 
 
 def panels(records: Sequence[Record]) -> list[Panel]:
@@ -102,7 +102,7 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     across = _across(records)
     drawn = [_loss(records, across), _hellaswag(records, across)]
     drawn += [_bits(records[0], across)] if len(records) == 1 else []
-    drawn += [_column(records, across, *told) for told in _COLUMNS]
+    drawn += [_column(records, across, *how) for how in _COLUMNS]
     return [panel for panel in drawn if any(np.isfinite(trace.y).any() for trace in panel.traces)]
 
 
@@ -235,7 +235,7 @@ def _within(y: Column) -> Column:
     return np.where(np.abs(y) < LIMIT, y, np.nan)
 
 
-def _told(trace: Trace, panel: Panel) -> str:
+def _describe(trace: Trace, panel: Panel) -> str:
     place = np.flatnonzero(np.isfinite(trace.y))
     first, last = place[0], place[-1]
     at = f"at {count(trace.x[last])} {panel.across.unit}"

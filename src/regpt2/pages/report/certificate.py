@@ -40,8 +40,8 @@ def certificate(record: Record) -> dict[str, str]:
     configs = [run.get("config") for run in record.runs]
     recipes = {str(one["recipe"])[:100]: None for one in configs if isinstance(one, dict) and one.get("recipe")}
     facts = {"Recipe": ", ".join(recipes)} if recipes else {}
-    told = {key for key in FACTS.values() for run in record.runs if key in run or _find(run, key) is not None}
-    facts |= {name: _over_runs(record, key) for name, key in FACTS.items() if key in told}
+    recorded = {key for key in FACTS.values() for run in record.runs if key in run or _find(run, key) is not None}
+    facts |= {name: _over_runs(record, key) for name, key in FACTS.items() if key in recorded}
     if mixture := _mixture(record.start):
         facts["Mixture"] = _named(mixture)
     ramp_from, ramp_tokens = (number(_find(record.start, key)) for key in ("ramp_from", "ramp_tokens"))
@@ -64,8 +64,8 @@ def certificate(record: Record) -> dict[str, str]:
 
 def certificate_json(record: Record, sources: list[str]) -> str:
     """The same with the sources of published numbers, as JSON in which nothing can be read as markup."""
-    said = {name.lower().replace(" ", "_"): value for name, value in certificate(record).items()}
-    text = json.dumps({**said, "sources": sources}, indent=2, ensure_ascii=False)
+    facts = {name.lower().replace(" ", "_"): value for name, value in certificate(record).items()}
+    text = json.dumps({**facts, "sources": sources}, indent=2, ensure_ascii=False)
     return safe_json(text).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
@@ -88,16 +88,16 @@ def _mixture(run: Event) -> list[str]:
 
 def _over_runs(record: Record, key: str) -> str:
     """The value at all starts of the run, or each value with the step from which it applied."""
-    told: list[tuple[str, str]] = []
+    values: list[tuple[str, str]] = []
     for run in record.runs:
         value = _find(run, key)
         counted = isinstance(value, int) and key != "seed"
         shown = f"{value:,}" if counted else "unknown" if value is None else str(value)[:500]
-        if not told or told[-1][1] != shown:
-            told.append((_whole(run.get("step")), shown))
-    if len(told) < 2:
-        return told[0][1] if told else "unknown"
-    first, *others = told[:MOST_NAMED]
+        if not values or values[-1][1] != shown:
+            values.append((_whole(run.get("step")), shown))
+    if len(values) < 2:
+        return values[0][1] if values else "unknown"
+    first, *others = values[:MOST_NAMED]
     return "; ".join([first[1], *(f"from step {step}: {shown}" for step, shown in others)])
 
 
@@ -119,17 +119,17 @@ def _named(items: list[str]) -> str:
 
 def _time(run: Event) -> str:
     """2026-11-21 05:00:00 UTC."""
-    told = str(run.get("time") or "unknown")[:40]
-    return told.replace("T", " ").replace("+00:00", " UTC")
+    moment = str(run.get("time") or "unknown")[:40]
+    return moment.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _whole(value: object) -> str:
     return f"{number(value):,.0f}" if math.isfinite(number(value)) else "?"
 
 
-def _find(said: object, key: str) -> object:
+def _find(event: object, key: str) -> object:
     """The value of `key` in an event or, if the event lacks it, in the configuration within."""
-    if not isinstance(said, dict):
+    if not isinstance(event, dict):
         return None
-    found = (_find(value, key) for value in said.values())
-    return said[key] if key in said else next((value for value in found if value is not None), None)
+    found = (_find(value, key) for value in event.values())
+    return event[key] if key in event else next((value for value in found if value is not None), None)

@@ -20,20 +20,20 @@ MOST_CHARACTERS = 300
 def markdown(records: Sequence[Record], picture: str) -> str:
     """The whole text; `picture` is the name of the file beside it."""
     sources, alone = Sources(), len(records) == 1
-    said = headline(records[0]) if alone else "side by side"
+    result = headline(records[0]) if alone else "side by side"
     runs = table(["", *(record.name for record in records)], side_by_side(records))
-    parts = [f"# {text(title(records))}: {text(said)}", text(subtitle(records)), runs]
+    parts = [f"# {text(title(records))}: {text(result)}", text(subtitle(records)), runs]
     parts += [] if compared_on(records) else [DATA_DIFFER]
-    parts += [f"![Curves: {text(said)}]({quote(picture)})"]
+    parts += [f"![Curves: {text(result)}]({quote(picture)})"]
     lines = _lines(records, sources)
     parts += [f"Lines: {text('; '.join(lines), 1000)}."] if lines else []
     for record in records:
         heading = [] if alone else [f"## {text(record.name)}"]
         parts += [*heading, *_verdict(record, sources), *_scores(record, sources)]
     for record in records:
-        told = certificate_json(record, sources.named)
+        content = certificate_json(record, sources.named)
         summary = f"Certificate{'' if alone else f' of {text(record.name)}'}"
-        parts.append(f"<details>\n<summary>{summary}</summary>\n\n```json\n{told}\n```\n\n</details>")
+        parts.append(f"<details>\n<summary>{summary}</summary>\n\n```json\n{content}\n```\n\n</details>")
     parts += ["\n".join(f"{n}. {text(named)}" for n, named in enumerate(sources.named, 1))] if sources.named else []
     return "\n\n".join(parts) + "\n"
 
@@ -61,7 +61,7 @@ def _verdict(record: Record, sources: Sources) -> list[str]:
 def _scores(record: Record, sources: Sources) -> list[str]:
     rows = []
     for score in scores(record):
-        beside = [f"{said} [{sources.mark(source)}]" if source else said for said, source in score.against]
+        beside = [f"{value} [{sources.mark(source)}]" if source else value for value, source in score.against]
         rows.append([score.eval, score.metric.replace("_", " "), score.value, score.count, "; ".join(beside)])
     return [table(["evaluation", "metric", "value", "count", "reference"], rows)] if rows else []
 
@@ -72,9 +72,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell if cell == '---' else text(cell) for cell in line)} |" for line in lines)
 
 
-def text(said: str, most: int = MOST_CHARACTERS) -> str:
+def text(raw: str, most: int = MOST_CHARACTERS) -> str:
     """Text on one line that Markdown shows as it is: no markup, no link, no cell of its own."""
-    said = " ".join(safe_text(said[:most]).split())
-    said = said.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    said = said.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")
-    return re.sub(r"([\\`*_{}\[\]!|~$])", r"\\\1", said)
+    raw = " ".join(safe_text(raw[:most]).split())
+    raw = raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    raw = raw.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")
+    return re.sub(r"([\\`*_{}\[\]!|~$])", r"\\\1", raw)

@@ -165,10 +165,10 @@ def chart(panel: Panel, sources: Sources) -> Html:
 
 def config(record: Record) -> Html:
     """The resolved configuration, folded."""
-    told = record.config_toml or json.dumps(record.start.get("config") or {}, indent=2, ensure_ascii=False)
-    if told == "{}":
+    toml = record.config_toml or json.dumps(record.start.get("config") or {}, indent=2, ensure_ascii=False)
+    if toml == "{}":
         return Html("")
-    return folded("config.toml, every value resolved", fill('<pre tabindex="0">{told}</pre>', told=told[:100_000]))
+    return folded("config.toml, every value resolved", fill('<pre tabindex="0">{toml}</pre>', toml=toml[:100_000]))
 
 
 def listed(sources: Sources) -> Html:

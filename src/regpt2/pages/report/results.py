@@ -23,28 +23,28 @@ def headline(record: Record) -> str:
     last = record.validations[-1]
     bits = number(last.get("bits_per_byte"))
     val_loss, perplexity = (figure(key, last.get(key))[:MOST_CHARACTERS] for key in ("loss", "perplexity"))
-    said = f"validation loss {val_loss}, perplexity {perplexity}"
-    return f"{said}, {bits:.3f} bits per byte" if math.isfinite(bits) else said
+    line = f"validation loss {val_loss}, perplexity {perplexity}"
+    return f"{line}, {bits:.3f} bits per byte" if math.isfinite(bits) else line
 
 
 def summary(record: Record) -> str:
     """What was run, and how far: 1,200 of 1,200 steps · 1.84M tokens · 10.3M parameters · finished."""
     steps, max_steps = record.last_step, number(record.start.get("max_steps"))
     planned = f" of {max_steps:,.0f}" if math.isfinite(max_steps) else ""
-    said = [f"{steps:,.0f}{planned} {'step' if steps == 1 and not planned else 'steps'}"]
-    said += [f"{count(record.tokens)} tokens"] if record.tokens else []
+    parts = [f"{steps:,.0f}{planned} {'step' if steps == 1 and not planned else 'steps'}"]
+    parts += [f"{count(record.tokens)} tokens"] if record.tokens else []
     n_params = number(record.start.get("n_params"))
-    said += [f"{count(n_params)} parameters"] if math.isfinite(n_params) else []
-    said += [record.dataset[:MOST_CHARACTERS]] if record.dataset else []
-    return " · ".join([*said, record.status])
+    parts += [f"{count(n_params)} parameters"] if math.isfinite(n_params) else []
+    parts += [record.dataset[:MOST_CHARACTERS]] if record.dataset else []
+    return " · ".join([*parts, record.status])
 
 
 def hellaswag(record: Record) -> str:
     """The newest HellaSwag, with its standard error; a dash if there is none."""
     last = (_hellaswags(record) or [{}])[-1]
     value, stderr = last.get("acc_norm"), number(last.get("acc_norm_stderr"))
-    told = shown_as("acc_norm", value)[:MOST_CHARACTERS]
-    return f"{told.removesuffix(' %')} ± {100 * stderr:.2f} %" if math.isfinite(stderr) else told
+    shown = shown_as("acc_norm", value)[:MOST_CHARACTERS]
+    return f"{shown.removesuffix(' %')} ± {100 * stderr:.2f} %" if math.isfinite(stderr) else shown
 
 
 def _hellaswags(record: Record) -> list[Event]:

@@ -43,10 +43,8 @@ def evaluations(record: Record, sources: Sources) -> Html:
     head = ["evaluation", "metric", "value", "count", "reference", *(["protocol"] if has_protocol else [])]
     rows: list[list[object]] = []
     for score in shown:
-        told = join(
-            (fill("{said}{mark}", said=said, mark=sources.link(source)) for said, source in score.against), "; "
-        )
-        row = [score.eval, score.metric.replace("_", " "), score.value, score.count, told or "–"]
+        beside = (fill("{value}{mark}", value=value, mark=sources.link(source)) for value, source in score.against)
+        row = [score.eval, score.metric.replace("_", " "), score.value, score.count, join(beside, "; ") or "–"]
         rows.append([*row, *([score.protocol] if has_protocol else [])])
     parts = [table("Evaluations", head, rows, "figures scores")]
     by_name: dict[str, list[Event]] = {}
@@ -85,5 +83,5 @@ def _history(name: str, events: list[Event]) -> Html:
     keys = list(dict.fromkeys(key for event in events for key in event if key not in ("event", "eval", "protocol")))
     keys = ["step", *(key for key in keys if key not in ("step", "time"))][:MOST_COLUMNS]
     rows = [[figure(key, event.get(key)) for key in keys] for event in spread(events, MOST_ROWS)]
-    told = f"All {len(events):,} evaluations of {name[:60]}"
-    return folded(told, table(told, [key.replace("_", " ") for key in keys], rows))
+    title = f"All {len(events):,} evaluations of {name[:60]}"
+    return folded(title, table(title, [key.replace("_", " ") for key in keys], rows))

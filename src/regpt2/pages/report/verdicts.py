@@ -21,10 +21,10 @@ def verdicts(record: Record, sources: Sources) -> Html:
     last = record.verdicts[-1]
     source = sources.link(str(last.get("source") or ""))
     template = '<p class="verdict"><strong>{state}</strong>{text}{source}</p>'
-    said = fill(template, state=state_of(last), text=after_state(last), source=source)
+    sentence = fill(template, state=state_of(last), text=after_state(last), source=source)
     band = str(last.get("band_reason") or "")[:300]
     width = fill('<p class="remark">Half the width of the band: {band}.</p>', band=band) if band else Html("")
-    return join(part for part in (said, _checks(last), width, _history(record)) if part)
+    return join(part for part in (sentence, _checks(last), width, _history(record)) if part)
 
 
 def after_state(verdict: Event) -> str:

@@ -47,16 +47,14 @@ def records_of(runs: Sequence[Path]) -> list[Record]:
         DataError: a record is damaged.
     """
     if not 1 <= len(runs) <= MOST_RUNS:
-        raise UsageError(
-            f"got {len(runs)} runs; a report shows 1 to {MOST_RUNS}, each in its own color."
-        )
+        raise UsageError(f"got {len(runs)} runs; a report shows 1 to {MOST_RUNS}, each in its own color.")
     return _named([_judged(read_record(run), run) for run in runs], runs)
 
 
 def heads(records: list[Record]) -> tuple[str, str]:
     """Title and subtitle of the picture."""
-    said = f"{title(records)}: {headline(records[0]) if len(records) == 1 else 'side by side'}"
-    return said, subtitle(records)
+    line = f"{title(records)}: {headline(records[0]) if len(records) == 1 else 'side by side'}"
+    return line, subtitle(records)
 
 
 def _out(runs: Sequence[Path], out: Path | None) -> Path:
