@@ -75,7 +75,7 @@ def test_tokens_and_time_to_the_baselines_loss_are_found_seed_by_seed(tmp_path: 
     told = dict(zip(head, fast_row, strict=True))
     assert (told["tokens to slow's loss"], told["time to slow's loss"]) == ("33.3% ± 0.0%", "16.7% ± 0.0%")
     assert worse_row.count("not reached") == 4
-    assert costs_table(plan, [slow])[1][-2:] == ["not by 1 of 2"] * 2
+    assert costs_table(plan, [slow])[1][-2:] == ["not reached by 1 of 2"] * 2
 
 
 def four_seeds(folder: Path, *, by: float, noise: float) -> Outcome:
