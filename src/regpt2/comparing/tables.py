@@ -90,7 +90,6 @@ def _share(shares: Sequence[float]) -> str:
 
 
 def _first(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The mean, if all runs reached the loss."""
     if any(map(math.isinf, values)):
         return _missed(values)
     return show(statistics.fmean(values)) if values else NOTHING

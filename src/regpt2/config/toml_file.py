@@ -61,7 +61,7 @@ _STAND_INS: dict[Any, tuple[type, ...]] = {float: (float, int), str: (Path,), Pa
 
 
 def _convert(hint: Any, value: Any, key: str, base: Any = None) -> Any:
-    """A value as the type of its field; an int may stand for a float, a list for a tuple, a str for a path."""
+    """A value as the type of its field; accepts an int for a float, a list for a tuple, a str for a path."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{key} is a number of {value.bit_length():,} bits, expected one of at most 64.")
     if hint is GPTConfig and isinstance(value, dict):
@@ -97,7 +97,6 @@ def to_toml(config: RunConfig) -> str:
 
 
 def _toml_lines(table: dict[str, Any], name: str) -> list[str]:
-    """A table's own values, then the tables in it."""
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
     lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if key not in tables]
     for key, inner in tables.items():

@@ -223,7 +223,6 @@ def _result(
 
 
 def _finish(options: EvaluateOptions, found: Results, *, shown: bool) -> None:
-    """Print the paper's table if wanted, warn of what failed, write the file."""
     if shown and "paper" in options.evals:
         say(paper_table(found.results))
     for name, why in found.failed.items():

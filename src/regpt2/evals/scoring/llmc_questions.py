@@ -55,7 +55,6 @@ def read_packed(path: Path, limit: int) -> list[PackedQuestion]:
 
 
 def _question(ids: list[int], start: int, number: int, path: Path) -> PackedQuestion:
-    """The question that begins at `start`."""
     begin, n_bytes, _, gold, n_endings = (*ids[start : start + _HEAD], *[0] * _HEAD)[:_HEAD]
     at, rows = start + _HEAD, list[list[int]]()
     for _ in range(1 + n_endings):

@@ -79,7 +79,6 @@ def provenance(record: Record, sources: list[str]) -> Html:
 
 
 def _mixture(run: Event) -> list[str]:
-    """The data sets of a mixture with their shares."""
     sets = run.get("data_sets")
     known = [one for one in sets if isinstance(one, dict)] if isinstance(sets, list) else []
     shares = [f"{number(one.get('weight')):.4g} of {str(one.get('name'))[:100]}" for one in known]

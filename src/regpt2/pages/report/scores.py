@@ -79,7 +79,6 @@ def _score(record: Record, metric: str, event: Event) -> ScoreRow:
 
 
 def _history(name: str, events: list[Event]) -> Html:
-    """All evaluations of one name."""
     keys = list(dict.fromkeys(key for event in events for key in event if key not in ("event", "eval", "protocol")))
     keys = ["step", *(key for key in keys if key not in ("step", "time"))][:MOST_COLUMNS]
     rows = [[figure(key, event.get(key)) for key in keys] for event in spread(events, MOST_ROWS)]
