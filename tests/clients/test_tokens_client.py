@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from regpt2.commands.reshard import ReshardOptions, reshard
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split
+from regpt2.data.tokens.reshard import ReshardOptions, reshard
 from regpt2.data.tokens.shards import open_tokens, write_shard
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]  # theirs

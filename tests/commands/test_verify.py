@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regpt2.base.files import sha256_file
-from regpt2.commands.prepare import PrepareOptions, prepare
 from regpt2.commands.verify import main
 from regpt2.config.recipe_files import load_recipe
+from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.prepare import prepare
 from regpt2.data.tokens.manifest import Manifest
 from regpt2.data.tokens.shards import write_shard
 from regpt2.run.loop import train

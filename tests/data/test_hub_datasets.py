@@ -15,9 +15,10 @@ import pytest
 
 from hub_server import FakeHub
 from regpt2.base.errors import DataError, DownloadError, UsageError
-from regpt2.commands.prepare import PrepareOptions, prepare
 from regpt2.data.datasets import fineweb, fineweb_edu, hub, openwebtext, wikitext
 from regpt2.data.preparing.encode_part import local_copies
+from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.prepare import prepare
 from regpt2.data.sources.plan import Document, Plan, Skipped, Source
 
 WIKI_TEST = Path(__file__).parents[3] / "shared" / "data" / "eval" / "wiki.test.raw"

@@ -25,10 +25,11 @@ from typing import Any
 import pytest
 
 from regpt2.base.errors import Problem, UsageError
-from regpt2.commands.prepare import PrepareOptions, prepare
 from regpt2.data.preparing import cluster
-from regpt2.data.preparing.encode_part import Job
-from regpt2.data.preparing.pack_shards import Ledger
+from regpt2.data.preparing.encode_part import EncodeJob
+from regpt2.data.preparing.ledger import Ledger
+from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.prepare import prepare
 from regpt2.data.sources import plan
 from regpt2.data.sources.filters import Filters
 
@@ -259,7 +260,7 @@ def test_work_for_other_processes_survives_its_file(tmp_path: Path) -> None:
     file = plan.InputFile(os.fsdecode(b"/a/\xff.txt"), os.fsdecode(b"\xff.txt"), 5, 7, "https://x", "00")
     part = plan.Part((plan.Slice(file, 3), plan.Slice(file, 4, 5)), 2, "meta.text")
     filters = Filters(min_chars=3, max_repeated_lines=0.5)
-    job = Job("text_files", "gpt2", tmp_path / "vocab.bpe", "tiktoken", 0.05, filters, True, tmp_path / ".parts")
+    job = EncodeJob("text_files", "gpt2", tmp_path / "vocab.bpe", "tiktoken", 0.05, filters, True, tmp_path / ".parts")
     for one in (job, dataclasses.replace(job, vocab=None, val_fraction=None)):
         work = cluster.SharedWork(one, [(4, part), (9, part)], 2, 1, "/here")
         assert cluster.SharedWork.from_json(work.to_json()) == work
@@ -403,7 +404,7 @@ def test_stopped_and_killed_on_ray_and_resumed_by_our_own_workers(
         command.communicate(timeout=30)
         wait_for(lambda: not ray_tasks(), "the end of its tasks")
     prepare(options_for(corpus, out))
-    done, planned = re.findall(r"Going on: (\d+) of (\d+) parts", capfd.readouterr().out)[0]
+    done, planned = re.findall(r"Resuming: (\d+) of (\d+) parts", capfd.readouterr().out)[0]
     assert 2 <= int(done) < int(planned)
     assert folder_bytes(out) == plain
 
@@ -411,7 +412,7 @@ def test_stopped_and_killed_on_ray_and_resumed_by_our_own_workers(
 @pytest.mark.clients
 @pytest.mark.usefixtures("ray_nodes")
 def test_a_task_that_crashes_on_ray_is_one_message(tmp_path: Path) -> None:
-    job = Job("text_files", "bytes", None, "tiktoken", 0.05, Filters(), False, tmp_path)
+    job = EncodeJob("text_files", "bytes", None, "tiktoken", 0.05, Filters(), False, tmp_path)
     no_part: Any = None
     with pytest.raises(Problem, match=r"a Ray task failed: AttributeError: .*resume\.$"):
         cluster.encode("ray", job, [(0, no_part)], n_tasks=1, workers=1, options={}, on_done=print)

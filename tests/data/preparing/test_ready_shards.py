@@ -130,7 +130,7 @@ def test_wrong_bytes_are_refused_and_the_folder_is_no_data_folder_yet(
     assert not (out / "finewebedu_train_000002.bin").exists()
     with pytest.raises(DataError, match="preparation is not finished"):
         open_tokens(out, "train")
-    with pytest.raises(UsageError, match="holds another unfinished preparation"):
+    with pytest.raises(UsageError, match="holds another preparation: its source"):
         collect(entry.shards(Source(first=1)), out, None, 1)
     hub.heal()
     capsys.readouterr()

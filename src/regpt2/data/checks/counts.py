@@ -28,7 +28,7 @@ class Counts:
     head: int = 0
     """First tokens that belong to no document of this split: they continue one that began before it."""
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(N_IDS, dtype=np.int64))
-    """How often each id was met."""
+    """How often each id occurs."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents of each length, in tokens; of a sample those that lie whole in a stretch."""
 
@@ -44,27 +44,28 @@ class Counts:
 
     @property
     def n_ends(self) -> int:
-        """Ends of text that were met; of a vocabulary without one, none."""
+        """Ends of text that were read; 0 for a vocabulary without one."""
         return 0 if self.eot is None else int(self.ids[self.eot])
 
     @property
     def n_used(self) -> int:
-        """Ids that were met."""
+        """Number of different ids that occur."""
         return int(np.count_nonzero(self.ids))
 
-    @property
-    def mean_length(self) -> float:
-        """Tokens per document."""
-        return sum(length * times for length, times in self.lengths.items()) / self.lengths.total()
-
     def length_at(self, percent: int) -> int:
-        """The length that so many percent of the documents do not exceed: 50 is the median, 100 the longest."""
+        """The length that this share of the documents does not exceed: 50 is the median, 100 the longest."""
         rank, passed = -(-percent * self.lengths.total() // 100), 0
         for length in sorted(self.lengths):
             passed += self.lengths[length]
             if passed >= rank:
                 return length
         raise ValueError("there is no document")
+
+    def length_summary(self) -> dict[str, float]:
+        """Tokens per document: median, mean, the length that 95 % do not exceed, and the longest."""
+        mean = sum(length * times for length, times in self.lengths.items()) / self.lengths.total()
+        median, percent_95, longest = map(self.length_at, (50, 95, 100))
+        return {"median": median, "mean": mean, "percent_95": percent_95, "longest": longest}
 
     def histogram(self) -> list[tuple[int, int]]:
         """(2^k, documents of 2^k to 2^(k+1) - 1 tokens), from the shortest to the longest, gaps included."""
@@ -85,7 +86,7 @@ def count_tokens(
     n_stretches: int | None = None,
     on_tokens: Callable[[int], object] | None = None,
 ) -> Counts:
-    """Count a split, or so many evenly spread stretches of it. `on_tokens` is told of progress.
+    """Count a split, or `n_stretches` evenly spread stretches of it. `on_tokens` gets the progress.
 
     Raises:
         DataError: a file has become shorter, or holds an id outside the vocabulary.
@@ -113,7 +114,7 @@ def eot_is_last(stream: TokenStream, eot: int | None) -> bool:
 
 
 def stretches(n_tokens: int, n: int | None) -> list[tuple[int, int]]:
-    """[start, stop) of `n` evenly spread stretches; of a single one if n is None, or so many would be everything."""
+    """[start, stop) of `n` evenly spread stretches; of one with everything if n is None or large enough."""
     if n is None or n * STRETCH_TOKENS >= n_tokens:
         return [(0, n_tokens)]
     return [(start, start + STRETCH_TOKENS) for start in (i * n_tokens // n for i in range(n))]

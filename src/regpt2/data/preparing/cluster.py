@@ -23,8 +23,8 @@ from typing import Any
 from regpt2.base.console import say
 from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error, write_atomic
-from regpt2.data.preparing.encode_part import Job, PartResult
-from regpt2.data.preparing.pack_shards import Ledger
+from regpt2.data.preparing.encode_part import EncodeJob, PartResult
+from regpt2.data.preparing.ledger import Ledger
 from regpt2.data.sources.filters import Filters
 from regpt2.data.sources.plan import InputFile, Part, Slice
 
@@ -46,7 +46,7 @@ ASK_EVERY_S = 30.0  # Slurm's queue: its controller serves the whole cluster
 class SharedWork:
     """The parts to encode, dealt to `n_tasks` tasks, of which `at_once` run at the same time."""
 
-    job: Job
+    job: EncodeJob
     parts: list[tuple[int, Part]]
     n_tasks: int
     at_once: int
@@ -82,7 +82,7 @@ class SharedWork:
         for index, part in content["parts"]:
             slices = tuple(Slice(**piece | {"file": InputFile(**piece["file"])}) for piece in part["slices"])
             parts.append((index, Part(**part | {"slices": slices})))
-        return cls(**content | {"job": Job(**job | places), "parts": parts})
+        return cls(**content | {"job": EncodeJob(**job | places), "parts": parts})
 
 
 def failure_file(folder: Path) -> Path:
@@ -92,7 +92,7 @@ def failure_file(folder: Path) -> Path:
 
 def encode(
     engine: str,
-    job: Job,
+    job: EncodeJob,
     parts: list[tuple[int, Part]],
     *,
     n_tasks: int,

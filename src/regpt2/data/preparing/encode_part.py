@@ -27,6 +27,7 @@ from regpt2.data.sources.plan import Document, InputFile, Part, Skipped
 from regpt2.data.sources.text_stream import COMPRESSED
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer, valid_text
 from regpt2.data.tokens.manifest import SPLITS
+from regpt2.data.tokens.writing import Tally
 
 PARTS_NAME = ".parts"
 BUFFER_TOKENS = 1 << 20
@@ -36,7 +37,7 @@ DOCUMENT_TABLE = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """What every worker of one preparation needs to know."""
 
     dataset: str
@@ -53,25 +54,6 @@ class Job:
     def start(self) -> "PartEncoder":
         """Make ready to work: load the entry and the tokenizer, once per process."""
         return PartEncoder(self, fast_tokenizer(self.encoder, load_tokenizer(self.tokenizer, self.vocab)))
-
-
-@dataclass
-class Tally:
-    """Amounts of one split."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-
-    def add(self, other: "Tally") -> None:
-        """Add the other's amounts to these."""
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.text_bytes += other.text_bytes
-
-    def subtract(self, other: "Tally") -> None:
-        """Take the other's amounts off these."""
-        self.add(Tally(-other.documents, -other.tokens, -other.text_bytes))
 
 
 @dataclass(frozen=True)
@@ -98,7 +80,7 @@ class PartResult:
 class PartEncoder:
     """Reads and tokenizes parts; calling it with an index and its part writes that part's files."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EncodeJob, tokenizer: Tokenizer) -> None:
         self.job, self.tokenizer = job, tokenizer
         self.entry = plugins.load("data.datasets", job.dataset)
 

@@ -1,102 +1,48 @@
-"""Finished parts in, shards of a fixed size out, in the order of the plan; a ledger remembers how far that is.
+"""Finished parts in, shards of a fixed size out, in the order of the plan; the ledger remembers how far that is.
 
-Each split has parts and shards of its own; or, with `val_tokens`, all documents are one stream, of which so many first
-tokens are the validation split, as in the lecture. Copies of an earlier document can be left out on the way.
-
-The ledger is replaced after every shard, and a part is deleted only when the ledger no longer needs it. So after a
-kill at any point the same calls go on from the last shard and write the same bytes.
+Each split has parts and shards of its own; or, with `val_tokens`, all documents are one stream, whose first
+`val_tokens` are the validation split, as in the lecture. Copies of an earlier document can be left out on the way.
 """
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from regpt2.base.errors import DataError
-from regpt2.base.files import write_atomic
-from regpt2.data.preparing.encode_part import DOCUMENT_TABLE, PARTS_NAME, PartResult, Tally, part_file, table_file
+from regpt2.data.preparing.encode_part import DOCUMENT_TABLE, PARTS_NAME, PartResult, part_file, table_file
+from regpt2.data.preparing.ledger import Ledger
 from regpt2.data.sources.filters import Seen
 from regpt2.data.sources.plan import Skipped
 from regpt2.data.tokenizer import Tokenizer
-from regpt2.data.tokens.manifest import SPLITS, TOKEN_BYTES, Shard, described
-from regpt2.data.tokens.shards import LEDGER_NAME, shard_name, write_shard
+from regpt2.data.tokens.manifest import SPLITS, TOKEN_BYTES, described
+from regpt2.data.tokens.shards import shard_name, write_shard
+from regpt2.data.tokens.writing import Piece, Tally
 
 READ_TOKENS = 1 << 20
 COPIES = "documents left out as copies of earlier ones"
-
-Tokens = npt.NDArray[np.uint16]
-
-
-@dataclass
-class Progress:
-    """Where the packing of one split stands: the first token that is in no shard yet is `offset` in part `part`."""
-
-    part: int = 0
-    offset: int = 0
-    shards: list[Shard] = field(default_factory=list)
-
-
-@dataclass
-class Ledger:
-    """`.prepare.json`. Parts before `folded` are wholly in shards and their amounts in `tallies` and `skipped`."""
-
-    settings: dict[str, str]
-    plan: str  # fingerprint
-    folded: int = 0
-    tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in SPLITS})
-    skipped: dict[str, int] = field(default_factory=dict)
-    first_skipped: dict[str, str] = field(default_factory=dict)
-    progress: dict[str, Progress] = field(default_factory=lambda: {name: Progress() for name in SPLITS})
-    encoders: list[str] = field(default_factory=list)
-
-    def write(self, folder: Path) -> None:
-        """Replace the ledger in `folder`, atomically."""
-        write_atomic(folder / LEDGER_NAME, json.dumps(asdict(self), ensure_ascii=False))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Ledger | None":
-        """The ledger in `folder`; None if no preparation was begun there.
-
-        Raises:
-            DataError: it cannot be understood.
-        """
-        path = folder / LEDGER_NAME
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            content["tallies"] = {name: Tally(**content["tallies"][name]) for name in SPLITS}
-            content["progress"] = {name: Progress(**content["progress"][name]) for name in SPLITS}
-            for progress in content["progress"].values():
-                progress.shards = [Shard(**shard) for shard in progress.shards]
-            return cls(**content)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} cannot be read ({error}); remove {folder} and prepare it again.") from None
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How parts become shards."""
-
-    dataset: str
-    shard_tokens: int
-    val_tokens: int
-    """0: the parts say what is for validation."""
-    dedup: bool
-    tokenizer: Tokenizer
 
 
 class Packer:
     """Takes parts in the order of the plan and writes a shard as soon as there are tokens for one."""
 
-    def __init__(self, folder: Path, packing: Packing, ledger: Ledger) -> None:
-        self.folder, self.packing, self.ledger = folder, packing, ledger
+    def __init__(
+        self,
+        folder: Path,
+        ledger: Ledger,
+        dataset: str,
+        tokenizer: Tokenizer,
+        *,
+        shard_tokens: int,
+        val_tokens: int,
+        dedup: bool,
+    ) -> None:
+        """`val_tokens`: the first tokens of one stream; 0: the parts have a validation split of their own."""
+        self.folder, self.ledger, self.dataset, self.tokenizer = folder, ledger, dataset, tokenizer
+        self.shard_tokens, self.val_tokens, self.dedup = shard_tokens, val_tokens, dedup
         self.parts_folder = folder / PARTS_NAME
         self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
         self._kept: dict[tuple[int, str], Stretches] = {}
@@ -105,7 +51,7 @@ class Packer:
         """The first part that has not been taken."""
         self._finished: set[int] = set()
         self._seen = Seen()
-        if packing.dedup:
+        if dedup:
             for index in range(ledger.folded):
                 self._seen.first(self._table(index)["hash"])
         self._fold()
@@ -125,7 +71,7 @@ class Packer:
         Raises:
             DataError: a split has no document.
         """
-        tallies = {name: Tally(**asdict(tally)) for name, tally in self.ledger.tallies.items()}
+        tallies = {name: replace(tally) for name, tally in self.ledger.tallies.items()}
         skipped = Skipped()
         skipped.include(left_out, left_out.first)
         skipped.include(self.ledger.skipped, self.ledger.first_skipped)
@@ -133,9 +79,10 @@ class Packer:
             skipped.include(result.skipped, result.first_skipped)
             for name in SPLITS:
                 tallies[name].add(result.splits[name])
-        if self.packing.val_tokens:
-            _require_tokens(tallies["train"].tokens, self.packing.val_tokens, skipped)
-            tallies["train"].subtract(tallies["val"])
+        if self.val_tokens:
+            _require_tokens(tallies["train"].tokens, self.val_tokens, skipped)
+            val = tallies["val"]
+            tallies["train"].add(Tally(-val.documents, -val.tokens, -val.text_bytes))
         else:
             _require_documents(tallies, skipped)
         for name in SPLITS:
@@ -156,7 +103,7 @@ class Packer:
     def _take(self, index: int) -> None:
         result = PartResult.read(self.parts_folder, index)
         assert result is not None, f"part {index} is not finished"
-        self._results[index] = self._without_copies(index, result) if self.packing.dedup else result
+        self._results[index] = self._without_copies(index, result) if self.dedup else result
         for name in SPLITS:
             progress = self.ledger.progress[name]
             begun = progress.offset if index == progress.part else 0
@@ -182,8 +129,8 @@ class Packer:
         return replace(result, splits=tallies, skipped=result.skipped | copies)
 
     def _write_full_shards(self, name: str) -> None:
-        size = self.packing.shard_tokens
-        if self.packing.val_tokens and name == "train":  # the one stream: its head is for validation
+        size = self.shard_tokens
+        if self.val_tokens and name == "train":  # the one stream: its head is for validation
             while head := min(self._missing_val_tokens(), size):
                 if self._waiting[name] < head:
                     return
@@ -192,28 +139,23 @@ class Packer:
             self._write_shard(name, size)
 
     def _missing_val_tokens(self) -> int:
-        return self.packing.val_tokens - sum(shard.tokens for shard in self.ledger.progress["val"].shards)
+        return self.val_tokens - sum(shard.tokens for shard in self.ledger.progress["val"].shards)
 
     def _write_shard(self, name: str, n_tokens: int) -> None:
-        stream = "train" if self.packing.val_tokens else name
+        stream = "train" if self.val_tokens else name
         place, shards = self.ledger.progress[stream], self.ledger.progress[name].shards
-        path = self.folder / shard_name(self.packing.dataset, name, len(shards))
+        path = self.folder / shard_name(self.dataset, name, len(shards))
         cursor, tally = _Cursor(place.part, place.offset), Tally()
         pieces = self._tokens(stream, cursor, n_tokens)
-        shards.append(write_shard(path, n_tokens, self._counted(pieces, tally) if name != stream else pieces))
+        if name != stream:  # the parts do not say how much of them is for validation
+            pieces = tally.counted(pieces, self.tokenizer)
+        shards.append(write_shard(path, n_tokens, pieces))
         self.ledger.tallies[name].add(tally)
         place.part, place.offset = cursor.part, cursor.offset
         self._waiting[stream] -= n_tokens
         self._fold()
 
-    def _counted(self, pieces: Iterator[Tokens], tally: Tally) -> Iterator[Tokens]:
-        """The same tokens; `tally` has their amounts in the end. A document counts where it begins."""
-        for piece in pieces:
-            documents, text_bytes = self.packing.tokenizer.count(piece)
-            tally.add(Tally(documents, len(piece), text_bytes))
-            yield piece
-
-    def _tokens(self, stream: str, cursor: "_Cursor", count: int) -> Iterator[Tokens]:
+    def _tokens(self, stream: str, cursor: "_Cursor", count: int) -> Iterator[Piece]:
         """The next `count` tokens of a stream; `cursor` moves along."""
         while count:
             n_tokens = self._results[cursor.part].splits[stream].tokens
@@ -234,7 +176,7 @@ class Packer:
     def _fold(self) -> None:
         """Count the parts that no shard will need again into the ledger, write it, and only then delete them."""
         ledger = self.ledger
-        if self.packing.val_tokens:
+        if self.val_tokens:
             ledger.progress["val"].part = ledger.progress["train"].part
         needed = min(progress.part for progress in ledger.progress.values())
         while ledger.folded < needed:
@@ -267,7 +209,7 @@ class Stretches:
 
     @classmethod
     def of(cls, tokens: npt.NDArray[np.uint32], kept: npt.NDArray[np.bool_]) -> "Stretches":
-        """Of documents with so many tokens each, those that are kept; neighbors make one stretch."""
+        """Of documents of these lengths, those that are kept; neighbors make one stretch."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], kept.astype(np.int8), [0]])))
         bounds = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])[edges].reshape(-1, 2)
         return cls(bounds[:, 0], np.cumsum(bounds[:, 1] - bounds[:, 0]))
@@ -283,21 +225,6 @@ class Stretches:
 class _Cursor:
     part: int
     offset: int
-
-
-def clear(folder: Path) -> None:
-    """Remove what only an unfinished preparation needs."""
-    shutil.rmtree(folder / PARTS_NAME, ignore_errors=True)
-    (folder / LEDGER_NAME).unlink(missing_ok=True)
-
-
-def discard(folder: Path, dataset: str) -> None:
-    """Remove everything that an unfinished preparation wrote, the ledger first of all."""
-    (folder / LEDGER_NAME).unlink(missing_ok=True)
-    clear(folder)
-    for name in SPLITS:
-        for path in folder.glob(f"{dataset}_{name}_*.bin"):
-            path.unlink()
 
 
 def _require_tokens(n_tokens: int, val_tokens: int, skipped: Skipped) -> None:

@@ -17,17 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from regpt2.base.console import ProgressLine, say
-from regpt2.base.errors import DataError, UsageError
+from regpt2.base.errors import DataError
 from regpt2.base.files import CHUNK_BYTES, atomic_file, require_free_space, sha256_bytes, write_atomic
 from regpt2.base.net.download import fetch
 from regpt2.data.preparing.encode_part import PARTS_NAME
-from regpt2.data.preparing.pack_shards import clear
+from regpt2.data.preparing.ledger import begin, clear, complete_already
 from regpt2.data.preparing.workers import Report, Work, run_tasks
 from regpt2.data.sources.plan import InputFile
-from regpt2.data.tokenizer import Tokenizer, load_tokenizer
-from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, Manifest, Shard, Split
+from regpt2.data.tokenizer import Gpt2Tokenizer, Tokenizer, find_vocab, load_tokenizer
+from regpt2.data.tokens.manifest import HEADER_BYTES, Manifest, Shard, Split
 from regpt2.data.tokens.other_formats import token_file
-from regpt2.data.tokens.shards import LEDGER_NAME
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,26 @@ class Counted:
 
 
 def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> Manifest:
-    """Fill `folder`, which the caller holds, or go on where an earlier call was interrupted.
+    """Fill `folder`, which the caller holds, or resume where an earlier call was interrupted.
 
-    `vocab` is a `vocab.bpe`, if it is not to be looked for.
+    `vocab` is a `vocab.bpe`; None: find one.
 
     Raises:
         UsageError: the folder holds something else.
         DataError: a shard is not one of GPT-2 tokens, or a local copy differs from what was published.
         DownloadError: a shard cannot be fetched.
     """
-    if (folder / MANIFEST_NAME).exists():
-        return _already_complete(plan, folder)
-    tokenizer = load_tokenizer("gpt2", vocab)
-    _begin_or_go_on(plan, folder)
+    settings = {
+        "dataset": plan.dataset,
+        "source": plan.source,
+        "revision": plan.revision,
+        "tokenizer": Gpt2Tokenizer.name,
+        "tokenizer_fingerprint": Gpt2Tokenizer.fingerprint,
+    }
+    if manifest := complete_already(folder, settings):
+        return manifest
+    find_vocab(vocab)
+    begin(folder, settings, plan.fingerprint).write(folder)
     waiting = [file for file in plan.files if Counted.read(folder, file) is None]
     n_bytes = sum(file.n_bytes for file in waiting)
     say(f"{plan.source}: {len(waiting):,} of {len(plan.files):,} shards to get, {n_bytes / 1e9:,.2f} GB.")
@@ -92,19 +98,15 @@ def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> 
     with ProgressLine("ready", n_bytes / 1e6, "MB") as line:
         done = run_tasks(
             waiting,
-            Job(folder, vocab).start,
+            partial(_start, folder, vocab),
             max(1, min(workers, len(waiting))),
             on_progress=lambda amount: line.advance(amount / 1e6),
         )
         for _ in done:
             pass
     manifest = Manifest(
-        dataset=plan.dataset,
-        source=plan.source,
-        revision=plan.revision,
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
+        **settings,
+        vocab_size=Gpt2Tokenizer.vocab_size,
         options={},
         splits={split: _split(folder, files) for split, files in plan.splits.items()},
         skipped={},
@@ -114,16 +116,9 @@ def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> 
     return manifest
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every worker needs to know: little, for a large message to a process that fails to start hangs."""
-
-    folder: Path
-    vocab: Path | None
-
-    def start(self) -> Work:
-        """Make ready to work: what each id stands for, once per process."""
-        return partial(_get, self.folder, load_tokenizer("gpt2", self.vocab))
+def _start(folder: Path, vocab: Path | None) -> Work:
+    """Make ready to work: what each id stands for, once per process."""
+    return partial(_get, folder, load_tokenizer("gpt2", vocab))
 
 
 def _get(folder: Path, tokenizer: Tokenizer, file: InputFile, report: Report) -> None:
@@ -165,37 +160,6 @@ def _count(path: Path, file: InputFile, tokenizer: Tokenizer) -> Counted:
         )
     shard = Shard(file.name, tokens.n_tokens, file.n_bytes, digest.hexdigest())
     return Counted(shard, *counts.tolist())
-
-
-def _already_complete(plan: ReadyPlan, folder: Path) -> Manifest:
-    manifest = Manifest.read(folder)
-    for name in ("dataset", "source", "revision"):
-        if (there := getattr(manifest, name)) != (here := getattr(plan, name)):
-            raise UsageError(
-                f"{folder} holds another preparation: its {name} is {there!r}, this command's is {here!r}; "
-                "choose another --out, or remove the folder."
-            )
-    clear(folder)
-    say(f"{folder} is complete already; nothing to do.")
-    return manifest
-
-
-def _begin_or_go_on(plan: ReadyPlan, folder: Path) -> None:
-    """The ledger says what the folder is to become; while it is there, training refuses the folder."""
-    for left_by_a_kill in folder.glob(".*.tmp"):
-        left_by_a_kill.unlink()
-    ledger = folder / LEDGER_NAME
-    content = json.dumps({"ready": plan.source, "revision": plan.revision, "plan": plan.fingerprint})
-    if ledger.exists():
-        if (there := ledger.read_text(encoding="utf-8")) != content:
-            raise UsageError(
-                f"{folder} holds another unfinished preparation: {there:.200}; this command's is {content}. Give the "
-                "same --config, --first and --revision, choose another --out, or remove the folder."
-            )
-    elif strangers := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".npy")):
-        raise UsageError(f"{folder} holds tokens from elsewhere already ({strangers[0]}); choose another --out.")
-    else:
-        write_atomic(ledger, content)
 
 
 def _bytes_to_write(file: InputFile, folder: Path) -> int:

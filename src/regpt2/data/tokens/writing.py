@@ -18,7 +18,31 @@ from regpt2.base.files import atomic_file
 from regpt2.data.checks.counts import ends_of_text
 from regpt2.data.tokenizer import Tokenizer
 
+DEFAULT_SHARD_TOKENS = 100_000_000  # as in llm.c
+
 Piece = npt.NDArray[np.uint16]
+
+
+@dataclass
+class Tally:
+    """Amounts of one split."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def add(self, other: "Tally") -> None:
+        """Add the other's amounts to these."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.text_bytes += other.text_bytes
+
+    def counted(self, pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
+        """The same tokens; their amounts are added. A document counts where it begins."""
+        for piece in pieces:
+            documents, text_bytes = tokenizer.count(piece)
+            self.add(Tally(documents, len(piece), text_bytes))
+            yield piece
 
 
 class TokenRow:

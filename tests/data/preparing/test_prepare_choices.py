@@ -8,9 +8,10 @@ import pytest
 
 from conftest import folder_bytes, shard_tokens
 from regpt2.base.errors import DataError, UsageError
-from regpt2.commands import prepare as prepare_module
-from regpt2.commands.prepare import PrepareOptions, prepare
 from regpt2.data.preparing import encode_part, pack_shards
+from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.prepare import prepare
+from regpt2.data.sources.filters import Filters
 
 pytestmark = pytest.mark.seconds  # all of them together
 
@@ -145,7 +146,7 @@ def test_workers_make_no_difference_to_copies_and_head(corpus: Path, tmp_path: P
 
 
 def test_filters_leave_out_and_count(corpus: Path, tmp_path: Path) -> None:
-    manifest = prepare(options_for(corpus, tmp_path / "out", filters=prepare_module.Filters(min_chars=50)))
+    manifest = prepare(options_for(corpus, tmp_path / "out", filters=Filters(min_chars=50)))
     texts = texts_of(corpus)
     kept = [text for text in texts if len(text) >= 50]
     assert sum(split.documents for split in manifest.splits.values()) == len(kept)
@@ -153,7 +154,7 @@ def test_filters_leave_out_and_count(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="its min_chars is '50', this command's is None"):
         prepare(options_for(corpus, tmp_path / "out"))
     with pytest.raises(UsageError, match="its dedup is None, this command's is 'True'"):
-        prepare(options_for(corpus, tmp_path / "out", filters=prepare_module.Filters(min_chars=50), dedup=True))
+        prepare(options_for(corpus, tmp_path / "out", filters=Filters(min_chars=50), dedup=True))
 
 
 def test_the_manifest_records_what_made_the_ids(corpus: Path, tmp_path: Path) -> None:

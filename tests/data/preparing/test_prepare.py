@@ -18,9 +18,11 @@ import pytest
 from conftest import folder_bytes
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import folder_lock
-from regpt2.commands import prepare as prepare_module
-from regpt2.commands.prepare import PrepareOptions, main, prepare
+from regpt2.commands.prepare import main
 from regpt2.data.preparing import pack_shards
+from regpt2.data.preparing import prepare as prepare_module
+from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.prepare import prepare
 from regpt2.data.preparing.workers import run_tasks
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.shards import Manifest, open_tokens, verify
@@ -281,9 +283,10 @@ def test_inputs_that_change_on_the_way_are_refused(
         (source / f"{n}.txt").write_text(f"document {n}")
     real = prepare_module._encode_and_pack
 
-    def encode_then_touch(*args: object) -> None:
-        real(*args)  # type: ignore[arg-type]
+    def encode_then_touch(*args: object) -> object:
+        packer = real(*args)  # type: ignore[arg-type]
         os.utime(source / "3.txt", ns=(1, 1))
+        return packer
 
     monkeypatch.setattr(prepare_module, "_encode_and_pack", encode_then_touch)
     for _ in range(2):  # at the end of this run, and at the beginning of the next

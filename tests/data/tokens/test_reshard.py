@@ -16,12 +16,12 @@ import pytest
 from regpt2.base import plugins
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.cli import main
-from regpt2.commands import reshard as reshard_module
-from regpt2.commands.reshard import ReshardOptions, reshard
 from regpt2.data.token_formats import megatron as megatron_format
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens import reshard as reshard_module
 from regpt2.data.tokens import writing
 from regpt2.data.tokens.manifest import Manifest, Split
+from regpt2.data.tokens.reshard import ReshardOptions, reshard
 from regpt2.data.tokens.shards import open_tokens, verify, write_shard
 
 EOT = 50256

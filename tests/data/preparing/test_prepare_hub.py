@@ -17,8 +17,9 @@ import pytest
 from conftest import folder_bytes, shard_tokens
 from hub_server import FakeHub
 from regpt2.base.errors import DownloadError, UsageError
-from regpt2.commands.prepare import PrepareOptions, prepare
 from regpt2.data.datasets import fineweb_edu
+from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.prepare import prepare
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest
 

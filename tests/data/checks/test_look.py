@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import Run, write_data
 from regpt2.cli import main
-from regpt2.commands import inspect_data
 from regpt2.data.checks import counts, excerpts
+from regpt2.data.checks import look as look_module
 from regpt2.data.checks.counts import count_tokens
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split
@@ -118,14 +118,17 @@ def test_counts_equal_plain_counting(
         ranked = sorted(lengths)
         assert found.length_at(50) == statistics.median_low(ranked)
         assert found.length_at(95) == next(x for x in ranked if 100 * sum(y <= x for y in ranked) >= 95 * len(ranked))
-        assert (found.length_at(100), found.mean_length) == (ranked[-1], pytest.approx(statistics.mean(ranked)))
+        assert (found.length_at(100), found.length_summary()["mean"]) == (
+            ranked[-1],
+            pytest.approx(statistics.mean(ranked)),
+        )
 
 
 def test_a_sample_takes_evenly_spread_stretches_and_scales_what_it_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(counts, "STRETCH_TOKENS", 100)
-    monkeypatch.setattr(inspect_data, "STRETCH_TOKENS", 100)
+    monkeypatch.setattr(look_module, "STRETCH_TOKENS", 100)
     ids = [token for n in range(400) for token in (GPT2_EOT, *[n // 10] * 9)]  # 400 documents of 10 tokens
     folder = llmc(tmp_path / "made", cut(ids, 333))
     found = figures(capsys, folder, "--sample", 5)["counts"]["train"]
@@ -137,8 +140,8 @@ def test_a_sample_takes_evenly_spread_stretches_and_scales_what_it_finds(
     _, said = run(capsys, folder, "--sample", 5)
     assert "a sample of 500 of 4,000 tokens counted" in said and "about 400 documents, 45 of them seen whole" in said
 
-    monkeypatch.setattr(inspect_data, "MOST_COUNTED", 3999)
-    monkeypatch.setattr(inspect_data, "DEFAULT_STRETCHES", 3)
+    monkeypatch.setattr(look_module, "MOST_COUNTED", 3999)
+    monkeypatch.setattr(look_module, "DEFAULT_STRETCHES", 3)
     assert figures(capsys, folder)["counts"]["train"]["tokens_counted"] == 300, "a large split is sampled by itself"
     assert figures(capsys, folder, "--all")["counts"]["train"]["tokens_counted"] == 4000
     assert figures(capsys, folder, "--sample", 40)["counts"]["train"]["tokens_counted"] == 4000
