@@ -208,7 +208,7 @@ def test_reading_ahead_gives_the_same_batches_and_ends_its_thread() -> None:
     unfinished = one.batches(1, 1000)
     next(unfinished)
     unfinished.close()
-    assert not [t for t in threading.enumerate() if t.name == "read-ahead"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
 
 def test_an_error_of_the_reading_thread_reaches_the_loop() -> None:

@@ -11,12 +11,13 @@ whose turn it is says data/mixture.py.
 """
 
 import hashlib
-import queue
-import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +28,9 @@ from regpt2.base.errors import ConfigError, DataError
 from regpt2.data.mixture import deal
 
 # B = micro_batch sequences, T = seq_len tokens
+
+_AHEAD = 3  # batches in memory besides the one in use
+_ROUNDS = 6  # of the Feistel network
 
 MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, each (B, T)
 
@@ -46,17 +50,12 @@ class Tokens(Protocol):
 
     n_tokens: int
 
-    def read(self, start: int, count: int) -> NDArray[np.uint16]:
-        """`count` tokens from position `start`."""
-        ...
+    def read(self, start: int, count: int) -> NDArray[np.uint16]: ...
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Updates of one size."""
-
     size: int
-    """Tokens of each."""
     steps_before: int
     tokens_before: int
 
@@ -108,7 +107,6 @@ class BatchConfig:
         return [*stretches, Stretch(self.batch_tokens, steps, tokens)]
 
     def tokens_until(self, step: int) -> int:
-        """Tokens of updates 1 to `step`."""
         last = self.stretches[bisect_right(self.stretches, step, key=lambda stretch: stretch.steps_before) - 1]
         return last.tokens_before + (step - last.steps_before) * last.size
 
@@ -145,8 +143,6 @@ def _require_multiple(name: str, value: int, of: str, unit: int) -> None:
 
 
 class Loader:
-    """The batches of one rank."""
-
     def __init__(
         self,
         tokens: Tokens | Sequence[Tokens],
@@ -210,41 +206,16 @@ class Loader:
 
     def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """The batches of updates `first_step` to `last_step`, read ahead by a thread while the model computes."""
-        ahead: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
-        stop = threading.Event()
-
-        def read_ahead() -> None:
+        steps = iter(range(first_step, last_step + 1))
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+            ahead = deque(reader.submit(self.batch, step) for step in islice(steps, _AHEAD))
             try:
-                for step in range(first_step, last_step + 1):
-                    _put(ahead, self.batch(step), stop)
-                    if stop.is_set():
-                        return
-            except BaseException as error:  # handed to the reader, which raises it
-                _put(ahead, error, stop)
-
-        thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
-        thread.start()
-        try:
-            for _ in range(first_step, last_step + 1):
-                batch = ahead.get()
-                if isinstance(batch, BaseException):
-                    raise batch
-                yield batch
-        finally:
-            stop.set()
-            thread.join()
-
-
-def _put(
-    ahead: "queue.Queue[Batch | BaseException]",
-    item: "Batch | BaseException",
-    stop: threading.Event,
-) -> None:
-    while not stop.is_set():
-        try:
-            return ahead.put(item, timeout=0.1)
-        except queue.Full:
-            continue
+                while ahead:
+                    batch = ahead.popleft().result()
+                    ahead.extend(reader.submit(self.batch, step) for step in islice(steps, 1))
+                    yield batch
+            finally:
+                reader.shutdown(cancel_futures=True)
 
 
 def _window_digest(place: int, window: NDArray[np.integer[Any]]) -> int:
@@ -273,9 +244,6 @@ def permute(places: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDAr
         values[outside] = (left << half) | right
         outside = values >= n
     return values.astype(np.int64)
-
-
-_ROUNDS = 6
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
