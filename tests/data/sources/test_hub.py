@@ -13,8 +13,9 @@ from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.base.net.download import fetch
 from regpt2.base.net.http_client import get_json
 from regpt2.data.sources import hub, hub_splits
-from regpt2.data.sources.hub import HubFile, list_files, resolve
+from regpt2.data.sources.hub import list_files, resolve
 from regpt2.data.sources.hub_splits import files_of, matches
+from regpt2.data.sources.plan import InputFile
 
 pytestmark = pytest.mark.seconds  # all of them together
 
@@ -42,8 +43,8 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield it
 
 
-def paths(files: list[HubFile]) -> list[str]:
-    return [file.path for file in files]
+def paths(files: list[InputFile]) -> list[str]:
+    return [file.name for file in files]
 
 
 def test_the_hub_of_the_tests_is_one_to_the_hubs_own_client(
@@ -60,7 +61,7 @@ def test_the_hub_of_the_tests_is_one_to_the_hubs_own_client(
     assert commit == resolve("me/texts", "main") == texts.commits["me/texts"]
     tree = api.list_repo_tree("me/texts", repo_type="dataset", revision=commit, recursive=True)
     theirs = {f.path: f for f in tree if isinstance(f, huggingface_hub.RepoFile)}
-    ours = {f.path: f for f in list_files("me/texts", commit)}
+    ours = {f.name: f for f in list_files("me/texts", commit)}
     assert set(theirs) == set(ours) == set(FILES)
     for path, content in FILES.items():
         file, lfs = theirs[path], theirs[path].lfs
@@ -75,7 +76,7 @@ def test_the_hub_of_the_tests_is_one_to_the_hubs_own_client(
 
 def test_what_is_planned_can_be_fetched(texts: FakeHub, tmp_path: Path) -> None:
     commit = resolve("me/texts", "main")
-    for file in hub.input_files("me/texts", commit, list_files("me/texts", commit)):
+    for file in list_files("me/texts", commit):
         assert (file.path, file.mtime_ns) == ("", 0)
         fetch(file.url, tmp_path / "got" / file.name, n_bytes=file.n_bytes, digest=file.digest)
         assert (tmp_path / "got" / file.name).read_bytes() == FILES[file.name]

@@ -2,7 +2,7 @@
 
 from regpt2.data.sources import records
 from regpt2.data.sources.plan import Plan, Source
-from regpt2.data.sources.published import Publication, plan_of
+from regpt2.data.sources.published import CRAWLS, Publication, plan_of
 
 DESCRIPTION = (
     "FineWeb, the text of llm.c's runs (ODC-By 1.0); --config sample-10BT (usual, 31 GB to download), sample-100BT, "
@@ -13,12 +13,7 @@ FINEWEB = Publication(
     name="fineweb",
     repo="HuggingFaceFW/fineweb",
     revision="9bb295ddab0e05d785b879661af7260fed5140fc",  # tag v1.4.0
-    configs={  # as in the card of the data set
-        "sample-10BT": "sample/10BT/*.parquet",
-        "sample-100BT": "sample/100BT/*.parquet",
-        "sample-350BT": "sample/350BT/*.parquet",
-        "default": "data/*/*.parquet",
-    },
+    configs=CRAWLS,
     n_tokens={
         "sample-10BT": 10_400_000_000,  # at most: the 104 shards of kjj0/fineweb10B-gpt2
         "sample-100BT": 103_100_000_000,  # likewise, kjj0/fineweb100B-gpt2
@@ -31,5 +26,4 @@ documents = records.documents
 
 
 def plan(source: Source) -> Plan:
-    """The files of a configuration by name."""
     return plan_of(FINEWEB, source)

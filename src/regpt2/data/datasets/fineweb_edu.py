@@ -2,7 +2,7 @@
 
 from regpt2.data.sources import records
 from regpt2.data.sources.plan import Plan, Source
-from regpt2.data.sources.published import Publication, plan_of
+from regpt2.data.sources.published import CRAWLS, Publication, plan_of
 
 DESCRIPTION = (
     "FineWeb-Edu, the lecture's text (ODC-By 1.0); --config sample-10BT (usual, 28.5 GB to download), sample-100BT, "
@@ -13,12 +13,7 @@ FINEWEB_EDU = Publication(
     name="fineweb_edu",
     repo="HuggingFaceFW/fineweb-edu",
     revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",  # sample-10BT: 14 files, 28,518,193,415 bytes, 9,672,101 rows
-    configs={  # as in the card of the data set
-        "sample-10BT": "sample/10BT/*.parquet",
-        "sample-100BT": "sample/100BT/*.parquet",
-        "sample-350BT": "sample/350BT/*.parquet",
-        "default": "data/*/*.parquet",
-    },
+    configs=CRAWLS,
     n_tokens={
         "sample-10BT": 9_953_989_344,  # of kjj0/finewebedu10B-gpt2: 100M to validate, 98 x 100M and 53,989,344 to train
         "sample-100BT": 100_000_000_000,  # about, says the card
@@ -31,5 +26,4 @@ documents = records.documents
 
 
 def plan(source: Source) -> Plan:
-    """The files of a configuration by name."""
     return plan_of(FINEWEB_EDU, source)

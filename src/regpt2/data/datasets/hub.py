@@ -15,7 +15,6 @@ documents = records.documents
 
 
 def plan(source: Source) -> Plan:
-    """The files of a configuration and split."""
     if not source.repo:
         raise UsageError(
             "hub needs --repo OWNER/NAME, the data set's id on the hub, as in --repo roneneldan/TinyStories."
@@ -25,9 +24,8 @@ def plan(source: Source) -> Plan:
     split = source.split or "train"
     commit = hub.resolve(source.repo, source.revision or "main")
     commit, found = hub_splits.files_of(source.repo, commit, source.config, split)
-    files = hub.input_files(source.repo, commit, found[: source.first])
     return Plan(
-        parts=whole_files(files, source.field),
+        parts=whole_files(found[: source.first], source.field),
         source=described(source.repo, source.config, split, first=source.first),
         revision=commit,
     )

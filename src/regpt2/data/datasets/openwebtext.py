@@ -22,5 +22,4 @@ documents = records.documents
 
 
 def plan(source: Source) -> Plan:
-    """The 80 files by name."""
     return plan_of(OPENWEBTEXT, source)

@@ -24,7 +24,6 @@ TOPICS = "pydoc_data/topics.py"
 
 
 def plan(source: Source) -> Plan:
-    """The files in the order of their names."""
     if source.input is not None:
         raise UsageError(f"python_library is built in and takes no --input; for {source.input}, choose text_files.")
     top = Path(sysconfig.get_path("stdlib"))

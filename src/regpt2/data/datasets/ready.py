@@ -73,10 +73,10 @@ def shards(source: Source) -> ReadyPlan:
 
 
 def _published(made: ReadyMade, source: Source) -> tuple[list[InputFile], str]:
-    """All files and their commit; where the hub cannot be asked, those of the local copy."""
+    """All files and their commit; those of the local copy if the hub cannot be reached."""
     try:
         commit = hub.resolve(made.repo, source.revision or made.revision)
-        return hub.input_files(made.repo, commit, hub.list_files(made.repo, commit)), commit
+        return hub.list_files(made.repo, commit), commit
     except DownloadError as error:
         if source.input is None:
             raise
@@ -91,7 +91,6 @@ def _of_split(files: Iterable[InputFile], made: ReadyMade, split: str) -> list[I
 
 
 def _local(folder: Path, file: InputFile) -> InputFile:
-    """The copy of a shard in `folder`."""
     path = folder / file.name
     if not path.is_file():
         raise DataError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from regpt2.base.console import safe_text
 from regpt2.base.errors import DataError, UsageError
 from regpt2.data.sources import records
-from regpt2.data.sources.plan import InputFile, Plan, Skipped, Source, group, plain_file, revision_of
+from regpt2.data.sources.plan import InputFile, Plan, Skipped, Source, group, input_file, revision_of
 from regpt2.data.tokens.manifest import described
 
 DESCRIPTION = "your own text: a file or folder (--input) of .txt .md .jsonl .json .parquet, each also .gz .zst"
@@ -62,10 +62,10 @@ def _find(top: Path, skipped: Skipped) -> list[InputFile]:
             else:
                 unread.add(suffix)
             skipped.add(f"files of a kind not read ({suffix})", name)
-        elif (file := plain_file(path, name)) is None:
+        elif not path.is_file():
             skipped.add("files missing behind a link, or not plain files", name)
         else:
-            files.append(file)
+            files.append(input_file(path, name))
     return files
 
 

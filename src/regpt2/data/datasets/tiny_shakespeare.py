@@ -29,7 +29,6 @@ def plan(source: Source) -> Plan:
 
 
 def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
-    """The pieces of the text."""
     skipped.file = part.slices[0].file.name
     with open_input(part.slices[0].file) as file:
         yield from text_documents(file, skipped)

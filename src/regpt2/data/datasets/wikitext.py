@@ -37,7 +37,6 @@ def plan(source: Source) -> Plan:
 
 
 def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
-    """The articles of a split."""
     split = next(split for beginning, split in SPLITS.items() if _name(part.slices[0].file.name).startswith(beginning))
     rows = (row.text for row in records.documents(part, skipped))
     for article in _articles(rows):

@@ -1,13 +1,12 @@
 """A data set on the Hugging Face hub. In: its id and a revision, configuration and split; out: the files to fetch.
 
 What the hub says is not trusted: names, sizes and digests are checked. The listing of a commit never changes, so it is
-kept in the cache, and a preparation that goes on later needs it no more.
+kept in the cache: a preparation that is resumed does not ask for it again.
 """
 
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin
@@ -19,22 +18,13 @@ from regpt2.base.net.http_client import NotThere, get_json
 from regpt2.base.net.hub_settings import hub_endpoint
 from regpt2.data.sources.plan import InputFile
 
-MOST_FILES = 1_000_000
+MOST_FILES, MOST_LIST_BYTES = 1_000_000, 256 << 20
 MOST_CHARACTERS = 1000  # of a path
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NEXT = re.compile(r'<([^<>]+)>\s*;\s*rel="?next"?')
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a commit. `digest` is the SHA-256 of a large file, git's blob SHA-1 of a small one."""
-
-    path: str
-    n_bytes: int
-    digest: str
 
 
 def resolve(repo: str, revision: str) -> str:
@@ -54,8 +44,10 @@ def resolve(repo: str, revision: str) -> str:
     return commit
 
 
-def list_files(repo: str, commit: str, folder: str = "") -> list[HubFile]:
-    """The files of a commit, or those below one of its folders (none if it has no such folder), by path.
+def list_files(repo: str, commit: str, folder: str = "") -> list[InputFile]:
+    """The files of a commit, or those below one of its folders (none if it has no such folder), by name.
+
+    A digest is the SHA-256 of a large file, git's blob SHA-1 of a small one.
 
     Raises:
         DownloadError: the hub cannot be reached, does not have it, or lists what cannot be.
@@ -63,18 +55,21 @@ def list_files(repo: str, commit: str, folder: str = "") -> list[HubFile]:
     _check_names(repo, commit)
     kept = _kept(repo, commit) / f"files-{quote(folder, safe='')}.json"
     try:
-        return _checked((entry["path"], entry["n_bytes"], entry["digest"]) for entry in json.loads(_read(kept)))
+        entries = json.loads(read_small(kept, most_bytes=MOST_LIST_BYTES))
+        return _checked(repo, commit, [(entry["path"], entry["n_bytes"], entry["digest"]) for entry in entries])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not there yet, or damaged
         pass
     try:
-        files = _checked(_listed(f"{_api(repo)}/tree/{commit}/{quote(folder)}".rstrip("/") + "?recursive=true"))
+        tree = f"{_api(repo)}/tree/{commit}/{quote(folder)}".rstrip("/")
+        files = _checked(repo, commit, _listed(f"{tree}?recursive=true"))
     except NotThere:
         if not folder:
             raise
         return []
     except (ValueError, TypeError, KeyError) as error:
         raise DownloadError(f"{hub_endpoint()} lists impossible files of {repo} at {commit} ({error!r}).") from None
-    write_atomic(kept, json.dumps([asdict(file) for file in files], indent=0))
+    entries = [{"path": file.name, "n_bytes": file.n_bytes, "digest": file.digest} for file in files]
+    write_atomic(kept, json.dumps(entries, indent=0))
     return files
 
 
@@ -87,7 +82,7 @@ def card_configs(repo: str, commit: str) -> Any:
     _check_names(repo, commit)
     kept = _kept(repo, commit) / "configs.json"
     try:
-        return json.loads(_read(kept))
+        return json.loads(read_small(kept, most_bytes=MOST_LIST_BYTES))
     except (OSError, ValueError, RecursionError):
         pass
     answer = _ask(f"{_api(repo)}/revision/{commit}")[0]
@@ -98,16 +93,7 @@ def card_configs(repo: str, commit: str) -> Any:
 
 
 def url_of(repo: str, commit: str, path: str) -> str:
-    """Where the content of a file is."""
     return f"{hub_endpoint()}/datasets/{repo}/resolve/{commit}/{quote(path)}"
-
-
-def input_files(repo: str, commit: str, files: Iterable[HubFile]) -> list[InputFile]:
-    """Files of a commit as a plan names them: workers fetch them."""
-    return [
-        InputFile("", file.path, file.n_bytes, 0, url=url_of(repo, commit, file.path), digest=file.digest)
-        for file in files
-    ]
 
 
 def _listed(url: str) -> Iterable[tuple[str, int, str]]:
@@ -126,13 +112,13 @@ def _listed(url: str) -> Iterable[tuple[str, int, str]]:
             raise ValueError(f"the next page is elsewhere: {url}")
 
 
-def _checked(entries: Iterable[tuple[str, int, str]]) -> list[HubFile]:
-    """The files by path.
+def _checked(repo: str, commit: str, entries: Iterable[tuple[str, int, str]]) -> list[InputFile]:
+    """The files by name; workers fetch them.
 
     Raises:
-        ValueError: a name, size or digest that none can have.
+        ValueError: an impossible name, size or digest.
     """
-    files: dict[str, HubFile] = {}
+    files: dict[str, InputFile] = {}
     for path, n_bytes, digest in entries:
         if not isinstance(path, str) or not _is_safe(path):
             raise ValueError(f"a file by the name of {path!r:.200}")
@@ -140,14 +126,14 @@ def _checked(entries: Iterable[tuple[str, int, str]]) -> list[HubFile]:
             raise ValueError(f"{path} with {n_bytes!r:.200} bytes")
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise ValueError(f"{path} with digest {digest!r:.200}")
-        files[path] = HubFile(path, n_bytes, digest)
+        files[path] = InputFile("", path, n_bytes, 0, url=url_of(repo, commit, path), digest=digest)
         if len(files) > MOST_FILES:
             raise ValueError(f"more than {MOST_FILES:,} files")
     return [files[path] for path in sorted(files)]
 
 
 def _is_safe(path: str) -> bool:
-    """A relative path that leads nowhere else, and that can be shown."""
+    """Whether it is a relative path without `..`, of characters that can be shown."""
     parts = path.split("/")
     odd = any(character in path for character in "\\\n\t") or safe_text(path) != path
     return len(path) <= MOST_CHARACTERS and not odd and not {"", ".", ".."} & set(parts)
@@ -176,9 +162,4 @@ def _ask(url: str) -> tuple[Any, Any]:
 
 
 def _kept(repo: str, commit: str) -> Path:
-    """The folder of what is known of a commit."""
     return cache_dir() / "hub" / repo / commit
-
-
-def _read(path: Path) -> str:
-    return read_small(path, most_bytes=256 << 20)

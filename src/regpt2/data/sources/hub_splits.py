@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from regpt2.base.errors import DataError, UsageError, did_you_mean
-from regpt2.data.sources.hub import HubFile, card_configs, list_files, resolve
+from regpt2.data.sources.hub import card_configs, list_files, resolve
+from regpt2.data.sources.plan import InputFile
 from regpt2.data.sources.records import JSONL, PARQUET, kind_of
 
 Patterns = Mapping[str, Sequence[str]]  # of each split
@@ -31,7 +32,7 @@ _IN_NAME = ("**/{0}{1}*", "**/*{1}{0}{1}*")
 _SHARDED = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 
 
-def files_of(repo: str, commit: str, config: str, split: str) -> tuple[str, list[HubFile]]:
+def files_of(repo: str, commit: str, config: str, split: str) -> tuple[str, list[InputFile]]:
     """The files, and the commit that has them: another one where they are the hub's conversion.
 
     Args:
@@ -44,15 +45,15 @@ def files_of(repo: str, commit: str, config: str, split: str) -> tuple[str, list
     """
     listed = list_files(repo, commit)
     folder, patterns = _chosen(repo, card_configs(repo, commit), config, listed)
-    inside = [file for file in listed if file.path.startswith(folder)]
+    inside = [file for file in listed if file.name.startswith(folder)]
     if not patterns:
-        patterns = _usual_patterns([file.path.removeprefix(folder) for file in inside])
+        patterns = _usual_patterns([file.name.removeprefix(folder) for file in inside])
     _require("split", split, patterns, repo)
     found = {
-        file.path: file
+        file.name: file
         for pattern in patterns[split]
         for file in inside
-        if matches(file.path.removeprefix(folder), pattern)
+        if matches(file.name.removeprefix(folder), pattern)
     }
     readable = _most_common_kind(list(found.values()))
     return (commit, readable) if readable else _converted(repo, config, split)
@@ -80,7 +81,7 @@ def _n_hidden(parts: Sequence[str]) -> tuple[int, int]:
     return hidden, sum(part.startswith("__") for part in parts[:-1])
 
 
-def _chosen(repo: str, card: Any, config: str, listed: Sequence[HubFile]) -> tuple[str, Patterns]:
+def _chosen(repo: str, card: Any, config: str, listed: Sequence[InputFile]) -> tuple[str, Patterns]:
     """The folder of a configuration, with a slash, and its patterns; none if the usual ones decide."""
     try:
         configs = {entry["config_name"]: entry for entry in card or ()}
@@ -94,7 +95,7 @@ def _chosen(repo: str, card: Any, config: str, listed: Sequence[HubFile]) -> tup
         raise DataError(f"{repo}: its card describes its configurations in a way that is not understood.") from None
     if config in ("", "default"):
         return "", {}
-    folders = {file.path.split("/")[0] for file in listed if "/" in file.path}
+    folders = {file.name.split("/")[0] for file in listed if "/" in file.name}
     _require("config", config, folders, repo)
     return f"{config}/", {}
 
@@ -137,28 +138,28 @@ def _usual_patterns(paths: Sequence[str]) -> Patterns:
     return {"train": ["**"]}
 
 
-def _most_common_kind(files: Sequence[HubFile]) -> list[HubFile]:
+def _most_common_kind(files: Sequence[InputFile]) -> list[InputFile]:
     """The files of the kind that most of them have, if it is one that we read."""
-    counts = Counter({kinds: sum(kind_of(file.path) in kinds for file in files) for kinds in KINDS})
+    counts = Counter({kinds: sum(kind_of(file.name) in kinds for file in files) for kinds in KINDS})
     kinds, n_files = counts.most_common(1)[0]
-    return [file for file in files if kind_of(file.path) in kinds] if n_files else []
+    return [file for file in files if kind_of(file.name) in kinds] if n_files else []
 
 
-def _converted(repo: str, config: str, split: str) -> tuple[str, list[HubFile]]:
+def _converted(repo: str, config: str, split: str) -> tuple[str, list[InputFile]]:
     """From the hub's conversion, {config}/{split}/{number}.parquet."""
     commit = resolve(repo, CONVERTED)
-    files = [file for file in list_files(repo, commit) if file.path.count("/") == 2 and file.path.endswith(PARQUET)]
-    configs = dict.fromkeys(file.path.split("/")[0] for file in files)
+    files = [file for file in list_files(repo, commit) if file.name.count("/") == 2 and file.name.endswith(PARQUET)]
+    configs = dict.fromkeys(file.name.split("/")[0] for file in files)
     name = config or ("default" if "default" in configs or len(configs) != 1 else next(iter(configs)))
     _require("config", name, configs, repo)
-    splits = dict.fromkeys(file.path.split("/")[1] for file in files if file.path.startswith(f"{name}/"))
+    splits = dict.fromkeys(file.name.split("/")[1] for file in files if file.name.startswith(f"{name}/"))
     if f"partial-{split}" in splits:
         raise DataError(
             f"{repo}: its own files are of no kind that can be read, and the hub's conversion of {name}/{split} ends "
             "after 5 GB; download the files, make .jsonl or .parquet of them, and give text_files --input FOLDER."
         )
     _require("split", split, splits, repo)
-    return commit, [file for file in files if file.path.startswith(f"{name}/{split}/")]
+    return commit, [file for file in files if file.name.startswith(f"{name}/{split}/")]
 
 
 def _require(option: str, got: str, known: Any, repo: str) -> None:

@@ -7,9 +7,7 @@ file it reads, and counts what it leaves out. Files that are elsewhere (`InputFi
 `ready` has shards and no text: instead of the two, `shards(source) -> ReadyPlan` (data/preparing/ready_shards.py).
 """
 
-import errno
 import hashlib
-import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,20 +22,16 @@ LARGE_BYTES, LARGE_PART_BYTES = 1 << 30, 8 << 20  # so much text makes enough la
 
 @dataclass(frozen=True)
 class Source:
-    """What the user asks for. Every entry has its own idea of what is left out."""
+    """What the user asks for. Each entry has its own defaults."""
 
     input: Path | None = None
     field: str = "text"
     repo: str = ""
     """A data set's id on the Hugging Face hub, "owner/name"."""
     config: str = ""
-    """Which of its configurations."""
     split: str = ""
-    """Which of its splits."""
     revision: str = ""
-    """Branch, tag or commit."""
     first: int | None = None
-    """Only so many of its files."""
 
 
 _MOST_CHARACTERS = 300  # kept of where something was met first: names come from strangers
@@ -50,7 +44,6 @@ class Skipped(Counter[str]):
         super().__init__()
         self.first: dict[str, str] = {}
         self.file = ""
-        """The name of the file that is being read."""
 
     def add(self, reason: str, where: str = "") -> None:
         """Count one more. `where` is the place, if it is not `file` alone."""
@@ -59,7 +52,6 @@ class Skipped(Counter[str]):
             self.first.setdefault(reason, safe_text(place)[:_MOST_CHARACTERS])
 
     def include(self, counts: Mapping[str, int], first: Mapping[str, str]) -> None:
-        """Add what was counted in later files."""
         self.update(counts)
         self.first = {**first, **self.first}
 
@@ -89,7 +81,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Part:
-    """A worker's task. `n_bytes` is its amount of text as far as sizes tell."""
+    """A worker's task. `n_bytes` is its amount of text, estimated from sizes."""
 
     slices: tuple[Slice, ...]
     n_bytes: int
@@ -111,7 +103,6 @@ class Plan:
 
     @property
     def n_bytes(self) -> int:
-        """The amount of text, as far as sizes tell."""
         return sum(part.n_bytes for part in self.parts)
 
     @property
@@ -154,20 +145,8 @@ class Document:
 
 
 def input_file(path: Path, name: str) -> InputFile:
-    """Note the size and time of a file."""
     status = path.stat()
     return InputFile(str(path), name, status.st_size, status.st_mtime_ns)
-
-
-def plain_file(path: Path, name: str) -> InputFile | None:
-    """The same; None where there is no file but a link to nothing, a pipe or the like."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise
-        return None
-    return InputFile(str(path), name, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 def revision_of(files: Iterable[InputFile]) -> str:

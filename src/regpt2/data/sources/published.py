@@ -12,6 +12,12 @@ from regpt2.base.errors import DataError, UsageError, did_you_mean
 from regpt2.data.sources import hub, records
 from regpt2.data.sources.plan import InputFile, Part, Plan, Slice, Source, group, input_file, revision_of
 
+CRAWLS = {  # the configurations of FineWeb and FineWeb-Edu, as in their cards
+    "sample-10BT": "sample/10BT/*.parquet",
+    "sample-100BT": "sample/100BT/*.parquet",
+    "sample-350BT": "sample/350BT/*.parquet",
+    "default": "data/*/*.parquet",
+}
 BYTES_PER_TOKEN = 4  # of English text, rather too few: a token has about 4.5
 
 
@@ -35,7 +41,7 @@ class Found:
     source: str
     revision: str
     n_tokens: int
-    """About; 0 where nobody counted."""
+    """An estimate; 0 if unknown."""
 
 
 def find(publication: Publication, source: Source) -> Found:
@@ -52,8 +58,8 @@ def find(publication: Publication, source: Source) -> Found:
     if source.input is None:
         commit = hub.resolve(publication.repo, source.revision or publication.revision)
         listed = hub.list_files(publication.repo, commit, _folder(pattern))
-        chosen = [file for file in listed if PurePosixPath(file.path).match(pattern)]
-        files, place = hub.input_files(publication.repo, commit, chosen), f"{publication.repo} at {commit}"
+        files = [file for file in listed if PurePosixPath(file.name).match(pattern)]
+        place = f"{publication.repo} at {commit}"
     else:
         refuse(f"{publication.name} with --input", revision=source.revision)
         files, place = _local_files(source.input, pattern), f"--input {source.input}"
@@ -81,12 +87,12 @@ def plan_of(publication: Publication, source: Source) -> Plan:
 
 
 def whole_files(files: Iterable[InputFile], text_field: str) -> tuple[Part, ...]:
-    """A part for each file, which has not been looked into."""
+    """A part for each file; the files are not opened."""
     return tuple(Part((Slice(file),), records.text_bytes(file), text_field) for file in files)
 
 
 def described(repo: str, *choices: str, first: int | None) -> str:
-    """What was asked for, in words: it names the preparation in its manifest."""
+    """The request in words, for the manifest."""
     few = [] if first is None else [f"the first {first} files"]
     return ", ".join([repo, *filter(None, choices), *few])
 
