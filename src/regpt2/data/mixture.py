@@ -8,7 +8,7 @@ update is the mixture in small. A data set's windows come in the order in which 
 import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ WORTHWHILE_EPOCHS = 4  # up to here repeated text is nearly as good as new: Muen
 
 @dataclass(frozen=True)
 class Share:
-    """A data set and what it has of a mixture."""
+    """A data set and its part of a mixture."""
 
     folder: Path
     name: str
@@ -92,7 +92,7 @@ def deal(places: NDArray[np.int64], parts: Sequence[int]) -> tuple[NDArray[np.in
     return whose, before
 
 
-class Mixture:
+class Mixture(AbstractContextManager["Mixture"]):
     """The data of a run, opened: one data set, or several in one vocabulary."""
 
     def __init__(self, shares: Sequence[Share], streams: Sequence[TokenStream]) -> None:
@@ -114,7 +114,7 @@ class Mixture:
         return " ".join(f"{folder}={weight:g}" for folder, weight in zip(folders, self.weights, strict=True))
 
     def described(self, n_tokens: int) -> list[dict[str, Any]]:
-        """For the record: what each data set is, and how often a run of `n_tokens` goes through it."""
+        """For the record: what each data set is, and how many epochs of it a run of `n_tokens` has."""
         return [
             {
                 "name": share.name,
@@ -136,7 +136,7 @@ class Mixture:
         return ", ".join(said)
 
     def repeated(self, n_tokens: int) -> list[str]:
-        """What to say of the data sets of a mixture that such a run repeats too often."""
+        """Warnings for the data sets of a mixture that such a run repeats too often."""
         return [
             f"this run goes {one['epochs']:.1f} times through {one['name']}; beyond {WORTHWHILE_EPOCHS} times repeated "
             "text is worth less and less (arXiv:2305.16264): lower its weight, or add text"
@@ -160,12 +160,8 @@ class Mixture:
         return tokenizer
 
     def close(self) -> None:
-        """Close the files."""
         for stream in self.streams:
             stream.close()
-
-    def __enter__(self) -> "Mixture":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

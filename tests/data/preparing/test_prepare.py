@@ -25,7 +25,8 @@ from regpt2.data.preparing.options import PrepareOptions
 from regpt2.data.preparing.prepare import prepare
 from regpt2.data.preparing.workers import run_tasks
 from regpt2.data.tokenizer import load_tokenizer
-from regpt2.data.tokens.shards import Manifest, open_tokens, verify
+from regpt2.data.tokens.manifest import Manifest
+from regpt2.data.tokens.shards import open_tokens, verify
 
 COMMAND = [sys.executable, "-c", "import sys; from regpt2.commands.prepare import main; sys.exit(main(sys.argv[1:]))"]
 SHARD_TOKENS = 150_000

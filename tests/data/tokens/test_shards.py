@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from regpt2.base.errors import DataError
 from regpt2.data.tokens import shards
-from regpt2.data.tokens.shards import Manifest, Split, open_tokens, shard_name, verify, write_shard
+from regpt2.data.tokens.manifest import Manifest, Split
+from regpt2.data.tokens.shards import open_tokens, shard_name, verify, write_shard
 
 VOCAB_SIZE = 1000
 

@@ -35,5 +35,5 @@ def baselines(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def is_near_uniform(loss: float, vocab_size: int) -> bool:
-    """Is a first loss what an untrained model must have, ln(vocabulary), within half a nat?"""
+    """Whether a first loss is that of an untrained model, ln(vocabulary), within half a nat."""
     return abs(loss - math.log(vocab_size)) < 0.5

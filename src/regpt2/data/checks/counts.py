@@ -18,7 +18,7 @@ N_IDS = 1 << 16  # all that a uint16 can be
 
 @dataclass
 class Counts:
-    """What was found in `n_read` of the `n_tokens` of a split."""
+    """What `n_read` of the `n_tokens` of a split hold."""
 
     n_tokens: int
     eot: int | None
@@ -28,13 +28,11 @@ class Counts:
     head: int = 0
     """First tokens that belong to no document of this split: they continue one that began before it."""
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(N_IDS, dtype=np.int64))
-    """How often each id occurs."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents of each length, in tokens; of a sample those that lie whole in a stretch."""
 
     @property
     def is_whole(self) -> bool:
-        """Was everything read?"""
         return self.n_read == self.n_tokens
 
     @property

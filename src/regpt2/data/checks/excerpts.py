@@ -1,8 +1,6 @@
 """Places in a split to look at. In: streams of tokens; out: the text at a position, and where two splits part."""
 
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
@@ -49,14 +47,8 @@ def excerpt(stream: TokenStream, tokenizer: Tokenizer, position: int, n_tokens: 
         Piece(a, a in begins, tokenizer.decode(token for token in ids[a - position : b - position] if token != eot))
         for a, b in zip(cuts, [*cuts[1:], stop], strict=True)
     ]
-    return Excerpt(position, *_place(stream, position), ids, pieces, stop == stream.n_tokens)
-
-
-def _place(stream: TokenStream, position: int) -> tuple[str, int]:
-    """The file that holds a token, and the token's place in it."""
-    ends = list(accumulate(file.n_tokens for file in stream.files))
-    index = bisect_right(ends, position)
-    return stream.files[index].path.name, position - (ends[index] - stream.files[index].n_tokens)
+    index, place = stream.place(position)
+    return Excerpt(position, stream.files[index].path.name, place, ids, pieces, stop == stream.n_tokens)
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,13 @@ from regpt2.data.checks.counts import ends_of_text
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import MANIFEST_NAME, SPLITS, Manifest
 from regpt2.data.tokens.other_formats import foreign_files
-from regpt2.data.tokens.shards import LEDGER_NAME, Shard, open_tokens, verify_shard
+from regpt2.data.tokens.shards import LEDGER_NAME, open_tokens, verify_shard
 
 _IDS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
-
     what: str
     status: str
     """ok, BAD, or note: nothing wrong, but worth knowing."""
@@ -32,17 +30,17 @@ class Finding:
 
 @dataclass
 class Findings:
-    """Says each finding at once, and keeps it."""
+    """Prints each finding at once, and keeps it."""
 
     all: list[Finding] = field(default_factory=list)
 
     def add(self, what: object, status: str, text: str = "") -> None:
-        """One more."""
+        """Print and keep a finding."""
         self.all.append(Finding(str(what), status, text))
         say(f"{status:<4} {what}" + (f": {text}" if text else ""))
 
     def check(self, what: object, look: Callable[[], str | None]) -> bool:
-        """Is it good? `look` raises what is bad about it, or returns what there is to say of it."""
+        """Whether it is good: `look` raises what is bad about it, or returns a remark."""
         try:
             self.add(what, "ok", look() or "")
         except (Problem, OSError) as error:
@@ -52,12 +50,10 @@ class Findings:
 
     @property
     def n_bad(self) -> int:
-        """How many are bad."""
         return sum(finding.status == "BAD" for finding in self.all)
 
 
 def check_data(data: Path, findings: Findings) -> None:
-    """Every shard against the manifest, where there is one, and every id against the vocabulary."""
     if not (data / MANIFEST_NAME).exists():
         _check_foreign_data(data, findings)
         return
@@ -66,16 +62,16 @@ def check_data(data: Path, findings: Findings) -> None:
     manifest = Manifest.read(data)
     whole = dict.fromkeys(manifest.splits, True)
     with ProgressLine("checking shards", sum(shard.bytes for shard in manifest.shards) / 1e6, "MB") as progress:
+
+        def on_bytes(n_bytes: int) -> None:
+            progress.advance(n_bytes / 1e6)
+
         for name, split in manifest.splits.items():
             for shard in split.shards:
-                whole[name] &= findings.check(data / shard.file, partial(_shard, data, shard, progress))
+                whole[name] &= findings.check(data / shard.file, partial(verify_shard, data, shard, on_bytes))
     for name in manifest.splits:
         if whole[name]:
             _check_ids(data, name, manifest, findings)
-
-
-def _shard(data: Path, shard: Shard, progress: ProgressLine) -> None:
-    verify_shard(data, shard, lambda n_bytes: progress.advance(n_bytes / 1e6))
 
 
 def _sizes(data: Path, split: str) -> str:

@@ -80,7 +80,7 @@ def _counts_for_json(counts: Counts, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def compare(a: OpenFolder, b: OpenFolder, n_tokens: int) -> dict[str, Any]:
-    """Print where two folders differ; return the same for JSON, with `equal`: are their tokens?"""
+    """Print where two folders differ; return the same for JSON, with `equal`: whether their tokens are."""
     for name, folder in (("A", a), ("B", b)):
         manifest = folder.manifest
         about = f"{manifest.dataset}, {manifest.source}" if manifest else f"no manifest.json, {_whose_tokens(folder)}"
@@ -110,7 +110,7 @@ def _whose_tokens(folder: OpenFolder) -> str:
 
 
 def _facts(folder: OpenFolder) -> dict[str, str]:
-    """What a folder says of itself, each field by its name in the manifest."""
+    """A folder's description, each field by its name in the manifest."""
     facts = {"tokenizer": folder.tokenizer.name, "tokenizer_fingerprint": folder.tokenizer.fingerprint}
     manifest = folder.manifest
     if manifest is not None:

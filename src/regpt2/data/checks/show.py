@@ -44,7 +44,7 @@ def show_folder(folder: OpenFolder) -> None:
 
 
 def show_field(name: str, value: str) -> None:
-    """A name and its value, which goes on below itself if it is long."""
+    """A name and its value; a long value is wrapped below its first line."""
     label = f"  {name:<14}"
     for line in wrap(safe_text(value), COLUMNS, initial_indent=label, subsequent_indent=" " * len(label)):
         say(line)

@@ -15,6 +15,7 @@ from regpt2.base.files import read_small, sha256_bytes, write_atomic
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val")
+IDENTITY = ("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint")
 HEADER_BYTES = 1024  # 256 little-endian int32 before the tokens of a shard
 TOKEN_BYTES = 2  # uint16
 
@@ -53,7 +54,7 @@ class Manifest:
     splits: dict[str, Split]
     skipped: dict[str, int]
     first_skipped: dict[str, str] = field(default_factory=dict)
-    """For a reason in `skipped` where it was met first: the file, by its name within the input."""
+    """For each reason in `skipped` the first file with it, by its name within the input."""
     characters: str | None = None
     """For the tokenizer "characters" the character of each id, in order."""
 
@@ -65,11 +66,9 @@ class Manifest:
 
     @property
     def shards(self) -> list[Shard]:
-        """The shards of all splits."""
         return [shard for split in self.splits.values() for shard in split.shards]
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`, atomically."""
         content = {"version": MANIFEST_VERSION, **asdict(self), "fingerprint": self.fingerprint}
         if not self.first_skipped:
             del content["first_skipped"]
@@ -101,24 +100,20 @@ class Manifest:
         reader = _Strict(path)
         if isinstance(content, dict):
             content.setdefault("first_skipped", {})
-        top = reader.fields(
-            "manifest",
-            content,
-            {"version": int, "fingerprint": str, "options": dict, "splits": dict, "skipped": dict, "vocab_size": int}
-            | {"first_skipped": dict}
-            | dict.fromkeys(("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint"), str)
-            | ({"characters": str} if isinstance(content, dict) and "characters" in content else {}),
-        )
+        expected: dict[str, type] = dict.fromkeys(("fingerprint", *IDENTITY), str)
+        expected |= {"version": int, "vocab_size": int}
+        expected |= dict.fromkeys(("options", "splits", "skipped", "first_skipped"), dict)
+        if isinstance(content, dict) and "characters" in content:
+            expected["characters"] = str
+        top = reader.fields("manifest", content, expected)
         top.pop("version")
         stated = top.pop("fingerprint")
         if unknown := set(top["splits"]) - set(SPLITS):
             raise reader.wrong("splits", f"unknown {sorted(unknown)}")
-        top["options"] = reader.fields("options", top["options"], dict.fromkeys(top["options"], str))
-        top["skipped"] = reader.fields("skipped", top["skipped"], dict.fromkeys(top["skipped"], int))
+        for name, kind in (("options", str), ("skipped", int), ("first_skipped", str)):
+            top[name] = reader.fields(name, top[name], dict.fromkeys(top[name], kind))
         if stray := top["first_skipped"].keys() - top["skipped"].keys():
             raise reader.wrong("first_skipped", f"got {sorted(stray)}, which are not in skipped")
-        first: dict[str, type] = dict.fromkeys(top["first_skipped"], str)
-        top["first_skipped"] = reader.fields("first_skipped", top["first_skipped"], first)
         top["splits"] = {name: reader.split(f"splits.{name}", value) for name, value in top["splits"].items()}
         manifest = cls(**top)
         if manifest.fingerprint != stated:

@@ -36,7 +36,7 @@ _AT_ONCE = 1 << 16  # numbers of an index
 
 
 class _Questions(DataError):
-    """A file of questions, which lies beside tokens and is named as they are."""
+    """A file of questions that is named like a file of tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,16 @@ class TokenFile:
     """An index beside it says where its documents end, and the last of them ends with it."""
 
     def last_token(self) -> int | None:
-        """Its last token; None if it has none."""
         with open(self.path, "rb") as file:
             file.seek(self.offset + self.width * max(0, self.n_tokens - 1))
             data = file.read(self.width)
         return int.from_bytes(data, "little") if data else None
 
 
-def foreign_files(folder: Path, split: str) -> list[TokenFile]:
+def foreign_files(folder: Path, split: str, questions: list[str] | None = None) -> list[TokenFile]:
     """The token files of a split in a folder without a manifest, sorted by name; empty if there are none.
+
+    `questions` gets the names of files that are named like tokens but hold an evaluation's questions.
 
     Raises:
         DataError: one cannot be what its name says, or the same split is there in several formats.
@@ -68,31 +69,22 @@ def foreign_files(folder: Path, split: str) -> list[TokenFile]:
     files, suffixes = [], set()
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
-        if suffix in (".idx", ".ds"):
-            if _split_of(stem) != split:
-                continue
-            files.append(_megatron(folder / name) if suffix == ".idx" else _datatrove(folder / name))
-        elif f"{stem}.idx" not in names and _is_of_split(name, split):
-            try:
-                files.append(token_file(folder / name))
-            except _Questions:
-                continue
-        else:
+        has_index = suffix in (".idx", ".ds")
+        if _split_of(stem) != split if has_index else f"{stem}.idx" in names or not _is_of_split(name, split):
             continue
-        suffixes.add(suffix)
+        read = {".idx": _megatron, ".ds": _datatrove}.get(suffix, token_file)
+        try:
+            files.append(read(folder / name))
+            suffixes.add(suffix)
+        except _Questions:
+            if questions is not None:
+                questions.append(name)
     if len(suffixes) > 1:
         raise DataError(
             f"{folder} holds {split} tokens in several formats ({', '.join(sorted(suffixes))}), perhaps the same "
             "twice; move all but one elsewhere."
         )
     return files
-
-
-def left_out(folder: Path, split: str, files: list[TokenFile]) -> list[str]:
-    """The names that are as those of a split's tokens, but hold an evaluation's questions."""
-    names, taken = {entry.name for entry in os.scandir(folder)}, {file.path.name for file in files}
-    of_split = (name for name in names - taken if _is_of_split(name, split))
-    return sorted(name for name in of_split if f"{os.path.splitext(name)[0]}.idx" not in names)
 
 
 def foreign_dataset(files: list[TokenFile]) -> str | None:

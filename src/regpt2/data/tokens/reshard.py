@@ -241,7 +241,7 @@ def _pieces(stream: TokenStream, n_tokens: int) -> Iterator[Piece]:
 
 
 def _hashed(pieces: Iterable[Piece], digest: "hashlib._Hash", progress: ProgressLine) -> Iterator[Piece]:
-    """The same tokens; the digest and the progress are brought up to date as they pass."""
+    """The same tokens; digest and progress are updated as they pass."""
     for piece in pieces:
         digest.update(piece.tobytes())
         yield piece

@@ -9,6 +9,8 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import IO
@@ -20,7 +22,7 @@ from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer
-from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard, Split
+from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard
 from regpt2.data.tokens.other_formats import (
     MAGIC,
     VERSION,
@@ -28,22 +30,9 @@ from regpt2.data.tokens.other_formats import (
     expect_bytes,
     foreign_dataset,
     foreign_files,
-    left_out,
     regular_file_bytes,
     token_file,
 )
-
-__all__ = [
-    "Manifest",
-    "Shard",
-    "Split",
-    "TokenStream",
-    "open_tokens",
-    "shard_name",
-    "verify",
-    "verify_shard",
-    "write_shard",
-]
 
 LEDGER_NAME = ".prepare.json"  # there while a preparation is unfinished
 MAX_OPEN_FILES = 128  # shells allow 256 (macOS) or 1024; further files are opened for each read
@@ -71,44 +60,35 @@ def write_shard(path: Path, n_tokens: int, pieces: Iterable[npt.NDArray[np.uint1
     return Shard(path.name, n_tokens, HEADER_BYTES + TOKEN_BYTES * n_tokens, digest.hexdigest())
 
 
-class TokenStream:
+@dataclass(eq=False)
+class TokenStream(AbstractContextManager["TokenStream"]):
     """The tokens of one split, as one long row across its files. Many threads may read from it at once.
 
-    `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder says, `characters` are its ids' if they are
-    characters; `note`, unless empty, is what a person should be told about it. Files are read, never memory-mapped: a
-    mapped file that shrinks kills the process.
+    `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder states; `characters` has the character of
+    each id, if ids are characters; `note`, unless empty, is for the user to read. Files are read, never memory-mapped:
+    a mapped file that shrinks kills the process.
     """
 
-    def __init__(
-        self,
-        files: list[TokenFile],
-        *,
-        fingerprint: str,
-        tokenizer_name: str,
-        tokenizer_fingerprint: str | None,
-        vocab_size: int | None,
-        dataset: str | None = None,
-        characters: str | None = None,
-        note: str = "",
-    ) -> None:
-        self.files = files
-        self.fingerprint = fingerprint
-        self.tokenizer_name = tokenizer_name
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.vocab_size = vocab_size
-        self.dataset = dataset
-        self.characters = characters
-        self.note = note
-        self._ends = list(accumulate(file.n_tokens for file in files))
+    files: list[TokenFile]
+    fingerprint: str
+    tokenizer_name: str
+    tokenizer_fingerprint: str | None
+    vocab_size: int | None
+    dataset: str | None = None
+    characters: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self._ends = list(accumulate(file.n_tokens for file in self.files))
         self.n_tokens = self._ends[-1]
         self._handles: dict[int, IO[bytes]] = {}
         self._lock = threading.Lock()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of this name; whether its fingerprint is this one, the caller has to see.
+        """The tokenizer of this name. The caller has to compare its fingerprint with the stream's.
 
         Raises:
-            Problem: there is none of this name, or its vocabulary is not at hand.
+            Problem: there is none of this name, or its vocabulary cannot be found.
         """
         return load_tokenizer(self.tokenizer_name) if self.characters is None else CharacterTokenizer(self.characters)
 
@@ -121,24 +101,23 @@ class TokenStream:
         if start < 0 or count < 0 or start + count > self.n_tokens:
             raise ValueError(f"tokens [{start}, {start + count}) of a stream of {self.n_tokens}")
         tokens, filled = np.empty(count, dtype=np.uint16), 0
-        index = bisect_right(self._ends, start)
         while filled < count:
-            first = start + filled - (self._ends[index] - self.files[index].n_tokens)  # within this file
+            index, first = self.place(start + filled)
             wanted = min(count - filled, self.files[index].n_tokens - first)
             tokens[filled : filled + wanted] = self._read_file(index, first, wanted)
             filled += wanted
-            index += 1
         return tokens
 
+    def place(self, position: int) -> tuple[int, int]:
+        """The number of the file that holds a token, and the token's place in it."""
+        index = bisect_right(self._ends, position)
+        return index, position - (self._ends[index] - self.files[index].n_tokens)
+
     def close(self) -> None:
-        """Close the files."""
         with self._lock:
             for handle in self._handles.values():
                 handle.close()
             self._handles.clear()
-
-    def __enter__(self) -> "TokenStream":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -207,55 +186,40 @@ def open_tokens(folder: Path, split: str) -> TokenStream:
 
 
 def _open_foreign(folder: Path, split: str) -> TokenStream:
-    files = foreign_files(folder, split)
-    strangers = left_out(folder, split, files)
-    aside = f" {', '.join(strangers)} is left out: it holds an evaluation's questions, no tokens." if strangers else ""
+    questions: list[str] = []
+    files = foreign_files(folder, split, questions)
+    aside = f" {', '.join(questions)} is left out: it holds an evaluation's questions, no tokens." if questions else ""
     if not sum(file.n_tokens for file in files):
         mend = f"make them with `regpt2 prepare DATASET --out {folder}`"
         if split == "val" and foreign_files(folder, "train"):
-            mend = f"`regpt2 reshard {folder} OUT --to native --val-tokens N` takes them from the beginning of train"
+            mend = f"`regpt2 reshard {folder} OUT --to native --val-tokens N` takes the first N of train"
         raise DataError(
             f"{folder}: no {split} tokens here (no manifest.json, no *_{split}_*.bin, *{split}*.npy, {split}.bin, "
             f"*{split}*.idx or *{split}*.ds); {mend}.{aside}"
         )
-    names = [f"{file.path.name} {file.n_tokens}" for file in files]
-    if (folder / META_NAME).exists():
-        return _characters(files, names, read_meta(folder / META_NAME))
-    note = f"{folder} has no manifest.json: its tokens are taken to be GPT-2's, and its content cannot be verified."
-    if files[-1].whole_documents and files[-1].last_token() not in (GPT2_EOT, None):
-        note += " No end of text stands between its documents: they run together."
-    note += aside
+    characters = read_meta(folder / META_NAME) if (folder / META_NAME).exists() else None
+    lines = [f"{file.path.name} {file.n_tokens}" for file in files] + ([characters.fingerprint] if characters else [])
+    what = f"the {characters.vocab_size:,} characters of its {META_NAME}" if characters else "taken to be GPT-2's"
+    note = f"{folder} has no manifest.json: its tokens are {what}, and its content cannot be verified."
+    if not characters and files[-1].whole_documents and files[-1].last_token() not in (GPT2_EOT, None):
+        note += " No end of text separates its documents: they run together."
     return TokenStream(
         files,
-        fingerprint=sha256_bytes("\n".join(names).encode()),
-        tokenizer_name="gpt2",
-        tokenizer_fingerprint=None,
-        vocab_size=GPT2_VOCAB_SIZE,
-        dataset=foreign_dataset(files),
-        note=note,
-    )
-
-
-def _characters(files: list[TokenFile], names: list[str], tokenizer: CharacterTokenizer) -> TokenStream:
-    """The tokens of nanoGPT's character-level data, whose `meta.pkl` says what they are."""
-    folder = files[0].path.parent
-    return TokenStream(
-        files,
-        fingerprint=sha256_bytes("\n".join([*names, tokenizer.fingerprint]).encode()),
-        tokenizer_name=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        characters=tokenizer.characters,
-        note=f"{folder} has no manifest.json: its tokens are the {tokenizer.vocab_size:,} characters of its "
-        f"{META_NAME}, and its content cannot be verified.",
+        fingerprint=sha256_bytes("\n".join(lines).encode()),
+        tokenizer_name=characters.name if characters else "gpt2",
+        tokenizer_fingerprint=characters.fingerprint if characters else None,
+        vocab_size=characters.vocab_size if characters else GPT2_VOCAB_SIZE,
+        dataset=None if characters else foreign_dataset(files),
+        characters=characters.characters if characters else None,
+        note=note + aside,
     )
 
 
 def verify(folder: Path, on_bytes: Callable[[int], object] | None = None, *, part: int = 0, of: int = 1) -> list[str]:
     """Compare every shard with the SHA-256 in the manifest; a message for each bad one, none if all is well.
 
-    `on_bytes` is told of progress. Several processes can share the work: each takes one `part` of so many. A folder
-    without a manifest has nothing to be compared with: only sizes are checked.
+    `on_bytes` gets the progress. Several processes can share the work: each takes one `part` of `of`. Of a folder
+    without a manifest only sizes can be checked.
     """
     if not (folder / MANIFEST_NAME).exists():
         for split in SPLITS:

@@ -25,14 +25,11 @@ Piece = npt.NDArray[np.uint16]
 
 @dataclass
 class Tally:
-    """Amounts of one split."""
-
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
 
     def add(self, other: "Tally") -> None:
-        """Add the other's amounts to these."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
@@ -46,14 +43,14 @@ class Tally:
 
 
 class TokenRow:
-    """Tokens that come in pieces, taken in amounts, once, from the first to the last."""
+    """Tokens that come in pieces, taken in any amounts, once, in order."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._pieces = iter(pieces)
         self._left = np.empty(0, dtype=np.uint16)
 
     def take(self, n_tokens: int) -> Iterator[Piece]:
-        """The next `n_tokens`, which must be there."""
+        """The next `n_tokens`, which must exist."""
         while n_tokens:
             if not len(self._left):
                 self._left = next(self._pieces)
@@ -77,7 +74,6 @@ class SplitTokens:
             yield n_tokens, self.row.take(n_tokens)
 
     def all(self) -> Iterator[Piece]:
-        """All tokens."""
         return self.row.take(self.n_tokens)
 
 
