@@ -134,7 +134,7 @@ def _characters(meta: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; of a dict, which may be deeper than Python can show, its type alone."""
+    """A value for a message; only the type of a dict, which may be nested too deeply to show."""
     return f"{value!r:.80}" if type(value) in (str, int, type(None)) else f"a {type(value).__name__}"
 
 
@@ -162,7 +162,7 @@ def _plain(data: bytes) -> Any:
 
 
 def _apply(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> bool:
-    """Do what one opcode says, if it is one that builds plain values."""
+    """Apply one opcode; False if it builds anything but plain values."""
     if name in _TEXTS or name in _NUMBERS:
         stack.append(argument)
     elif name == "MARK":
@@ -189,7 +189,6 @@ def _apply(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> 
 
 
 def _to_mark(stack: list[Any]) -> list[Any]:
-    """Take what was put since the last mark."""
     at = next(at for at in range(len(stack) - 1, -1, -1) if stack[at] is _MARK)
     items = stack[at + 1 :]
     del stack[at:]
@@ -197,5 +196,4 @@ def _to_mark(stack: list[Any]) -> list[Any]:
 
 
 def _as_dict(items: Sequence[Any]) -> dict[Any, Any]:
-    """Keys and values in turn, as a dict."""
     return dict(zip(items[::2], items[1::2], strict=True))

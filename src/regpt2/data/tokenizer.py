@@ -69,18 +69,17 @@ class Tokenizer(ABC):
         """Ids of a text. No id stands for `<|endoftext|>`: that one is only ever put between documents."""
 
     def encode_utf8(self, data: bytes) -> npt.NDArray[np.uint16]:
-        """Ids of a text that is at hand as valid UTF-8; with gigatoken faster than from the text."""
+        """Ids of a text given as valid UTF-8; with gigatoken faster than from the text."""
         return self.encode_to_numpy(data.decode())
 
     def new_part(self) -> None:  # noqa: B027  (most have nothing to do)
-        """Said before each part of a preparation: an encoder that has to prove itself does so again."""
+        """Called before each part of a preparation: an encoder that has to prove itself does so again."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, as a list."""
         return [int(token) for token in self.encode_to_numpy(text)]
 
     def can_encode(self, text: str) -> bool:
-        """Has the text ids? Always, but where ids are characters, and it has others."""
+        """Whether the text has ids: false only where ids are characters and the text has others."""
         return self.characters is None or set(text) <= set(self.characters)
 
     def encode_with_end_of_text(self, text: str) -> list[int]:
@@ -121,7 +120,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        """The text that is now certain; empty while a character is incomplete."""
+        """The text that is now complete; empty within a character."""
         return self._utf8.decode(self._tokenizer.decode_bytes((token,)))
 
     def end(self) -> str:
@@ -201,17 +200,13 @@ def find_vocab(vocab_path: Path | None = None) -> Path:
     if vocab_path is not None:
         if not vocab_path.is_file():
             raise DataError(f"{vocab_path}: there is no such vocabulary file; leave the option out to use GPT-2's own.")
-        if (n_bytes := vocab_path.stat().st_size) != VOCAB_BYTES:
-            raise DataError(
-                f"{vocab_path} is not GPT-2's vocab.bpe: it has {n_bytes:,} bytes, expected {VOCAB_BYTES:,}; "
-                "leave the option out to use GPT-2's own."
-            )
-        if (got := sha256_file(vocab_path)) != VOCAB_SHA256:
-            raise DataError(
-                f"{vocab_path} is not GPT-2's vocab.bpe: its SHA-256 is {got}, expected {VOCAB_SHA256}; "
-                "leave the option out to use GPT-2's own."
-            )
-        return vocab_path
+        if (n_bytes := vocab_path.stat().st_size) != VOCAB_BYTES:  # so a large file is not read
+            fault = f"it has {n_bytes:,} bytes, expected {VOCAB_BYTES:,}"
+        elif (got := sha256_file(vocab_path)) != VOCAB_SHA256:
+            fault = f"its SHA-256 is {got}, expected {VOCAB_SHA256}"
+        else:
+            return vocab_path
+        raise DataError(f"{vocab_path} is not GPT-2's vocab.bpe: {fault}; leave the option out to use GPT-2's own.")
     packaged = _packaged_vocab()
     if packaged is not None:
         if sha256_file(packaged) == VOCAB_SHA256:

@@ -74,7 +74,6 @@ class SharedWork:
 
     @classmethod
     def from_json(cls, text: str) -> "SharedWork":
-        """What `to_json` wrote."""
         content = json.loads(text)
         job, vocab = content["job"], content["job"]["vocab"]
         places = {"folder": Path(job["folder"]), "vocab": vocab and Path(vocab), "filters": Filters(**job["filters"])}
@@ -86,7 +85,6 @@ class SharedWork:
 
 
 def failure_file(folder: Path) -> Path:
-    """Where a task writes why it failed."""
     return folder / FOLDER_NAME / "failure"
 
 
@@ -147,7 +145,6 @@ def check_options(engine: str, options: dict[str, str]) -> dict[str, Any]:
 
 
 def _wait(folder: Path, missing: set[int], is_working: Callable[[], bool], on_done: Callable[[int], object]) -> None:
-    """Look at the folder until all parts exist."""
     n_parts = len(missing)
     while missing:
         has_ended = not is_working()  # asked first: the look below then sees all that the tasks wrote
@@ -167,7 +164,6 @@ def _wait(folder: Path, missing: set[int], is_working: Callable[[], bool], on_do
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what the tasks of an interrupted call left behind."""
     failure_file(folder).unlink(missing_ok=True)
     for left_by_a_kill in folder.glob(".*.tmp"):
         left_by_a_kill.unlink()

@@ -25,23 +25,22 @@ class Space:
     shard_tokens: int
     workers: int
     limit_bytes: int | None
-    """At most so many at any time; None: as many as usual."""
+    """The most bytes at any time; None: no limit."""
 
     @cached_property
     def download_bytes(self) -> int:
-        """Of files that are elsewhere."""
+        """Of the files to download."""
         return sum(_remote_bytes(part) for part in self.plan.parts)
 
     @cached_property
     def tokens(self) -> int:
-        """About as many, rather too many than too few."""
+        """An estimate, rather too high than too low."""
         if self.tokenizer == "gpt2" and self.plan.n_tokens:
             return int(self.plan.n_tokens * MARGIN)
         return int(self.plan.n_bytes * TOKENS_PER_BYTE[self.tokenizer])
 
     @property
     def shards_bytes(self) -> int:
-        """Of the shards, in the end."""
         return self.tokens * TOKEN_BYTES
 
     def part_bytes(self, part: Part) -> int:
@@ -49,15 +48,10 @@ class Space:
         return _remote_bytes(part) + int(self.shards_bytes * part.n_bytes / max(1, self.plan.n_bytes))
 
     @cached_property
-    def largest_bytes(self) -> int:
-        """Of the largest part."""
-        return max(map(self.part_bytes, self.plan.parts), default=0)
-
-    @cached_property
     def least_bytes(self) -> int:
-        """With one part at a time, and what waits for a whole shard."""
+        """With one part at a time, and the tokens that wait for a full shard."""
         waiting = min(self.shards_bytes, 2 * self.shard_tokens * TOKEN_BYTES)
-        return self.shards_bytes + waiting + self.largest_bytes
+        return self.shards_bytes + waiting + max(map(self.part_bytes, self.plan.parts), default=0)
 
     @cached_property
     def most_bytes(self) -> int:

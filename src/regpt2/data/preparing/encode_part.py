@@ -49,7 +49,6 @@ class EncodeJob:
     filters: Filters
     dedup: bool
     folder: Path
-    """Where the parts go."""
 
     def start(self) -> "PartEncoder":
         """Make ready to work: load the entry and the tokenizer, once per process."""
@@ -64,7 +63,7 @@ class PartResult:
     skipped: dict[str, int]
     encoder: str
     first_skipped: dict[str, str] = field(default_factory=dict)
-    """For each reason in `skipped` the file where it was met first."""
+    """For each reason in `skipped` the first file with it."""
 
     @classmethod
     def read(cls, folder: Path, index: int) -> "PartResult | None":
@@ -142,7 +141,7 @@ def local_copies(part: Part, folder: Path, index: int, on_bytes: Report) -> Iter
 
 
 def forget_copies(folder: Path, is_finished: Callable[[int], bool]) -> None:
-    """Remove what a kill left of fetched files whose parts are finished."""
+    """Remove downloads of finished parts that a kill left behind."""
     for path in folder.glob("raw-*"):
         if is_finished(int(path.name.split("-")[1])):
             path.unlink()
@@ -165,7 +164,7 @@ def raw_file(folder: Path, index: int, n: int, name: str) -> Path:
 
 
 def _valid(text: str, skipped: Skipped) -> tuple[str, bytes]:
-    """The text and its UTF-8, repaired and counted where it is none."""
+    """The text and its UTF-8; half surrogate pairs are replaced and counted."""
     try:
         return text, text.encode()
     except UnicodeEncodeError:
@@ -191,7 +190,7 @@ class _Progress:
         self._advance(n_bytes * self._per_encoded)
 
     def finished(self) -> None:
-        """What was planned is what was done, whatever the text turned out to be."""
+        """Report the rest of the plan, whatever the text's real size was."""
         self._report(self._planned - self._told)
 
     def _advance(self, amount: float) -> None:
@@ -207,28 +206,21 @@ class _TokenFileWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self.tally = Tally()
         self._file = file
-        self._buffer = np.empty(BUFFER_TOKENS, dtype="<u2")
-        self._filled = 0
+        self._waiting: list[npt.NDArray[np.uint16]] = []
+        self._n_waiting = 0
 
     def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int) -> None:
-        if self._filled + 1 + len(ids) > BUFFER_TOKENS:
+        self._waiting += [np.array([eot], dtype=np.uint16), ids]
+        self._n_waiting += 1 + len(ids)
+        self.tally.add(Tally(1, 1 + len(ids), text_bytes))
+        if self._n_waiting > BUFFER_TOKENS:
             self.flush()
             _stop_if_orphaned()
-        if 1 + len(ids) > BUFFER_TOKENS:
-            self._file.write(np.array([eot], dtype="<u2").tobytes())
-            self._file.write(ids.astype("<u2", copy=False).tobytes())
-        else:
-            end = self._filled + 1 + len(ids)
-            self._buffer[self._filled] = eot
-            self._buffer[self._filled + 1 : end] = ids
-            self._filled = end
-        self.tally.documents += 1
-        self.tally.tokens += 1 + len(ids)
-        self.tally.text_bytes += text_bytes
 
     def flush(self) -> None:
-        self._file.write(self._buffer[: self._filled].tobytes())
-        self._filled = 0
+        if self._waiting:
+            self._file.write(np.concatenate(self._waiting).astype("<u2", copy=False).tobytes())
+        self._waiting, self._n_waiting = [], 0
 
 
 def _stop_if_orphaned() -> None:

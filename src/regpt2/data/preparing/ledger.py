@@ -15,12 +15,12 @@ from typing import Any
 from regpt2.base.console import say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
-from regpt2.data.preparing.encode_part import PARTS_NAME, Tally
-from regpt2.data.tokens.manifest import MANIFEST_NAME, SPLITS, Manifest, Shard
+from regpt2.data.preparing.encode_part import PARTS_NAME
+from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, SPLITS, Manifest, Shard
 from regpt2.data.tokens.shards import LEDGER_NAME
+from regpt2.data.tokens.writing import Tally
 
 ENCODER = "encoder"  # among the options in the manifest
-IDENTITY = ("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint")  # settings with a manifest key
 
 
 @dataclass
@@ -46,7 +46,6 @@ class Ledger:
     encoders: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Replace the ledger in `folder`, atomically."""
         write_atomic(folder / LEDGER_NAME, json.dumps(asdict(self), ensure_ascii=False))
 
     @classmethod

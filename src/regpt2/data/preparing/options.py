@@ -14,6 +14,7 @@ from regpt2.data.preparing.cluster import OPTIONS, check_options
 from regpt2.data.sources.filters import Filters
 from regpt2.data.sources.plan import Plan, Source
 from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokens.manifest import IDENTITY
 from regpt2.data.tokens.writing import DEFAULT_SHARD_TOKENS
 
 DEFAULT_VAL_FRACTION = 0.05
@@ -28,7 +29,7 @@ class PrepareOptions:
     """What to prepare, and how."""
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
-    """The data set, one of those above."""
+    """The data set, one of those listed above."""
     out: Path
     """The folder to write. After an interruption, run the same command again to resume."""
     input: Path | None = None
@@ -60,7 +61,7 @@ class PrepareOptions:
     engine_options: tuple[str, ...] = ()
     """With slurm or ray: its options as NAME=VALUE, such as partition=cpu time=04:00:00 for slurm."""
     val_fraction: float | None = None
-    """Share of the documents, about, that goes to the validation split; default: 0.05."""
+    """Approximate share of the documents in the validation split; default: 0.05."""
     val_tokens: int | None = None
     """Take the first N tokens as the validation split, as in the lecture."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
@@ -73,7 +74,6 @@ class PrepareOptions:
 
     @property
     def source(self) -> Source:
-        """What the entry of the data set gets."""
         asked = (self.input, self.field, self.repo, self.config, self.split, self.revision, self.first)
         return Source(*asked)
 
@@ -131,10 +131,5 @@ class PrepareOptions:
 
     def settings(self, plan: Plan, tokenizer: Tokenizer) -> dict[str, str]:
         """All that decides what the shards hold. A folder made with other settings is another preparation."""
-        return {
-            "dataset": self.dataset,
-            "source": plan.source,
-            "revision": plan.revision,
-            "tokenizer": tokenizer.name,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-        } | self.shaping(plan)
+        identity = (self.dataset, plan.source, plan.revision, tokenizer.name, tokenizer.fingerprint)
+        return dict(zip(IDENTITY, identity, strict=True)) | self.shaping(plan)

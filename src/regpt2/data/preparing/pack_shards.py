@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.data.preparing.encode_part import DOCUMENT_TABLE, PARTS_NAME, PartResult, part_file, table_file
-from regpt2.data.preparing.ledger import Ledger
+from regpt2.data.preparing.ledger import Ledger, Progress
 from regpt2.data.sources.filters import Seen
 from regpt2.data.sources.plan import Skipped
 from regpt2.data.tokenizer import Tokenizer
@@ -30,18 +30,10 @@ class Packer:
     """Takes parts in the order of the plan and writes a shard as soon as there are tokens for one."""
 
     def __init__(
-        self,
-        folder: Path,
-        ledger: Ledger,
-        dataset: str,
-        tokenizer: Tokenizer,
-        *,
-        shard_tokens: int,
-        val_tokens: int,
-        dedup: bool,
+        self, folder: Path, ledger: Ledger, tokenizer: Tokenizer, *, shard_tokens: int, val_tokens: int, dedup: bool
     ) -> None:
         """`val_tokens`: the first tokens of one stream; 0: the parts have a validation split of their own."""
-        self.folder, self.ledger, self.dataset, self.tokenizer = folder, ledger, dataset, tokenizer
+        self.folder, self.ledger, self.tokenizer = folder, ledger, tokenizer
         self.shard_tokens, self.val_tokens, self.dedup = shard_tokens, val_tokens, dedup
         self.parts_folder = folder / PARTS_NAME
         self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
@@ -79,12 +71,17 @@ class Packer:
             skipped.include(result.skipped, result.first_skipped)
             for name in SPLITS:
                 tallies[name].add(result.splits[name])
+        reasons = "; ".join(described(skipped, skipped.first)) or "nothing was skipped"
         if self.val_tokens:
-            _require_tokens(tallies["train"].tokens, self.val_tokens, skipped)
+            if (n_tokens := tallies["train"].tokens) <= self.val_tokens:
+                raise DataError(
+                    f"there are {n_tokens:,} tokens, no more than the {self.val_tokens:,} for validation ({reasons}); "
+                    "choose a smaller --val-tokens, or add documents."
+                )
             val = tallies["val"]
             tallies["train"].add(Tally(-val.documents, -val.tokens, -val.text_bytes))
         else:
-            _require_documents(tallies, skipped)
+            _require_documents(tallies, reasons)
         for name in SPLITS:
             if self._waiting[name]:
                 self._write_shard(name, self._waiting[name])
@@ -92,12 +89,11 @@ class Packer:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of tokens that have been taken and are in no shard yet."""
+        """Of tokens that were taken and are in no shard yet."""
         return TOKEN_BYTES * sum(self._waiting.values())
 
     @property
     def encoders(self) -> str:
-        """What made the ids."""
         return ", ".join(sorted({*self.ledger.encoders, *(result.encoder for result in self._results.values())}))
 
     def _take(self, index: int) -> None:
@@ -144,8 +140,8 @@ class Packer:
     def _write_shard(self, name: str, n_tokens: int) -> None:
         stream = "train" if self.val_tokens else name
         place, shards = self.ledger.progress[stream], self.ledger.progress[name].shards
-        path = self.folder / shard_name(self.dataset, name, len(shards))
-        cursor, tally = _Cursor(place.part, place.offset), Tally()
+        path = self.folder / shard_name(self.ledger.settings["dataset"], name, len(shards))
+        cursor, tally = Progress(place.part, place.offset), Tally()
         pieces = self._tokens(stream, cursor, n_tokens)
         if name != stream:  # the parts do not say how much of them is for validation
             pieces = tally.counted(pieces, self.tokenizer)
@@ -155,7 +151,7 @@ class Packer:
         self._waiting[stream] -= n_tokens
         self._fold()
 
-    def _tokens(self, stream: str, cursor: "_Cursor", count: int) -> Iterator[Piece]:
+    def _tokens(self, stream: str, cursor: Progress, count: int) -> Iterator[Piece]:
         """The next `count` tokens of a stream; `cursor` moves along."""
         while count:
             n_tokens = self._results[cursor.part].splits[stream].tokens
@@ -204,7 +200,6 @@ class Stretches:
 
     @classmethod
     def whole(cls, n_tokens: int) -> "Stretches":
-        """All of it."""
         return cls(np.zeros(1, np.int64), np.array([n_tokens]))
 
     @classmethod
@@ -221,32 +216,14 @@ class Stretches:
         return int(self.starts[n]) + offset - before, int(self.ends[n]) - offset
 
 
-@dataclass
-class _Cursor:
-    part: int
-    offset: int
-
-
-def _require_tokens(n_tokens: int, val_tokens: int, skipped: Skipped) -> None:
-    if n_tokens <= val_tokens:
-        raise DataError(
-            f"there are {n_tokens:,} tokens, no more than the {val_tokens:,} for validation ({_reasons(skipped)}); "
-            "choose a smaller --val-tokens, or add documents."
-        )
-
-
-def _reasons(skipped: Skipped) -> str:
-    return "; ".join(described(skipped, skipped.first)) or "nothing was skipped"
-
-
-def _require_documents(tallies: dict[str, Tally], skipped: Skipped) -> None:
-    if not any(tally.documents for tally in tallies.values()):
-        raise DataError(f"there is no document in the input ({_reasons(skipped)}).")
+def _require_documents(tallies: dict[str, Tally], reasons: str) -> None:
+    total = sum(tally.documents for tally in tallies.values())
+    if not total:
+        raise DataError(f"there is no document in the input ({reasons}).")
     for name, tally in tallies.items():
         if not tally.documents:
-            total = sum(each.documents for each in tallies.values())
             direction = "larger" if name == "val" else "smaller"
             raise DataError(
                 f"none of the {total:,} documents fell to the {name} split; choose a {direction} --val-fraction, "
-                f"or add documents ({_reasons(skipped)})."
+                f"or add documents ({reasons})."
             )

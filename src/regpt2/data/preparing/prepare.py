@@ -78,15 +78,8 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
     is_slurm = options.engine == "slurm"
     ledger = begin(options.out, options.settings(plan, tokenizer), plan.fingerprint, keep_parts_tmp=is_slurm)
     space.require(options.out)
-    packer = Packer(
-        options.out,
-        ledger,
-        options.dataset,
-        tokenizer,
-        shard_tokens=options.shard_tokens,
-        val_tokens=val_tokens,
-        dedup=options.dedup,
-    )
+    shard_tokens, dedup = options.shard_tokens, options.dedup
+    packer = Packer(options.out, ledger, tokenizer, shard_tokens=shard_tokens, val_tokens=val_tokens, dedup=dedup)
     job = EncodeJob(
         dataset=options.dataset,
         tokenizer=options.tokenizer,
@@ -94,7 +87,7 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
         encoder=options.encoder,
         val_fraction=val_fraction,
         filters=options.filters,
-        dedup=options.dedup,
+        dedup=dedup,
         folder=options.out / PARTS_NAME,
     )
     folded = ledger.folded
@@ -139,11 +132,7 @@ def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: P
         raise
     progress = packer.ledger.progress
     manifest = Manifest(
-        dataset=options.dataset,
-        source=plan.source,
-        revision=plan.revision,
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
+        *(options.dataset, plan.source, plan.revision, tokenizer.name, tokenizer.fingerprint),
         vocab_size=tokenizer.vocab_size,
         options=options.shaping(plan) | {ENCODER: packer.encoders},
         splits={

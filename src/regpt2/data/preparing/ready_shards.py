@@ -25,7 +25,7 @@ from regpt2.data.preparing.ledger import begin, clear, complete_already
 from regpt2.data.preparing.workers import Report, Work, run_tasks
 from regpt2.data.sources.plan import InputFile
 from regpt2.data.tokenizer import Gpt2Tokenizer, Tokenizer, find_vocab, load_tokenizer
-from regpt2.data.tokens.manifest import HEADER_BYTES, Manifest, Shard, Split
+from regpt2.data.tokens.manifest import HEADER_BYTES, IDENTITY, Manifest, Shard, Split
 from regpt2.data.tokens.other_formats import token_file
 
 
@@ -40,12 +40,11 @@ class ReadyPlan:
 
     @property
     def files(self) -> list[InputFile]:
-        """The shards of all splits."""
         return [file for files in self.splits.values() for file in files]
 
     @property
     def fingerprint(self) -> str:
-        """Changes when what should be in the folder does."""
+        """Changes with the planned content of the folder."""
         lines = [f"{self.dataset} {self.source} {self.revision}"]
         lines += [f"{split} {f.name} {f.n_bytes} {f.digest}" for split, files in self.splits.items() for f in files]
         return sha256_bytes("\n".join(lines).encode())
@@ -53,7 +52,7 @@ class ReadyPlan:
 
 @dataclass(frozen=True)
 class Counted:
-    """A shard that is in its place, and what it holds."""
+    """A finished shard and what it holds."""
 
     shard: Shard
     documents: int
@@ -80,13 +79,8 @@ def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> 
         DataError: a shard is not one of GPT-2 tokens, or a local copy differs from what was published.
         DownloadError: a shard cannot be fetched.
     """
-    settings = {
-        "dataset": plan.dataset,
-        "source": plan.source,
-        "revision": plan.revision,
-        "tokenizer": Gpt2Tokenizer.name,
-        "tokenizer_fingerprint": Gpt2Tokenizer.fingerprint,
-    }
+    identity = (plan.dataset, plan.source, plan.revision, Gpt2Tokenizer.name, Gpt2Tokenizer.fingerprint)
+    settings = dict(zip(IDENTITY, identity, strict=True))
     if manifest := complete_already(folder, settings):
         return manifest
     find_vocab(vocab)
@@ -105,7 +99,7 @@ def collect(plan: ReadyPlan, folder: Path, vocab: Path | None, workers: int) -> 
         for _ in done:
             pass
     manifest = Manifest(
-        **settings,
+        *identity,
         vocab_size=Gpt2Tokenizer.vocab_size,
         options={},
         splits={split: _split(folder, files) for split, files in plan.splits.items()},
@@ -122,7 +116,6 @@ def _start(folder: Path, vocab: Path | None) -> Work:
 
 
 def _get(folder: Path, tokenizer: Tokenizer, file: InputFile, report: Report) -> None:
-    """A worker's task: one shard into its place, and its count beside it."""
     place = folder / file.name
     if file.path:
         counted = _count(Path(file.path), file, tokenizer)
@@ -135,7 +128,6 @@ def _get(folder: Path, tokenizer: Tokenizer, file: InputFile, report: Report) ->
 
 
 def _count(path: Path, file: InputFile, tokenizer: Tokenizer) -> Counted:
-    """Read a shard from end to end."""
     tokens = token_file(path)
     if tokens.offset != HEADER_BYTES:
         raise DataError(f"{path} has no header of llm.c's; it cannot be used as a ready-made shard.")

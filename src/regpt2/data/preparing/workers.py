@@ -77,7 +77,6 @@ class _Worker:
         self.task: Any = None
 
     def give(self, task: Any) -> None:
-        """Begin a task."""
         self.task = task
         with suppress(OSError):  # the process is gone: `receive` will say so
             self.connection.send(task)

@@ -24,7 +24,7 @@ _MISSING = object()
 
 
 def is_array(head: bytes) -> bool:
-    """Does a file that begins so hold an array of records, and not one record a line?"""
+    """Whether a file that begins like this is an array of records, instead of one record per line."""
     return _ARRAY.match(head) is not None
 
 
@@ -70,7 +70,7 @@ def array_documents(file: IO[bytes], path: str, field: str, skipped: Skipped) ->
 
 
 def _skip_line(file: IO[bytes]) -> int:
-    """Read past the end of the line; how many bytes that took."""
+    """Read past the end of the line; the number of bytes."""
     count = 0
     while line := file.readline(LINE_BYTES):
         count += len(line)
@@ -149,11 +149,9 @@ class _Values:
                 return self._text[self._at : self._at + 1]
 
     def skip(self) -> None:
-        """Go past one character."""
         self._at += 1
 
     def read(self) -> Any:
-        """The value that begins here."""
         is_whole = False
         while True:
             try:

@@ -33,7 +33,6 @@ def kind_of(name: str) -> str:
 
 
 def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
-    """The documents of a part whose files are on this machine."""
     for piece in part.slices:
         skipped.file = piece.file.name
         if kind_of(piece.file.name) in PARQUET:
@@ -65,7 +64,7 @@ def slices(file: InputFile, field: str) -> Iterator[tuple[Slice, int]]:
 
 
 def text_bytes(file: InputFile) -> int:
-    """The bytes of text in a file that nobody has looked into, as far as its size and name tell."""
+    """The bytes of text in a file, estimated from its size and name alone."""
     if _is_compressed(file.name):
         return file.n_bytes * COMPRESSED_RATIO
     return file.n_bytes * PARQUET_RATIO if kind_of(file.name) in PARQUET else file.n_bytes

@@ -82,14 +82,21 @@ def text_pieces(file: IO[bytes], first: int, stop: int | None, skipped: Skipped)
 
 def _cut(head: bytes, file: IO[bytes], first: int, stop: int | None, skipped: Skipped) -> Iterator[Document]:
     """`head` is what has been read of `file` already, from the beginning of the block of piece `first`."""
-    source = _Joined(head, file)
-    block, piece = source.read(PIECE_BYTES), first
+    blocks = _blocks(head, file)
+    block, piece = next(blocks, b""), first
     lead = _bytes_before_cut(block) if piece else 0  # these belong to the piece before
     while block and piece != stop:
-        following = source.read(PIECE_BYTES)
+        following = next(blocks, b"")
         tail = _bytes_before_cut(following)
         yield Document(decode(block[lead:] + following[:tail], skipped), piece=piece)
         block, lead, piece = following, tail, piece + 1
+
+
+def _blocks(head: bytes, file: IO[bytes]) -> Iterator[bytes]:
+    """`head` and the rest of the file, in blocks of PIECE_BYTES, of which the last is shorter."""
+    while block := head[:PIECE_BYTES] + file.read(max(0, PIECE_BYTES - len(head))):
+        head = head[PIECE_BYTES:]
+        yield block
 
 
 def _bytes_before_cut(block: bytes) -> int:
@@ -99,17 +106,6 @@ def _bytes_before_cut(block: bytes) -> int:
     if (line_end := window.find(b"\n")) >= 0:
         return line_end + 1
     return next((n for n, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
-
-
-class _Joined:
-    """Reads `head` first and then the file it was taken from, always as much as asked for until the end."""
-
-    def __init__(self, head: bytes, file: IO[bytes]) -> None:
-        self._head, self._file = head, file
-
-    def read(self, count: int) -> bytes:
-        data, self._head = self._head[:count], self._head[count:]
-        return data + self._file.read(count - len(data)) if len(data) < count else data
 
 
 def _decompressed(file: InputFile) -> io.BufferedReader:

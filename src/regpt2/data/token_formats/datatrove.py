@@ -11,7 +11,7 @@ END_OF_TEXT_LAST = True
 
 
 def write(folder: Path, data: TokenData) -> None:
-    """Write one file, its index, and what datatrove says of both, for each split."""
+    """Write for each split one file, its index, and datatrove's metadata."""
     for split in data.splits:
         name = f"00000_{data.dataset}_{split.name}.ds"
         write_documents(folder / name, folder / (name + INDEX_SUFFIX), split, data.tokenizer.eot)

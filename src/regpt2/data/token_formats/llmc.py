@@ -14,7 +14,6 @@ END_OF_TEXT_LAST = False
 
 
 def write(folder: Path, data: TokenData) -> None:
-    """Write the shards of all splits."""
     for split in data.splits:
         first = 1 if split.name == "train" else 0
         for index, (n_tokens, pieces) in enumerate(split.shards(data.shard_tokens), first):

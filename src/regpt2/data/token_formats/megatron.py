@@ -22,7 +22,6 @@ _AT_ONCE = 1 << 16  # documents
 
 
 def write(folder: Path, data: TokenData) -> None:
-    """Write one pair of files for each split."""
     for split in data.splits:
         stem = f"{data.dataset}_{split.name}"
         ends = folder / f"{stem}.ends"

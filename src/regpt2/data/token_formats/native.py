@@ -12,7 +12,6 @@ HOLDS_CHARACTERS = True
 
 
 def write(folder: Path, data: TokenData) -> None:
-    """Write the shards of all splits, and then the manifest."""
     Manifest(
         dataset=data.dataset,
         source=data.source,
