@@ -89,7 +89,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, protocol
         ("abc", "it holds 'abc', expected"),
         (["a"], "more than dicts, texts and whole numbers"),
         (meta_of("ab") | {"vocab_size": 3}, "vocab_size is 3, 'itos' has 2 and 'stoi' 2"),
-        (meta_of("ab") | {"vocab_size": "2"}, "no whole number"),
+        (meta_of("ab") | {"vocab_size": "2"}, "not a whole number"),
         (meta_of("ab") | {"itos": {0: "a", 2: "b"}}, "'itos' has None for id 1"),
         (meta_of("ab") | {"itos": {0: "a", 1: "ba"}}, "'itos' has 'ba' for id 1, expected one character"),
         (meta_of("ab") | {"itos": {0: "a", 1: {}}}, "'itos' has a dict for id 1"),

@@ -198,7 +198,7 @@ def test_what_a_run_will_see_of_each_is_said(two: tuple[Path, Path]) -> None:
         ("", ["a=-1"], "a weight above 0"),
         ("", ["a=nan"], "a weight above 0"),
         ("", ["a=inf"], "a weight above 0"),
-        ("", ["a=1", "b=1", "./c/../a=1"], "mix './c/../a=1': this folder is there already"),
+        ("", ["a=1", "b=1", "./c/../a=1"], "mix './c/../a=1': this folder is given twice"),
         ("", ["a=1e308", "b=1e308"], "less than a millionth"),
         ("", ["a=1", "b=1e-9"], "mix: b has less than a millionth of the weight"),
     ],

@@ -121,7 +121,7 @@ def _characters(meta: Any) -> str:
         raise DataError(f"it holds {got}, expected a dict of 'vocab_size', 'itos' and 'stoi'.")
     n, itos, stoi = meta["vocab_size"], meta["itos"], meta["stoi"]
     if type(n) is not int or not isinstance(itos, dict) or not isinstance(stoi, dict):
-        raise DataError("its 'vocab_size' is no whole number, or its 'itos' or 'stoi' is no dict.")
+        raise DataError("its 'vocab_size' is not a whole number, or its 'itos' or 'stoi' is not a dict.")
     if not n == len(itos) == len(stoi):
         raise DataError(f"its vocab_size is {n}, 'itos' has {len(itos):,} and 'stoi' {len(stoi):,}, expected the same.")
     found = [itos.get(token) for token in range(n)]
@@ -157,7 +157,7 @@ def _plain(data: bytes) -> Any:
                 )
         (value,) = stack
     except (ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:
-        raise DataError(f"it is no pickle, or a damaged one ({type(error).__name__}: {error!s:.200}).") from None
+        raise DataError(f"it is not a pickle, or a damaged one ({type(error).__name__}: {error!s:.200}).") from None
     return value
 
 

@@ -108,7 +108,7 @@ class ProvenTokenizer(Tokenizer):
             self._n_to_compare -= 1
             expected = self._reference.encode_utf8(data)
             if not np.array_equal(ids, expected):
-                warn(f"{self.encoder} does not give the ids of {self._reference.encoder}, which is used instead.")
+                warn(f"{self.encoder} does not give the ids of {self._reference.encoder}, which is used from now on.")
                 self.encoder = self._reference.encoder
             return expected
         self._cached_tokens += len(ids)

@@ -7,7 +7,7 @@ A window is `seq_len` tokens and the one after them; the targets are the window 
 follow each other without gap or overlap, so every token is a target once per epoch, except the first token and one
 tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam, and take
 up where the step before ended, of whatever size each is. Of several data sets each has its own windows and epochs;
-whose turn it is says data/mixture.py.
+data/mixture.py decides which data set a window comes from.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ class BatchConfig:
 
     @property
     def growth(self) -> str:
-        """Of the ramp, what follows "so many tokens per update" in a sentence; "" without one."""
+        """The ramp in words, to follow "N tokens per update" in a sentence; "" without one."""
         if not self.ramp_from:
             return ""
         return f", grown from {self.ramp_from:,} over the first {count(self.ramp_tokens)} tokens"

@@ -1,8 +1,8 @@
-"""Several data sets in one run. In: FOLDER=WEIGHT of each; out: their tokens, opened, and whose turn each window is.
+"""Several data sets in one run. In: FOLDER=WEIGHT of each; out: their tokens, opened, and the data set of each window.
 
-A weight is a share of the windows of training. The deal is a rule, not a draw: of the first t windows each of n data
-sets has its share of t, to within 1 + 1/2 + ... + 1/(n - 1) windows: 1 of two data sets, 1.5 of three. So every
-update is the mixture in small. A data set's windows come in the order in which a run on it alone would see them.
+A weight is a share of the windows of training. Windows are dealt by a rule, not at random: of the first t windows each
+of n data sets has its share of t, to within 1 + 1/2 + ... + 1/(n - 1) windows: 1 of two data sets, 1.5 of three. So
+every update is the mixture in small. A data set's windows come in the order in which a run on it alone would see them.
 """
 
 import math
@@ -56,7 +56,7 @@ def read_shares(data: str, mix: Sequence[str]) -> tuple[Share, ...]:
         if not folder or not 0 < _number(weight) < math.inf:
             raise ConfigError(f"mix {item!r}: expected FOLDER=WEIGHT with a weight above 0, as in data/code=0.3.")
         if os.path.abspath(folder) in map(os.path.abspath, folders):
-            raise ConfigError(f"mix {item!r}: this folder is there already; give it once, with its whole weight.")
+            raise ConfigError(f"mix {item!r}: this folder is given twice; give it once, with its whole weight.")
         folders.append(Path(folder))
         weights.append(float(weight))
     parts = [round(_PARTS * (weight / sum(weights))) for weight in weights]
@@ -76,7 +76,7 @@ def _number(text: str) -> float:
 
 
 def deal(places: NDArray[np.int64], parts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Whose turn it is at each place of a run, and how many turns that one has had before.
+    """Which data set each place of a run belongs to, and how many places that one had before.
 
     Of the first t places the first data set has floor(t x its share); the places that it leaves, counted anew, are
     dealt to the others in the same way. With the greatest share first no rounding weighs much on a small one.
@@ -105,7 +105,9 @@ class Mixture(AbstractContextManager["Mixture"]):
         if len(shares) > 1:
             lines = [f"{stream.fingerprint} {part}" for stream, part in zip(streams, self.parts, strict=True)]
             self.fingerprint = sha256_bytes("\n".join(lines).encode())
-            self.dataset = f"mixture {self.fingerprint[:8]}"  # names none of them: it has no reference of theirs
+            self.dataset = (
+                f"mixture {self.fingerprint[:8]}"  # no data set's name, so that no published curve is compared
+            )
 
     def __str__(self) -> str:
         folders = [str(share.folder) for share in self.shares]

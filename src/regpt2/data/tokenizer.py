@@ -66,7 +66,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
-        """Ids of a text. No id stands for `<|endoftext|>`: that one is only ever put between documents."""
+        """Ids of a text. `<|endoftext|>` gets no id here: it is only put between documents."""
 
     def encode_utf8(self, data: bytes) -> npt.NDArray[np.uint16]:
         """Ids of a text given as valid UTF-8; with gigatoken faster than from the text."""
@@ -90,7 +90,7 @@ class Tokenizer(ABC):
         return list(chain(first, *([self.eot, *ids] for ids in others)))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; a single id may hold only a part of a character."""
+        """The bytes of ids; a single id may be only a part of a character."""
         pieces = []
         for token in ids:
             if not 0 <= token < self.vocab_size:
@@ -103,11 +103,11 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
-        """Bytes of text that each id stands for; 0 for end of text, which is no text."""
+        """Bytes of text of each id; 0 for end of text, which is no text."""
         return self._sizes
 
     def count(self, ids: npt.NDArray[np.uint16]) -> tuple[int, int]:
-        """How many documents begin in `ids`, by their ends of text, and the bytes of text that they stand for."""
+        """How many documents begin in `ids`, by their ends of text, and their bytes of text."""
         n_documents = 0 if self.eot is None else int(np.count_nonzero(ids == self.eot))
         return n_documents, int(self._sizes[ids].sum(dtype=np.int64))
 
@@ -253,7 +253,7 @@ def _packaged_vocab() -> Path | None:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces cut where the pattern splits whatever stands around: their ids joined are the text's ids."""
+    """The text in pieces, cut where the pattern splits in any context: their ids joined are the text's ids."""
     start = 0
     while len(text) - start > PIECE_CHARS:
         cut = _SURE_SPLIT.search(text, start + PIECE_CHARS)

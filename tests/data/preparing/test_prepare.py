@@ -338,7 +338,7 @@ def test_folders_in_use_or_with_other_tokens_are_refused(tmp_path: Path) -> None
     with folder_lock(out), pytest.raises(UsageError, match="in use by process"):
         prepare(options_for(source, out, tokenizer="bytes"))
     (out / "fineweb_train_000001.bin").touch()
-    with pytest.raises(UsageError, match="holds tokens from elsewhere"):
+    with pytest.raises(UsageError, match="already holds tokens that this command did not write"):
         prepare(options_for(source, out, tokenizer="bytes"))
 
 

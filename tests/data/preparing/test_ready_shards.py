@@ -117,7 +117,9 @@ def test_a_complete_folder_is_left_as_it_is_and_no_other_set_is_put_there(hub: F
 
 def test_tokens_from_elsewhere_are_not_mixed_in(hub: FakeHub, out: Path) -> None:
     (out / "mine_train_000000.bin").write_bytes(shard([1]))
-    with pytest.raises(UsageError, match=r"holds tokens from elsewhere already \(mine_train_000000.bin\)"):
+    with pytest.raises(
+        UsageError, match=r"already holds tokens that this command did not write \(mine_train_000000.bin\)"
+    ):
         collect(entry.shards(Source()), out, None, 1)
 
 

@@ -101,7 +101,7 @@ def ends_of_text(ids: npt.NDArray[np.uint16], eot: int | None) -> npt.NDArray[np
 
 
 def eot_is_last(stream: TokenStream, eot: int | None) -> bool:
-    """Does the end of text stand last in each document? Then it ends the split, and does not begin it.
+    """Whether the end of text is the last token of each document: then it ends the split, and does not begin it.
 
     In a folder with a manifest it never does, wherever its splits are cut.
     """
@@ -121,7 +121,7 @@ def stretches(n_tokens: int, n: int | None) -> list[tuple[int, int]]:
 def _count_stretch(
     counts: Counts, stream: TokenStream, start: int, stop: int, on_tokens: Callable[[int], object] | None
 ) -> None:
-    """Count tokens [start, stop). `begun` is where the document under way began, once that is known."""
+    """Count tokens [start, stop). `begun` is where the current document began, once that is known."""
     begun = np.zeros(int(counts.eot_last and start == 0), dtype=np.int64)
     for at in range(start, stop, STRETCH_TOKENS):
         ids = stream.read(at, min(STRETCH_TOKENS, stop - at))

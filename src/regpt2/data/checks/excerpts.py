@@ -81,7 +81,7 @@ def find_parting(a: TokenStream, b: TokenStream, eot: int | None, what: str) -> 
 
 
 def _parting(a: TokenStream, eot: int | None, position: int, n_eot: int) -> Parting:
-    """`n_eot` ends of text stand before the position."""
+    """`n_eot` ends of text come before the position."""
     if eot_is_last(a, eot):
         return Parting(position, n_eot + 1)
     begins = len(ends_of_text(a.read(position, min(1, a.n_tokens - position)), eot))

@@ -1,4 +1,4 @@
-"""Check a data folder by hand. In: the folder; out: a finding for each thing looked at, said at once and kept.
+"""Check a data folder. In: the folder; out: a finding for each file and split, printed at once and kept.
 
 Every shard is compared with the manifest, where there is one, and every id with the vocabulary. Nothing is changed.
 """

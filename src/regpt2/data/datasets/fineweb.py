@@ -5,7 +5,7 @@ from regpt2.data.sources.plan import Plan, Source
 from regpt2.data.sources.published import CRAWLS, Publication, plan_of
 
 DESCRIPTION = (
-    "FineWeb, the text of llm.c's runs (ODC-By 1.0); --config sample-10BT (usual, 31 GB to download), sample-100BT, "
+    "FineWeb, the text of llm.c's runs (ODC-By 1.0); --config sample-10BT (default, 31 GB to download), sample-100BT, "
     "sample-350BT or default (everything)"
 )
 

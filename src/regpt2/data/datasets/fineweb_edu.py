@@ -5,7 +5,7 @@ from regpt2.data.sources.plan import Plan, Source
 from regpt2.data.sources.published import CRAWLS, Publication, plan_of
 
 DESCRIPTION = (
-    "FineWeb-Edu, the lecture's text (ODC-By 1.0); --config sample-10BT (usual, 28.5 GB to download), sample-100BT, "
+    "FineWeb-Edu, the lecture's text (ODC-By 1.0); --config sample-10BT (default, 28.5 GB to download), sample-100BT, "
     "sample-350BT or default (everything)"
 )
 

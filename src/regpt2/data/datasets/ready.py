@@ -18,7 +18,7 @@ from regpt2.data.sources.plan import InputFile, Source, input_file, revision_of
 from regpt2.data.sources.published import refuse
 
 DESCRIPTION = (
-    "ready-made GPT-2 tokens, nothing to tokenize; --config fineweb_edu_10B (usual, 20 GB to download), fineweb_10B, "
+    "ready-made GPT-2 tokens, nothing to tokenize; --config fineweb_edu_10B (default, 20 GB to download), fineweb_10B, "
     "fineweb_edu_100B or fineweb_100B; --first N takes N train shards"
 )
 
@@ -51,7 +51,7 @@ def shards(source: Source) -> ReadyPlan:
     Raises:
         UsageError: an option that this data set does not take, or an unknown set.
         DataError: there are no shards, or the local copy lacks one.
-        DownloadError: the hub cannot be asked, and there is no local copy.
+        DownloadError: the hub cannot be reached, and there is no local copy.
     """
     refuse("ready", repo=source.repo, split=source.split)
     config = source.config or next(iter(SETS))
@@ -80,7 +80,7 @@ def _published(made: ReadyMade, source: Source) -> tuple[list[InputFile], str]:
     except DownloadError as error:
         if source.input is None:
             raise
-        warn(f"{error} The copy in {source.input} is taken as it is: there is nothing to compare it with.")
+        warn(f"{error} The copy in {source.input} is used without comparing it with what is published.")
     files = [input_file(path, path.name) for path in sorted(source.input.glob(f"{made.prefix}_*.bin"))]
     return files, f"a local copy: {len(files)} files, names and sizes {revision_of(files)}"
 

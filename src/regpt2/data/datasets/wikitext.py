@@ -11,7 +11,7 @@ from regpt2.data.sources.published import Publication, find, refuse
 
 CONFIGS = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
 DESCRIPTION = (
-    f"WikiText with its own split (CC BY-SA); --config {CONFIGS[0]} (usual, 315 MB) or {', '.join(CONFIGS[1:])}"
+    f"WikiText with its own split (CC BY-SA); --config {CONFIGS[0]} (default, 315 MB) or {', '.join(CONFIGS[1:])}"
 )
 
 WIKITEXT = Publication(
@@ -24,7 +24,7 @@ SPLITS = {"train-": "train", "validation-": "val"}  # by the beginning of a file
 
 
 def plan(source: Source) -> Plan:
-    """A part for each split: an article may go on in the next file."""
+    """A part for each split: an article may continue in the next file."""
     refuse("wikitext", first=source.first)
     found = find(WIKITEXT, source)
     parts = []

@@ -1,4 +1,4 @@
-"""How much disk a preparation takes. In: its plan; out: bytes, what to say beforehand, which parts may be begun."""
+"""How much disk a preparation takes. In: its plan; out: bytes, a forecast for the user, which parts may start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,8 +57,8 @@ class Space:
     def most_bytes(self) -> int:
         """With all workers busy with the largest parts, or the limit."""
         largest = sorted(map(self.part_bytes, self.plan.parts), reverse=True)[1 : self.workers]
-        usual_bytes = self.least_bytes + sum(largest)
-        return usual_bytes if self.limit_bytes is None else min(usual_bytes, self.limit_bytes)
+        unlimited_bytes = self.least_bytes + sum(largest)
+        return unlimited_bytes if self.limit_bytes is None else min(unlimited_bytes, self.limit_bytes)
 
     def require(self, folder: Path) -> None:
         """Say what the preparation needs, and refuse to begin what cannot be finished.
@@ -86,9 +86,9 @@ class Space:
     def admission(
         self, upcoming: Callable[[], int], waiting_bytes: Callable[[], int]
     ) -> Callable[[tuple[int, Part]], bool]:
-        """Whether a part may be begun, so that all that is not in shards yet stays within bounds.
+        """Whether a part may start, so that everything that is not in shards yet stays within bounds.
 
-        Parts are asked for in their order. `upcoming()` is the first that is not packed and may always be begun;
+        Parts are asked for in their order. `upcoming()` is the first that is not packed and may always start;
         `waiting_bytes()` of tokens wait for a whole shard.
         """
         allowance = self.most_bytes - self.shards_bytes

@@ -1,6 +1,6 @@
 """A part becomes tokens: planned slices of text in, `.parts/000042.{train,val}.bin` and `000042.json` out.
 
-The JSON is written last, so a part is there completely or not at all, whenever the process is killed.
+The JSON is written last, so a part is complete or does not exist, whenever the process is killed.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from regpt2.data.tokens.writing import Tally
 
 PARTS_NAME = ".parts"
 BUFFER_TOKENS = 1 << 20
-REPORT_BYTES = 8 << 20  # progress within a part is told this often
+REPORT_BYTES = 8 << 20  # between reports of progress within a part
 
 DOCUMENT_TABLE = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("is_val", "?")])
 
@@ -127,7 +127,7 @@ class PartEncoder:
 
 @contextmanager
 def local_copies(part: Part, folder: Path, index: int, on_bytes: Report) -> Iterator[Part]:
-    """The part with its files that are elsewhere fetched; they are gone from the disk when it has been read."""
+    """The part with its remote files downloaded; they are removed from the disk when it has been read."""
     copies: dict[str, InputFile] = {}
     for n, file in enumerate({piece.file.name: piece.file for piece in part.slices}.values()):
         if not file.path:
@@ -174,14 +174,14 @@ def _valid(text: str, skipped: Skipped) -> tuple[str, bytes]:
 
 
 class _Progress:
-    """Of one part, in its planned bytes. Half of those of files from elsewhere are their way here."""
+    """Progress of one part, in its planned bytes. Of files to download, half of them count for the download."""
 
     def __init__(self, part: Part, report: Report) -> None:
         files = {piece.file.name: piece.file for piece in part.slices}.values()
         to_download = sum(file.n_bytes for file in files if not file.path)
         self._per_downloaded = part.n_bytes / 2 / max(1, to_download)
         self._per_encoded = 0.5 if to_download else 1.0
-        self._planned, self._done, self._told, self._report = part.n_bytes, 0.0, 0, report
+        self._planned, self._done, self._reported, self._report = part.n_bytes, 0.0, 0, report
 
     def downloaded(self, n_bytes: int) -> None:
         self._advance(n_bytes * self._per_downloaded)
@@ -191,13 +191,13 @@ class _Progress:
 
     def finished(self) -> None:
         """Report the rest of the plan, whatever the text's real size was."""
-        self._report(self._planned - self._told)
+        self._report(self._planned - self._reported)
 
     def _advance(self, amount: float) -> None:
         self._done = min(self._done + amount, self._planned)
-        if abs(self._done - self._told) >= REPORT_BYTES:
-            self._report(int(self._done) - self._told)
-            self._told = int(self._done)
+        if abs(self._done - self._reported) >= REPORT_BYTES:
+            self._report(int(self._done) - self._reported)
+            self._reported = int(self._done)
 
 
 class _TokenFileWriter:

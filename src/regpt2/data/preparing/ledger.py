@@ -98,7 +98,9 @@ def begin(folder: Path, settings: dict[str, str], plan: str, *, keep_parts_tmp: 
     ledger = Ledger.read(folder)
     if ledger is None:
         if foreign := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".npy", ".ds")):
-            raise UsageError(f"{folder} holds tokens from elsewhere already ({foreign[0]}); choose another --out.")
+            raise UsageError(
+                f"{folder} already holds tokens that this command did not write ({foreign[0]}); choose another --out."
+            )
         ledger = Ledger(settings, plan)
     else:
         _require_same(folder, ledger.settings, settings)
@@ -123,7 +125,7 @@ def _require_same(folder: Path, existing: dict[str, str], settings: dict[str, st
 
 
 def changed(folder: Path) -> DataError:
-    """The error for input that is no longer as it was planned."""
+    """The error for input that changed after it was planned."""
     return DataError(
         f"{folder}: the input files have changed (names, sizes or times) since this preparation was started; "
         "remove the folder and run the command again."

@@ -2,7 +2,7 @@
 
 A shard is fetched to its own name and compared with the publisher's SHA-256, or hard-linked from a local copy. It is
 read once, header and ids checked, its documents and bytes of text counted into `.parts/NAME.json`. So a kill at any
-moment costs the counting of the shards at work, and what has come of a download is continued.
+moment costs the counting of the shards in work, and a download continues where it stopped.
 """
 
 import hashlib

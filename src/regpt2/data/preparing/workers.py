@@ -19,7 +19,7 @@ from regpt2.base.screen import watch_streams
 Task = TypeVar("Task")
 
 
-Report = Callable[[int], object]  # told of progress within a task, in the task's own unit
+Report = Callable[[int], object]  # gets the progress within a task, in the task's own unit
 Work = Callable[[Any, Report], None]
 
 
@@ -93,11 +93,11 @@ class _Worker:
             self.process.join(timeout=5)
             code = self.process.exitcode
             if code is not None and code > 0:
-                cause = 'its error stands above (a script of your own needs `if __name__ == "__main__":`)'
+                cause = 'see its error above (a script of your own needs `if __name__ == "__main__":`)'
             else:
-                cause = "perhaps killed for want of memory; try fewer --workers"
+                cause = "perhaps it was killed because memory ran out; try fewer --workers"
             raise Problem(
-                f"a worker process ended by itself (exit code {code}): {cause}. Run the same command again to go on."
+                f"a worker process ended by itself (exit code {code}): {cause}. Run the same command again to resume."
             ) from None
         if isinstance(message, Problem):
             raise message

@@ -109,7 +109,7 @@ def _listed(url: str) -> Iterable[tuple[str, int, str]]:
         following = _NEXT.search(headers.get("Link", ""))
         url = urljoin(url, following[1]) if following else ""
         if url and not url.startswith(f"{hub_endpoint()}/"):
-            raise ValueError(f"the next page is elsewhere: {url}")
+            raise ValueError(f"the next page is on another host: {url}")
 
 
 def _checked(repo: str, commit: str, entries: Iterable[tuple[str, int, str]]) -> list[InputFile]:

@@ -36,7 +36,7 @@ def files_of(repo: str, commit: str, config: str, split: str) -> tuple[str, list
     """The files, and the commit that has them: another one where they are the hub's conversion.
 
     Args:
-        config: "" for the usual one.
+        config: "" for the default one.
 
     Raises:
         UsageError: there is no such configuration or split.
@@ -65,7 +65,7 @@ def matches(path: str, pattern: str) -> bool:
     if _n_hidden(parts) != _n_hidden(wanted) or (parts[-1] in IGNORED and parts[-1] != wanted[-1]):
         return False
     *wanted, last = wanted
-    reached = {0}  # so many parts may have been matched so far
+    reached = {0}  # the numbers of parts that may have been matched so far
     for word in wanted:
         if word == "**":
             reached = set(range(min(reached, default=len(parts)), len(parts)))
@@ -82,7 +82,7 @@ def _n_hidden(parts: Sequence[str]) -> tuple[int, int]:
 
 
 def _chosen(repo: str, card: Any, config: str, listed: Sequence[InputFile]) -> tuple[str, Patterns]:
-    """The folder of a configuration, with a slash, and its patterns; none if the usual ones decide."""
+    """The folder of a configuration, with a slash, and its patterns; none if the default ones decide."""
     try:
         configs = {entry["config_name"]: entry for entry in card or ()}
         if configs:

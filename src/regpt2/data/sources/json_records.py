@@ -83,8 +83,8 @@ def _of_line(line: bytes, field: str, skipped: Skipped) -> Document | None:
     try:
         record = json.loads(decode(line, skipped))
     except (ValueError, RecursionError):
-        is_begun = line.strip() == b"{"
-        hint = f"{skipped.file}, an object over several lines: `jq -c .` makes it one" if is_begun else ""
+        is_first_line = line.strip() == b"{"
+        hint = f"{skipped.file}, an object over several lines: `jq -c .` makes it one" if is_first_line else ""
         skipped.add("lines that are not JSON", hint)
         return None
     return _of_record(record, "lines", field, skipped)

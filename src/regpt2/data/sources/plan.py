@@ -3,7 +3,7 @@
 An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
 `plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
 `documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, says in `skipped.file` which
-file it reads, and counts what it leaves out. Files that are elsewhere (`InputFile.url`) have been fetched by then.
+file it reads, and counts what it leaves out. Files to download (`InputFile.url`) are on the disk by then.
 `ready` has shards and no text: instead of the two, `shards(source) -> ReadyPlan` (data/preparing/ready_shards.py).
 """
 
@@ -61,7 +61,7 @@ class InputFile:
     """A file as it was when the work was planned. `name` is relative to the input and says nothing of the machine."""
 
     path: str
-    """Empty for a file that is elsewhere: a worker fetches it from `url` for as long as it reads it."""
+    """Empty for a file to download: a worker fetches it from `url` and removes it when it has read it."""
     name: str
     n_bytes: int
     mtime_ns: int

@@ -23,7 +23,7 @@ BYTES_PER_TOKEN = 4  # of English text, rather too few: a token has about 4.5
 
 @dataclass(frozen=True)
 class Publication:
-    """A data set on the hub. `configs` has the pattern of each configuration's files; the first one is the usual."""
+    """A data set on the hub. `configs` has the pattern of each configuration's files; the first one is the default."""
 
     name: str
     repo: str
@@ -50,7 +50,7 @@ def find(publication: Publication, source: Source) -> Found:
     Raises:
         UsageError: an option that this data set does not take, or an unknown configuration.
         DataError: there are no such files.
-        DownloadError: the hub cannot be asked.
+        DownloadError: the hub cannot be reached.
     """
     refuse(publication.name, repo=source.repo, split=source.split)
     config = _config(publication, source.config)

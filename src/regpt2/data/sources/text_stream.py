@@ -2,7 +2,7 @@
 
 A long text without documents of its own is cut into pieces of about 32 KiB: piece j begins at the first blank line
 after byte j * 32 KiB (else the first line end, else the first whole character), so that any piece can be found
-without reading what stands before it.
+without reading what comes before it.
 """
 
 import gzip

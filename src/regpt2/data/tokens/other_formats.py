@@ -63,7 +63,7 @@ def foreign_files(folder: Path, split: str, questions: list[str] | None = None) 
     `questions` gets the names of files that are named like tokens but hold an evaluation's questions.
 
     Raises:
-        DataError: one cannot be what its name says, or the same split is there in several formats.
+        DataError: a file is not what its name says, or the folder has the split in several formats.
     """
     names = {entry.name for entry in os.scandir(folder)}
     files, suffixes = [], set()

@@ -1,7 +1,7 @@
 """Shards: token ids in files. In: ids, a folder; out: files in the llm.c format, and a stream of ids to read from.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) and then its tokens as little-endian uint16.
-`{dataset}_{split}_{index:06d}.bin` in order make up a split; a document may go on in the next shard.
+`{dataset}_{split}_{index:06d}.bin` in order make up a split; a document may continue in the next shard.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ class TokenStream(AbstractContextManager["TokenStream"]):
         """The tokenizer of this name. The caller has to compare its fingerprint with the stream's.
 
         Raises:
-            Problem: there is none of this name, or its vocabulary cannot be found.
+            Problem: no tokenizer has this name, or its vocabulary cannot be found.
         """
         return load_tokenizer(self.tokenizer_name) if self.characters is None else CharacterTokenizer(self.characters)
 

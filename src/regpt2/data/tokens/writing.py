@@ -1,9 +1,9 @@
-"""What a token format is given to write: splits of tokens, each a row that is read once, and what is known of them.
+"""What a token format gets to write: splits of tokens, each a row that is read once, and their description.
 
 An entry of the shelf `data/token_formats/` has `write(folder, data)`, which writes all splits, one after another, into
-an empty folder, and two constants. `SHARDED`: a split is several files of `shard_tokens`. `END_OF_TEXT_LAST`: it stands
-after each document, not before it as elsewhere, and so it comes in the rows that are given. One that can also say which
-character each id is has a third, `HOLDS_CHARACTERS = True`.
+an empty folder, and two constants. `SHARDED`: a split is several files of `shard_tokens`. `END_OF_TEXT_LAST`: end of
+text comes after each document, not before it as in the other formats; the rows come in this form. A format that can
+also store the character of each id has a third, `HOLDS_CHARACTERS = True`.
 """
 
 from collections.abc import Iterable, Iterator
