@@ -11,7 +11,7 @@ from regpt2.data.tokens.shards import TokenStream
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Text from a position of the split on; an end of text is not part of it."""
 
     position: int
@@ -28,7 +28,7 @@ class Excerpt:
     file_position: int
     """The first token's place in its file."""
     ids: list[int]
-    pieces: list[Piece]
+    pieces: list[TextPiece]
     ends_split: bool
 
 
@@ -44,7 +44,7 @@ def excerpt(stream: TokenStream, tokenizer: Tokenizer, position: int, n_tokens: 
     ids = ids[before:]
     cuts = sorted(at for at in begins | {position, cut} if at is not None and position <= at < stop)
     pieces = [
-        Piece(a, a in begins, tokenizer.decode(token for token in ids[a - position : b - position] if token != eot))
+        TextPiece(a, a in begins, tokenizer.decode(token for token in ids[a - position : b - position] if token != eot))
         for a, b in zip(cuts, [*cuts[1:], stop], strict=True)
     ]
     index, place = stream.place(position)
