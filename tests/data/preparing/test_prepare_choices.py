@@ -73,7 +73,7 @@ def test_more_for_validation_than_there_is_is_refused(corpus: Path, tmp_path: Pa
     n_tokens = len(stream(texts_of(corpus)))
     with pytest.raises(DataError, match=f"there are {n_tokens:,} tokens, no more than the {n_tokens:,} for validation"):
         prepare(options_for(corpus, tmp_path / "out", val_tokens=n_tokens))
-    with pytest.raises(UsageError, match="both say what validation is"):
+    with pytest.raises(UsageError, match="both choose the validation split"):
         prepare(options_for(corpus, tmp_path / "out", val_tokens=1, val_fraction=0.1))
 
 
