@@ -298,7 +298,7 @@ def test_without_a_hub_a_local_copy_is_taken_as_it_is(
     with pytest.raises(DownloadError):
         entry.shards(Source())
     plan = entry.shards(Source(copy))
-    assert "nothing to compare it with" in capsys.readouterr().err
+    assert "without comparing it" in capsys.readouterr().err
     manifest = collect(plan, out, None, 1)
     assert_complete(out)
     assert manifest.revision.startswith("a local copy: 4 files, names and sizes ")
