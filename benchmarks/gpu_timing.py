@@ -27,8 +27,8 @@ from regpt2.base.device import (
 from regpt2.base.ranks.world import World
 from regpt2.machine.known_gpus import recognize
 from regpt2.machine.planning.formulas import Place, step_seconds
-from regpt2.machine.speed.kernels import attention_kernel
 from regpt2.machine.speed.lecture_steps import lecture_model
+from regpt2.machine.speed.rates import attention_kernel
 from regpt2.machine.speed.steps import DoesNotFit, StepTimes, StepWork, measure, read_work, time_steps
 from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 from regpt2.model.gpt import GPTConfig

@@ -12,7 +12,7 @@ from regpt2.base import plugins
 from regpt2.base.device import be_deterministic, can_compile
 from regpt2.base.ranks.world import World
 from regpt2.config.recipe_files import load_recipe
-from regpt2.machine.speed.kernels import attention_kernel
+from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels.loss import IGNORED, gpu_kernel, linear_cross_entropy, reference_cross_entropy

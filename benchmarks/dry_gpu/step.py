@@ -15,7 +15,7 @@ import torch
 
 from regpt2.base.device import choose_compute
 from regpt2.base.ranks.world import World
-from regpt2.machine.speed.kernels import attention_kernel
+from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig

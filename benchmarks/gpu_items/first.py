@@ -14,7 +14,7 @@ from gpu_items._right import FIRST, compare_with_fp64, run_tests
 from regpt2.base.device import Precision, can_compile, choose_compute, device_name, pick_device
 from regpt2.base.ranks.world import World
 from regpt2.machine.health.agreement import trials
-from regpt2.machine.speed.kernels import attention_kernel
+from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels.loss import linear_cross_entropy, reference_cross_entropy
 from regpt2.training.optimizer import OptimConfig, build_optimizer

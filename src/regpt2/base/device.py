@@ -67,15 +67,18 @@ def pick_device(spec: str) -> torch.device:
     return torch.device(spec)
 
 
+def cpu_info() -> str:
+    """What Linux says of this machine's processors; "" on other systems."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def device_name(device: torch.device) -> str:
     """What the maker calls it: "cuda: NVIDIA H200", "cpu: AMD EPYC 9B45"."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        return f"cpu: {names[0] if names else platform.machine()}"
-    return f"{device.type}: {platform.processor() or platform.machine()}"
+    names = [line.split(":", 1)[1].strip() for line in cpu_info().splitlines() if "model name" in line]
+    return f"{device.type}: {(names or [platform.processor() or platform.machine()])[0]}"
 
 
 @dataclass(frozen=True)
@@ -214,11 +217,7 @@ def quiet_profiler() -> None:
 
 def _cpu_has_bf16() -> bool:
     """AVX512-BF16 or AMX: without them bf16 is emulated and slower than fp32."""
-    flags = Path("/proc/cpuinfo")
-    if not flags.exists():
-        return False
-    words = set(flags.read_text().split())
-    return bool(words & {"avx512_bf16", "amx_bf16"})
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
 
 
 def _use_fast_exact_fp32_on_cpu() -> None:
@@ -262,19 +261,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def sheet_flops(name: str, precision: str) -> float | None:
     """The same, of a GPU that need not be here, by the name that its maker gives it."""
-    known = None if precision == "fp32" else _known_name(name)
-    if known is None:
+    known = [key for key in _PEAK_TFLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
+    variant = re.search(r"\b(Laptop|Mobile|Max-Q|NVL|Ti|SUPER|D)\b", name)  # with another peak than the table's
+    if precision == "fp32" or variant or not known:
         return None
-    half, tf32 = _PEAK_TFLOPS[known]
+    half, tf32 = _PEAK_TFLOPS[max(known, key=len)]
     return 1e12 * (tf32 if precision == "tf32" else half) or None
-
-
-def _known_name(name: str) -> str | None:
-    """The entry of the table that a device's name holds as whole words; None for variants with other peaks."""
-    if re.search(r"\b(Laptop|Mobile|Max-Q|NVL|Ti|SUPER|D)\b", name):
-        return None
-    known = sorted((key for key in _PEAK_TFLOPS if re.search(rf"\b{re.escape(key)}\b", name)), key=len)
-    return known[-1] if known else None
 
 
 def can_compile(device: torch.device) -> bool:

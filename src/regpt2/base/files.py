@@ -147,12 +147,14 @@ def try_lock(file: IO[bytes]) -> bool:
         ) from None
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists."""
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that are free where `folder` lies, or will lie."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def require_free_space(folder: Path, need_bytes: int, what: str) -> None:

@@ -17,12 +17,9 @@ SMALL_FLOPS, LARGE_FLOPS = 798e6, 9.80e9  # per token, of GPT-2 124M and 1558M a
 class Mfu:
     """The share of the 16-bit peak that training reaches with torch.compile or handwritten kernels at large batches."""
 
-    small: float
-    """For the 124M model, with causal attention counted once, as in model/flops.py."""
-    large: float
-    """For the 1558M model."""
-    spread: float
-    """Relative uncertainty."""
+    small: float  # for the 124M model, with causal attention counted once, as in model/flops.py
+    large: float  # for the 1558M model
+    spread: float  # relative uncertainty
     source: str
 
 
@@ -47,16 +44,11 @@ NETWORK_SHARE = 0.75  # of the network cards' rate, in an all-reduce: 8 x 400 Gb
 class Machine:
     """A GPU, and its node's links."""
 
-    name: str
-    """The maker's, as in base/device.py's table of peaks."""
-    memory_gib: float
-    """As the driver reports it."""
-    bandwidth: float
-    """Bytes per second of its memory."""
-    n_sm: int
-    """Multiprocessors: a matmul with fewer tiles than these leaves some idle."""
-    link: float
-    """Bytes per second per GPU in an all-reduce within the node, as NCCL counts bus bandwidth."""
+    name: str  # the maker's, as in base/device.py's table of peaks
+    memory_gib: float  # as the driver reports it
+    bandwidth: float  # bytes per second of its memory
+    n_sm: int  # multiprocessors: a matmul with fewer tiles than these leaves some idle
+    link: float  # bytes per second per GPU in an all-reduce within the node, as NCCL counts bus bandwidth
     network_gbps: float = 12.5
     """Gbit/s between nodes per GPU, in each direction: usually one card of 100 Gbit/s for eight GPUs."""
     published: Mfu | None = None

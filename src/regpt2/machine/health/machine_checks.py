@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from regpt2 import __version__
 from regpt2.base.console import count
-from regpt2.base.device import Precision, choose_compute, device_name, peak_flops
+from regpt2.base.device import Precision, choose_compute, cpu_info, device_name, peak_flops
 from regpt2.base.free_memory import free_bytes
 from regpt2.machine.health import agreement
 from regpt2.machine.health.patient import Check, CheckResult, Patient
@@ -96,9 +96,7 @@ def cores_here() -> int:
 
 
 def _cpu_features() -> str:
-    flags = Path("/proc/cpuinfo")
-    words = set(flags.read_text().split()) if flags.exists() else set()
-    found = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in words]
+    found = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpu_info().split()]
     return " ".join(found) or f"{torch.backends.cpu.get_cpu_capability()} instructions"
 
 
@@ -178,11 +176,11 @@ def attention(patient: Patient) -> CheckResult:
     dtype = choose_compute(patient.precision, where).dtype
     model, batch = patient.config.model, patient.config.batch
     shape = (1 if where.type == "cpu" else batch.micro_batch, model.n_head, batch.seq_len, model.n_embd // model.n_head)
-    one = rates.attention_rate(shape, dtype, where, at_least_s=0.1)
-    text = f"{one.kernel} at {shape}, forward and backward in {1e3 * one.seconds:.3g} ms, {_flops(one.flops_per_s)}"
-    if where.type == "cuda" and one.kernel == "math":
+    kernel, seconds, flops_per_s = rates.attention_rate(shape, dtype, where, at_least_s=0.1)
+    text = f"{kernel} at {shape}, forward and backward in {1e3 * seconds:.3g} ms, {_flops(flops_per_s)}"
+    if where.type == "cuda" and kernel == "math":
         return CheckResult("warn", text, "expected a flash kernel: see torch.backends.cuda.flash_sdp_enabled()")
-    return CheckResult("ok", text, figures={"attention_flops_per_s": one.flops_per_s})
+    return CheckResult("ok", text, figures={"attention_flops_per_s": flops_per_s})
 
 
 def mathematics(patient: Patient, *, name: Precision, compiled: bool) -> CheckResult:

@@ -22,8 +22,7 @@ class CheckResult:
 
     status: Literal["ok", "warn", "FAIL"]
     found: str
-    advice: str = ""
-    """What was expected, and what to do."""
+    advice: str = ""  # what was expected, and what to do
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -33,10 +32,8 @@ class Patient:
 
     world: World
     config: RunConfig
-    of_recipe: bool = False
-    """False: no recipe was given; the configuration has the defaults."""
-    ranks_here: int = 1
-    """On this machine."""
+    of_recipe: bool = False  # False: no recipe was given; the configuration has the defaults
+    ranks_here: int = 1  # on this machine
     quick: bool = False
 
     @property

@@ -8,14 +8,14 @@ from pathlib import Path
 from regpt2.base import free_memory
 from regpt2.base.device import choose_compute
 from regpt2.base.errors import DataError, UsageError
-from regpt2.base.files import free_bytes, try_lock, write_atomic
+from regpt2.base.files import free_bytes, nearest_folder, try_lock, write_atomic
 from regpt2.config.setup import setup_of
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import MANIFEST_NAME, Manifest
 from regpt2.data.tokens.shards import verify_shard
 from regpt2.machine.health.patient import Check, CheckResult, Patient
-from regpt2.machine.planning.disk import most_checkpoints, n_saves, nearest_folder
+from regpt2.machine.planning.disk import most_checkpoints, n_saves
 from regpt2.machine.speed.rates import disk_rate
 from regpt2.training import checkpoint
 from regpt2.training.memory import require_memory, still_needed
@@ -97,13 +97,13 @@ def disk(patient: Patient) -> CheckResult:
     place = _run_disk(Path(patient.config.run))
     n_bytes = max(1 << 20, min(256 << 20, free_bytes(place) // 4))
     with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as name:
-        rate = disk_rate(Path(name) / "random", n_bytes)
-    save_s = patient.saved_bytes / rate.write
+        write, read = disk_rate(Path(name) / "random", n_bytes)
+    save_s = patient.saved_bytes / write
     text = (
-        f"{n_bytes >> 20} MiB written and fsynced at {rate.write / 1e6:,.0f} MB/s, read at {rate.read / 1e6:,.0f}; "
+        f"{n_bytes >> 20} MiB written and fsynced at {write / 1e6:,.0f} MB/s, read at {read / 1e6:,.0f}; "
         f"a checkpoint of {patient.saved_bytes / 1e9:.3g} GB takes {save_s:.2g} s"
     )
-    figures = {"write_bytes_per_s": rate.write, "read_bytes_per_s": rate.read}
+    figures = {"write_bytes_per_s": write, "read_bytes_per_s": read}
     if save_s > 60:
         return CheckResult("warn", text, "expected below a minute: a local disk, or a larger --save-every", figures)
     return CheckResult("ok", text, figures=figures)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regpt2.base.errors import Problem
-from regpt2.base.files import free_bytes
+from regpt2.base.files import free_bytes, nearest_folder
 from regpt2.config.run import RunConfig
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.preparing.disk_budget import Space
@@ -35,8 +35,7 @@ class DataNeed:
     """Disk space of the data."""
 
     shards_bytes: int
-    missing_bytes: int
-    """Still to be written, with the working space of `prepare`; 0: the data are prepared."""
+    missing_bytes: int  # still to be written, with the working space of `prepare`; 0: the data are prepared
     how: str
 
 
@@ -58,11 +57,6 @@ def data_need(config: RunConfig) -> DataNeed:
     space = Space(plan, "gpt2", 100_000_000, 1, None)
     shards_bytes = n_tokens * TOKEN_BYTES
     return DataNeed(shards_bytes, space.most_bytes, "not prepared yet; each token used once, prepared by one worker")
-
-
-def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the existing one in which it will be made."""
-    return next(one for one in (path, *path.parents) if one.exists())
 
 
 def disk_lacks(config: RunConfig, data: DataNeed, checkpoints_bytes: int) -> list[str]:

@@ -22,12 +22,9 @@ class Wires:
     """The connection between ranks."""
 
     ranks: int
-    bus: float
-    """Bytes per second per GPU of an all-reduce, as NCCL counts bus bandwidth."""
-    latency_s: float
-    """Of one collective operation of any size."""
-    gradient_bytes: int = FP32
-    """Of one number of a gradient when it is exchanged."""
+    bus: float  # bytes per second per GPU of an all-reduce, as NCCL counts bus bandwidth
+    latency_s: float  # of one collective operation of any size
+    gradient_bytes: int = FP32  # of one number of a gradient when it is exchanged
 
     @property
     def hops(self) -> float:
@@ -43,8 +40,7 @@ class Wires:
 class Gradients:
     """Gradients that become complete at the same time."""
 
-    ready_s: float
-    """Seconds after the start of the backward pass through the layers."""
+    ready_s: float  # seconds after the start of the backward pass through the layers
     numbers: int
 
 

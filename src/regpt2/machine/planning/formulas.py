@@ -38,13 +38,10 @@ class Place:
     """Where a run takes place: a kind of GPU, and how many."""
 
     machine: Machine
-    gpus: int = 1
-    """In total."""
+    gpus: int = 1  # in total
     gpus_per_node: int = 8
-    network_gbps: float | None = None
-    """Gbit/s between nodes per GPU; None: the machine's usual rate."""
-    gradient_bytes: int = FP32
-    """Of one number of a gradient when it is exchanged."""
+    network_gbps: float | None = None  # Gbit/s between nodes per GPU; None: the machine's usual rate
+    gradient_bytes: int = FP32  # of one number of a gradient when it is exchanged
 
     @property
     def nodes(self) -> int:

@@ -14,8 +14,7 @@ class Choice:
     """A micro-batch that divides the update."""
 
     setup: Setup
-    step_s: float | None
-    """None: no formula for this machine."""
+    step_s: float | None  # None: no formula for this machine
     fits: bool
 
 

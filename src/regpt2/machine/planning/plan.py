@@ -49,14 +49,12 @@ class RunPlan:
     setup: Setup
     memory: dict[str, int]
     step: StepEstimate | None
-    seconds: dict[str, float]
-    """Of the run by part; empty if no time is known."""
+    seconds: dict[str, float]  # of the run by part; empty if no time is known
     data: DataNeed
     lacks: list[str]
     choices: list[Choice]
     price: float | None
-    measured: dict[str, Any]
-    """Peak memory of the measured step, and its prediction."""
+    measured: dict[str, Any]  # peak memory of the measured step, and its prediction
     scaling: Scaling | None = None
 
     @property

@@ -22,14 +22,10 @@ class ScalingRow:
     """The run on one number of GPUs."""
 
     place: Place
-    setup: Setup | None
-    """With the fastest micro-batch that fits; None: none fits."""
-    parts: dict[str, float] = field(default_factory=dict)
-    """Seconds of an update."""
-    efficiency: float = 0.0
-    """Tokens per second per GPU, relative to the best row."""
-    hours: float = 0.0
-    """Of the whole run, if a plan has filled it in."""
+    setup: Setup | None  # with the fastest micro-batch that fits; None: none fits
+    parts: dict[str, float] = field(default_factory=dict)  # seconds of an update
+    efficiency: float = 0.0  # tokens per second per GPU, relative to the best row
+    hours: float = 0.0  # of the whole run, if a plan has filled it in
 
     @property
     def step_s(self) -> float:
@@ -57,28 +53,21 @@ class Scaling:
     """The table, and the conclusions from it."""
 
     rows: list[ScalingRow]
-    base: ScalingRow
-    """The most efficient row, usually one GPU."""
-    low: ScalingRow | None
-    """The first row after it with an efficiency below LOW_EFFICIENCY."""
-    low_at_larger_batch: float
-    """Efficiency there with LARGER times the tokens in an update."""
+    base: ScalingRow  # the most efficient row, usually one GPU
+    low: ScalingRow | None  # the first row after it with an efficiency below LOW_EFFICIENCY
+    low_at_larger_batch: float  # efficiency there with LARGER times the tokens in an update
     fsdp: ScalingRow | None
     """The first row, from two GPUs on, where FSDP fits and DDP does not, or FSDP is clearly faster."""
-    ddp_there: ScalingRow | None
-    """The same number of GPUs with DDP; its setup is None if DDP does not fit."""
+    ddp_there: ScalingRow | None  # the same number of GPUs with DDP; its setup is None if DDP does not fit
 
 
 @dataclass(frozen=True)
 class Work:
     """The work that any number of GPUs shares."""
 
-    one_gpu: Setup
-    """All of an update's tokens on one GPU."""
-    least_tokens: int
-    """Of the smallest update: the micro-batch must divide it."""
-    free_bytes: int
-    """Of each GPU."""
+    one_gpu: Setup  # all of an update's tokens on one GPU
+    least_tokens: int  # of the smallest update: the micro-batch must divide it
+    free_bytes: int  # of each GPU
 
     def numbers(self, gpus_per_node: int) -> list[int]:
         """1, 2, 4, ... in the first node, then whole nodes, if they divide the smallest update evenly."""

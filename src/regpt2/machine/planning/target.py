@@ -20,16 +20,12 @@ class Target:
     """The machine that a run is planned for."""
 
     name: str
-    device: torch.device
-    """Of type cuda for a named machine, even if this machine has no GPU."""
-    here: bool
-    """It is this machine."""
-    place: Place | None
-    """None: a device without published runs."""
+    device: torch.device  # of type cuda for a named machine, even if this machine has no GPU
+    here: bool  # it is this machine
+    place: Place | None  # None: a device without published runs
     precision: str
     compiled: bool
-    free_bytes: int | None
-    """For one rank; None: unknown."""
+    free_bytes: int | None  # for one rank; None: unknown
     ranks: int = 1
 
 

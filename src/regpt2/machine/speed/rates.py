@@ -1,25 +1,24 @@
 """Rates of a machine's parts. In: a device, a folder, the ranks; out: FLOP/s, bytes/s, and which kernel ran.
 
-Each is the median of several runs after an untimed first.
+Each is the median of several runs after a first one that is not timed.
 """
 
 import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from regpt2.base.device import synchronize
+from regpt2.base.device import quiet_profiler, synchronize
 from regpt2.base.errors import Problem
 from regpt2.base.files import forget_cached
 from regpt2.base.ranks.world import World
-from regpt2.machine.speed.kernels import attention_kernel
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels.attention import causal_attention
 
@@ -67,20 +66,33 @@ def copy_rate(device: torch.device, n_bytes: int, *, at_least_s: float) -> float
     return 2 * n_bytes / seconds_of(lambda: target.copy_(source), device, at_least_s=at_least_s)
 
 
-@dataclass(frozen=True)
-class AttentionRate:
-    """The kernel of causal attention, and its speed, forward and backward together."""
+# torch's operators behind scaled_dot_product_attention, without the parts that differ by version; and FlexAttention.
+_ATTENTION = {
+    "flex_attention": "FlexAttention",
+    "_scaled_dot_product_cudnn_attention": "cuDNN",
+    "_scaled_dot_product_flash_attention": "flash",
+    "_scaled_dot_product_efficient_attention": "efficient",
+    "_scaled_dot_product_attention_math": "math",
+}
 
-    kernel: str
-    seconds: float
-    flops_per_s: float
-    """Counting half of the square, as `flops_per_token` does."""
+
+def attention_kernel(work: Callable[[], object]) -> str:
+    """The kernel behind attention, found by running `work` once more; "matmul" if it is none of torch's."""
+    quiet_profiler()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:  # the CPU calls the operators of every device
+        work()
+    ran = {event.name for event in seen.events() or ()}
+    names = [name for operator, name in _ATTENTION.items() if any(operator in one for one in ran)]
+    return names[0] if names else "matmul"
 
 
 def attention_rate(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, *, at_least_s: float
-) -> AttentionRate:
-    """Run the model's attention at (B, H, T, D), and find which kernel it uses."""
+) -> tuple[str, float, float]:
+    """The kernel of the model's attention at (B, H, T, D), its seconds forward and backward, and its FLOP/s.
+
+    Half of the square is counted, as in `flops_per_token`.
+    """
     B, H, T, D = shape
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape, device=device, dtype=dtype)
@@ -89,7 +101,7 @@ def attention_rate(
         return torch.autograd.grad(causal_attention(q, k, v), (q, k, v), gradient)
 
     seconds = seconds_of(there_and_back, device, at_least_s=at_least_s)
-    return AttentionRate(attention_kernel(there_and_back), seconds, 6.0 * B * H * T * T * D / seconds)
+    return attention_kernel(there_and_back), seconds, 6.0 * B * H * T * T * D / seconds
 
 
 def exchange_seconds(world: World, n_bytes: int) -> float:
@@ -105,29 +117,13 @@ def exchange_seconds(world: World, n_bytes: int) -> float:
     if any(n_wrong):  # the same on all ranks, so that none waits for another
         ranks = ", ".join(f"{n:,} on rank {rank}" for rank, n in enumerate(n_wrong) if n)
         raise Problem(f"of {len(value):,} sums over {world.size} ranks are wrong: {ranks}.")
-    times = []
-    for _ in range(3):
-        world.barrier()
-        synchronize(world.device)
-        started_at = time.perf_counter()
-        world.sum(pattern)
-        synchronize(world.device)
-        times.append(time.perf_counter() - started_at)
-    return statistics.median(times)
+    return seconds_of(lambda: world.sum(pattern), world.device, at_least_s=0.0)  # 0: each rank repeats three times
 
 
-@dataclass(frozen=True)
-class DiskRate:
-    """Bytes/s of one file, written and read from end to end."""
+def disk_rate(path: Path, n_bytes: int) -> tuple[float, float]:
+    """Bytes/s of writing a file of random bytes until fsync returns, and of reading it back. The caller removes it.
 
-    write: float
-    """Until fsync returns."""
-    read: float
-    """Read back after the system was asked to drop its cache; from the cache if it does not."""
-
-
-def disk_rate(path: Path, n_bytes: int) -> DiskRate:
-    """Write a file of random bytes to `path`, read it back and compare. The caller removes it.
+    The system is asked to drop the file from its cache first; where it does not, the cache is read.
 
     Raises:
         Problem: the bytes read differ from those written.
@@ -149,4 +145,4 @@ def disk_rate(path: Path, n_bytes: int) -> DiskRate:
         read_s = time.perf_counter() - started_at
     if not same:
         raise Problem(f"{path} does not hold what was written to it: the disk, its driver or the memory is bad.")
-    return DiskRate(n_pieces * len(piece) / write_s, n_pieces * len(piece) / read_s)
+    return n_pieces * len(piece) / write_s, n_pieces * len(piece) / read_s

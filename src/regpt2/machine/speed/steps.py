@@ -33,8 +33,8 @@ from regpt2.base.device import (
 )
 from regpt2.base.errors import Problem
 from regpt2.base.ranks.world import World
-from regpt2.machine.speed.kernels import attention_kernel
 from regpt2.machine.speed.lecture_steps import LecturePart, lecture_model, unfused_adamw
+from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.architecture import config_class
 from regpt2.model.flops import flops_per_token
 from regpt2.model.language_model import GPTConfig
@@ -61,10 +61,8 @@ class StepWork:
     optim: OptimConfig = field(default_factory=OptimConfig)
     as_lecture: tuple[LecturePart, ...] = ()
     """Parts computed as the lecture did at first, for the ladder's lower rungs. Empty: as in `regpt2 train`."""
-    warmup_steps: int = 2
-    """Not timed: compilation and first allocations fall into them."""
-    steps: int = 5
-    """Timed at least; more until `seconds` have passed."""
+    warmup_steps: int = 2  # not timed: compilation and first allocations fall into them
+    steps: int = 5  # timed at least; more until `seconds` have passed
     seconds: float = 0.0
     seed: int = 1337
 
@@ -78,23 +76,17 @@ class StepWork:
 class StepTimes:
     """The measurements."""
 
-    step_s: list[float]
-    """Of each timed step."""
-    losses: list[float]
-    """Of every step, warm-up included, in nats: they show that the work was done, and correct."""
-    grad_norms: list[float]
-    """Of every step, warm-up included."""
-    tokens: int
-    """Of one step."""
+    step_s: list[float]  # of each timed step
+    losses: list[float]  # of every step, warm-up included, in nats: they show that the work was done, and correct
+    grad_norms: list[float]  # of every step, warm-up included
+    tokens: int  # of one step
     flops_per_token: float
-    setup_s: float
-    """From the start of the process to the first timed step: imports, weights, compiling, warm-up."""
+    setup_s: float  # from the start of the process to the first timed step: imports, weights, compiling, warm-up
     peak_bytes: int
     device: str
     precision: str
     compiled: bool
-    attention: str
-    """The kernel that computed it (machine/speed/kernels.py)."""
+    attention: str  # the kernel that computed it (machine/speed/rates.py)
     torch: str
 
     @property

@@ -14,27 +14,20 @@ from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 class Figures:
     """The figures of a rung."""
 
-    step_ms: float
-    """The median."""
+    step_ms: float  # the median
     low_ms: float
-    high_ms: float
-    """Eight of ten steps lie between them."""
+    high_ms: float  # eight of ten steps lie between them
     tokens_per_s: float
-    gain: float | None
-    """Speed over the last correct rung before; None for the first."""
-    in_all: float
-    """Speed over the first rung."""
+    gain: float | None  # speed over the last correct rung before; None for the first
+    in_all: float  # speed over the first rung
     flop_per_s: float
     """With causal attention counted once, as in model/flops.py; 798 MFLOP per token for the 124M model."""
-    palm_flop_per_s: float
-    """As nanoGPT and the PaLM paper count; 860 MFLOP per token."""
-    mfu: float | None
-    """Share of the data sheet's peak at this precision; None without a data sheet."""
+    palm_flop_per_s: float  # as nanoGPT and the PaLM paper count; 860 MFLOP per token
+    mfu: float | None  # share of the data sheet's peak at this precision; None without a data sheet
     palm_mfu: float | None
     peak_bytes: int
     attention: str
-    loss_apart: float
-    """The largest difference of an early loss from the first rung's at the same step."""
+    loss_apart: float  # the largest difference of an early loss from the first rung's at the same step
 
 
 def figures_of(rows: Sequence[RungResult]) -> list[Figures | None]:
