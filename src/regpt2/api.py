@@ -1,13 +1,13 @@
-"""regpt2 in Python. In: names, paths and options as on the command line; out: models, figures, arrays, drawings.
+"""regpt2 in Python. In: names, paths and options as on the command line; out: models, figures, arrays, plots.
 
 `import regpt2` gives all of it. What the functions have in common:
 
-- A path is a `str` or a `Path`. `**options` are those of the command, with _ for -. An unknown one, or one of a wrong
-  type, raises `UsageError`.
-- Whatever a user, a file or the machine can get wrong raises a `Problem`, whose message says what to do: `UsageError`
+- A path is a `str` or a `Path`. `**options` are those of the command, with _ for -. An unknown option, or a value of
+  the wrong type, raises `UsageError`.
+- Errors of the user, a file or the machine raise a `Problem`, whose message says what to do: `UsageError`
   (and `ConfigError`, a kind of it), `DataError`, `CheckpointError`, `DownloadError`.
-- torch's global settings and random numbers, signal handlers and matplotlib's state are left as they were found.
-- `prepare` and `train` print their progress on standard output. The others print nothing there.
+- torch's global settings and random numbers, signal handlers and matplotlib's state are restored.
+- `prepare` and `train` print their progress to standard output. The others print nothing there.
 """
 
 from collections import Counter
@@ -96,20 +96,19 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
         return next(self.module.parameters()).device
 
     @property
     def step(self) -> int | None:
-        """Updates made, if it came from a run."""
+        """Updates made, if it is from a run."""
         return self._loaded.step
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What it was trained with: `encode(text)` gives a list of ids, `decode(ids)` the text.
+        """That of its training: `encode(text)` gives a list of ids, `decode(ids)` the text.
 
         Raises:
-            CheckpointError: it is not known, or none of ours. `logits` works without it.
+            CheckpointError: it is unknown or not supported. `logits` works without it.
         """
         return tokenizer_of(self._loaded, self._meta)
 
@@ -126,7 +125,7 @@ class Model:
     ) -> Prompt:
         """The prompt and its continuation; for a list of prompts a list, in their order.
 
-        The text is that of `regpt2 sample` with the same options. A prompt that the list holds n times gets n
+        The text is that of `regpt2 sample` with the same options. A prompt that is n times in the list gets n
         continuations, drawn together, as by `--n n`.
 
         Args:
@@ -135,10 +134,10 @@ class Model:
             temperature: 0 always takes the likeliest token.
             top_k, top_p: draw from the k likeliest tokens (0 = all), and of those from the likeliest that together
                 have the probability top_p.
-            context: the most tokens, prompt included; None: as many as training has seen.
+            context: the most tokens, prompt included; None: the context length of training.
 
         Raises:
-            UsageError: an option is out of its range, or the prompt is too long.
+            UsageError: an option is out of range, or the prompt is too long.
             CheckpointError: there is no tokenizer, or a weight is not finite.
         """
         texts: dict[str, Iterator[str]] = {}
@@ -155,11 +154,11 @@ class Model:
     def logits(self, ids: ArrayLike | Tensor) -> Tensor:
         """Logits of the next token after each position: ids (T,) -> (T, V), (B, T) -> (B, T, V), fp32.
 
-        V is the real vocabulary, without the padding rows of the embedding. They are on the model's device and have
-        no gradient; for one, call `module(ids)`.
+        V is the real vocabulary, without the padding rows of the embedding. The logits are on the model's device and
+        have no gradient; call `module(ids)` for logits with a gradient.
 
         Raises:
-            UsageError: another shape, no ids, more than `block_size` of them, or an id that is not in the vocabulary.
+            UsageError: a wrong shape, no ids, more than `block_size`, or an id outside the vocabulary.
         """
         rows = torch.as_tensor(ids if isinstance(ids, Tensor) else np.asarray(ids), device=self.device)
         if rows.ndim not in (1, 2) or not rows.numel() or rows.is_floating_point():
@@ -201,7 +200,7 @@ class Model:
 
     @contextmanager
     def _set_up(self) -> Iterator[None]:
-        """torch computes as for the command while this is entered."""
+        """Inside this context torch computes as it does for the command."""
         with settings_kept():
             choose_compute("bf16" if self._dtype == "bf16" else "fp32", self.device, keep_freed_memory=False)
             yield
@@ -213,15 +212,15 @@ def load(
     """The model that `spec` names, ready for use.
 
     Args:
-        spec: a run folder (its newest whole checkpoint), a checkpoint, a file or folder of any known format, or
-            "hf:gpt2" and the like from the Hugging Face hub.
+        spec: a run folder (its newest complete checkpoint), a checkpoint, a file or folder of any known format, or
+            a model of the Hugging Face hub such as "hf:gpt2".
         device: auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps.
         dtype: fp32, bf16, or int8 (GPT-2 on a CPU, to generate and score alone).
-        tokenizer: for a model of characters that does not hold them, as nanoGPT's: the meta.pkl of its data.
+        tokenizer: for a model of characters without its vocabulary, as nanoGPT's: the meta.pkl of its data.
 
     Raises:
-        UsageError: `spec` names nothing, or the device is not there.
-        CheckpointError: what it names is damaged, or is no GPT-2.
+        UsageError: nothing is at `spec`, or the device is not available.
+        CheckpointError: the model is damaged, or is not a GPT-2.
         DownloadError: the hub could not be reached, or has no such model.
     """
     with settings_kept():
@@ -230,7 +229,7 @@ def load(
 
 
 def prepare(source: PathLike, out: PathLike, **options: Any) -> Manifest:
-    """Turn text into a folder of token shards, for `train`; goes on where an earlier call was interrupted.
+    """Turn text into a folder of token shards, for `train`; resumes where an earlier call was interrupted.
 
     A script that prepares with several `workers` needs `if __name__ == "__main__":`; a notebook does not.
 
@@ -240,10 +239,10 @@ def prepare(source: PathLike, out: PathLike, **options: Any) -> Manifest:
         options: `tokenizer="bytes"`, `workers=1`, `val_fraction=0.1`, `min_chars=20`, ...
 
     Returns:
-        What the folder holds: `splits["train"].tokens`, `vocab_size`, `fingerprint`, ...
+        The folder's content: `splits["train"].tokens`, `vocab_size`, `fingerprint`, ...
 
     Raises:
-        UsageError, DataError, DownloadError: see above, and `out` holds something else.
+        UsageError, DataError, DownloadError: see above; also if `out` has other content.
     """
     dataset, rules = str(source), {field.name for field in fields(Filters)} & options.keys()
     if dataset not in plugins.entries(SHELF) and Path(source).exists():
@@ -254,22 +253,22 @@ def prepare(source: PathLike, out: PathLike, **options: Any) -> Manifest:
 
 
 def train(recipe: PathLike | Mapping[str, Any], **options: Any) -> Summary:
-    """Train a model by a recipe, or go on with the run that its folder holds.
+    """Train a model by a recipe, or resume the run in its folder.
 
     Interrupting it (Ctrl-C, a notebook's stop button) saves a checkpoint after the update and returns; the same call
-    goes on. On Linux the process keeps freed memory from then on, which makes steps on a CPU a third faster. Under
+    resumes. On Linux the process keeps freed memory from then on, which makes steps on a CPU a third faster. Under
     torchrun every rank calls it, once in a process.
 
     Args:
-        recipe: a recipe's name, a TOML file, or its content as a dict, which then says `run`, the run folder.
-        options: what differs from it: `data="data/mine"`, `max_steps=20`, `optim={"lr": 3e-4}`, `**{"optim.lr": 3e-4}`.
+        recipe: a recipe's name, a TOML file, or its content as a dict, which must have `run`, the run folder.
+        options: changes to it: `data="data/mine"`, `max_steps=20`, `optim={"lr": 3e-4}`, `**{"optim.lr": 3e-4}`.
 
     Returns:
         The step, how the run ended, and its folder, `run`.
 
     Raises:
         UsageError: no such recipe or option, or the folder holds another run.
-        Problem: the data or a checkpoint is damaged, or the memory does not suffice.
+        Problem: the data or a checkpoint is damaged, or there is too little memory.
     """
     if isinstance(recipe, Mapping):
         config = with_options(with_options(RunConfig(), recipe), options)
@@ -285,7 +284,7 @@ def evaluate(model: Model | PathLike, evals: str | Sequence[str] = ("val_loss",)
     """Measure a model.
 
     Args:
-        model: a loaded one (in fp32), with whatever was changed in its module; or what `load` takes.
+        model: a loaded model (in fp32), with any changes to its module; or a `spec` as for `load`.
         evals: names of evaluations, as "hellaswag", or of groups: "paper", "choices".
         options: `data="data/mine"` for val_loss, `limit=100` examples of each, `batch`, `precision`, `out`, ...
 
@@ -293,7 +292,7 @@ def evaluate(model: Model | PathLike, evals: str | Sequence[str] = ("val_loss",)
         `results["val_loss"]["loss"]`, nats per token; see `Results`.
 
     Raises:
-        UsageError, DataError, DownloadError: the only evaluation failed. Of several, `Results.failed` says it.
+        UsageError, DataError, DownloadError: the only evaluation failed. With several see `Results.failed`.
     """
     values = {**options, "evals": (evals,) if isinstance(evals, str) else tuple(evals)}
     if not isinstance(model, Model):
@@ -310,9 +309,9 @@ def evaluate(model: Model | PathLike, evals: str | Sequence[str] = ("val_loss",)
 
 
 def read_record(run: PathLike) -> dict[str, NDArray[np.float64]]:
-    """The figures that a run wrote down, as columns of equal length: `pandas.DataFrame(regpt2.read_record(run))`.
+    """The recorded figures of a run, as columns of equal length: `pandas.DataFrame(regpt2.read_record(run))`.
 
-    A row for each step that was logged or evaluated, in order; NaN where a step has no such value. The columns:
+    A row for each step that was logged or evaluated, in order; NaN where a step has no value. The columns:
     `step`; of training `loss` (nats per token), `grad_norm`, `lr`, `step_ms`, `tokens_per_s`, `mfu`, `tokens` (seen so
     far) and `skipped` (1 or 0); of each evaluation its figures, as `val_loss.loss`, `val_loss.bits_per_byte`,
     `hellaswag.acc_norm`.
@@ -325,16 +324,16 @@ def read_record(run: PathLike) -> dict[str, NDArray[np.float64]]:
 
 
 def plot(runs: PathLike | Sequence[PathLike], panels: str | Sequence[str] = ()) -> "Figure":
-    """The report's drawings of one run, or of several side by side, as a matplotlib figure. Nothing is written.
+    """The report's charts of one run, or of several side by side, as a matplotlib figure. No file is written.
 
-    A notebook shows the figure where it is the last line of a cell; `figure.savefig("loss.png")` keeps it.
+    A notebook shows the figure if it is the last line of a cell; `figure.savefig("loss.png")` saves it.
 
     Args:
         panels: loss, hellaswag, bits, lr, grad_norm, tokens_per_s, mfu, step_ms: one below the other; by default the
             report's picture.
 
     Raises:
-        UsageError: not the folder of a run, too many of them, or they have no such panel.
+        UsageError: not the folder of a run, too many runs, or they have no such panel.
         DataError: a record is damaged.
     """
     records = records_of(_paths(runs))
@@ -342,11 +341,11 @@ def plot(runs: PathLike | Sequence[PathLike], panels: str | Sequence[str] = ()) 
     names = [panels] if isinstance(panels, str) else panels
     for name in names:
         if name not in there:
-            raise UsageError(f"there is no panel {name!r}{did_you_mean(name, there)} There is: {', '.join(there)}.")
+            raise UsageError(f"there is no panel {name!r}{did_you_mean(name, there)} Available: {', '.join(there)}.")
     figure: Figure = (
         column([there[name] for name in names]) if names else overview(list(there.values()), *heads(records))
     )
-    figure._repr_png_ = partial(png, figure)  # type: ignore[attr-defined]  # what notebooks ask of what they show
+    figure._repr_png_ = partial(png, figure)  # type: ignore[attr-defined]  # called by notebooks to show it
     return figure
 
 
@@ -357,10 +356,10 @@ def report(
 
     Args:
         out: the page; by default report.html in the folder of the only run.
-        results: the file that `evaluate(..., out=FILE)` wrote of the only run's model.
+        results: the file that `evaluate(..., out=FILE)` wrote for the only run's model.
 
     Raises:
-        UsageError: not the folder of a run, too many of them, or `out` does not end in .html.
+        UsageError: not the folder of a run, too many runs, or `out` does not end in .html.
         DataError: a record or the results are damaged.
     """
     page = write_report(_paths(runs), None if out is None else Path(out), None if results is None else Path(results))

@@ -1,4 +1,4 @@
-"""The command. In: arguments; out: an exit code. Imports the verb alone, shows a problem as one message.
+"""The command. In: arguments; out: an exit code. Imports only the verb; shows a problem as one message.
 
 0 = done, 1 = failed, 2 = wrong usage, 128 + signal = stopped by it.
 """
@@ -34,14 +34,13 @@ VERBS = {
 }
 HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
-# What these find goes to standard output alone, unless one of FILE_OPTIONS is given; the others write files.
+# These write their results to standard output only, unless one of FILE_OPTIONS is given; the others write files.
 SHOWING = ("doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify")
 FILE_OPTIONS = ("--out", "--json")
-PATIENT = ("evaluate", "harness")  # they work for hours: a disk that is full now may take the next figures
+PATIENT = ("evaluate", "harness")  # they run for hours: a disk that is full now may have room for the next results
 
 
 def usage() -> str:
-    """What `regpt2 --help` prints."""
     verbs = wrapped(f"  {verb:<10} {line}" for verb, line in VERBS.items())
     return f"""regpt2 {__version__}: GPT-2, reproduced.
 
@@ -50,7 +49,7 @@ usage: regpt2 VERB [arguments] [--debug]
 
 {verbs}
 
-{wrapped(["Put an argument that begins with a dash but is no option last, after --."])}
+{wrapped(["Put an argument that begins with a dash but is not an option last, after --."])}
 
 First steps:
   regpt2 prepare python_library --tokenizer bytes \\
@@ -61,38 +60,38 @@ First steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit code; a rank among several leaves its process instead.
+    """Run one verb and return the exit code; one of several ranks exits its process instead.
 
-    Every foreseen problem ends as one message on standard error; `--debug` shows the traceback.
+    An expected problem is shown as one message on standard error; `--debug` shows the traceback.
     """
     open_closed_streams()  # before anything opens a file
     spin_briefly()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    at = arguments.index("--") if "--" in arguments else len(arguments)  # what comes after is no option
+    at = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is not an option
     debug = "--debug" in arguments[:at]
     options = [one for one in arguments[:at] if one != "--debug"]
     set_least_width()
     try:
         code = _run(options + arguments[at:] or ["--help"], options)
-    except FailedElsewhere as problem:  # that rank says it
+    except FailedElsewhere as problem:  # that rank has reported it
         code = problem.exit_code
     except Problem as problem:
         code = _fail(str(problem), problem.exit_code, debug)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and error.filename == STREAMS["stdout"]:
-            code = 1  # the reader of our output left, as `| head` does
+            code = 1  # the reader of our output exited, as `| head` does
         else:
             code = _fail(describe_os_error(error), 1, debug)
     except KeyboardInterrupt:
         code = _fail("interrupted.", 130, debug)
     finally:
-        watch_streams()  # what could not be shown is not tried again when the interpreter ends
+        watch_streams()  # else the interpreter tries to write lost output again at exit
     leave_if_one_of_many(code)
     return code
 
 
 def _run(arguments: list[str], options: list[str]) -> int:
-    """Run the verb. A standard output that fails makes it fail only where the result is nowhere else."""
+    """Run the verb. A failure of standard output fails it only if the results are nowhere else."""
     verb, names = arguments[0], {option.split("=")[0] for option in options}
     shows = bool(names & {"-h", "--help"}) or verb in (*HELP, *VERSION)
     shows |= verb in SHOWING and not names & set(FILE_OPTIONS)

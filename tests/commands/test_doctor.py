@@ -282,4 +282,4 @@ def test_ranks_that_cannot_meet_are_a_line(
     for name, value in address.items():
         monkeypatch.setenv(name, value)
     assert doctor.main([str(recipe), "--quick"]) == 1
-    assert capsys.readouterr().out.startswith("FAIL  ranks         rank 1 of 2 could not meet the others")
+    assert capsys.readouterr().out.startswith("FAIL  ranks         rank 1 of 2 could not connect to the others")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import points
 import torch
@@ -20,6 +21,7 @@ from suite import Bench, Fault, NotHere, Outcome
 
 from regpt2.base.errors import DownloadError
 from regpt2.base.files import sha256_bytes
+from regpt2.base.net import http_client
 from regpt2.base.net.download import download
 from regpt2.data.tokenizer import load_tokenizer
 
@@ -260,7 +262,8 @@ def _refused(url: str, path: Path, former: bytes | None = None) -> str:
     if former is not None:
         path.write_bytes(former)
     try:
-        download(url, path, SHA256, tries=1, timeout_s=0.5)
+        with patch.object(http_client, "TIMEOUT_S", 0.5):
+            download(url, path, SHA256, tries=1)
     except DownloadError:
         left = sorted(other.name for other in path.parent.iterdir() if other.suffix != ".part")  # to be continued
         kept = path.read_bytes() if path.exists() else None

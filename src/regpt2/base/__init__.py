@@ -1,1 +1,1 @@
-"""The ground: errors, files, devices, ranks, records. Knows nothing of language models."""
+"""The base of all rooms: errors, files, devices, ranks, records. Nothing here is about language models."""

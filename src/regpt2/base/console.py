@@ -8,7 +8,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -31,13 +30,13 @@ def safe_json(text: str) -> str:
 
 
 def set_least_width() -> None:
-    """Lay help out for at least 40 columns, however few the terminal or COLUMNS has: in 4 its layout never ends."""
+    """Lay help out for at least 40 columns, even in a narrower terminal: in 4 columns tyro's layout never ends."""
     if shutil.get_terminal_size().columns < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
 
 
 def wrapped(lines: Iterable[str]) -> str:
-    """Lines broken between words to fit the terminal; the rest of `  name   text` or `name: text` is below its text."""
+    """Break lines between words to fit the terminal. What follows `  name   text` or `name: text` is indented below."""
     columns, broken = shutil.get_terminal_size().columns, []
     for line in lines:
         label = re.match(r"\s*(?:\S+\s{2,}|\w+:\s+)?", line)
@@ -49,12 +48,11 @@ def wrapped(lines: Iterable[str]) -> str:
 
 
 def say(line: str = "") -> None:
-    """One line to standard output, at once."""
     show(line + "\n")
 
 
 def show(text: str) -> None:
-    """Text to standard output, at once, made safe; it may stop within a line."""
+    """Text to standard output, at once, made safe; it need not end a line."""
     sys.stdout.write(safe_text(text))
     sys.stdout.flush()
 
@@ -75,7 +73,7 @@ def count(number: float) -> str:
 
 
 def figure(number: float, digits: int = 4) -> str:
-    """A measured number: 3.142, 1,234; one that would need an exponent as `count` writes it, 37.9k."""
+    """A measured number: 3.142, 1,234; 37.9k, as by `count`, instead of 3.79e+04."""
     shown = f"{number:,.{digits}g}"
     return count(number) if "e+" in shown else shown
 
@@ -83,13 +81,10 @@ def figure(number: float, digits: int = 4) -> str:
 def duration(seconds: float) -> str:
     """Seconds as 42s, 3m10s, 5h02m, 2d04h."""
     whole = int(max(0, seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    for size, unit, smaller, rest in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller:02d}{rest}"
+    return f"{whole}s"
 
 
 class ProgressLine:
@@ -119,14 +114,12 @@ class ProgressLine:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, amount: float) -> None:
-        """Say that `amount` more is done."""
+        """Add `amount` to what is done, and show it."""
         self.done += amount
         now = time.monotonic()
         rate = self.done / max(1e-9, now - self.started_at)
@@ -135,7 +128,7 @@ class ProgressLine:
             self._bar.update(self._task, completed=self.done, done=so_far, rate=f"{count(rate)} {self.unit}/s")
         elif self.shown and now - self.spoke_at >= self.every_s:
             self.spoke_at = now
-            pace = ""  # of nothing done yet there is none
+            pace = ""  # unknown before anything is done
             if rate and self.total:
                 left_s = max(0.0, self.total - self.done) / rate
                 pace = f", {count(rate)} {self.unit}/s, {duration(left_s)} left"

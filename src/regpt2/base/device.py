@@ -20,6 +20,7 @@ from regpt2.base.errors import UsageError
 if sys.platform != "win32":
     import resource
 
+_Hardware = Literal["fp32", "tf32", "bf16", "fp16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 # Dense matmul peaks in TFLOP/s (16-bit with fp32 accumulation; TF32), from the makers' data sheets, without sparsity.
@@ -52,18 +53,13 @@ def pick_device(spec: str) -> torch.device:
     Raises:
         UsageError: no such device, or not on this machine.
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if spec == "auto":
-        return torch.device(next(name for name, is_there in there.items() if is_there))
+        return torch.device(here[0])
     kind, _, index = spec.partition(":")
     n_devices = torch.cuda.device_count() if kind == "cuda" else 1
-    if not there.get(kind, False) or (index and not (index.isdigit() and int(index) < n_devices)):
-        names = ", ".join(name for name, is_there in there.items() if is_there)
-        raise UsageError(f"device {spec!r} is not on this machine; there is: auto, {names}.")
+    if kind not in here or (index and not (index.isdigit() and int(index) < n_devices)):
+        raise UsageError(f"device {spec!r} is not on this machine; available: auto, {', '.join(here)}.")
     return torch.device(spec)
 
 
@@ -74,7 +70,7 @@ def cpu_info() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it: "cuda: NVIDIA H200", "cpu: AMD EPYC 9B45"."""
+    """Its type and the maker's name: "cuda: NVIDIA H200", "cpu: AMD EPYC 9B45"."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     names = [line.split(":", 1)[1].strip() for line in cpu_info().splitlines() if "model name" in line]
@@ -85,11 +81,10 @@ def device_name(device: torch.device) -> str:
 class Compute:
     """How matmuls run: the type of weights and activations in forward and backward. Master weights stay fp32."""
 
-    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    precision: _Hardware
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute type."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     @property
@@ -98,37 +93,38 @@ class Compute:
         return self.precision == "fp16"
 
 
+def precisions(device: torch.device) -> list[_Hardware]:
+    """Those that the device has in hardware."""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    can_bf16 = ampere or (device.type == "cpu" and _cpu_has_bf16())
+    known: dict[_Hardware, bool] = {"fp32": True, "tf32": ampere, "bf16": can_bf16, "fp16": device.type == "cuda"}
+    return [name for name, can in known.items() if can]
+
+
 def choose_compute(precision: Precision, device: torch.device, *, keep_freed_memory: bool = True) -> Compute:
-    """The precision asked for, or by "auto" the fastest that the device does in hardware; set up for use.
+    """Set up torch for the given precision, or by "auto" for the fastest that the device has in hardware.
 
     Raises:
-        UsageError: the device cannot do it.
+        UsageError: the device does not have it.
     """
-    can = {"fp32": True, "tf32": False, "bf16": False, "fp16": False}
-    if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        can |= {"tf32": ampere, "bf16": ampere, "fp16": True}
-    elif device.type == "cpu":
-        can["bf16"] = _cpu_has_bf16()
-    chosen = precision
-    if chosen == "auto":
-        chosen = next(name for name in ("bf16", "fp16", "fp32") if can[name])
-    if not can[chosen]:
-        there = ", ".join(name for name, possible in can.items() if possible)
-        raise UsageError(f"precision = {chosen!r} is not in the hardware of {device_name(device)}; it has: {there}.")
+    can = precisions(device)
+    chosen = next(name for name in ("bf16", "fp16", "fp32") if name in can) if precision == "auto" else precision
+    if chosen not in can:
+        name = device_name(device)
+        raise UsageError(f"precision = {chosen!r} is not in the hardware of {name}; it has: {', '.join(can)}.")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if chosen == "fp32" else "high")
     elif device.type == "cpu":
         _use_fast_exact_fp32_on_cpu()
         if keep_freed_memory:
             _keep_freed_memory()
-    return Compute(chosen)  # type: ignore[arg-type]
+    return Compute(chosen)
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Set the generator that dropout on this device draws from.
+    """Seed the generator of dropout on this device.
 
-    `torch.manual_seed` sets those of all devices, and takes 1.7 ms on a machine with none but the CPU.
+    `torch.manual_seed` seeds those of all devices, and takes 1.7 ms on a machine with a CPU only.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
@@ -137,7 +133,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Is this how Python, torch or a kernel says that there is no memory left, or none for a thread?"""
+    """True for the errors of Python, torch or a kernel that mean: no memory left, or none for a thread."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
@@ -149,10 +145,10 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def be_deterministic(device: torch.device) -> None:
-    """Have the same computation give the same bits again, where the device does not by itself, as a CPU does.
+    """Make the same computation give the same bits again on a GPU; a CPU does so anyway.
 
-    What has no deterministic form then raises an error (see `undetermined_operation`). To warn only is not enough:
-    attention would go on to choose cuDNN's kernel, which adds in any order.
+    An operation without a deterministic form then raises an error (see `undetermined_operation`). `warn_only` is not
+    enough: attention would still choose cuDNN's kernel, which adds in any order.
     """
     if device.type != "cuda":
         return
@@ -160,26 +156,24 @@ def be_deterministic(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow: for debugging
     inductor: Any = importlib.import_module("torch._inductor.config")
-    if hasattr(inductor, "deterministic"):  # else the compiler times its kernels, and sums by whichever came first
+    if hasattr(inductor, "deterministic"):  # else the compiler takes the fastest kernel, which differs by run
         inductor.deterministic = True
 
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Begin with torch's own settings, as a new process does, and leave all as it was: in a process of somebody else.
+    """Start with torch's defaults, as a new process does, and restore the caller's settings at the end.
 
-    Kept are the precision of matmuls, deterministic algorithms, and the state of torch's own generators.
+    These are the precision of matmuls, deterministic algorithms, and the state of torch's own generators.
     """
     matmuls: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [one.fp32_precision for one in matmuls]
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to name it once the precision of one backend alone was set
+    except RuntimeError:  # torch refuses to name it once the precision of only one backend was set
         legacy = "highest"
-    strict, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     inductor = getattr(sys.modules.get("torch._inductor.config"), "deterministic", False)
     workspace = os.environ.get(_WORKSPACE)
@@ -201,9 +195,9 @@ def settings_kept() -> Iterator[None]:
 
 
 def undetermined_operation(error: BaseException) -> str:
-    """The operation that torch says has no deterministic form; "" if the error says something else."""
-    said = _UNDETERMINED.search(str(error))
-    return said[1] if said else ""
+    """The operation without a deterministic form that torch's error names; "" for another error."""
+    found = _UNDETERMINED.search(str(error))
+    return found[1] if found else ""
 
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -211,19 +205,19 @@ _UNDETERMINED = re.compile(r"(\S+) does not have a deterministic implementation"
 
 
 def quiet_profiler() -> None:
-    """Keep torch's profiler, if it has not run yet, from writing lines of its own to standard error."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all of its levels
+    """Keep torch's profiler from writing to standard error, if it has not run yet."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest level
 
 
 def _cpu_has_bf16() -> bool:
-    """AVX512-BF16 or AMX: without them bf16 is emulated and slower than fp32."""
+    """AVX512-BF16 or AMX: without them bf16 is emulated, and slower than fp32."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_info().split())
 
 
 def _use_fast_exact_fp32_on_cpu() -> None:
     """Let fp32 matmuls go through oneDNN, which is 2-3x faster than MKL on AMD, if it keeps fp32 accuracy here.
 
-    The setting also permits oneDNN to round to bf16, which some processors then do: so it is tried on one matmul.
+    The setting also permits oneDNN to round to bf16, which some processors then do, so one matmul is checked.
     """
     if torch.get_float32_matmul_precision() == "medium":
         return
@@ -238,8 +232,8 @@ def _use_fast_exact_fp32_on_cpu() -> None:
 def _keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for the next allocation, where it is the C library.
 
-    By default it maps every block above 32 MB anew and gives it back when freed: each step then pays a page fault for
-    every 4 KB of activations and gradients, a third of its time for the 124M model (see docs/decisions.md).
+    By default it maps each block above 32 MB on allocation and unmaps it when freed: each step then has a page fault
+    for every 4 KB of activations and gradients, a third of its time for the 124M model (see docs/decisions.md).
     """
     if not sys.platform.startswith("linux"):
         return
@@ -255,12 +249,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of one device at this precision by its data sheet; None where no sheet is known (every CPU, fp32)."""
+    """FLOP/s of one device at this precision by its data sheet; None if unknown (every CPU, fp32)."""
     return sheet_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def sheet_flops(name: str, precision: str) -> float | None:
-    """The same, of a GPU that need not be here, by the name that its maker gives it."""
+    """The same of any GPU, by the maker's name for it."""
     known = [key for key in _PEAK_TFLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
     variant = re.search(r"\b(Laptop|Mobile|Max-Q|NVL|Ti|SUPER|D)\b", name)  # with another peak than the table's
     if precision == "fp32" or variant or not known:
@@ -270,19 +264,19 @@ def sheet_flops(name: str, precision: str) -> float | None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Does torch.compile make GPU kernels here? It needs Triton and a GPU of compute capability 7.0."""
+    """True if torch.compile makes GPU kernels here: it needs Triton and a GPU of compute capability 7.0."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def compiles(choice: Literal["auto", "on", "off"], device: torch.device) -> bool:
-    """Is the training step compiled? By "auto" wherever it can be made for a GPU."""
+    """True if the training step is compiled: by "auto" wherever `can_compile`."""
     return choice == "on" or (choice == "auto" and can_compile(device))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked, so that a clock may be read."""
+    """Wait until the device has finished all work, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -290,12 +284,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: on the GPU by tensors, on the CPU by the process (0 on Windows: not known)."""
+    """The peak memory so far: on the GPU of tensors, on the CPU of the process (0 on Windows: unknown)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":
         return 0
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with what the parent process held
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would include the peak of the parent process
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])

@@ -1,9 +1,9 @@
-"""What can go wrong for a user: each problem carries one message (what, got, expected, mend) and an exit code."""
+"""Errors shown to the user: each has one message (what, got, expected, remedy) and an exit code."""
 
 import difflib
 from collections.abc import Iterable
 
-MOST_CHARACTERS = 4000  # of a message: what a file holds must not flood a terminal
+MOST_CHARACTERS = 4000  # of a message: quoted content of a file must not flood a terminal
 
 
 class Problem(Exception):
@@ -12,7 +12,7 @@ class Problem(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message; of one that quotes too much, its beginning and its end, where the mend stands."""
+        """The message; of one that is too long only the beginning, and the end with the remedy."""
         text, half = super().__str__(), MOST_CHARACTERS // 2
         return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
 
@@ -28,15 +28,15 @@ class ConfigError(UsageError):
 
 
 class DataError(Problem):
-    """A data folder, shard or input file is missing, damaged or of another kind than expected."""
+    """A data folder, shard or input file is missing, damaged or of the wrong kind."""
 
 
 class CheckpointError(Problem):
-    """A checkpoint or model folder is missing, damaged or of another shape than expected."""
+    """A checkpoint or model folder is missing, damaged or of the wrong shape."""
 
 
 class FailedElsewhere(Problem):
-    """Another rank failed, and says so itself: this one leaves in silence, with the same exit code."""
+    """Another rank failed, and reports it itself: this one exits silently with the same code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class FailedElsewhere(Problem):
 
 
 class DownloadError(Problem):
-    """Something could not be fetched, or what came is not what was asked for."""
+    """A download failed, or its content is not the expected one."""
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

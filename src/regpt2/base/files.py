@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, SHA-256, locks, free space."""
+"""Files that are complete or absent: atomic writes, SHA-256, locks, free space."""
 
 import errno
 import hashlib
@@ -27,12 +27,11 @@ def cache_dir() -> Path:
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hex SHA-256 of bytes in memory."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex SHA-256 of a file, read in pieces; `on_bytes` is told how many bytes each piece had."""
+    """Hex SHA-256 of a file, read in pieces; `on_bytes` gets the size of each piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(CHUNK_BYTES):
@@ -43,10 +42,10 @@ def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> 
 
 
 def read_small(path: Path, kind: type[Problem] = Problem, most_bytes: int = SMALL_BYTES) -> str:
-    """The text of a file that describes others: a configuration, a manifest, a vocabulary.
+    """The text of a small file: a configuration, a manifest, a vocabulary.
 
     Raises:
-        kind: it is no plain file (a pipe would be waited for, forever), or too large to be what it should be.
+        kind: it is not a plain file (reading a pipe could wait forever), or is too large for its kind.
         OSError, ValueError: it cannot be read, or is not UTF-8.
     """
     status = path.stat()
@@ -58,7 +57,7 @@ def read_small(path: Path, kind: type[Problem] = Problem, most_bytes: int = SMAL
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames inside `folder` durable. Windows has no such call: there it does nothing."""
+    """Make renames inside `folder` durable. Does nothing on Windows, which has no such call."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -69,7 +68,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def make_dir(folder: Path) -> None:
-    """Make `folder`, and what is missing above it, so that they outlast a loss of power."""
+    """Make `folder` and its missing parents, durable against a loss of power."""
     if folder.is_dir():
         return
     make_dir(folder.parent)
@@ -78,16 +77,16 @@ def make_dir(folder: Path) -> None:
 
 
 def forget_cached(file: IO[bytes]) -> None:
-    """Let what is read from `file` next come from the disk, not from the system's memory, where the system can."""
+    """Drop `file` from the system's cache, where that is possible, so that the next read comes from the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under `path` only when it is whole and on disk.
+    """Open a file for writing that appears under `path` only when it is complete and on disk.
 
-    It is written beside its place, fsynced, renamed, and the folder fsynced. After an exception nothing is left.
+    It is written under another name, fsynced, renamed, and the folder fsynced. After an exception nothing is left.
     """
     make_dir(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -111,10 +110,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the system frees it when the process ends, however it ends.
+    """Lock `folder` for this process; the system frees the lock when the process ends.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process has locked it.
     """
     make_dir(folder)
     with open(folder / ".lock", "a+b") as file:
@@ -124,19 +123,19 @@ def folder_lock(folder: Path) -> Iterator[None]:
             raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
         file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        # It begins with a space: on Windows nobody else can read the first byte, which is the one that is locked.
+        # The space: on Windows the first byte is the locked one, which no other process can read.
         file.write(f" process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
         file.flush()
         yield
 
 
 def try_lock(file: IO[bytes]) -> bool:
-    """Whether this process holds `file` now; the system frees it when the file is closed.
+    """Try to lock `file` without waiting; the system frees the lock when the file is closed.
 
     Raises:
         UsageError: its file system has no locks.
     """
-    import filelock  # noqa: PLC0415  (needed where something is locked only)
+    import filelock  # noqa: PLC0415  (needed only for locks)
 
     try:
         return filelock.lock_descriptor(file.fileno(), blocking=False)
@@ -153,15 +152,15 @@ def nearest_folder(path: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free where `folder` lies, or will lie."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def require_free_space(folder: Path, need_bytes: int, what: str) -> None:
-    """Refuse to begin what cannot be finished.
+    """Refuse to start work that the disk has no room for.
 
     Raises:
-        Problem: less than `need_bytes` are free where `folder` lies (or will lie).
+        Problem: fewer than `need_bytes` are free on the disk of `folder`.
     """
     have_bytes = free_bytes(folder)
     if have_bytes < need_bytes:
@@ -172,7 +171,7 @@ def require_free_space(folder: Path, need_bytes: int, what: str) -> None:
 
 
 def describe_os_error(error: OSError) -> str:
-    """One line for a failed file operation: what, where, and the mend where there is a usual one."""
+    """One line for a failed file operation: where, what, and the usual remedy if there is one."""
     place = f"{error.filename}: " if error.filename else ""
     mends = {
         "ENOSPC": "free some space or choose a folder on another disk",

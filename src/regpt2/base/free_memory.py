@@ -1,7 +1,8 @@
-"""How much memory is free. In: a device; out: the bytes that this process may still take, or None: not known."""
+"""Free memory. In: a device; out: the bytes that this process can still allocate, or None: unknown."""
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,8 +10,8 @@ import torch
 if sys.platform != "win32":
     import resource
 
-# Of control groups, version 2 and 1: where they lie, the limit, what is taken, and how much of that is cached files,
-# which make way.
+# Of control groups, version 2 and 1: the folder, then the names of the limit, of the memory in use, and of its part in
+# cached files, which the system frees when needed.
 _CGROUP = Path("/proc/self/cgroup")  # which groups this process is in
 _GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -20,13 +21,13 @@ _GROUPS = (
 
 def free_bytes(device: torch.device) -> int | None:
     """On a GPU what is free there; on a CPU this rank's share of what the machine, its control group and its limit on
-    address space leave. Swap counts: a run that swaps is slow, but it runs."""
+    address space leave. Swap counts, because a run that swaps is slow but works."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it: they share the memory
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun: these ranks share the memory
     shared = [_free_on_machine(), *_free_in_groups()]
     return min(min(shared) // ranks_here, _free_address_space())
 
@@ -46,20 +47,14 @@ def _free_in_groups() -> list[int]:
             continue
         top, limit_name, taken_name, cached_name = _GROUPS[number != "0"]
         for part in [Path(path), *Path(path).parents]:
-            # In a container the path may be that outside, and the group itself lie at the top.
+            # In a container the path may be that of the host, and the group itself be mounted at the top.
             folder = Path(top) / part.relative_to("/")
-            left = _free_in_group(folder / limit_name, folder / taken_name, folder / "memory.stat", cached_name)
-            free += [] if left is None else [left]
+            with suppress(OSError, ValueError):  # there is no such group, or no limit: "max"
+                limit_bytes, taken_bytes = (int((folder / name).read_text()) for name in (limit_name, taken_name))
+                rows = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+                cached_bytes = sum(int(row[1]) for row in rows if row[0] == cached_name)
+                free.append(max(0, limit_bytes - taken_bytes + cached_bytes))
     return free
-
-
-def _free_in_group(limit: Path, taken: Path, stat: Path, cached_name: str) -> int | None:
-    try:
-        limit_bytes, taken_bytes = int(limit.read_text()), int(taken.read_text())
-        cached = [int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith(f"{cached_name} ")]
-    except (OSError, ValueError):  # there is no such group, or no limit: "max"
-        return None
-    return max(0, limit_bytes - taken_bytes + sum(cached))
 
 
 def _free_address_space() -> int:

@@ -1,7 +1,7 @@
-"""The screen is an observer: work never ends because it cannot be written. In: the process's streams; out: the losses.
+"""Failed output must not stop the work. In: the process's standard streams; out: which of them failed, and why.
 
-A stream fails when its reader leaves (`| head`), its terminal is closed, the disk below a log is full, or it was closed
-before the process began (`>&-`).
+A stream fails when its reader exits (`| head`), its terminal is closed, the disk of a log is full, or it was closed
+before the process started (`>&-`).
 """
 
 import errno
@@ -18,37 +18,30 @@ _FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EAGAIN") if
 
 
 class WatchedStream(io.RawIOBase):
-    """The lowest layer of a standard stream. Where it is not `strict`, a write that fails is remembered, not raised."""
+    """The lowest layer of a standard stream. Unless it is `strict`, a failed write is recorded instead of raised."""
 
     def __init__(self, raw: io.RawIOBase, title: str) -> None:
         self._raw, self.title = raw, title
         self.name = f"<{title}>"
         self.strict = False
         self.lost: OSError | None = None
-        """Why something could not be written, the first time; its `filename` is the title."""
+        """The first failure; its `filename` is the title."""
 
     def writable(self) -> bool:
-        """It is written to, and never read."""
         return True
 
     def fileno(self) -> int:
-        """The number that C code knows."""
         return self._raw.fileno()
 
     def isatty(self) -> bool:
-        """Is somebody looking?"""
         return self._raw.isatty()
 
     def write(self, data: "memoryview | bytes") -> int:  # type: ignore[override]
-        """All of the data, or a part of it; what fails counts as written.
-
-        Raises:
-            OSError: it failed, and the stream is strict.
-        """
+        """Write the data or a part of it. A failed write counts as done, or raises OSError if the stream is strict."""
         try:
             if (n_bytes := self._raw.write(data)) is not None:
                 return n_bytes
-            error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # a pipe that does not wait, and is full
+            error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # a non-blocking pipe that is full
         except OSError as failure:
             error = failure
         self._lose(OSError(error.errno, error.strerror, self.title))
@@ -58,7 +51,7 @@ class WatchedStream(io.RawIOBase):
         first, self.lost = self.lost is None, self.lost or reason
         if self.strict:
             raise reason
-        if reason.errno not in _FULL:  # it will never work again, for C code and child processes neither
+        if reason.errno not in _FULL:  # permanent, also for C code and child processes
             with suppress(OSError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.fileno())
@@ -69,9 +62,9 @@ class WatchedStream(io.RawIOBase):
 
 
 def open_closed_streams() -> None:
-    """Put the null device in the place of each standard stream that is closed. To be called before a file is opened.
+    """Replace each closed standard stream by the null device. Call it before any file is opened.
 
-    Otherwise that file would get the free number, and whatever a library prints would be written into it.
+    Otherwise that file would get the free number, and what a library prints would be written into it.
     """
     names = ("stdin", *STREAMS)
     for number in range(len(names)):
@@ -85,7 +78,7 @@ def open_closed_streams() -> None:
 
 
 def _null(name: str) -> io.TextIOWrapper:
-    """What stands for a standard stream that is closed."""
+    """The replacement of a closed standard stream."""
     raw = io.FileIO(os.devnull, "r" if name == "stdin" else "w")
     if name == "stdin":
         return io.TextIOWrapper(io.BufferedReader(raw), "utf-8")
@@ -95,9 +88,9 @@ def _null(name: str) -> io.TextIOWrapper:
 
 
 def watch_streams(*, strict: bool = False) -> None:
-    """Let a standard stream that fails be remembered instead of ending the work; `strict`: standard output raises.
+    """Record the failure of a standard stream instead of raising it; `strict`: standard output raises.
 
-    A stream that the caller has put in their place is left alone. Text that a stream cannot encode is escaped.
+    A stream that the caller has replaced is left alone. Text that a stream cannot encode is escaped.
     """
     for name, title in STREAMS.items():
         stream = getattr(sys, name)
@@ -110,16 +103,14 @@ def watch_streams(*, strict: bool = False) -> None:
 
 
 def watched(stream: io.TextIOWrapper, title: str) -> io.TextIOWrapper:
-    """The same stream, with a watch below its buffer. `python -u` has no buffer."""
+    """The same stream with a `WatchedStream` below its buffer. `python -u` has no buffer."""
     with suppress(OSError):
         stream.flush()
     raw: Any = getattr(stream.buffer, "raw", stream.buffer)
     watch = WatchedStream(raw, title)
     buffer: Any = watch if raw is stream.buffer else io.BufferedWriter(watch)
-    through = stream.write_through
-    return io.TextIOWrapper(
-        buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering, write_through=through
-    )
+    lines, through = stream.line_buffering, stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
 
 def _watch_of(name: str) -> WatchedStream | None:
@@ -129,17 +120,17 @@ def _watch_of(name: str) -> WatchedStream | None:
 
 
 def lost_streams() -> list[OSError]:
-    """Why standard output and standard error could not be written, for each that could not."""
+    """The first failure of each standard stream that has failed."""
     watches = [watch for name in STREAMS if (watch := _watch_of(name)) is not None]
     return [watch.lost for watch in watches if watch.lost is not None]
 
 
 def require_output() -> None:
-    """Refuse to call that a success which only standard output shows, if it could not be written.
+    """Fail if standard output, the only place of a command's results, could not be written.
 
     Raises:
-        Problem: it was closed from the beginning.
-        OSError: why it could not be written.
+        Problem: it was closed before the process started.
+        OSError: it failed later.
     """
     watch = _watch_of("stdout")
     if watch is None or watch.lost is None:

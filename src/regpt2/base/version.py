@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def commit() -> str | None:
-    """The commit of the source tree, if it is one."""
+    """The commit of the source tree; None if it is not a git checkout."""
     command = ["git", "-C", str(PACKAGE), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
@@ -18,6 +18,6 @@ def commit() -> str | None:
 
 
 def digest(*rooms: str) -> str:
-    """Of every module in these rooms of the package: it tells code apart that no commit tells apart yet."""
+    """A digest of every module in these rooms of the package: it also tells uncommitted changes apart."""
     files = sorted(path for room in rooms for path in (PACKAGE / room).rglob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12]

@@ -43,7 +43,6 @@ class DoctorOptions:
 
 
 def main(arguments: list[str]) -> int:
-    """The verb `regpt2 doctor`."""
     options = parse(DoctorOptions, arguments, "regpt2 doctor")
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UsageError(f"--json {options.json} must be a file in a folder that exists.")

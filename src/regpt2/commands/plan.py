@@ -20,7 +20,6 @@ from regpt2.machine.planning.show import show
 
 
 def main(arguments: list[str]) -> int:
-    """`regpt2 plan RECIPE [options]`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         say(usage())
         return 0 if arguments else UsageError.exit_code
@@ -41,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def usage() -> str:
-    """What `regpt2 plan --help` prints: the options in short, and the recipes."""
+    """The text of `regpt2 plan --help`."""
     return wrapped(
         [
             "usage: regpt2 plan RECIPE [--machine NAME] [--gpus N] [--gpus-per-node N] [--network-gbps G] [--scaling] "

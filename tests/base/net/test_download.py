@@ -28,6 +28,11 @@ BLOB = hashlib.sha1(b"blob 300000\0" + CONTENT).hexdigest()
 NAME = "data/train.parquet"
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "PAUSE_S", 0.01)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with one file, which it serves by redirect to another address."""
@@ -38,8 +43,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def get(hub: FakeHub, path: Path, digest: str = SHA256, **options: object) -> None:
-    given = {"n_bytes": len(CONTENT), "digest": digest, "tries": 4, "timeout_s": 0.2, "pause_s": 0.01} | options
-    fetch(f"{hub.endpoint}/datasets/me/texts/resolve/main/{NAME}", path, **given)  # type: ignore[arg-type]
+    given = {"n_bytes": len(CONTENT), "digest": digest, "tries": 4} | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_client, "TIMEOUT_S", 0.2)
+        fetch(f"{hub.endpoint}/datasets/me/texts/resolve/main/{NAME}", path, **given)  # type: ignore[arg-type]
 
 
 def left(folder: Path) -> set[str]:
@@ -94,9 +101,9 @@ LASTING: dict[str, tuple[dict[str, Any], str]] = {
     "stall": ({"kind": "stall", "at": 9}, "timed out, 4 times in a row"),
     "500": ({"kind": "status", "at": 500}, "HTTP 500, 4 times in a row"),
     "416": ({"kind": "status", "at": 416}, "HTTP 416"),
-    "404": ({"kind": "status", "at": 404}, r"there is no http.*\(HTTP 404\); check the name"),
-    "401": ({"kind": "status", "at": 401}, "gated, private or not there.*HF_TOKEN"),
-    "403": ({"kind": "status", "at": 403}, "gated, private or not there.*HF_TOKEN"),
+    "404": ({"kind": "status", "at": 404}, r"http.* does not exist \(HTTP 404\); check the name"),
+    "401": ({"kind": "status", "at": 401}, "gated, private or missing.*HF_TOKEN"),
+    "403": ({"kind": "status", "at": 403}, "gated, private or missing.*HF_TOKEN"),
     "loop": ({"kind": "redirect"}, "redirects lead nowhere"),
     "ftp": ({"kind": "redirect", "to": "ftp://127.0.0.1/x"}, "which is not secure"),
     "file": ({"kind": "redirect", "to": "file:///etc/hostname"}, "redirects lead nowhere"),
@@ -127,7 +134,7 @@ def test_what_was_there_is_replaced_by_the_right_content_only(hub: FakeHub, tmp_
 
 def test_a_later_call_goes_on_where_the_former_ended(hub: FakeHub, tmp_path: Path) -> None:
     hub.plant(NAME, "short", at=100_000)
-    with pytest.raises(DownloadError, match=r"100,000 bytes have come"):
+    with pytest.raises(DownloadError, match=r"100,000 bytes were kept"):
         get(hub, tmp_path / "got", tries=1)
     get(hub, tmp_path / "got")
     assert hub.n_sent(NAME) == len(CONTENT), "a byte was sent twice"
@@ -173,7 +180,7 @@ def test_a_file_that_changes_on_the_way_starts_over(tmp_path: Path, hub: FakeHub
             hub.put("me/texts", {"small.jsonl": b"[1]\n"})
         changed.append(count)
 
-    fetch(url, tmp_path / "got", on_bytes=change, pause_s=0.01)
+    fetch(url, tmp_path / "got", on_bytes=change)
     assert (tmp_path / "got").read_bytes() == b"[1]\n"
     assert changed == [2, -2, 4]
 
@@ -299,7 +306,7 @@ def test_offline_nothing_is_asked_of_the_hub(
         get(hub, tmp_path / "got")
     assert not hub.requests
     with pytest.raises(DownloadError, match=r"refused.*check the network"):
-        fetch(f"http://127.0.0.1:{unused_port}/x", tmp_path / "got", tries=2, pause_s=0.01)
+        fetch(f"http://127.0.0.1:{unused_port}/x", tmp_path / "got", tries=2)
     with pytest.raises(DownloadError, match=r"begins with https://"):
         fetch("file:///etc/hostname", tmp_path / "got")
 
@@ -307,6 +314,7 @@ def test_offline_nothing_is_asked_of_the_hub(
 def test_a_server_is_not_asked_sooner_than_it_wants(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(http_client.time, "sleep", slept.append)
+    monkeypatch.setattr(http_client, "PAUSE_S", 0.5)
     hub.plant("api", "status", at=429, after="7")
     hub.plant("api", "status", at=503, after="99999")
     hub.plant("api", "status", at=500)
@@ -317,7 +325,7 @@ def test_a_server_is_not_asked_sooner_than_it_wants(hub: FakeHub, monkeypatch: p
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("page", "something else than JSON.*log in"),
+        ("page", "does not answer with JSON.*log in"),
         ("short", "closed .* before the end"),
         ("dies", "in a row"),
         ("slow", "more than 1,000 bytes"),
@@ -327,7 +335,7 @@ def test_a_server_is_not_asked_sooner_than_it_wants(hub: FakeHub, monkeypatch: p
 def test_a_small_answer_is_json_or_one_message(hub: FakeHub, kind: str, message: str) -> None:
     hub.plant("api", kind, at=500, times=None)
     with pytest.raises(DownloadError, match=message):
-        get_json(f"{hub.endpoint}/api/datasets/me/texts", most_bytes=1000, tries=2, pause_s=0.01)
+        get_json(f"{hub.endpoint}/api/datasets/me/texts", most_bytes=1000, tries=2)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_only_a_second_ctrl_c_interrupts(capfd: pytest.CaptureFixture[str]) -> N
         assert stop.received == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert capfd.readouterr().err == "warning: SIGHUP: leaving after this update; Ctrl-C leaves at once.\n"
+    assert capfd.readouterr().err == "warning: SIGHUP: stopping after this update; Ctrl-C stops at once.\n"
 
 
 def test_a_signal_in_the_middle_of_a_line_of_standard_error_is_heard(capfd: pytest.CaptureFixture[str]) -> None:

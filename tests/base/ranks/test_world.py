@@ -106,7 +106,7 @@ def test_a_rank_that_cannot_meet_the_others_is_a_clear_message(
     for name, value in address.items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(Problem, match=r"rank 1 of 2 could not meet the others at 127.0.0.1"),
+        pytest.raises(Problem, match=r"rank 1 of 2 could not connect to the others at 127.0.0.1"),
         start_world(CPU, timeout_s=1.0),
     ):
         pass

@@ -181,7 +181,7 @@ def test_a_sink_that_fails_is_said_once_and_the_record_goes_on(
 
 
 def test_an_unknown_or_missing_sink_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"'tensorbord' is no sink.*did you mean 'tensorboard'"):
+    with pytest.raises(ConfigError, match=r"no tracker 'tensorbord'; did you mean 'tensorboard'"):
         open_sinks(["tensorbord"], tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'regpt2\[wandb\]'"):

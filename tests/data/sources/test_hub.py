@@ -10,8 +10,8 @@ import pytest
 
 from hub_server import FakeHub
 from regpt2.base.errors import DataError, DownloadError, UsageError
+from regpt2.base.net import http_client
 from regpt2.base.net.download import fetch
-from regpt2.base.net.http_client import get_json
 from regpt2.data.sources import hub, hub_splits
 from regpt2.data.sources.hub import list_files, resolve
 from regpt2.data.sources.hub_splits import files_of, matches
@@ -30,7 +30,7 @@ FILES = {
 
 
 def be_the_hub(monkeypatch: pytest.MonkeyPatch, it: FakeHub, cache: Path) -> None:
-    monkeypatch.setitem(get_json.__kwdefaults__, "pause_s", 0.01)
+    monkeypatch.setattr(http_client, "PAUSE_S", 0.01)
     for name, value in it.environment(cache).items():
         monkeypatch.setenv(name, value)
 
@@ -387,7 +387,7 @@ def test_gated_data_sets_say_how_to_get_in(tmp_path: Path, monkeypatch: pytest.M
         be_the_hub(monkeypatch, it, tmp_path)
         assert resolve("me/texts", "main")
         monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(DownloadError, match=r"gated, private or not there.*HF_TOKEN"):
+        with pytest.raises(DownloadError, match=r"gated, private or missing.*HF_TOKEN"):
             resolve("me/texts", "main")
 
 

@@ -1,1 +1,1 @@
-"""Files and answers from the network: an address in, bytes checked against a hash out."""
+"""The network: an address in, a checked file or a small answer out."""

@@ -1,7 +1,7 @@
-"""Downloads that end well. In: an address and what its content must be; out: the whole, checked file, or one message.
+"""Verified, resumable downloads. In: an address, a size, a digest; out: the complete, checked file, or one error.
 
-A file is written to `NAME.part` beside its place and appears under its name when it is whole, right and on disk. What
-a lost connection or a killed process leaves there is continued, if there is a digest to tell whether that went well.
+A file is written to `NAME.part` beside its place and renamed once it is complete, checked and on disk. What a lost
+connection or a killed process leaves there is resumed, if there is a digest to check the result.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from typing import IO, Any
 
 from regpt2.base.errors import DownloadError
 from regpt2.base.files import CHUNK_BYTES, fsync_dir, make_dir, try_lock
-from regpt2.base.net.http_client import PAUSE_S, TIMEOUT_S, Lost, NotSatisfiable, opened, persist, pieces
+from regpt2.base.net.http_client import Lost, NotSatisfiable, opened, persist, pieces
 
-TRIES = 6  # without progress: about 12 s, then the user should know
+TRIES = 6  # without progress: about 12 s until the user is told
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -29,21 +29,18 @@ def fetch(
     digest: str = "",
     on_bytes: Callable[[int], object] = lambda count: None,
     tries: int = TRIES,
-    timeout_s: float = TIMEOUT_S,
-    pause_s: float = PAUSE_S,
 ) -> None:
-    """Put the content of `url` at `path`. A right file that is there is kept; a second process waits for the first.
+    """Put the content of `url` at `path`. A correct file there is kept; a second process waits for the first.
 
     Args:
-        digest: what the content must have: SHA-256 (64 hex digits), or git's blob SHA-1 (40; then with `n_bytes`).
-        on_bytes: told how many bytes came, also from a former attempt; negative when some are thrown away. In sum the
-            file's size.
-        tries: so many failures in a row, none of which brought the file further, end it.
-        timeout_s: a connection that is silent for so long is lost.
+        digest: of the content: SHA-256 (64 hex digits), or git's blob SHA-1 (40; then with `n_bytes`).
+        on_bytes: gets the number of new bytes, also of an earlier attempt; negative when some are discarded. The sum
+            is the file's size.
+        tries: failures in a row, without progress, before it gives up.
 
     Raises:
-        DownloadError: no network, a refusal, or other content than expected. Nothing wrong is kept.
-        OSError: the disk's fault. What has come is kept.
+        DownloadError: no network, a refusal, or unexpected content, which is not kept.
+        OSError: the disk failed. What was downloaded is kept.
     """
     make_dir(path.parent)
     with _alone(path):
@@ -52,7 +49,7 @@ def fetch(
             return
         part = _Part(path, n_bytes, digest.lower(), on_bytes)
         try:
-            persist(lambda: _attempt(url, part, timeout_s), lambda: part.size, url, tries, pause_s)
+            persist(lambda: _attempt(url, part), lambda: part.size, url, tries)
             part.finish(path)
         except _Wrong as wrong:
             part.rewind()
@@ -61,24 +58,24 @@ def fetch(
             part.close()
 
 
-def download(url: str, path: Path, sha256: str, *, tries: int = 3, timeout_s: float = TIMEOUT_S) -> None:
-    """Fetch `url` to `path`, which appears only when its SHA-256 is as pinned. An existing right file is kept.
+def download(url: str, path: Path, sha256: str, *, tries: int = 3) -> None:
+    """Fetch `url` to `path`, which appears only if its SHA-256 is the pinned one. A correct file there is kept.
 
     Raises:
-        DownloadError: no network, a refusal, or other content than pinned.
+        DownloadError: no network, a refusal, or another SHA-256.
     """
     try:
-        fetch(url, path, digest=sha256, tries=tries, timeout_s=timeout_s)
+        fetch(url, path, digest=sha256, tries=tries)
     except DownloadError as error:
         raise DownloadError(f"{error} Or put the file at {path} by hand (SHA-256 {sha256}).") from None
 
 
 class _Wrong(Exception):
-    """What came is not what was asked for."""
+    """The content is not the expected one."""
 
 
 class _Part:
-    """What has come of a file. With a digest, it is continued by a later process; else only by this one."""
+    """The downloaded part of a file. A later process resumes it if there is a digest; else only this one does."""
 
     def __init__(self, path: Path, n_bytes: int | None, digest: str, on_bytes: Callable[[int], object]) -> None:
         assert len(digest) != 40 or n_bytes is not None, "git's blob SHA-1 begins with the size"
@@ -104,7 +101,7 @@ class _Part:
             raise _Wrong(f"gave more than the {self.n_bytes:,} bytes that were expected")
 
     def rewind(self) -> None:
-        """Throw away what has come."""
+        """Discard what was downloaded."""
         self.file.seek(0)
         self.file.truncate()
         self.on_bytes(-self.size)
@@ -112,7 +109,7 @@ class _Part:
 
     @property
     def is_whole(self) -> bool:
-        """All that was asked for has come, as far as that can be known."""
+        """Size and digest are the expected ones, as far as they are known."""
         return self.n_bytes in (None, self.size) and self.digest in ("", self.hash.hexdigest())
 
     def check(self) -> None:
@@ -133,23 +130,24 @@ class _Part:
         fsync_dir(path.parent)
 
     def close(self) -> None:
-        """Keep what can be continued, if it is not finished."""
+        """Keep an unfinished part only if it can be resumed."""
         self.file.close()
         if not self.size or not self.digest:
             self.path.unlink(missing_ok=True)
 
 
-def _attempt(url: str, part: _Part, timeout_s: float) -> None:
-    """One request that brings the rest of `part`, or some of it."""
+def _attempt(url: str, part: _Part) -> None:
+    """One request for the rest of `part`."""
     if part.size and part.digest and part.is_whole:
         return
-    if part.size and not _can_go_on(part):
+    too_large = part.n_bytes is not None and part.size >= part.n_bytes
+    if part.size and (too_large or not (part.digest or part.etag)):
         part.rewind()
     asked = {"Range": f"bytes={part.size}-"} if part.size else {}
     if part.size and not part.digest:
         asked["If-Range"] = part.etag
     try:
-        with opened(url, asked, timeout_s) as reply:
+        with opened(url, asked) as reply:
             _expect(reply, part, url)
             for piece in pieces(reply):
                 part.add(piece)
@@ -159,20 +157,14 @@ def _attempt(url: str, part: _Part, timeout_s: float) -> None:
     except (_Wrong, NotSatisfiable) as wrong:
         if not part.resumed:
             raise
-        part.rewind()  # pieces of two versions, or a damaged beginning: once more, from zero
+        part.rewind()  # pieces of two versions, or a damaged beginning: start again
         raise Lost(wrong) from None
     finally:
         part.resumed = part.size > 0
 
 
-def _can_go_on(part: _Part) -> bool:
-    if part.n_bytes is not None and part.size >= part.n_bytes:
-        return False
-    return bool(part.digest or part.etag)
-
-
 def _expect(reply: Any, part: _Part, url: str) -> None:
-    """Bring `part` to where this answer begins; refuse an answer that cannot be the file, and keep what has come."""
+    """Bring `part` to where this answer begins. An answer that cannot be the file is refused, and the part kept."""
     start, total = 0, reply.headers["Content-Length"] or ""
     if reply.status == 206:
         found = _CONTENT_RANGE.fullmatch(reply.headers["Content-Range"] or "")
@@ -182,9 +174,9 @@ def _expect(reply: Any, part: _Part, url: str) -> None:
         hint = ": a page, not the file; does this network want you to log in?" if is_page else "."
         raise DownloadError(f"{url} has {int(total):,} bytes, expected {part.n_bytes:,}{hint}")
     if start != part.size:
-        part.rewind()  # it does not know ranges, or the file has changed
+        part.rewind()  # the server has no ranges, or the file has changed
     if start != part.size:
-        raise Lost("it answered with another stretch of the file than asked for")
+        raise Lost("it answered with another range of the file than requested")
     etag = reply.headers["ETag"] or ""
     part.etag = "" if etag.startswith("W/") else etag
 
@@ -200,32 +192,21 @@ def _is_right(path: Path, n_bytes: int | None, digest: str) -> bool:
         return False
     if not digest:
         return True
-    found = _new_hash(digest, n_bytes)
     with open(path, "rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            found.update(piece)
-    return bool(found.hexdigest() == digest.lower())
+        return hashlib.file_digest(file, lambda: _new_hash(digest, n_bytes)).hexdigest() == digest.lower()
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold `path` for this process: a second waits. The system frees it when the process ends, however it ends."""
+    """Lock `path` for this process: a second waits. The system frees the lock when the process ends."""
     lock = path.with_name(path.name + ".lock")
     while True:
         with open(lock, "a+b") as file:
-            if try_lock(file) and _is_same(file, lock):
+            if try_lock(file) and os.fstat(file.fileno()).st_nlink:  # 0: its last holder has removed it since
                 try:
                     yield
                 finally:
-                    with suppress(OSError):  # Windows removes no open file: there it stays
+                    with suppress(OSError):  # Windows does not remove an open file
                         lock.unlink()
                 return
         time.sleep(0.1)
-
-
-def _is_same(file: IO[bytes], path: Path) -> bool:
-    """Whether `path` is still the open file, not one that was made after this was removed."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

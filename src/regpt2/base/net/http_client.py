@@ -1,6 +1,6 @@
-"""HTTP that does not give up at once. In: an address; out: its answer in pieces, a small JSON value, or one message.
+"""HTTP with retries. In: an address; out: its answer in pieces, a small JSON value, or one error.
 
-The hub's token goes to the hub alone, no redirect leads from https to http, and a failure that may pass is tried again.
+The hub's token is sent to the hub only, no redirect leads from https to http, and a transient failure is retried.
 """
 
 import email.utils
@@ -23,15 +23,15 @@ from regpt2.base.net.hub_settings import hub_endpoint, hub_token, is_offline
 
 T = TypeVar("T")
 
-TIMEOUT_S = 30.0
-PAUSE_S = 0.5
+TIMEOUT_S = 30.0  # of silence, after which a connection is lost
+PAUSE_S = 0.5  # before the first retry; doubled with each
 LONGEST_PAUSE_S = 300.0
 MOST_REDIRECTS = 5
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that a later try may not meet
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # transient statuses
 
 
 class Lost(Exception):
-    """This attempt failed; the next may not."""
+    """A transient failure: a retry may succeed."""
 
     def __init__(self, reason: object, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -39,47 +39,40 @@ class Lost(Exception):
 
 
 class NotThere(DownloadError):
-    """HTTP 404 or 410: the server has no such thing."""
+    """HTTP 404 or 410: the address does not exist."""
 
 
 class NotSatisfiable(DownloadError):
-    """HTTP 416: there is nothing at the asked range."""
+    """HTTP 416: the requested range is outside the file."""
 
 
-def get_json(
-    url: str,
-    *,
-    most_bytes: int = SMALL_BYTES,
-    tries: int = 4,
-    timeout_s: float = TIMEOUT_S,
-    pause_s: float = PAUSE_S,
-) -> tuple[Any, Message]:
+def get_json(url: str, *, most_bytes: int = SMALL_BYTES, tries: int = 4) -> tuple[Any, Message]:
     """A small JSON answer and its headers.
 
     Raises:
-        DownloadError: no network, a refusal, too large, or no JSON.
+        DownloadError: no network, a refusal, an answer that is too large or not JSON.
     """
 
     def attempt() -> tuple[bytes, Message]:
         data = bytearray()
-        with opened(url, {}, timeout_s) as reply:
+        with opened(url, {}) as reply:
             for piece in pieces(reply):
                 data += piece
                 if len(data) > most_bytes:
                     raise DownloadError(f"{url} answers with more than {most_bytes:,} bytes.")
             return bytes(data), reply.headers
 
-    data, headers = persist(attempt, lambda: 0, url, tries, pause_s)
+    data, headers = persist(attempt, lambda: 0, url, tries)
     try:
         return json.loads(data), headers
     except (ValueError, RecursionError) as error:
         raise DownloadError(
-            f"{url} answers with something else than JSON ({error}); does this network want you to log in?"
+            f"{url} does not answer with JSON ({error}); does this network want you to log in?"
         ) from None
 
 
-def persist(attempt: Callable[[], T], progress: Callable[[], int], url: str, tries: int, pause_s: float) -> T:
-    """Try until it works, or until `tries` failures in a row brought no progress."""
+def persist(attempt: Callable[[], T], progress: Callable[[], int], url: str, tries: int) -> T:
+    """Retry until `attempt` succeeds, or fails `tries` times in a row without progress."""
     failures, furthest = 0, progress()
     while True:
         try:
@@ -88,25 +81,25 @@ def persist(attempt: Callable[[], T], progress: Callable[[], int], url: str, tri
             failures = 1 if progress() > furthest else failures + 1
             furthest = max(furthest, progress())
             if failures >= tries:
-                kept = f"; {progress():,} bytes have come" if progress() else ""
+                kept = f"; {progress():,} bytes were kept" if progress() else ""
                 times = f", {tries} times in a row" if tries > 1 else ""
                 raise DownloadError(
                     f"could not download {url} ({lost}{times}{kept}); check the network and run the command again."
                 ) from None
-            pause = pause_s * 2 ** (failures - 1) * random.uniform(0.5, 1)  # many workers must not knock at once
+            pause = PAUSE_S * 2 ** (failures - 1) * random.uniform(0.5, 1)  # else all workers retry at once
             time.sleep(min(LONGEST_PAUSE_S, max(pause, lost.wait_s)))
 
 
 @contextmanager
-def opened(url: str, headers: dict[str, str], timeout_s: float) -> Iterator[Any]:
+def opened(url: str, headers: dict[str, str]) -> Iterator[Any]:
     """The answer to a request, its status 200 or 206."""
     if not url.startswith(("https://", "http://")):
         raise DownloadError(f"{url}: expected an address that begins with https://.")
     request = urllib.request.Request(url, headers={"User-Agent": "regpt2", **headers})
     _authorize(request)
-    opener = urllib.request.build_opener(_Redirects)  # built anew: it reads the settings of proxies
+    opener = urllib.request.build_opener(_Redirects)  # new each time: it reads the proxy settings
     try:
-        reply = opener.open(request, timeout=timeout_s)
+        reply = opener.open(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(url, error) from None
@@ -123,19 +116,19 @@ def opened(url: str, headers: dict[str, str], timeout_s: float) -> Iterator[Any]
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
-    """What an error status means: worth another try, or final."""
+    """The exception for an error status: `Lost` if it is transient."""
     status = error.code
     if status in _PASSING:
         return Lost(f"HTTP {status}", _wait_s(error.headers.get("Retry-After", "")))
     if status == 416:
-        return NotSatisfiable(f"could not download {url} (HTTP 416, it has no such range); check the address.")
+        return NotSatisfiable(f"could not download {url} (HTTP 416, the range is outside the file); check the address.")
     if status in (404, 410):
-        return NotThere(f"there is no {url} (HTTP {status}); check the name and the revision.")
+        return NotThere(f"{url} does not exist (HTTP {status}); check the name and the revision.")
     meaning = f"HTTP {status}; check the address"
     if status in (401, 403):
         meaning = f"access is refused, HTTP {status}"
         if _is_hub(url):
-            meaning += "; it is gated, private or not there: accept its terms on its page, then set HF_TOKEN"
+            meaning += "; it is gated, private or missing: accept its terms on its page, then set HF_TOKEN"
     elif 300 <= status < 400:
         meaning = f"redirects lead nowhere, HTTP {status}; check the address"
     return DownloadError(f"could not download {url} ({meaning}).")
@@ -151,7 +144,7 @@ def _wait_s(retry_after: str) -> float:
 
 
 def pieces(reply: Any) -> Iterator[bytes]:
-    """The content as it comes, each piece at once, so that none is lost with the connection."""
+    """The content in pieces, each as soon as it arrives, so that none is lost with the connection."""
     announced = reply.headers["Content-Length"] or ""
     left = int(announced) if announced.isdigit() else None
     while left != 0:
@@ -168,14 +161,14 @@ def pieces(reply: Any) -> Iterator[bytes]:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow a few, never from https to http."""
+    """Follow at most MOST_REDIRECTS, never from https to http."""
 
     max_redirections = MOST_REDIRECTS
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        """The next request. Authorization is never among the headers that it takes over."""
+        """The next request, without the Authorization header of this one."""
         if urlsplit(newurl).scheme not in ("https", req.type):
             raise DownloadError(f"could not download {req.full_url}: it redirects to {newurl}, which is not secure.")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -185,7 +178,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _authorize(request: urllib.request.Request) -> None:
-    """Give the hub its token, and nobody else."""
+    """Add the token if the request is to the hub; refuse that if the user wants to be offline."""
     if not _is_hub(request.full_url):
         return
     if is_offline():

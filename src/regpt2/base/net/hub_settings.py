@@ -1,4 +1,4 @@
-"""Where the Hugging Face hub is, and who asks. In: the environment and its own tools' files; out: address, token."""
+"""Settings of the Hugging Face hub. In: the environment, the files of its own tools; out: address, token."""
 
 import os
 
@@ -18,10 +18,10 @@ def hub_endpoint() -> str:
 
 
 def hub_token() -> str:
-    """What huggingface_hub sends: $HF_TOKEN, else what `hf auth login` keeps, renewed; empty if there is none.
+    """The token of huggingface_hub: $HF_TOKEN, else that of `hf auth login`, renewed; "" if there is none.
 
     Raises:
-        UsageError: it cannot be read, or holds a character that cannot be sent.
+        UsageError: it cannot be read, or has a character that cannot be sent.
     """
     import huggingface_hub  # noqa: PLC0415  (slow to import, needed for the hub only)
 
@@ -30,10 +30,10 @@ def hub_token() -> str:
     except Exception as error:  # a file that is not text, or a login in CI that failed
         raise UsageError(f"cannot read the token of the Hugging Face hub ({error}); set HF_TOKEN.") from None
     if not (token.isascii() and token.isprintable()):
-        raise UsageError("the token of the Hugging Face hub holds characters that none can have; set HF_TOKEN anew.")
+        raise UsageError("the token of the Hugging Face hub has characters that no token has; set HF_TOKEN again.")
     return token
 
 
 def is_offline() -> bool:
-    """The user wants nothing from the hub: $HF_HUB_OFFLINE."""
+    """True if $HF_HUB_OFFLINE forbids requests to the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

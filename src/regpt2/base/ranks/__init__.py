@@ -1,1 +1,1 @@
-"""Several processes as one: ranks that meet, exchange, watch each other and stop together."""
+"""Several processes as one: ranks connect, exchange values, watch each other and stop together."""

@@ -1,4 +1,4 @@
-"""Signs of life of the ranks. In: the small files that each rank keeps in one folder; out: who holds up the others."""
+"""Heartbeats of the ranks. In: the small files that each rank keeps in one folder; out: which ranks hang."""
 
 import contextlib
 import json
@@ -8,13 +8,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-SHOWN = 8  # of thousands of ranks, so many are named
+SHOWN = 8  # at most this many ranks are named in a message
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank's file says. `beats` grows with the rank's work, `ticks` with the clock of its watching thread."""
+    """The content of a rank's file. `beats` counts the rank's work, `ticks` the rounds of its watching thread."""
 
     rank: int
     host: str
@@ -31,7 +32,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is to blame; `ends` says which rank ends a frozen one: {"1": 0} if rank 0 ends rank 1."""
+    """Which ranks hang; `ends` maps each frozen rank to the one that kills it: {"1": 0} if rank 0 kills rank 1."""
 
     text: str
     suspects: list[int]
@@ -39,41 +40,27 @@ class Verdict:
 
 
 def beat_file(folder: Path, rank: int) -> Path:
-    """Where a rank says that it lives."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def stacks_file(folder: Path, rank: int) -> Path:
-    """Where a rank's Python stacks go."""
     return folder / f"rank-{rank:05d}.stacks.txt"
 
 
 def verdict_file(folder: Path) -> Path:
-    """Where the first rank to judge tells the others."""
+    """Written by the first rank that judges; the others follow it."""
     return folder / "verdict.json"
 
 
-def write_beat(
-    folder: Path, rank: int, *, beats: int, ticks: int, doing: str, idle_s: float, stacks_bytes: int
-) -> None:
-    """Renew this process's file. Atomic, but not made durable: it is of no use to a later process.
+def write_beat(folder: Path, rank: int, **progress: Any) -> None:
+    """Renew this process's file; `progress` has the other fields of a `Beat`. Atomic, but without fsync: no later
+    process needs it.
 
     Raises:
-        OSError: the folder or the disk does not let it.
+        OSError: the file cannot be written.
     """
-    beat = Beat(
-        rank=rank,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        parent=os.getppid(),
-        started=parent_and_start(os.getpid())[1],
-        beats=beats,
-        ticks=ticks,
-        doing=doing,
-        idle_s=round(idle_s, 3),
-        stacks_bytes=stacks_bytes,
-        at=timestamp(),
-    )
+    host, pid, started = socket.gethostname(), os.getpid(), parent_and_start(os.getpid())[1]
+    beat = Beat(rank=rank, host=host, pid=pid, parent=os.getppid(), started=started, at=timestamp(), **progress)
     path = beat_file(folder, rank)
     part = path.with_name(f"{path.name}.tmp")
     part.write_text(json.dumps(asdict(beat)), encoding="utf-8")
@@ -81,7 +68,7 @@ def write_beat(
 
 
 def read_beats(folder: Path, size: int) -> dict[int, Beat]:
-    """The files of all ranks, by rank; without those that are not there or make no sense."""
+    """The files of all ranks, by rank, without those that are missing or damaged."""
     beats = {}
     for rank in range(size):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -90,10 +77,10 @@ def read_beats(folder: Path, size: int) -> dict[int, Beat]:
 
 
 def publish(folder: Path, rank: int, verdict: Verdict) -> bool:
-    """Give all ranks one verdict, whole at once. False if another rank was faster.
+    """Publish one verdict for all ranks, atomically. False if another rank was faster.
 
     Raises:
-        OSError: the folder or the disk does not let it.
+        OSError: the file cannot be written.
     """
     part = folder / f"verdict-{rank:05d}.tmp"
     try:
@@ -107,7 +94,6 @@ def publish(folder: Path, rank: int, verdict: Verdict) -> bool:
 
 
 def read_verdict(folder: Path) -> Verdict | None:
-    """The verdict, if there is a whole one."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Verdict(**json.loads(verdict_file(folder).read_text(encoding="utf-8")))
     return None
@@ -116,14 +102,14 @@ def read_verdict(folder: Path) -> Verdict | None:
 def judge(before: dict[int, Beat], now: dict[int, Beat], judging: int, size: int) -> Verdict:
     """Blame the ranks whose threads have not ticked between two looks at all files, else those with the fewest beats.
 
-    No clocks are compared: those of two hosts may differ. With all ranks at the same place nobody is to blame.
+    No clocks are compared: those of two hosts may differ. With all ranks at the same place no rank is blamed.
     """
     frozen = [r for r in now if r in before and (now[r].pid, now[r].ticks) == (before[r].pid, before[r].ticks)]
     fewest = min(beat.beats for beat in now.values())
     behind = [r for r in now if now[r].beats == fewest] if len({beat.doing for beat in now.values()}) > 1 else []
     suspects = frozen or (behind if len(behind) < len(now) else [])
     ends: dict[str, int] = {}
-    for rank in frozen:  # ended by who judges, else by the first sound rank of the same agent on the same machine
+    for rank in frozen:  # killed by the judging rank if near, else by the first working rank of its agent and machine
         home = (now[rank].host, now[rank].parent)
         near = [r for r in now if r not in frozen and (now[r].host, now[r].parent) == home]
         if near:
@@ -158,7 +144,7 @@ def innermost_calls(stacks: Path, start: int, most: int = 4) -> str:
 
 
 def parent_and_start(pid: int) -> tuple[int, int]:
-    """Who started a process, and when (in ticks since boot): no two processes share this. Zeros where unknown."""
+    """A process's parent and start (in ticks since boot), which tell a reused pid apart. Zeros where unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # no such process, or not Linux
@@ -167,5 +153,4 @@ def parent_and_start(pid: int) -> tuple[int, int]:
 
 
 def timestamp() -> str:
-    """Now, for people."""
     return datetime.now().astimezone().isoformat(timespec="seconds")

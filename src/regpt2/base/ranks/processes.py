@@ -1,4 +1,4 @@
-"""Commands in processes of their own. In: command lines and places to run at; out: exit codes, as they end."""
+"""Commands in their own processes. In: command lines and places to run them; out: exit codes, as they end."""
 
 import os
 import subprocess
@@ -16,19 +16,19 @@ from regpt2.base.errors import UsageError
 from regpt2.base.files import make_dir
 from regpt2.base.ranks.watchdog import PARENT
 
-Place = Mapping[str, str]  # what its environment says beyond ours
+Place = Mapping[str, str]  # its environment variables, added to ours
 
 
 @dataclass(frozen=True)
 class Command:
-    """`regpt2 ...`, and the file that takes what it says."""
+    """Arguments of `regpt2`, and the file for its output."""
 
     arguments: list[str]
     log: Path
 
 
 def places(n: int, device: torch.device) -> list[Place]:
-    """Room for `n` processes at once: a GPU for each, or its share of this machine's threads.
+    """Places for `n` processes at once: a GPU for each, or its share of this machine's threads.
 
     Raises:
         UsageError: there are fewer GPUs.
@@ -49,9 +49,9 @@ def places(n: int, device: torch.device) -> list[Place]:
 def run_commands(
     commands: Sequence[Command], places: Sequence[Place], on_wait: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[int, int]]:
-    """Run all, as many at once as there are places; yields (which one, its exit code) as each ends.
+    """Run all, at most one in each place at a time; yields (its index, its exit code) as each ends.
 
-    Those under way when the caller stops are asked to leave, and waited for.
+    When the caller stops early, the running ones are terminated and waited for.
     """
     waiting, idle = deque(enumerate(commands)), list(places)
     busy: dict[int, tuple[subprocess.Popen[bytes], Place]] = {}
@@ -78,7 +78,7 @@ def run_commands(
 
 def _start(command: Command, place: Place) -> "subprocess.Popen[bytes]":
     make_dir(command.log.parent)
-    following = {} if sys.platform == "win32" else {PARENT: str(os.getpid())}  # there a launcher stands between
+    following = {} if sys.platform == "win32" else {PARENT: str(os.getpid())}  # there a launcher is the parent
     with open(command.log, "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "regpt2", *command.arguments],

@@ -1,8 +1,8 @@
-"""Ranks of one attempt find each other. In: torchrun's store; out: a part of it that no earlier attempt has used.
+"""How the ranks of one attempt find each other. In: torchrun's store; out: a part of it that no attempt has used.
 
-After a restart torchrun may hand out the store of the attempt before (torch 2.13 does), with the addresses of dead
-ranks in it: a new rank that reads one of those cannot connect, and the restart is lost. Environment variables do not
-help: agents on several machines count restarts differently. So the ranks first agree on a name that nobody has used.
+After a restart torchrun may reuse the store of the previous attempt (torch 2.13 does), with the addresses of dead
+ranks: a new rank that reads one of those cannot connect, and the restart fails. Environment variables do not help:
+agents on several machines count restarts differently. So the ranks first agree on a new name.
 """
 
 import secrets
@@ -18,11 +18,11 @@ _POLL_S = 0.01
 def private_store(store: Store, rank: int, size: int, *, timeout_s: float) -> Store:
     """The store under a prefix of this attempt's own.
 
-    Each rank calls out a new word. Rank 0 answers every word that it finds, those of dead ranks too, with the name of
-    the attempt, until all living ranks have confirmed this very name.
+    Each rank publishes a new word. Rank 0 answers every word that it finds, those of dead ranks too, with the name of
+    the attempt, until all living ranks have confirmed this name.
 
     Raises:
-        Problem: some ranks did not come in time.
+        Problem: some ranks did not connect in time.
     """
     deadline = time.monotonic() + timeout_s
     if rank == 0:

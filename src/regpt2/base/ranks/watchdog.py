@@ -1,15 +1,15 @@
-"""The end of a run that stands still. In: a beat with each piece of work; out: all ranks' stacks, exit code HUNG.
+"""Ends a run that hangs. In: a beat with each piece of work; out: the stacks of all ranks, exit code HUNG.
 
-A thread of each rank renews a small file in a folder that all ranks share. A rank that had no beat for `timeout_s`
-looks at the files of all: ranks whose threads do not tick are frozen (stopped, in C code that keeps the GIL, on a dead
-machine); if there are none, those with the fewest beats are behind. The first rank to judge writes `verdict.json` and
-speaks; then all dump their stacks and leave, so that torchrun can start them again.
+A thread of each rank renews a small file in a folder that all ranks share. A rank without a beat for `timeout_s` reads
+the files of all: ranks whose threads do not tick are frozen (stopped, in C code that keeps the GIL, on a dead machine);
+if there are none, those with the fewest beats are behind. The first rank to judge writes `verdict.json` and reports;
+then all dump their stacks and exit, so that torchrun can restart them.
 
-A rank whose torchrun was killed would train on alone, and hold the folder: it is asked to stop. So is a run that
-`regpt2 compare` started.
+A rank whose torchrun was killed would keep training alone, with the folder locked: it is asked to stop. So is a run
+that `regpt2 compare` started.
 
-What it cannot end: C code that keeps the GIL in a run of one process (nobody else is there to see it; `kill -USR2 PID`
-still writes the stacks), and a hang of the file system that holds the folder.
+It cannot end C code that keeps the GIL in a run of one process (no other process sees it; `kill -USR2 PID` still writes
+the stacks), nor a hang of the file system that holds the folder.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from regpt2.base.files import describe_os_error
 from regpt2.base.ranks import heartbeats
 from regpt2.base.ranks.heartbeats import Beat, Verdict
 
-HUNG = 70  # the exit code of every rank of a run that stood still; EX_SOFTWARE of sysexits.h
-PARENT = "REGPT2_PARENT"  # the environment variable with the process that a run follows, if it does
+HUNG = 70  # the exit code of every rank of a run that hung; EX_SOFTWARE of sysexits.h
+PARENT = "REGPT2_PARENT"  # environment variable: the process whose end also ends this run
 JOIN_S = 1.2  # after a verdict: longer than a tick, so that every rank sees it and dumps its stacks
 WAKE_S = 0.8  # after that: for the stacks of frozen ranks, also those on other machines
 
 
 class Watchdog:
-    """Watches this rank while it is entered. `folder` is the same for all ranks; `timeout_s = 0` turns it off."""
+    """Watches this rank inside its context. `folder` is the same for all ranks; `timeout_s = 0` turns it off."""
 
     def __init__(self, folder: Path, rank: int, size: int, timeout_s: float) -> None:
         self.folder, self.rank, self.size, self.timeout_s = folder, rank, size, timeout_s
@@ -70,7 +70,7 @@ class Watchdog:
             return
         self._leaving.set()
         self._thread.join()
-        if kind is not None and self.size > 1:  # others may still wait for this rank: its file tells them why
+        if kind is not None and self.size > 1:  # other ranks may still wait for this one: its file says why
             self.beat(f"{self._last[1]}, left by {kind.__name__}", counted=False)
             self._renew(idle_s=0.0)
         if sys.platform != "win32":
@@ -84,7 +84,7 @@ class Watchdog:
                 self.folder.rmdir()  # succeeds for the last rank, unless there are stacks of a hang
 
     def beat(self, doing: str, *, counted: bool = True) -> None:
-        """Something moves. Counts tell who is behind, so work that not all ranks do is not `counted`."""
+        """Report progress. Counts show which rank is behind, so work that not all ranks do must not be `counted`."""
         self._last = (self._last[0] + counted, doing)
 
     def _clear_former_attempt(self) -> None:
@@ -101,7 +101,7 @@ class Watchdog:
         last, idle_s, ticked_at = self._last, 0.0, time.monotonic()
         while not self._leaving.wait(self._tick_s):
             now = time.monotonic()
-            # While this process does not run (Ctrl-Z, a sleeping laptop) it does not tick, and no time is counted.
+            # While this process is stopped (Ctrl-Z, a sleeping laptop) it does not tick: that time must not count.
             idle_s += min(now - ticked_at, 2 * self._tick_s)
             ticked_at = now
             if self._last is not last:
@@ -109,7 +109,7 @@ class Watchdog:
             self._renew(idle_s)
             if self._agent is not None and os.getppid() != self._agent:
                 self._agent = None
-                tell(f"warning: the process that started rank {self.rank} is gone: it leaves too.\n")
+                tell(f"warning: the process that started rank {self.rank} is gone; it stops too.\n")
                 os.kill(os.getpid(), signal.SIGTERM)  # as torchrun itself would have asked
             if idle_s < self.timeout_s / 2:  # thousands of ranks do not read thousands of files while all is well
                 before = {}
@@ -127,12 +127,12 @@ class Watchdog:
         now = heartbeats.read_beats(self.folder, self.size)
         mine = now.get(self.rank)
         if mine is None or (mine.pid, mine.ticks) != (os.getpid(), self._ticks):
-            # What cannot be written here may be old everywhere: it convicts nobody.
+            # If this rank cannot write its file, those of others may be just as old: blame no rank.
             return Verdict(f"  rank {self.rank} at {self._last[1]!r}; {self.folder} cannot be written\n", [], {})
         return heartbeats.judge(before, now, self.rank, self.size)
 
     def _publish(self, verdict: Verdict) -> bool:
-        """True if this rank shall speak: it was the first to judge, or cannot know."""
+        """True if this rank reports: it was the first to judge, or cannot know."""
         try:
             return heartbeats.publish(self.folder, self.rank, verdict)
         except OSError as error:
@@ -140,18 +140,18 @@ class Watchdog:
             return True
 
     def _end(self, verdict: Verdict, before: dict[int, Beat], *, speaks: bool) -> None:
-        """Dump the stacks of this rank, then of frozen neighbors; say why; end them and this process."""
+        """Dump the stacks of this rank, then of frozen ranks near it; report; kill them and this process."""
         with contextlib.suppress(OSError):
             if self._stacks is not None:
                 self._stacks.write(f"\n{heartbeats.timestamp()} rank {self.rank}: no progress at {self._last[1]!r}\n")
                 self._stacks.flush()
             faulthandler.dump_traceback(self._stacks or 2, all_threads=True)
-        time.sleep(JOIN_S)  # before anybody is woken: then the others, too, may go on from where they hang
+        time.sleep(JOIN_S)  # before any rank is woken: that may let the others continue from where they hang
         frozen = [before[int(rank)] for rank, who in verdict.ends.items() if who == self.rank and int(rank) in before]
         if sys.platform != "win32":
             for beat in frozen:
                 send(beat, signal.SIGUSR2)
-                send(beat, signal.SIGCONT)  # a stopped process takes its signals when it goes on
+                send(beat, signal.SIGCONT)  # a stopped process handles its signals once it continues
         time.sleep(WAKE_S)
         if speaks:
             shown = (verdict.suspects or [self.rank])[0]
@@ -163,23 +163,17 @@ class Watchdog:
                 + (f"  stacks: {self.folder / 'rank-*.stacks.txt'}\n" if self._stacks is not None else "")
             )
         if sys.platform != "win32":
-            for beat in frozen:  # or torchrun would wait half a minute for it
+            for beat in frozen:  # else torchrun would wait half a minute for it
                 send(beat, signal.SIGKILL)
         os._exit(HUNG)
 
     def _renew(self, idle_s: float) -> None:
         self._ticks += 1
-        n_beats, doing = self._last
+        beats, doing = self._last
         try:
-            heartbeats.write_beat(
-                self.folder,
-                self.rank,
-                beats=n_beats,
-                ticks=self._ticks,
-                doing=doing,
-                idle_s=idle_s,
-                stacks_bytes=os.fstat(self._stacks.fileno()).st_size if self._stacks is not None else 0,
-            )
+            n_bytes = os.fstat(self._stacks.fileno()).st_size if self._stacks is not None else 0
+            progress = {"beats": beats, "ticks": self._ticks, "doing": doing, "stacks_bytes": n_bytes}
+            heartbeats.write_beat(self.folder, self.rank, **progress, idle_s=round(idle_s, 3))
         except OSError as error:
             self._warn(error)
 
@@ -191,14 +185,14 @@ class Watchdog:
 
 
 def send(beat: Beat, number: int) -> None:
-    """Send a signal to the very process that wrote this beat, or to none."""
+    """Send a signal to the process that wrote this beat; to none if its pid was reused."""
     if heartbeats.parent_and_start(beat.pid) == (beat.parent, beat.started) and beat.started:
         with contextlib.suppress(OSError):
             os.kill(beat.pid, number)
 
 
 def tell(text: str) -> None:
-    """Write to standard error, but wait a second at most: a pipe that nobody reads may be what the run hangs at."""
+    """Write to standard error, waiting a second at most: a pipe that nobody reads may be why the run hangs."""
 
     def write() -> None:
         with contextlib.suppress(OSError):
@@ -210,6 +204,5 @@ def tell(text: str) -> None:
 
 
 def unlink_if_empty(path: Path) -> None:
-    """Remove a file in which nothing was written."""
     if path.stat().st_size == 0:
         path.unlink()

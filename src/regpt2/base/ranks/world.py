@@ -28,7 +28,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and speaks; the others are silent."""
+        """Rank 0 writes files and prints; the others do neither."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
@@ -56,16 +56,15 @@ class World:
         return torch.stack(rows)
 
     def sum_on_cpu(self, value: Tensor) -> Tensor:
-        """Sum over ranks of a tensor in main memory; of any type, also where the device has none such."""
+        """Sum over ranks of a tensor in main memory."""
         return value if self.size == 1 else self.sum(value.to(self.device)).cpu()
 
     def barrier(self) -> None:
-        """Wait for the others."""
         if self.size > 1:
             dist.barrier()
 
     def everyones(self, value: Any) -> list[Any]:
-        """What each rank says, in the order of ranks: anything that JSON can hold. (torch would pickle it.)"""
+        """The value of each rank, in the order of ranks: anything that JSON can hold. (torch would pickle it.)"""
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -81,21 +80,21 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave this block together: what fails on one rank fails on all, so that none waits for one that is gone.
+        """An error on one rank inside this block fails all ranks at its end, so that none waits for a lost one.
 
-        There must be no other exchange between ranks inside.
+        The block must not exchange anything between ranks.
 
         Raises:
-            FailedElsewhere: another rank failed; that rank raises, and says, what it met.
+            FailedElsewhere: another rank failed; that rank raises and reports its own error.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:  # raised below, once the others know of it
             failure = error
-        said = None if failure is None else str(failure) or type(failure).__name__
+        what = None if failure is None else str(failure) or type(failure).__name__
         code = failure.exit_code if isinstance(failure, Problem) else 1
-        outcomes = self.everyones([said, code])
+        outcomes = self.everyones([what, code])
         if failure is not None:
             raise failure
         for rank, (what, exit_code) in enumerate(outcomes):
@@ -103,7 +102,7 @@ class World:
                 raise FailedElsewhere(f"rank {rank} failed: {what}", exit_code)
 
 
-# How gloo and NCCL say that a rank is gone, or does not answer.
+# In the errors of gloo and NCCL when a rank is gone or does not answer.
 _LOST_RANK = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe|Timed out waiting", re.IGNORECASE)
 
 
@@ -116,7 +115,7 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
 
     Raises:
         UsageError: more local ranks than GPUs.
-        Problem: the ranks could not meet, one was lost on the way, or the exchange gives wrong sums.
+        Problem: the ranks could not connect, one was lost, or the exchange gives wrong sums.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield World(rank=0, local_rank=0, size=1, device=device)
@@ -136,12 +135,12 @@ def start_world(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[W
     check_exchange(world)
     try:
         yield world
-        world.barrier()  # so that none is gone while another still sends
+        world.barrier()  # no rank may exit while another still sends
     except RuntimeError as error:
         if not _LOST_RANK.search(str(error)):
             raise
         raise Problem(
-            f"rank {rank} has lost another rank ({str(error).splitlines()[0]}). What that one met stands above or in "
+            f"rank {rank} has lost another rank ({str(error).splitlines()[0]}). Its own error is above or in "
             "torchrun's log. Checkpoints are complete: run the same command again to resume from the newest."
         ) from error
     # Nothing is destroyed: see `leave_if_one_of_many`.
@@ -163,28 +162,24 @@ def _meet(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise Problem(
-            f"rank {rank} of {size} could not meet the others at {os.environ['MASTER_ADDR']}:"
+            f"rank {rank} of {size} could not connect to the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}). If they are up, look at torchrun's "
             "--rdzv-endpoint, the firewall, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME."
         ) from error
 
 
 def check_exchange(world: World) -> None:
-    """Let the ranks exchange values whose results are known, in every type that training sends.
+    """Exchange values whose results are known, in every type that training sends.
 
-    A backend that sums wrongly does so in silence: gloo's average did (pytorch#162338).
+    A backend can sum wrongly without an error: gloo's average did (pytorch#162338).
 
     Raises:
-        Problem: a result is not what it must be.
+        Problem: a result is wrong.
     """
-    n, ranks = world.size, range(world.size)
+    n = world.size
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         mine = torch.tensor([world.rank + 1, 2], dtype=dtype, device=world.device)
-        expected = {
-            "sum": [n * (n + 1) // 2, 2 * n],
-            "max": [n, 2],
-            "stack": [[rank + 1, 2] for rank in ranks],
-        }
+        expected = {"sum": [n * (n + 1) // 2, 2 * n], "max": [n, 2], "stack": [[rank + 1, 2] for rank in range(n)]}
         for name, wanted in expected.items():
             if dtype == torch.bfloat16 and n > 15:  # sums beyond 256 are not exact in 8 bits
                 continue
@@ -192,5 +187,5 @@ def check_exchange(world: World) -> None:
             if got.tolist() != wanted:
                 raise Problem(
                     f"rank {world.rank}: the {name} of {dtype} over {n} ranks is {got.tolist()}, expected {wanted}; "
-                    f"this backend ({dist.get_backend()} of torch {torch.__version__}) cannot be trusted with a run."
+                    f"this backend ({dist.get_backend()} of torch {torch.__version__}) cannot be used for training."
                 )

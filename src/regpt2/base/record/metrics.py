@@ -1,11 +1,11 @@
 """The record of a run: `metrics.jsonl`, one event a line. In: events; out: a file that only grows.
 
 Every event has `event` and `step` (updates made so far). The kinds:
-  run         a start or a resume: config, versions, device, data, the step it goes on from
+  run         a start or a resume: config, versions, device, data, the step from which it starts
   train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far), skipped, data (a digest of the
               tokens of this update in their order: the same for any number of ranks)
   eval        eval (its name) and its figures, seen_tokens (trained on so far)
-  verdict     where a validation loss stands beside a reference curve: state, difference, band, checks, text, ...
+  verdict     a validation loss compared with a reference curve: state, difference, band, checks, text, ...
   sample      prompt, texts
   note        text: what a reader of the record should know (a skipped step, a failed evaluation, a fallback)
   end         reason, elapsed_s, peak_bytes
@@ -27,19 +27,19 @@ from regpt2.base.screen import lost_streams
 
 
 class MetricsLog:
-    """Appends events to a file, and hands them to `sinks`. Only rank 0 has one that writes; others have no path."""
+    """Appends events to a file, and passes them to `sinks`. Only rank 0 has a path; without one it does nothing."""
 
     def __init__(self, path: Path | None, sinks: Iterable[Sink] = ()) -> None:
         self.path = path
         self._sinks = list(sinks)
         self._warned = False
-        self._lost: set[str] = set()  # standard streams whose loss is noted
+        self._lost: set[str] = set()  # standard streams whose failure is recorded
 
     def cut_back(self, step: int) -> int:
-        """Forget the events after `step`, from where the run resumes. Returns how many updates were forgotten.
+        """Remove the events after `step`, from which the run resumes. Returns the number of updates removed.
 
-        At step 0 the run starts afresh, maybe with another seed or other data: then all are forgotten. A line that a
-        kill cut in half goes too. Notes stay: what happened, happened.
+        At step 0 the run starts from zero, maybe with another seed or other data: then all events are removed. A line
+        that a kill cut in half is removed too. Notes stay: they are the run's history.
         """
         if self.path is None or not self.path.exists():
             return 0
@@ -53,7 +53,7 @@ class MetricsLog:
         if damaged:
             aside = self.path.with_name(f"{self.path.name}.bad")
             write_atomic(aside, self.path.read_bytes())
-            warn(f"{len(damaged)} damaged lines of the record are left out; {aside} has it as it was.")
+            warn(f"{len(damaged)} damaged lines of the record are left out; {aside} is the unchanged copy.")
         write_atomic(self.path, "".join(_line(event) for event in kept))
         return n_forgotten
 
@@ -65,49 +65,47 @@ class MetricsLog:
         return [e.get("eval", "sample") for e in read_events(self.path) if e["step"] == step and e["event"] in kinds]
 
     def log(self, event: str, step: int, **values: Any) -> None:
-        """Append one event. A log that cannot be written never stops training: it is said once."""
+        """Append one event. A log that cannot be written never stops training: one warning reports it."""
         if self.path is None:
             return
         for reason in lost_streams() if event != "run" else ():
             if (stream := str(reason.filename)) not in self._lost:
                 self._lost.add(stream)
                 self.log("note", step, text=f"{stream} cannot be written ({reason.strerror}); the run continues")
-        told = {"event": event, "step": step, **values}
-        self._append(_line(told).encode())
+        whole = {"event": event, "step": step, **values}
+        self._append(self.path, _line(whole).encode())
         for sink in list(self._sinks):
-            self._hand(sink, told)
+            self._hand(sink, whole)
 
-    def _append(self, line: bytes) -> None:
-        if self.path is None:
-            return
+    def _append(self, path: Path, line: bytes) -> None:
         try:
-            with open(self.path, "ab", buffering=0) as file:
+            with open(path, "ab", buffering=0) as file:
                 size = file.tell()
-                if file.write(line) != len(line):  # a full disk took a part of it
+                if file.write(line) != len(line):  # on a full disk a part was written
                     file.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError as error:
             if not self._warned:
                 warn(f"the record is not being written: {describe_os_error(error)} Training continues.")
             self._warned = True
 
     def _hand(self, sink: Sink, event: dict[str, Any]) -> None:
-        """One event to a sink, and the last one closes it. One that fails is said once and gets no more."""
+        """Pass an event to a sink; `end` closes it. A sink that fails is reported once and dropped."""
         try:
             sink.write(event)
             if event["event"] == "end":
                 sink.close()
                 self._sinks.remove(sink)
-        except Exception as error:  # theirs to raise: a network, a service, a full disk
+        except Exception as error:  # a tracker may raise anything: a network, a service, a full disk
             self._sinks.remove(sink)
             warn(f"{type(sink).__name__} no longer receives the record ({type(error).__name__}: {error}).")
 
 
 def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The events of a record, in order. A last line that a kill cut in half is left out.
+    """The events of a record, in order. A last line that is cut in half, as by a kill, is left out.
 
     Raises:
-        DataError: another line is not an event, and there is no list `damaged` to put it into.
+        DataError: another line is not an event, and there is no list `damaged` to collect it.
     """
     for number, line in enumerate(_lines(path), start=1):
         if line == "\n":
@@ -134,7 +132,7 @@ def _lines(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8", errors="replace") as file:
         while line := file.readline(SMALL_BYTES):
             if len(line) == SMALL_BYTES:
-                raise DataError(f"{path} has a line of more than {SMALL_BYTES:,} characters: it is no record of a run.")
+                raise DataError(f"{path} has a line of more than {SMALL_BYTES:,} characters: it is not a run's record.")
             yield line
 
 

@@ -1,12 +1,12 @@
-"""Where a record also goes, beside its file. In: the events of a run; out: TensorBoard files, a Weights & Biases run.
+"""Trackers that also get the record. In: the events of a run; out: TensorBoard files, a Weights & Biases run.
 
-Both are extras: `pip install 'regpt2[tensorboard]'`, `pip install 'regpt2[wandb]'`. A run that is taken up again goes
-on in the same place. What fails here costs the run nothing: `MetricsLog` says it once and closes the sink.
+Both are extras: `pip install 'regpt2[tensorboard]'`, `pip install 'regpt2[wandb]'`. A resumed run continues in the same
+place. A failure here never stops the run: `MetricsLog` reports it once and drops the tracker.
 """
 
 import importlib.util
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,34 +15,33 @@ from regpt2.base.errors import ConfigError, did_you_mean
 from regpt2.base.files import write_atomic
 
 Event = dict[str, Any]
-INIT_TIMEOUT_S = 60  # a network that does not answer must not hold up a run
+INIT_TIMEOUT_S = 60  # a network without an answer must not delay a run longer
 
 
 class Sink(Protocol):
-    """Takes each event as it is recorded. The first is a `run` event; its step is the one that the run goes on from."""
+    """Gets each event as it is recorded. The first is a `run` event, with the step from which the run starts."""
 
     def write(self, event: Event) -> None:
-        """Take one event. May raise anything."""
+        """Record one event. May raise anything."""
 
     def close(self) -> None:
         """Write what is left."""
 
 
 class TensorBoard:
-    """Event files in `run/tensorboard`; what an earlier start wrote of later steps is not shown again."""
+    """Event files in `run/tensorboard`. Later steps of an earlier start are hidden."""
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "tensorboard"
         self._writer: Any = None
 
     def write(self, event: Event) -> None:
-        """Scalars as curves, all else as text."""
         step = event["step"]
         if event["event"] == "run":
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (an extra)
 
             self.close()
-            purge_step = step + 1 if step else 0  # of a run that starts afresh nothing before counts
+            purge_step = step + 1 if step else 0  # a run that starts from zero hides all before it
             self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=30)
         for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, step)
@@ -50,7 +49,6 @@ class TensorBoard:
             self._writer.add_text(name, text, step)
 
     def close(self) -> None:
-        """Write what is left."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -64,7 +62,7 @@ class WandB:
         self._run: Any = None
 
     def write(self, event: Event) -> None:
-        """Scalars and texts over our own step: theirs never goes back, as a run does that is taken up again."""
+        """Log over our own step: W&B's never goes back, but a resumed run does."""
         if event["event"] == "run":
             self._begin(event)
         row = scalars(event) | texts(event)
@@ -72,7 +70,6 @@ class WandB:
             self._run.log({"step": event["step"], **row})
 
     def close(self) -> None:
-        """Write what is left."""
         if self._run is not None:
             self._run.finish()
             self._run = None
@@ -100,24 +97,22 @@ class WandB:
         return path.read_text(encoding="utf-8").strip()
 
 
-SINKS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+SINKS: dict[str, Callable[[Path], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-def open_sinks(names: Iterable[str], run: Path) -> list[Sink]:
-    """The sinks of these names, for the run in this folder; nothing is written before the first event.
+def open_sinks(names: Sequence[str], run: Path) -> list[Sink]:
+    """The trackers of these names, for the run in this folder; nothing is written before the first event.
 
     Raises:
-        ConfigError: there is no such sink, or what it needs is not installed.
+        ConfigError: an unknown tracker, or its package is not installed.
     """
-    return [_known(name)(run) for name in names]
-
-
-def _known(name: str) -> type[TensorBoard] | type[WandB]:
-    if name not in SINKS:
-        raise ConfigError(f"{name!r} is no sink of the record; there is: {', '.join(SINKS)}{did_you_mean(name, SINKS)}")
-    if importlib.util.find_spec(name) is None:
-        raise ConfigError(f"the record cannot go to {name}: it is not installed; pip install 'regpt2[{name}]'.")
-    return SINKS[name]
+    for name in names:
+        if name not in SINKS:
+            known = ", ".join(SINKS)
+            raise ConfigError(f"track: there is no tracker {name!r}{did_you_mean(name, SINKS)} Available: {known}.")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"track: {name} is not installed; pip install 'regpt2[{name}]'.")
+    return [SINKS[name](run) for name in names]
 
 
 def scalars(event: Event) -> dict[str, float]:
@@ -130,7 +125,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def texts(event: Event) -> dict[str, str]:
-    """The words of an event: what was written as a sample, what was noted, what the verdict says."""
+    """The texts of an event: samples, a note, the verdict's sentence."""
     if event["event"] == "sample":
         return {f"sample/{place}": safe_text(str(text)) for place, text in enumerate(event.get("texts") or ())}
     words = event.get("text") if event["event"] in ("note", "verdict") else None

@@ -77,7 +77,6 @@ def _slower(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(name: str, result: CheckResult) -> None:
-    """Print a line: status, name, text."""
     say(f"{result.status:<5} {name:<13} {result.found}" + (f"; {result.advice}" if result.advice else ""))
 
 

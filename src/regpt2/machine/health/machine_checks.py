@@ -62,7 +62,6 @@ def software(patient: Patient) -> CheckResult:
 
 
 def device(patient: Patient) -> CheckResult:
-    """The device that computes."""
     where = patient.world.device
     if where.type == "cuda":
         about = torch.cuda.get_device_properties(where)
@@ -136,9 +135,8 @@ def memory(patient: Patient) -> CheckResult:
     if have is None:
         return CheckResult("ok", f"{text}; free memory is unknown on this device")
     text = f"{have / 1e9:.1f} GB free for this rank; {text}"
-    if have < need:
-        return CheckResult("FAIL", text, "use a smaller model, or more ranks with --parallel.strategy fsdp")
-    return CheckResult("ok", text, figures={"free_bytes": have, "state_bytes": need})
+    advice = "use a smaller model, or more ranks with --parallel.strategy fsdp" if have < need else ""
+    return CheckResult("FAIL" if advice else "ok", text, advice, {"free_bytes": have, "state_bytes": need})
 
 
 def precision(patient: Patient) -> CheckResult:
@@ -178,9 +176,9 @@ def attention(patient: Patient) -> CheckResult:
     shape = (1 if where.type == "cpu" else batch.micro_batch, model.n_head, batch.seq_len, model.n_embd // model.n_head)
     kernel, seconds, flops_per_s = rates.attention_rate(shape, dtype, where, at_least_s=0.1)
     text = f"{kernel} at {shape}, forward and backward in {1e3 * seconds:.3g} ms, {_flops(flops_per_s)}"
-    if where.type == "cuda" and kernel == "math":
-        return CheckResult("warn", text, "expected a flash kernel: see torch.backends.cuda.flash_sdp_enabled()")
-    return CheckResult("ok", text, figures={"attention_flops_per_s": flops_per_s})
+    slow = where.type == "cuda" and kernel == "math"
+    advice = "expected a flash kernel: see torch.backends.cuda.flash_sdp_enabled()" if slow else ""
+    return CheckResult("warn" if slow else "ok", text, advice, {"attention_flops_per_s": flops_per_s})
 
 
 def mathematics(patient: Patient, *, name: Precision, compiled: bool) -> CheckResult:
@@ -208,7 +206,6 @@ def head(patient: Patient) -> CheckResult:
 
 
 def adamw(patient: Patient) -> CheckResult:
-    """Two updates, compared with the formula."""
     off = agreement.adamw_difference(patient.trials[0], patient.world.device)
     text = f"two updates differ from the formula by {off:.0e} of the learning rate (< 1e-03)"
     advice = "the optimizer's kernel is wrong on this device"
@@ -242,7 +239,6 @@ def matmul(patient: Patient) -> CheckResult:
 
 
 def copying(patient: Patient) -> CheckResult:
-    """Bytes/s of the device's memory."""
     where = patient.world.device
     rate = rates.copy_rate(where, 1 << (28 if where.type == "cpu" else 30), at_least_s=0.1)
     text, figures = f"memory {rate / 1e9:,.4g} GB/s, read and written", {"copy_bytes_per_s": rate}

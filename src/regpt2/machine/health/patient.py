@@ -1,19 +1,15 @@
 """What a check takes and returns. In: a run's configuration, the ranks; out: a `Patient` to check, a `CheckResult`."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from regpt2.base.device import Precision, choose_compute, compiles
-from regpt2.base.errors import UsageError
+from regpt2.base.device import Precision, choose_compute, compiles, precisions
 from regpt2.base.ranks.world import World
 from regpt2.config.run import RunConfig
 from regpt2.machine.health import agreement
 from regpt2.model.flops import n_weights
-
-PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,6 @@ class Patient:
 
     @property
     def compiles(self) -> bool:
-        """Will training compile its step?"""
         return compiles(self.config.compile, self.world.device)
 
     @property
@@ -64,12 +59,7 @@ class Patient:
 
     @property
     def supported(self) -> list[Precision]:
-        """Precisions that the device's hardware has."""
-        found: list[Precision] = []
-        for name in PRECISIONS:
-            with suppress(UsageError):
-                found.append(choose_compute(name, self.world.device).precision)
-        return found
+        return [*precisions(self.world.device)]
 
     @property
     def precision(self) -> Precision:

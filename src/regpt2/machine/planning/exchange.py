@@ -6,6 +6,7 @@ earlier layers still compute. The time after the end of the backward pass is exp
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from regpt2.model.flops import flops_per_token
 from regpt2.model.modern import ModernConfig
@@ -36,8 +37,7 @@ class Wires:
         return self.latency_s + 2 * self.hops * self.gradient_bytes * numbers / self.bus
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Gradients that become complete at the same time."""
 
     ready_s: float  # seconds after the start of the backward pass through the layers

@@ -45,7 +45,6 @@ class Place:
 
     @property
     def nodes(self) -> int:
-        """The fewest that hold the GPUs."""
         return math.ceil(self.gpus / self.gpus_per_node)
 
     @property
@@ -76,7 +75,6 @@ def sharing_seconds(setup: Setup, place: Place, micro_s: float) -> dict[str, flo
 
 
 def update_rates(setup: Setup, machine: Machine) -> tuple[float, float]:
-    """Bytes/s and FLOP/s, for `update_seconds`."""
     return machine.bandwidth, machine.peak * _best_share(setup, machine)
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run. In: options; out: a `RunPlan` with all figures, and the same as JSON."""
+"""The plan of a run. In: options; out: a `RunPlan` with all figures, also as JSON."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,8 +41,6 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All figures of a plan."""
-
     recipe: str
     config: RunConfig
     target: Target
@@ -59,7 +57,6 @@ class RunPlan:
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
         return sum(self.seconds.values()) / 3600
 
     @property
@@ -95,7 +92,6 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
         measured = {"peak_bytes": times.peak_bytes, "predicted_bytes": tried_bytes, "micro_batch": tried.micro_batch}
     else:
         step = formula_time(setup, target)
-    checkpoints_bytes = most_checkpoints(config) * checkpoint_bytes(setup)
     return RunPlan(
         recipe=recipe,
         config=config,
@@ -105,7 +101,7 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
         step=step,
         seconds=run_seconds(config, setup, target, step, data.shards_bytes) if step else {},
         data=data,
-        lacks=disk_lacks(config, data, checkpoints_bytes) if target.here else [],
+        lacks=disk_lacks(config, data, most_checkpoints(config) * checkpoint_bytes(setup)) if target.here else [],
         choices=choices(config, setup, target, step),
         price=options.price,
         measured=measured,
@@ -114,11 +110,7 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
 
 
 def _scaling(config: RunConfig, target: Target, setup: Setup, data_bytes: int) -> Scaling:
-    """The same run on other numbers of GPUs, with the hours of each.
-
-    Raises:
-        UsageError: no published run tells the time of a step there.
-    """
+    """The same run on other numbers of GPUs, with the hours of each."""
     if target.place is None or target.free_bytes is None or setup.width_bytes != 2:
         raise UsageError("--scaling needs published 16-bit runs; name a GPU with --machine, and bf16 or fp16.")
     sequences = setup.ranks * setup.micro_batch * setup.grad_accum_steps

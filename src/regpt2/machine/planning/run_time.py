@@ -47,7 +47,6 @@ class StepEstimate:
 
     @property
     def seconds(self) -> float:
-        """The sum of the parts."""
         return sum(self.parts.values())
 
 
@@ -130,7 +129,7 @@ def _update_rates(setup: Setup, target: Target) -> tuple[float, float]:
 def run_seconds(
     config: RunConfig, setup: Setup, target: Target, step: StepEstimate, data_bytes: int
 ) -> dict[str, float]:
-    """The whole run by part."""
+    """Of the whole run, by part."""
     tokens = n_evaluations(config) * sum(eval_tokens(config).values())
     pass_s = step.parts["forward and backward"] / (setup.grad_accum_steps * setup.n_tokens)  # per token of one rank
     whole_updates = config.batch.tokens_until(config.max_steps) / config.batch.batch_tokens  # fewer with a batch ramp

@@ -29,7 +29,6 @@ class ScalingRow:
 
     @property
     def step_s(self) -> float:
-        """Of an update."""
         return sum(self.parts.values())
 
     @property
@@ -39,7 +38,7 @@ class ScalingRow:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all GPUs; 0 if nothing fits."""
+        """Of all GPUs; 0 if no micro-batch fits."""
         return self.place.gpus * self.per_gpu
 
     @property
@@ -80,24 +79,14 @@ class Work:
     def row(self, place: Place, strategy: Literal["ddp", "fsdp"] | None = None) -> ScalingRow:
         """The row with the fastest micro-batch that fits."""
         sequences = self.one_gpu.micro_batch * self.one_gpu.grad_accum_steps // place.gpus
-        shared = replace(
-            self.one_gpu,
-            micro_batch=1,
-            grad_accum_steps=sequences,
-            ranks=place.gpus,
-            strategy=strategy or self.one_gpu.strategy,
-        )
+        shared = replace(self.one_gpu, micro_batch=1, grad_accum_steps=sequences, ranks=place.gpus)
+        shared = replace(shared, strategy=strategy or shared.strategy)
         rows = [
             ScalingRow(place, setup, step_seconds(setup, place))
             for setup in micro_batches(shared, self.least_tokens)
             if fits(still_needed(setup), self.free_bytes, setup.device)
         ]
         return min(rows, key=lambda row: row.step_s, default=ScalingRow(place, None))
-
-    def larger(self, times: int) -> "Work":
-        """The same with `times` the tokens in an update."""
-        more = replace(self.one_gpu, grad_accum_steps=times * self.one_gpu.grad_accum_steps)
-        return replace(self, one_gpu=more, least_tokens=times * self.least_tokens)
 
 
 def scaling_of(work: Work, place: Place) -> Scaling:
@@ -110,12 +99,10 @@ def scaling_of(work: Work, place: Place) -> Scaling:
     low = next((row for row in rows[rows.index(base) :] if row.setup and row.efficiency < LOW_EFFICIENCY), None)
     larger = 0.0
     if low is not None:
-        more = work.larger(LARGER)
+        more_steps = replace(work.one_gpu, grad_accum_steps=LARGER * work.one_gpu.grad_accum_steps)
+        more = replace(work, one_gpu=more_steps, least_tokens=LARGER * work.least_tokens)
         larger = more.row(low.place).per_gpu / more.row(base.place).per_gpu
     both = ((work.row(where, "fsdp"), work.row(where, "ddp")) for where in places if where.gpus > 1)
-    fsdp, ddp = next((pair for pair in both if _pays(*pair)), (None, None))
+    pays = ((f, d) for f, d in both if f.setup and (d.setup is None or f.step_s < CLEARLY * d.step_s))
+    fsdp, ddp = next(pays, (None, None))
     return Scaling(rows, base, low, larger, fsdp, ddp)
-
-
-def _pays(fsdp: ScalingRow, ddp: ScalingRow) -> bool:
-    return fsdp.setup is not None and (ddp.setup is None or fsdp.step_s < CLEARLY * ddp.step_s)

@@ -17,15 +17,18 @@ GAIN = 0.02  # of efficiency: a larger batch that gains less does not pay
 
 
 def show(plan: RunPlan) -> None:
-    """Print it."""
-    config = plan.config
-    tokens = config.batch.tokens_until(config.max_steps)
+    config, batch, ranks = plan.config, plan.config.batch, plan.target.ranks
     say(
-        f"{plan.recipe} on {plan.target.name}: {count(tokens)} tokens, {config.max_steps:,} updates of "
-        f"{config.batch.batch_tokens:,}{config.batch.growth}"
+        f"{plan.recipe} on {plan.target.name}: {count(batch.tokens_until(config.max_steps))} tokens, "
+        f"{config.max_steps:,} updates of {batch.batch_tokens:,}{batch.growth}"
     )
     if plan.other_micro_batch:
-        _show_other_micro_batch(plan)
+        tokens = batch.tokens_of(1)
+        each = tokens // (batch.seq_len * ranks)
+        say(
+            f"  micro_batch {batch.micro_batch} -> {plan.setup.micro_batch}: an update of {tokens:,} tokens on {ranks} "
+            f"GPU{'s' * (ranks > 1)} is {each:,} sequence{'s' * (each > 1)} per GPU"
+        )
     say()
     if plan.step is None:
         where = f"{plan.target.name} in {plan.target.precision}"
@@ -36,7 +39,7 @@ def show(plan: RunPlan) -> None:
     _show_disk(plan)
     _show_choices(plan)
     if plan.scaling is not None:
-        _show_scaling(plan.scaling, plan.price, plan.config.batch.batch_tokens)
+        _show_scaling(plan.scaling, plan.price, batch.batch_tokens)
 
 
 def _row(name: str, value: str, how: str = "") -> None:
@@ -44,15 +47,6 @@ def _row(name: str, value: str, how: str = "") -> None:
     head = f"  {name:<24} {value:>12}   "
     for line in wrap(how, COLUMNS, initial_indent=head, subsequent_indent=" " * len(head)) or [head.rstrip()]:
         say(line)
-
-
-def _show_other_micro_batch(plan: RunPlan) -> None:
-    batch, tokens, ranks = plan.config.batch, plan.config.batch.tokens_of(1), plan.target.ranks
-    each = tokens // (batch.seq_len * ranks)
-    say(
-        f"  micro_batch {batch.micro_batch} -> {plan.setup.micro_batch}: an update of {tokens:,} tokens on {ranks} "
-        f"GPU{'s' * (ranks > 1)} is {each:,} sequence{'s' * (each > 1)} per GPU"
-    )
 
 
 def _show_time(plan: RunPlan, step: StepEstimate) -> None:
@@ -86,7 +80,6 @@ def _show_time(plan: RunPlan, step: StepEstimate) -> None:
 
 def _show_memory(plan: RunPlan) -> None:
     free, total = plan.target.free_bytes, sum(plan.memory.values())
-    of_gpu = "of each GPU" if plan.target.ranks > 1 else "of the GPU"
     if free is None:
         verdict = "free memory is unknown"
     elif plan.out_of_memory:
@@ -95,6 +88,7 @@ def _show_memory(plan: RunPlan) -> None:
         fitting = any(choice.fits and choice.setup == plan.setup for choice in plan.choices)
         verdict = f"{'fits' if fitting else 'may not fit'} into {free / GB:.1f} GB"
     say()
+    of_gpu = "of each GPU" if plan.target.ranks > 1 else "of the GPU"
     where = of_gpu if plan.setup.device == "cuda" else "of this process"
     _row(f"memory {where}", f"{total / GB:.2f} GB", f"+-{MARGIN:.0%} by formula; {verdict}")
     for name, n_bytes in plan.memory.items():
@@ -141,7 +135,6 @@ def _show_choices(plan: RunPlan) -> None:
 
 
 def _show_scaling(found: Scaling, price: float | None, batch_tokens: int) -> None:
-    """The table, and the conclusions from it."""
     say()
     cost = f" {'cost':>10}" if price is not None else ""
     say(f"  {'GPUs':>5} {'nodes':>6} {'micro-batch':>14} {'update':>12} {'exposed':>10} {'waiting':>9} {'tokens/s':>9} "

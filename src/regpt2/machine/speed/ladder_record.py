@@ -40,7 +40,7 @@ class LadderRecord:
         self.known = {key: StepTimes(**entry["times"]) for key, entry in self.entries.items()}
 
     def add(self, row: RungResult) -> None:
-        """Write one more rung into ladder.json."""
+        """Add a rung to ladder.json."""
         self.rows.append(row)
         entries = [
             {**asdict(row), "figures": one and asdict(one), "machine": self.machine}

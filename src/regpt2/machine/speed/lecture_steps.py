@@ -72,8 +72,6 @@ class LectureMLP(nn.Module):
 
 
 class LectureGPT(GPT):
-    """GPT with some parts as in the lecture."""
-
     def __init__(self, config: GPTConfig, parts: Collection[LecturePart], dtype: torch.dtype, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
         self.autocast_dtype = dtype if "autocast" in parts else None
@@ -86,7 +84,6 @@ class LectureGPT(GPT):
                 block.add_module("mlp", LectureMLP(block.mlp))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """As GPT's."""
         with torch.autocast(ids.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             if targets is None or not self.whole_logits:
                 return super().forward(ids, targets, dtype)

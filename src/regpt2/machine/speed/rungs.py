@@ -21,8 +21,6 @@ Change = Callable[[StepWork], StepWork]
 
 @dataclass(frozen=True)
 class Rung:
-    """One change of the step."""
-
     name: str  # on the command line
     title: str
     change: Change
@@ -32,8 +30,6 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class RungResult:
-    """The outcome of a rung."""
-
     rung: str
     title: str
     lecture_ms: float | None

@@ -74,8 +74,6 @@ class StepWork:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """The measurements."""
-
     step_s: list[float]  # of each timed step
     losses: list[float]  # of every step, warm-up included, in nats: they show that the work was done, and correct
     grad_norms: list[float]  # of every step, warm-up included
@@ -91,12 +89,10 @@ class StepTimes:
 
     @property
     def median_s(self) -> float:
-        """The step time to compare."""
         return statistics.median(self.step_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """By the median."""
         return self.tokens / self.median_s
 
 
@@ -159,16 +155,11 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
     model = lecture_model(work.model, parts, compute.dtype, work.seed).to(device)
     dtype = torch.float32 if "autocast" in parts else compute.dtype
     trainable = make_trainable(model, dtype, world, compiled=compiled)
-    if "unfused_adamw" in parts:
-        optimizer = unfused_adamw(model, work.optim)
-    else:
-        optimizer = build_optimizer(model, work.optim, compiled=compiled)
+    unfused = "unfused_adamw" in parts
+    optimizer = unfused_adamw(model, work.optim) if unfused else build_optimizer(model, work.optim, compiled=compiled)
     scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
     batches = _random_batches(work, device)
-    losses: list[float] = []
-    grad_norms: list[float] = []
-    step_s: list[float] = []
-    setup_s = 0.0
+    losses, grad_norms, step_s, setup_s = list[float](), list[float](), list[float](), 0.0
     while len(losses) < work.warmup_steps + work.steps or sum(step_s) < work.seconds:
         if len(losses) == work.warmup_steps:
             setup_s = time.time() - began_at

@@ -12,11 +12,9 @@ from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The figures of a rung."""
-
     step_ms: float  # the median
     low_ms: float
-    high_ms: float  # eight of ten steps lie between them
+    high_ms: float  # eight of ten steps lie between low_ms and high_ms
     tokens_per_s: float
     gain: float | None  # speed over the last correct rung before; None for the first
     in_all: float  # speed over the first rung
@@ -79,10 +77,9 @@ def cells(rows: Sequence[RungResult]) -> list[list[str]]:
 
 
 def _measured(one: Figures, known: bool) -> list[str]:
+    rates = [f"{rate / 1e12:.3g}" for rate in (one.flop_per_s, one.palm_flop_per_s)]
     if known:
         rates = ["" if share is None else f"{share:.1%}" for share in (one.mfu, one.palm_mfu)]
-    else:
-        rates = [f"{rate / 1e12:.3g}" for rate in (one.flop_per_s, one.palm_flop_per_s)]
     return [
         f"{one.step_ms:,.0f}" if one.step_ms >= 1000 else f"{one.step_ms:.1f}",
         f"±{(one.high_ms - one.low_ms) / 2 / one.step_ms:.1%}",
@@ -118,7 +115,6 @@ def for_screen(rows: Sequence[RungResult]) -> list[str]:
 
 
 def for_markdown(rows: Sequence[RungResult]) -> list[str]:
-    """The same table in Markdown."""
     head, *lines = cells(rows)
     ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     filled = [[cell.replace("|", "/") for cell in line] + [""] * (len(head) - len(line)) for line in ruled]
@@ -126,7 +122,6 @@ def for_markdown(rows: Sequence[RungResult]) -> list[str]:
 
 
 def summary(rows: Sequence[RungResult]) -> list[str]:
-    """The table in words."""
     counted = [(row, one) for row, one in zip(rows, figures_of(rows), strict=True) if one is not None]
     if not counted:
         return ["No rung could be measured."]
