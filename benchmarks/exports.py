@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.data.tokenizer import find_vocab, load_tokenizer
 from regpt2.model.files.contract import SHELF, Vocabulary
 from regpt2.model.gpt import GPT, GPTConfig
@@ -37,7 +37,7 @@ def export(model: GPT, folder: Path, name: str, words: Vocabulary | None) -> Non
     kind, _, dtype = name.partition("-")
     if kind != "gguf":
         place.mkdir()
-    plugins.load(SHELF, kind).write(model, place, words, dtype or "fp32")
+    shelves.load(SHELF, kind).write(model, place, words, dtype or "fp32")
 
 
 def main() -> None:

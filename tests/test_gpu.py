@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.device import be_deterministic, can_compile
 from regpt2.base.ranks.world import World
 from regpt2.config.recipe_files import load_recipe
@@ -123,7 +123,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     assert evals(tmp_path / "a") == evals(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 def test_a_bad_step_is_skipped_without_asking_the_device(name: str) -> None:
     world = World(rank=0, local_rank=0, size=1, device=torch.device(DEVICE))
     model = GPT(SHAPE, seed=1).to(DEVICE)
@@ -137,7 +137,7 @@ def test_a_bad_step_is_skipped_without_asking_the_device(name: str) -> None:
     assert bool(train_step(model, optimizer, [batch(DEVICE)], lr=1e-2, grad_clip=1.0, world=world).accepted)
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 def test_a_step_never_waits_for_the_device(name: str) -> None:
     """CUDA itself raises where the CPU waits for a number in the middle of the step."""
     if DEVICE != "cuda":

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import UsageError
 
 CONTRACTS = {
@@ -16,12 +16,12 @@ CONTRACTS = {
 }
 # One is only written, one only read, and `ready` has no text but `shards` (tests/data/preparing/test_ready_shards.py).
 ONE_WAY = {("model.weights", "onnx"), ("model.weights", "openai_tf"), ("data.datasets", "ready")}
-ENTRIES = [(shelf, name) for shelf in CONTRACTS for name in plugins.entries(shelf)]
+ENTRIES = [(shelf, name) for shelf in CONTRACTS for name in shelves.entries(shelf)]
 
 
 @pytest.mark.parametrize(("shelf", "name"), ENTRIES)
 def test_an_entry_has_what_its_shelf_promises(shelf: str, name: str) -> None:
-    entry = plugins.load(shelf, name)
+    entry = shelves.load(shelf, name)
     functions = [function for function in CONTRACTS[shelf] if hasattr(entry, function) or (shelf, name) not in ONE_WAY]
     for function, n_arguments in ((function, CONTRACTS[shelf][function]) for function in functions):
         assert len(inspect.signature(getattr(entry, function)).parameters) == n_arguments
@@ -33,7 +33,7 @@ def test_an_entry_has_what_its_shelf_promises(shelf: str, name: str) -> None:
 
 @pytest.mark.parametrize("shelf", CONTRACTS)
 def test_a_wrong_name_is_met_with_what_there_is(shelf: str) -> None:
-    with pytest.raises(UsageError, match=plugins.entries(shelf)[0]):
-        plugins.load(shelf, "nothing_like_it")
+    with pytest.raises(UsageError, match=shelves.entries(shelf)[0]):
+        shelves.load(shelf, "nothing_like_it")
     with pytest.raises(UsageError):
-        plugins.load(shelf, "../base/errors")
+        shelves.load(shelf, "../base/errors")

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.device import choose_compute, pick_device, settings_kept
 from regpt2.base.errors import (
     CheckpointError,
@@ -245,7 +245,7 @@ def prepare(source: PathLike, out: PathLike, **options: Any) -> Manifest:
         UsageError, DataError, DownloadError: see above; also if `out` has other content.
     """
     dataset, rules = str(source), {field.name for field in fields(Filters)} & options.keys()
-    if dataset not in plugins.entries(SHELF) and Path(source).exists():
+    if dataset not in shelves.entries(SHELF) and Path(source).exists():
         dataset, options = "text_files", {"input": source, **options}
     if rules:
         options["filters"] = {name: options.pop(name) for name in rules}

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.ranks.world import World
 from regpt2.commands.harness import main
@@ -135,7 +135,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         model.wte.weight *= 10  # logits that differ: predictions that do not hang on the last bit
     (folder / "model").mkdir()
     vocabulary = Vocabulary(TOKENIZER.name, TOKENIZER.fingerprint, TOKENIZER.eot, find_vocab().read_bytes())
-    plugins.load("model.weights", "huggingface").write(model, folder / "model", vocabulary, "fp32")
+    shelves.load("model.weights", "huggingface").write(model, folder / "model", vocabulary, "fp32")
     examples = {
         "hellaswag": [hellaswag_like(rng) for _ in range(N_MADE_UP)] + list(real_hellaswag()),
         "lambada_openai": [lambada_like(rng) for _ in range(N_MADE_UP)] + real_lambada(),
@@ -247,7 +247,7 @@ def test_whole_sets_have_the_harness_s_means(
 def figures_of(name: str, setup: Setup, rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures: dict[str, Any] = plugins.load("evals", name).evaluate(replace(setup.context, files={name: path}))
+    figures: dict[str, Any] = shelves.load("evals", name).evaluate(replace(setup.context, files={name: path}))
     return figures
 
 

@@ -149,10 +149,10 @@ def test_the_table_of_the_paper_has_its_rows_below_ours() -> None:
 
 
 def test_references_are_of_metrics_that_exist() -> None:
-    from regpt2.base import plugins
+    from regpt2.base import shelves
 
     for one in references():
-        assert one.metric in plugins.load("evals", one.eval).PROTOCOLS, one
+        assert one.metric in shelves.load("evals", one.eval).PROTOCOLS, one
         assert one.source and 0 < one.n_params < 2e9
 
 
@@ -169,6 +169,6 @@ def test_the_nearest_size_of_each_family_is_shown() -> None:
 
 
 def test_groups_hold_entries_that_exist() -> None:
-    from regpt2.base import plugins
+    from regpt2.base import shelves
 
-    assert {name for group in GROUPS.values() for name in group} <= set(plugins.entries("evals"))
+    assert {name for group in GROUPS.values() for name in group} <= set(shelves.entries("evals"))

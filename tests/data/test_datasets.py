@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.data.datasets import python_library, text_files, tiny_shakespeare
 from regpt2.data.sources import json_records, records
@@ -56,9 +56,9 @@ def compress(path: Path, kind: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", plugins.entries("data.datasets"))
+@pytest.mark.parametrize("name", shelves.entries("data.datasets"))
 def test_every_entry_has_a_description_of_one_line(name: str) -> None:
-    description = plugins.load("data.datasets", name).DESCRIPTION
+    description = shelves.load("data.datasets", name).DESCRIPTION
     assert description
     assert "\n" not in description
 

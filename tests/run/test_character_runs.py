@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import TINY_RECIPE
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import CheckpointError, DataError
 from regpt2.base.record.metrics import read_events
 from regpt2.cli import main
@@ -137,9 +137,9 @@ def test_an_export_holds_its_characters_or_takes_them_from_meta_pkl(place: Path,
     model, tokenizer = load_model(place / "run").model, CharacterTokenizer(CHARACTERS)
     vocabulary = Vocabulary(tokenizer.name, tokenizer.fingerprint, characters=tokenizer.characters)
     out = tmp_path / "out"
-    if plugins.load("model.weights", to).FILES:
+    if shelves.load("model.weights", to).FILES:
         out.mkdir()
-    plugins.load("model.weights", to).write(model, out, vocabulary)
+    shelves.load("model.weights", to).write(model, out, vocabulary)
     loaded = load_model(out)
     if to == "gguf":
         with pytest.raises(CheckpointError, match=r"does not include the characters .*--tokenizer nanoGPT/data"):

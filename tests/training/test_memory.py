@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
 from regpt2.machine.known_gpus import MACHINES
@@ -159,7 +159,7 @@ def test_the_fullest_moment_is_what_is_alive_in_a_real_step(
     assert predicted == pytest.approx(alive.peak, rel=0.05)
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 def test_each_optimizers_state_and_muons_update_are_counted(name: str) -> None:
     """So few tokens that Muon's stacks are the most there ever is."""
     model_config = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=32, vocab_size=257)

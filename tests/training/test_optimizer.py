@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
@@ -65,7 +65,7 @@ def test_embeddings_and_head_have_learning_rates_of_their_own() -> None:
         assert rates[id(p)] == own.get(name, 1e-3), name
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 @pytest.mark.parametrize("first", [True, False])
 def test_a_skipped_update_leaves_weights_and_state_as_they_were(name: str, first: bool) -> None:
     model = GPT(SHAPE, seed=1)
@@ -92,7 +92,7 @@ def test_a_skipped_update_leaves_weights_and_state_as_they_were(name: str, first
     assert update()
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 def test_an_optimizer_goes_on_bit_for_bit_from_its_saved_state(name: str) -> None:
     config = OptimConfig(name=name, lr=1e-2)
     straight = GPT(SHAPE, seed=1)
@@ -109,7 +109,7 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_saved_state(name: str) -> Non
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 def test_an_optimizer_learns(name: str) -> None:
     model = GPT(SHAPE, seed=1)
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=1e-2))
@@ -156,6 +156,6 @@ def test_options_that_change_nothing_are_named() -> None:
     assert eps == "optim.eps has no effect with optim.name = 'lion'."
     assert muon == "optim.muon has no effect with optim.name = 'lion'."
     assert "this model's head is its embedding" in head
-    for name in plugins.entries("training.optim"):
+    for name in shelves.entries("training.optim"):
         assert unused_options(OptimConfig(name=name), GPT(SHAPE)) == []
     assert unused_options(OptimConfig(name="muon", eps=1e-10, muon=MuonConfig(lr=0.1)), GPT(SHAPE)) == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training.optimizer import MuonConfig, OptimConfig, build_optimizer
@@ -41,14 +41,14 @@ def weights_after_three_updates(config: OptimConfig) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 @pytest.mark.parametrize(("option", "value"), OPTIONS, ids=str)
 def test_an_option_changes_the_update_unless_it_is_ignored(name: str, option: str, value: Any) -> None:
     base = OptimConfig(name=name, lr=LR, embedding_lr=LR / 2)
     before = weights_after_three_updates(base)
     after = weights_after_three_updates(dataclasses.replace(base, **{option: value}))
     moved = [key for key, p in before.items() if not torch.equal(p, after[key])]
-    assert bool(moved) == (option not in plugins.load("training.optim", name).IGNORES)
+    assert bool(moved) == (option not in shelves.load("training.optim", name).IGNORES)
     if option == "embedding_lr":
         assert {"wte.weight", "wpe.weight"} <= set(moved)
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.device import Precision
 from regpt2.base.errors import ConfigError, did_you_mean
 from regpt2.data.loader import BatchConfig
@@ -48,8 +48,8 @@ class EvalConfig:
                 f"Available: {', '.join(choices)}."
             )
         for name in self.names:
-            if name not in plugins.entries("evals"):
-                plugins.load("evals", name)  # raises, with the names that there are
+            if name not in shelves.entries("evals"):
+                shelves.load("evals", name)  # raises, with the names that there are
 
 
 @dataclass(frozen=True, kw_only=True)

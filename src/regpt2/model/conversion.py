@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.base.files import fsync_dir, require_free_space
@@ -48,7 +48,7 @@ class Export:
 
 def plan_export(src: str, dst: Path, to: str, dtype: str | None = None, *, replace: bool = False) -> Export:
     """What to write where; a UsageError for an unknown format or type, or if `dst` may not be replaced."""
-    entry = plugins.load(SHELF, to)
+    entry = shelves.load(SHELF, to)
     if not hasattr(entry, "write"):
         raise UsageError(f"--to {to}: regpt2 can only read that format; choose another.")
     if dtype not in (None, *entry.DTYPES):
@@ -60,7 +60,7 @@ def plan_export(src: str, dst: Path, to: str, dtype: str | None = None, *, repla
 def check_expressible(export: Export, loaded: LoadedModel) -> None:
     """Raise a UsageError if the format would describe another model: most hold GPT-2 alone, some one form of GELU."""
     model, config, entry = loaded.model, loaded.model.config, export.entry
-    writers = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+    writers = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
     writers = {name: one for name, one in writers.items() if hasattr(one, "write")}
     _, described = ARCHITECTURES[config.architecture]
     if type(model) is not described or (described is GPT and not is_plain(model)):
@@ -190,7 +190,7 @@ def _same_for_client(export: Export, part: Path, model: LanguageModel) -> float 
 
 def client_rows(format_name: str, path: Path, ids: list[list[int]]) -> list[list[float]] | None:
     """The logits of the format's client, as plain numbers; None where it is not installed."""
-    logits: Tensor | None = plugins.load(SHELF, format_name).client_logits(path, torch.tensor(ids))
+    logits: Tensor | None = shelves.load(SHELF, format_name).client_logits(path, torch.tensor(ids))
     return None if logits is None else logits.tolist()
 
 
@@ -230,7 +230,7 @@ def _check_destination(dst: Path, src: str, is_folder: bool, replace: bool) -> N
     if names and not replace:
         is_not = "is not empty" if is_folder else "exists"
         raise UsageError(f"DESTINATION = {dst} {is_not}; choose another, or replace an earlier export with --force.")
-    shelf = [plugins.load(SHELF, name) for name in plugins.entries(SHELF)]
+    shelf = [shelves.load(SHELF, name) for name in shelves.entries(SHELF)]
     ours = {name for entry in shelf for name in getattr(entry, "FILES", ())}
     if not is_folder and any(entry.matches(dst) for entry in shelf if hasattr(entry, "matches")):
         ours.add(dst.name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import figure, say, warn
 from regpt2.base.ranks.signals import Stopped
 from regpt2.base.record.metrics import read_events
@@ -85,12 +85,12 @@ def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int,
         val_tokens=config.evals.val_tokens,
         on_batch=on_batch,
         tokenizer=run.tokenizer,
-        files=files_by_name(config.evals.files, plugins.entries("evals")),
+        files=files_by_name(config.evals.files, shelves.entries("evals")),
         limit=config.evals.limit,
         brief=True,
     )
     try:
-        figures = plugins.load("evals", name).evaluate(context)
+        figures = shelves.load("evals", name).evaluate(context)
     except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
         note(
             run, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training continues"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, say, warn
 from regpt2.base.device import Compute, be_deterministic, choose_compute, compiles, device_name, peak_flops
 from regpt2.base.errors import ConfigError, DataError, Problem, UsageError
@@ -124,7 +124,7 @@ def build(
         _check_memory(config, world, compute)
         if config.eval_every and "val_loss" in config.evals.names:
             _check_evals(data, config.batch.seq_len)
-        files = files_by_name(config.evals.files, plugins.entries("evals"))
+        files = files_by_name(config.evals.files, shelves.entries("evals"))
         sinks = open_sinks(config.track, folder)
         if config.verify_data:
             _verify_data(data, world, watchdog)
@@ -171,7 +171,7 @@ def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) 
     missing: dict[str, str] = {}
     for name in names if world.local_rank == 0 else ():
         try:
-            for asset in plugins.load("evals", name).ASSETS:
+            for asset in shelves.load("evals", name).ASSETS:
                 find(asset, name, files)
         except (Problem, OSError) as error:
             missing[name] = str(error)

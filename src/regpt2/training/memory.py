@@ -8,7 +8,7 @@ V = padded_vocab_size, b bytes of a number in the compute type.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import ConfigError
 from regpt2.model.flops import n_weights
 from regpt2.model.kernels.loss import chunk_rows
@@ -70,7 +70,7 @@ class Setup:
         n_in_matrices = 12 * self.model.n_layer * self.model.n_embd**2
         of_matrices: int
         of_others: int
-        of_matrices, of_others = plugins.load("training.optim", self.optim.name).MEANS
+        of_matrices, of_others = shelves.load("training.optim", self.optim.name).MEANS
         return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_params - n_in_matrices))
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.base.ranks.world import World
 from regpt2.training.ranks.strategy import shard_like
@@ -80,8 +80,8 @@ class OptimConfig:
             _check_not_negative(f"optim.{name}", getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must each be at least 0 and below 1.")
-        if self.name not in plugins.entries("training.optim"):
-            plugins.load("training.optim", self.name)  # raises, and lists the names
+        if self.name not in shelves.entries("training.optim"):
+            shelves.load("training.optim", self.name)  # raises, and lists the names
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -114,7 +114,7 @@ def build_optimizer(
     """
     if world is None or ordered:
         world = World(rank=0, local_rank=0, size=1, device=next(model.parameters()).device)
-    entry = plugins.load("training.optim", config.name)
+    entry = shelves.load("training.optim", config.name)
     optimizer: torch.optim.Optimizer = entry.build(list(model.named_parameters()), config, world, compiled)
     return optimizer
 
@@ -147,7 +147,7 @@ def assign(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
 
 def unused_options(config: OptimConfig, model: nn.Module) -> list[str]:
     """A sentence for each option that was set but has no effect with this optimizer and this model."""
-    ignored: tuple[str, ...] = plugins.load("training.optim", config.name).IGNORES
+    ignored: tuple[str, ...] = shelves.load("training.optim", config.name).IGNORES
     unused = [
         f"optim.{name} has no effect with optim.name = {config.name!r}."
         for name in ignored

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.cli import main
 from regpt2.data.token_formats import megatron as megatron_format
@@ -25,7 +25,7 @@ from regpt2.data.tokens.reshard import ReshardOptions, reshard
 from regpt2.data.tokens.shards import open_tokens, verify, write_shard
 
 EOT = 50256
-FORMATS = plugins.entries("data.token_formats")
+FORMATS = shelves.entries("data.token_formats")
 SHARDED = ("llmc", "native", "npy")
 
 
@@ -275,7 +275,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
 def test_tokens_that_read_back_differently_are_not_left(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
 ) -> None:
-    entry = plugins.load("data.token_formats", format_name)
+    entry = shelves.load("data.token_formats", format_name)
     write = entry.write
 
     def damage(folder: Path, data: writing.TokenData) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.base.files import sha256_bytes
 from regpt2.evals.scoring.assets import Asset, files_by_name, find
@@ -84,7 +84,7 @@ def test_what_is_no_pair_is_refused(item: str, message: str) -> None:
 
 
 def test_every_asset_of_the_shelf_is_pinned_or_given_by_hand() -> None:
-    for name in plugins.entries("evals"):
-        for asset in plugins.load("evals", name).ASSETS:
+    for name in shelves.entries("evals"):
+        for asset in shelves.load("evals", name).ASSETS:
             assert bool(asset.url) == bool(asset.sha256), f"{name}: {asset.name}"
             assert not asset.url or (asset.url.startswith("https://") and len(asset.sha256) == 64), asset.url

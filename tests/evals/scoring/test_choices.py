@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import DataError
 from regpt2.base.ranks.world import World
 from regpt2.data.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def test_the_wording_is_the_harness_s(
 ) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    found = plugins.load("evals", name).evaluate(context(name, path))
+    found = shelves.load("evals", name).evaluate(context(name, path))
     prompt, endings, gold = expected
     assert BYTES.decode(asked[0].context) == prompt
     assert [BYTES.decode(ending) for ending in asked[0].endings] == endings
@@ -101,7 +101,7 @@ def test_archives_are_read_as_their_publishers_serve_them(tmp_path: Path, asked:
         rows = [json.dumps({"goal": f"g{i}", "sol1": "a", "sol2": "b"}) for i in range(3)]
         archive.writestr("physicaliqa-train-dev/dev.jsonl", "\n".join(rows) + "\n")
         archive.writestr("physicaliqa-train-dev/dev-labels.lst", "0\n1\n1\n")
-    found = plugins.load("evals", "piqa").evaluate(context("piqa", tmp_path))
+    found = shelves.load("evals", "piqa").evaluate(context("piqa", tmp_path))
     assert found["acc"] == pytest.approx(2 / 3)
     assert found["count"] == len(asked) == 3
 
@@ -109,9 +109,9 @@ def test_archives_are_read_as_their_publishers_serve_them(tmp_path: Path, asked:
 def test_labels_beside_the_file_or_a_message(tmp_path: Path, asked: list[Question]) -> None:
     (tmp_path / "dev.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b"}\n')
     with pytest.raises(DataError, match=r"line 1: no label, here or in a file dev-labels\.lst"):
-        plugins.load("evals", "piqa").evaluate(context("piqa", tmp_path))
+        shelves.load("evals", "piqa").evaluate(context("piqa", tmp_path))
     (tmp_path / "dev-labels.lst").write_text("1\n")
-    assert plugins.load("evals", "piqa").evaluate(context("piqa", tmp_path))["acc"] == 1.0
+    assert shelves.load("evals", "piqa").evaluate(context("piqa", tmp_path))["acc"] == 1.0
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_winogrande_scores_the_rest_after_each_name(tmp_path: Path) -> None:
         right += losses.index(min(losses)) == i % 2
     path = tmp_path / "dev.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert plugins.load("evals", "winogrande").evaluate(context("winogrande", path))["acc"] == right / 6
+    assert shelves.load("evals", "winogrande").evaluate(context("winogrande", path))["acc"] == right / 6
 
 
 def test_the_likeliest_by_sum_and_by_length() -> None:
@@ -151,12 +151,12 @@ def test_a_bad_line_is_named_with_what_is_expected(name: str, tmp_path: Path) ->
         path = tmp_path / "bad.jsonl"
         path.write_text(line + "\n")
         with pytest.raises(DataError, match=r"bad\.jsonl, line 1: .*; expected .*, got"):
-            plugins.load("evals", name).evaluate(context(name, path))
+            shelves.load("evals", name).evaluate(context(name, path))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the evaluation sets beside the repository")
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "copa"])
 def test_real_sets_are_read(name: str) -> None:
-    found = plugins.load("evals", name).evaluate(context(name, SHARED, limit=40))
+    found = shelves.load("evals", name).evaluate(context(name, SHARED, limit=40))
     assert found["count"] == 40
     assert 0 < found["acc"] < 1

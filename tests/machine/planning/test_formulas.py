@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import UsageError
 from regpt2.base.ranks.world import World
 from regpt2.config.recipe_files import load_recipe
@@ -158,7 +158,7 @@ def test_sharing_an_update_costs_an_exchange() -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "ordered"])
 @pytest.mark.parametrize("ranks", [1, 5])
 @pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
-@pytest.mark.parametrize("name", plugins.entries("training.optim"))
+@pytest.mark.parametrize("name", shelves.entries("training.optim"))
 def test_an_optimizers_matmuls_are_those_of_a_real_update(
     monkeypatch: pytest.MonkeyPatch, name: str, kind: type[GPTConfig], ranks: int, strategy: str
 ) -> None:

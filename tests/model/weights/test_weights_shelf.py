@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_gpt import SHAPES, batch, random_gpt, shape_name
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import CheckpointError
 from regpt2.model.files import safe_pickle
 from regpt2.model.files.contract import SHELF, TokenizerRef, Vocabulary
@@ -17,7 +17,7 @@ from regpt2.model.weights import native
 
 CONFIG = SHAPES[2]  # 3 layers, 257 tokens of 320 rows
 BYTES = Vocabulary("bytes", "f" * 64, eot=256)
-SHELVED = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+SHELVED = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
 BOTH_WAYS = {name: entry for name, entry in SHELVED.items() if hasattr(entry, "read") and hasattr(entry, "write")}
 
 

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, write_atomic
 from regpt2.base.net.download import fetch
@@ -81,7 +81,7 @@ class PartEncoder:
 
     def __init__(self, job: EncodeJob, tokenizer: Tokenizer) -> None:
         self.job, self.tokenizer = job, tokenizer
-        self.entry = plugins.load("data.datasets", job.dataset)
+        self.entry = shelves.load("data.datasets", job.dataset)
 
     def __call__(self, task: tuple[int, Part], report: Report) -> None:
         index, planned = task

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, count, duration, say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock
@@ -40,7 +40,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     """
     started_at = time.monotonic()
     options.check()
-    entry = plugins.load(SHELF, options.dataset)
+    entry = shelves.load(SHELF, options.dataset)
     if hasattr(entry, "shards"):
         manifest = _collect(entry, options)
     else:

@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, say, warn
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock, fsync_dir, require_free_space
@@ -82,7 +82,7 @@ def reshard(options: ReshardOptions) -> None:
         UsageError: an impossible option, or `out` holds something.
         DataError: `data` cannot be read, or what was written does not read back as the same.
     """
-    entry = plugins.load(SHELF, options.to)
+    entry = shelves.load(SHELF, options.to)
     _check(options, entry)
     with ExitStack() as stack:
         source = _open_source(options, stack)
@@ -127,7 +127,7 @@ def _check(options: ReshardOptions, entry: ModuleType) -> None:
 def _check_holds(entry: ModuleType, options: ReshardOptions, source: _OpenSource) -> None:
     """Most formats hold bare ids; ids of characters without the characters would be read as GPT-2's."""
     if source.tokenizer.characters is not None and not getattr(entry, "HOLDS_CHARACTERS", False):
-        shelf = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+        shelf = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
         able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "HOLDS_CHARACTERS", False))
         raise UsageError(
             f"--to {options.to} cannot say which characters the ids of {options.data} are; formats that can: {able}."

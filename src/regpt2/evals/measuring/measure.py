@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from regpt2 import __version__
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import say, warn
 from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
@@ -95,8 +95,8 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         Problem: the only evaluation failed. Of several, `Results.failed` has the message.
     """
     names = _names(options)
-    entries = {name: plugins.load("evals", name) for name in names}  # unknown names fail before any work
-    files = files_by_name(options.files, plugins.entries("evals"))
+    entries = {name: shelves.load("evals", name) for name in names}  # unknown names fail before any work
+    files = files_by_name(options.files, shelves.entries("evals"))
     device = next(loaded.model.parameters()).device if loaded else pick_device(options.device)
     compute = choose_compute(options.precision, device)
     if options.deterministic:
@@ -147,7 +147,7 @@ def _names(options: EvaluateOptions) -> list[str]:
     """The evaluations, groups expanded, each once."""
     names = [name for asked in options.evals for name in GROUPS.get(asked, (asked,))]
     if not names:
-        raise UsageError(f"--evals is empty. Available: {', '.join([*GROUPS, *plugins.entries('evals')])}.")
+        raise UsageError(f"--evals is empty. Available: {', '.join([*GROUPS, *shelves.entries('evals')])}.")
     if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
         raise UsageError(f"--out {options.out} must be a file in a folder that exists.")
     return list(dict.fromkeys(names))

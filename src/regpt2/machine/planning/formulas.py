@@ -7,7 +7,7 @@ M tokens of a micro-batch, C = n_embd, L = n_layer, V = padded_vocab_size, n ran
 import math
 from dataclasses import dataclass
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.machine.known_gpus import LARGE_FLOPS, SMALL_FLOPS, Machine
 from regpt2.machine.planning.exchange import Wires, exposed_seconds, gathering_seconds
 from regpt2.model.flops import flops_per_token
@@ -89,7 +89,7 @@ def update_seconds(setup: Setup, bandwidth: float, matmul_rate: float) -> dict[s
 
 def update_flops(setup: Setup) -> float:
     """Matmul FLOPs of the optimizer in one update, on each rank."""
-    count = getattr(plugins.load("training.optim", setup.optim.name), "matmul_flops", None)
+    count = getattr(shelves.load("training.optim", setup.optim.name), "matmul_flops", None)
     sharing = 1 if setup.strategy == "ordered" else setup.ranks  # each rank computes the whole update
     return count(setup.model, setup.optim, sharing) if count else 0.0
 

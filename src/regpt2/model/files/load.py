@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from regpt2.base import plugins
+from regpt2.base import shelves
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
 from regpt2.base.files import sha256_file
@@ -149,7 +149,7 @@ def _load_folder(
 
 
 def _read(path: Path) -> ModelFiles:
-    readers = {name: plugins.load(SHELF, name) for name in plugins.entries(SHELF)}
+    readers = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
     readers = {name: entry for name, entry in readers.items() if hasattr(entry, "read")}
     for entry in readers.values():
         if entry.matches(path):
