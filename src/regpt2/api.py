@@ -39,8 +39,7 @@ from regpt2.commands.train import failures_named
 from regpt2.config.recipe_files import load_recipe, with_options
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import options_of
-from regpt2.data.preparing.options import PrepareOptions
-from regpt2.data.preparing.prepare import SHELF
+from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.prepare import prepare as prepare_data
 from regpt2.data.sources.filters import Filters
 from regpt2.data.tokenizer import Tokenizer

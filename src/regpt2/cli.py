@@ -13,6 +13,7 @@ from regpt2.base.errors import FailedElsewhere, Problem, UsageError, did_you_mea
 from regpt2.base.files import describe_os_error
 from regpt2.base.ranks.signals import leave_if_one_of_many
 from regpt2.base.screen import STREAMS, open_closed_streams, require_output, watch_streams
+from regpt2.base.shelves import use_plugins
 from regpt2.base.threads import spin_briefly
 
 VERBS = {
@@ -44,11 +45,12 @@ def usage() -> str:
     verbs = wrapped(f"  {verb:<10} {line}" for verb, line in VERBS.items())
     return f"""regpt2 {__version__}: GPT-2, reproduced.
 
-usage: regpt2 VERB [arguments] [--debug]
+usage: regpt2 VERB [arguments] [--plugin FILE.py ...] [--debug]
        regpt2 VERB --help
 
 {verbs}
 
+{wrapped(["--plugin FILE.py adds an optimizer, evaluation, data set, format or architecture of your own."])}
 {wrapped(["Put an argument that begins with a dash but is not an option last, after --."])}
 
 First steps:
@@ -72,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     options = [one for one in arguments[:at] if one != "--debug"]
     set_least_width()
     try:
+        options = _take_plugins(options)
         code = _run(options + arguments[at:] or ["--help"], options)
     except FailedElsewhere as problem:  # that rank has reported it
         code = problem.exit_code
@@ -88,6 +91,22 @@ def main(argv: list[str] | None = None) -> int:
         watch_streams()  # else the interpreter tries to write lost output again at exit
     leave_if_one_of_many(code)
     return code
+
+
+def _take_plugins(options: list[str]) -> list[str]:
+    """Load each `--plugin FILE.py`; return the other options."""
+    others, files = [], []
+    words = iter(options)
+    for word in words:
+        name, equals, file = word.partition("=")
+        if name == "--plugin":
+            files.append(file if equals else next(words, ""))
+        else:
+            others.append(word)
+    if "" in files:
+        raise UsageError("--plugin needs a file: --plugin FILE.py.")
+    use_plugins(files)
+    return others
 
 
 def _run(arguments: list[str], options: list[str]) -> int:

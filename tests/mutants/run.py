@@ -33,7 +33,7 @@ from mutants import ROOT, Mutant, faults, judge, read, sample
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from zygote import Trial, fork
 
-COPIED = ("src", "tests", "benchmarks", "docs", "pyproject.toml", "README.md")
+COPIED = ("src", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 WARM = ("torch._dynamo", "safetensors.torch", "matplotlib.pyplot", "tyro", "tiktoken", "huggingface_hub")
 
 

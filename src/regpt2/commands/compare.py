@@ -19,6 +19,7 @@ from regpt2.base.errors import UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.options import parse
 from regpt2.base.ranks.processes import places
+from regpt2.base.shelves import plugin_options
 from regpt2.comparing.arms import keep_recipe, read_arms, read_budget, with_baseline, within
 from regpt2.comparing.runs import Arm, Comparison, read_plan
 from regpt2.comparing.train_arms import budgets, in_words, train_all
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> int:
             seeds=options.seeds,
             budget=in_words(budget, compared),
             target=options.target,
-            command=shlex.join(["regpt2", "compare", *arguments]),
+            command=shlex.join(["regpt2", "compare", *plugin_options(), *arguments]),
         )
         train_all(options.out, plan, configs, room)
         show(options.out, plan)

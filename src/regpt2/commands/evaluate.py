@@ -6,9 +6,11 @@ regpt2 evaluate runs/gpt2_124m --evals paper --out paper.json
 """
 
 from regpt2.base.options import parse
-from regpt2.evals.measuring.measure import EvaluateOptions, measure
+from regpt2.base.shelves import extended, words_after
+from regpt2.evals.measuring.measure import EvaluateOptions, expanded, measure
 
 
 def main(arguments: list[str]) -> int:
     """`regpt2 evaluate MODEL [options]`: 1 if an evaluation failed."""
-    return 1 if measure(parse(EvaluateOptions, arguments, "regpt2 evaluate"), shown=True).failed else 0
+    kind = extended(EvaluateOptions, "evals", expanded(words_after(arguments, "--evals")))
+    return 1 if measure(parse(kind, arguments, "regpt2 evaluate"), shown=True).failed else 0

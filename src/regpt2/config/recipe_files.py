@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from regpt2.base.errors import UsageError, did_you_mean
+from regpt2.base.shelves import words_after
 from regpt2.config.run import RunConfig
-from regpt2.config.toml_file import from_table, read_toml
-from regpt2.model.architecture import config_class
-from regpt2.model.language_model import GPTConfig
+from regpt2.config.toml_file import CHOOSING, class_of, from_table, read_toml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -59,15 +58,14 @@ def load_recipe(spec: str) -> RunConfig:
 
 
 def defaults_for(spec: str, options: list[str]) -> RunConfig:
-    """The recipe that options apply to: in the architecture that they name, without its data if they give `--mix`.
+    """The recipe that options apply to: with the entries that they name, without its data if they give `--mix`.
 
     Raises:
-        ConfigError: there is no such architecture.
+        ConfigError: there is no such entry.
     """
-    words = [word for option in options for word in option.split("=", 1)]
-    architectures = [value for name, value in pairwise(words) if name == "--model.architecture"]
     given = {option.partition("=")[0].removeprefix("--") for option in options}
-    return _open_to(given, load_recipe(spec), *architectures[-1:])
+    named = {key: f"{key}.{name}" for key, name in CHOOSING.items() if f"{key}.{name}" in given}
+    return _open_to(given, load_recipe(spec), {key: words_after(options, f"--{name}") for key, name in named.items()})
 
 
 def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
@@ -81,24 +79,24 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
         section, dot, name = key.partition(".")
         value = {name: value} if dot else value
         table[section] = {**table.get(section, {}), **value} if isinstance(value, Mapping) else value
-    model = table.get("model")
-    architecture = model.get("architecture", config.model.architecture) if isinstance(model, dict) else None
-    base = _open_to(table.keys(), config, *([architecture] if architecture else []))
-    return from_table(RunConfig, table, "", base)
+    sections = {key: table[key] for key in CHOOSING if isinstance(table.get(key), dict)}
+    chosen = {key: one[CHOOSING[key]] for key, one in sections.items() if CHOOSING[key] in one}
+    return from_table(RunConfig, table, "", _open_to(table.keys(), config, chosen))
 
 
-def _open_to(given: Collection[str], config: RunConfig, architecture: str | None = None) -> RunConfig:
-    if architecture is not None:
-        config = dataclasses.replace(config, model=_rebuilt(config.model, architecture))
+def _open_to(given: Collection[str], config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+    """`chosen`: by section, the entries that replace the recipe's."""
+    rebuilt = {key: _rebuilt(getattr(config, key), class_of(key, names)) for key, names in chosen.items()}
+    config = dataclasses.replace(config, **rebuilt)
     if "mix" in given:
         return dataclasses.replace(config, data="")
     return dataclasses.replace(config, mix=()) if "data" in given else config
 
 
-def _rebuilt(model: GPTConfig, architecture: str) -> GPTConfig:
-    """The same shape in another architecture, with the defaults of its own switches."""
-    kind = config_class(architecture)
-    if type(model) is kind:
-        return model
-    common = {field.name for field in dataclasses.fields(GPTConfig)} - {"architecture", "dropout"}  # modern has none
-    return kind(**{name: getattr(model, name) for name in common})
+def _rebuilt(config: Any, kind: Any) -> Any:
+    """The same settings for another entry, with the defaults of its own options."""
+    if type(config) is kind:
+        return config
+    both = ({field.name for field in dataclasses.fields(one)} for one in (config, kind))
+    common = set.intersection(*both) - {"architecture", "dropout"}  # modern has none
+    return kind(**{name: getattr(config, name) for name in common})

@@ -48,8 +48,7 @@ class EvalConfig:
                 f"Available: {', '.join(choices)}."
             )
         for name in self.names:
-            if name not in shelves.entries("evals"):
-                shelves.load("evals", name)  # raises, with the names that there are
+            shelves.load("evals", name)  # raises, with the names that there are
 
 
 @dataclass(frozen=True, kw_only=True)

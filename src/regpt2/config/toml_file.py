@@ -9,12 +9,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from regpt2.base.errors import ConfigError, did_you_mean
 from regpt2.base.files import read_small
-from regpt2.config.run import RunConfig
+from regpt2.base.shelves import extended
+from regpt2.config.run import EvalConfig, RunConfig
 from regpt2.model.architecture import config_class
-from regpt2.model.language_model import GPTConfig
+from regpt2.training.optimizer import OptimConfig
 
 RECIPE_BYTES, DOTS = 1 << 20, 100  # tomllib would take gigabytes for a key of 50,000 dots
 T = TypeVar("T")
+
+# Sections whose class depends on the entries that they name, each with the key that names them.
+CHOOSING = {"model": "architecture", "optim": "name", "evals": "names"}
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -64,8 +68,8 @@ def _convert(hint: Any, value: Any, key: str, base: Any = None) -> Any:
     """A value as the type of its field; accepts an int for a float, a list for a tuple, a str for a path."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{key} is a number of {value.bit_length():,} bits, expected one of at most 64.")
-    if hint is GPTConfig and isinstance(value, dict):
-        hint = type(base) if base is not None else config_class(value.get("architecture", "gpt2"))
+    if (name := CHOOSING.get(key)) and isinstance(value, dict):
+        hint = type(base) if base is not None else class_of(key, value.get(name, getattr(hint, name)))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return from_table(hint, value, f"{key}.", base)
     origin, args = get_origin(hint), get_args(hint)
@@ -82,6 +86,15 @@ def _convert(hint: Any, value: Any, key: str, base: Any = None) -> Any:
     elif type(value) is hint or (isinstance(value, _STAND_INS.get(hint, ())) and not isinstance(value, bool)):
         return hint(value) if hint in _STAND_INS else value
     raise ConfigError(f"{key} = {value!r} is a {type(value).__name__}, expected {_spelled(hint)}.")
+
+
+def class_of(section: str, names: object) -> Any:
+    """The class of a section for the entry, or the entries, that it names: with their own options."""
+    listed = names if isinstance(names, list | tuple) else [names]
+    if section == "model":
+        return config_class("".join(map(str, listed[-1:])))
+    kind, shelf = (OptimConfig, "training.optim") if section == "optim" else (EvalConfig, "evals")
+    return extended(kind, shelf, listed)
 
 
 def _spelled(hint: Any) -> str:

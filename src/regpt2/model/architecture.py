@@ -1,29 +1,41 @@
 """The architectures by name. In: a name, or a configuration; out: its class of configuration, or the model."""
 
 from dataclasses import fields
+from typing import Any
 
-from regpt2.base.errors import ConfigError, did_you_mean
-from regpt2.model.gpt import GPT
+from regpt2.base import shelves
+from regpt2.base.errors import ConfigError
 from regpt2.model.language_model import GPTConfig, LanguageModel
-from regpt2.model.modern import ModernConfig, ModernGPT
 
-ARCHITECTURES: dict[str, tuple[type[GPTConfig], type[LanguageModel]]] = {
-    "gpt2": (GPTConfig, GPT),
-    "modern": (ModernConfig, ModernGPT),
-}
+SHELF = "model.architectures"
 
 
 def config_class(name: object) -> type[GPTConfig]:
-    """The configuration of an architecture; a ConfigError if the name is unknown."""
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        nearest, known = did_you_mean(str(name)[:80], ARCHITECTURES), ", ".join(ARCHITECTURES)
-        raise ConfigError(f"model.architecture = {name!r:.80}{nearest} Available: {known}.")
-    return ARCHITECTURES[name][0]
+    """The configuration of an architecture.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    kind: type[GPTConfig] = _entry(name).Config
+    return kind
 
 
 def build_model(config: GPTConfig, *, seed: int = 0) -> LanguageModel:
     """The model of this shape, with fresh weights; on the device "meta" without any."""
-    return ARCHITECTURES[config.architecture][1](config, seed=seed)
+    model: LanguageModel = model_class(config.architecture)(config, seed=seed)
+    return model
+
+
+def model_class(name: str) -> Any:
+    """The class of an architecture's models: a LanguageModel, made from its configuration and a seed."""
+    return _entry(name).Model
+
+
+def _entry(name: object) -> Any:
+    entry = shelves.load(SHELF, str(name)[:80])
+    if entry.Config.architecture != name:
+        raise ConfigError(f"{entry.__file__}: Config.architecture = {entry.Config.architecture!r} must be {name!r}.")
+    return entry
 
 
 def switches_on(config: GPTConfig) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from regpt2.base import shelves
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.base.files import fsync_dir, require_free_space
-from regpt2.model.architecture import ARCHITECTURES, switches_on
+from regpt2.model.architecture import model_class, switches_on
 from regpt2.model.files.contract import SHELF, TORCH_DTYPES, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import LoadedModel, load_model
@@ -62,7 +63,7 @@ def check_expressible(export: Export, loaded: LoadedModel) -> None:
     model, config, entry = loaded.model, loaded.model.config, export.entry
     writers = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
     writers = {name: one for name, one in writers.items() if hasattr(one, "write")}
-    _, described = ARCHITECTURES[config.architecture]
+    described = model_class(config.architecture)
     if type(model) is not described or (described is GPT and not is_plain(model)):
         raise UsageError(
             f"--to {export.to}: {loaded.source} is not the {config.architecture} model that its configuration "
@@ -171,7 +172,8 @@ def _same_for_client(export: Export, part: Path, model: LanguageModel) -> float 
     client, tolerance = export.entry.CLIENT, CLIENT_TOLERANCES[export.dtype]
     ids = _check_ids(model.config)[:, : max(1, model.config.block_size - 1)]  # llama.cpp needs room for one more
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_mute) as pool:
+        begin = partial(_begin, shelves.plugin_files())
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin) as pool:
             rows = pool.submit(client_rows, export.to, part, ids.tolist()).result()
     except Exception as error:  # another program's errors may be of any kind
         raise CheckpointError(f"{client} does not read it ({str(error).strip() or type(error).__name__})") from None
@@ -194,8 +196,9 @@ def client_rows(format_name: str, path: Path, ids: list[list[int]]) -> list[list
     return None if logits is None else logits.tolist()
 
 
-def _mute() -> None:
-    """In the client's process: its output would mix with ours."""
+def _begin(plugins: list[str]) -> None:
+    """In the client's process: take the same plugins, and mute it, since its output would mix with ours."""
+    shelves.use_plugins(plugins)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)

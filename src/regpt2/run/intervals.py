@@ -15,6 +15,7 @@ from regpt2.base.record.metrics import read_events
 from regpt2.config.run import RunConfig
 from regpt2.evals import EvalContext
 from regpt2.evals.scoring.assets import files_by_name
+from regpt2.evals.scoring.context import scoring
 from regpt2.model.language_model import LanguageModel
 from regpt2.references.verdict import of_record
 from regpt2.run.saving import save
@@ -88,9 +89,11 @@ def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int,
         files=files_by_name(config.evals.files, shelves.entries("evals")),
         limit=config.evals.limit,
         brief=True,
+        options=shelves.own_options(config.evals, name),
     )
     try:
-        figures = shelves.load("evals", name).evaluate(context)
+        with scoring(context):
+            figures = shelves.load("evals", name).evaluate(context)
     except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
         note(
             run, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training continues"

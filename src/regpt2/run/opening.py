@@ -14,6 +14,8 @@ from regpt2.base.console import count, say, warn
 from regpt2.base.device import device_name
 from regpt2.base.errors import Problem
 from regpt2.base.files import write_atomic
+from regpt2.base.record.metrics import read_events
+from regpt2.base.shelves import origins
 from regpt2.base.version import commit
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import to_toml
@@ -59,6 +61,10 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         "total_tokens": n_tokens,
         "baselines": state.baselines,
     }
+    own = ("model.architectures", config.model.architecture), ("training.optim", config.optim.name)
+    if plugins := origins(*own, *(("evals", name) for name in config.evals.names)):
+        event["plugins"] = plugins
+        notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
     notes += [*_untrained_positions(config), *unused_options(config.optim, run.model)]
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
@@ -72,6 +78,15 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
+
+
+def _changed_plugins(run: TrainingRun, plugins: dict[str, dict[str, str]]) -> list[str]:
+    """A note for each plugin that is another file than at an earlier start of this run."""
+    path, before = run.metrics.path, dict[str, Any]()
+    for event in read_events(path) if path and path.exists() else ():
+        before |= event.get("plugins", {}) if event.get("event") == "run" else {}
+    changed = [name for name, now in plugins.items() if before.get(name, now).get("sha256") != now["sha256"]]
+    return [f"the plugin {name} ({plugins[name]['file']}) has changed since this run began" for name in changed]
 
 
 def _cut_back(run: TrainingRun, first: int) -> list[str]:

@@ -171,7 +171,7 @@ def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) 
     missing: dict[str, str] = {}
     for name in names if world.local_rank == 0 else ():
         try:
-            for asset in shelves.load("evals", name).ASSETS:
+            for asset in getattr(shelves.load("evals", name), "ASSETS", ()):
                 find(asset, name, files)
         except (Problem, OSError) as error:
             missing[name] = str(error)

@@ -70,7 +70,7 @@ class Setup:
         n_in_matrices = 12 * self.model.n_layer * self.model.n_embd**2
         of_matrices: int
         of_others: int
-        of_matrices, of_others = shelves.load("training.optim", self.optim.name).MEANS
+        of_matrices, of_others = getattr(shelves.load("training.optim", self.optim.name), "MEANS", (2, 2))
         return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_params - n_in_matrices))
 
     @property

@@ -83,6 +83,11 @@ class OptimConfig:
         if self.name not in shelves.entries("training.optim"):
             shelves.load("training.optim", self.name)  # raises, and lists the names
 
+    @property
+    def options(self) -> Any:
+        """The optimizer's own, if it has any."""
+        return shelves.own_options(self, self.name)
+
 
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
@@ -147,7 +152,7 @@ def assign(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
 
 def unused_options(config: OptimConfig, model: nn.Module) -> list[str]:
     """A sentence for each option that was set but has no effect with this optimizer and this model."""
-    ignored: tuple[str, ...] = shelves.load("training.optim", config.name).IGNORES
+    ignored: tuple[str, ...] = getattr(shelves.load("training.optim", config.name), "IGNORES", ())
     unused = [
         f"optim.{name} has no effect with optim.name = {config.name!r}."
         for name in ignored

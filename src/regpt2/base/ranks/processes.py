@@ -15,6 +15,7 @@ import torch
 from regpt2.base.errors import UsageError
 from regpt2.base.files import make_dir
 from regpt2.base.ranks.watchdog import PARENT
+from regpt2.base.shelves import plugin_options
 
 Place = Mapping[str, str]  # its environment variables, added to ours
 
@@ -81,7 +82,7 @@ def _start(command: Command, place: Place) -> "subprocess.Popen[bytes]":
     following = {} if sys.platform == "win32" else {PARENT: str(os.getpid())}  # there a launcher is the parent
     with open(command.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "regpt2", *command.arguments],
+            [sys.executable, "-m", "regpt2", *command.arguments, *plugin_options()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +49,13 @@ class EncodeJob:
     filters: Filters
     dedup: bool
     folder: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    """The data set's own."""
+    plugins: list[str] = field(default_factory=shelves.plugin_files)
 
     def start(self) -> "PartEncoder":
         """Make ready to work: load the entry and the tokenizer, once per process."""
+        shelves.use_plugins(self.plugins)
         return PartEncoder(self, fast_tokenizer(self.encoder, load_tokenizer(self.tokenizer, self.vocab)))
 
 
@@ -82,6 +86,7 @@ class PartEncoder:
     def __init__(self, job: EncodeJob, tokenizer: Tokenizer) -> None:
         self.job, self.tokenizer = job, tokenizer
         self.entry = shelves.load("data.datasets", job.dataset)
+        self.options = self.entry.Options(**job.options) if job.options else None
 
     def __call__(self, task: tuple[int, Part], report: Report) -> None:
         index, planned = task
@@ -94,7 +99,7 @@ class PartEncoder:
                 for name in SPLITS
             }
             rows: list[tuple[int, int, int, bool]] = []
-            for document in self.entry.documents(part, skipped):
+            for document in self.entry.documents(replace(part, options=self.options), skipped):
                 text, data = _valid(document.text, skipped)
                 if (reason := "documents empty" if not text.strip() else self.job.filters.reason(text)) is not None:
                     skipped.add(reason)

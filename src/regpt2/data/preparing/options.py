@@ -4,10 +4,11 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from regpt2.base import shelves
 from regpt2.base.errors import UsageError
 from regpt2.data.fast_tokenizer import EncoderName
 from regpt2.data.preparing.cluster import OPTIONS, check_options
@@ -17,6 +18,7 @@ from regpt2.data.tokenizer import Tokenizer
 from regpt2.data.tokens.manifest import IDENTITY
 from regpt2.data.tokens.writing import DEFAULT_SHARD_TOKENS
 
+SHELF = "data.datasets"
 DEFAULT_VAL_FRACTION = 0.05
 
 
@@ -75,7 +77,13 @@ class PrepareOptions:
     @property
     def source(self) -> Source:
         asked = (self.input, self.field, self.repo, self.config, self.split, self.revision, self.first)
-        return Source(*asked)
+        return Source(*asked, options=shelves.own_options(self, self.dataset))
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options that this data set alone has."""
+        own = self.source.options
+        return {field.name: getattr(own, field.name) for field in dataclasses.fields(own)} if own else {}
 
     @property
     def engine_settings(self) -> dict[str, str]:
@@ -127,6 +135,8 @@ class PrepareOptions:
         rules = dataclasses.asdict(self.filters) | {"dedup": self.dedup}
         defaults = dataclasses.asdict(Filters()) | {"dedup": False}
         changed = {name: str(value) for name, value in rules.items() if value != defaults[name]}
+        changed |= {f"{self.dataset}.{name}": str(value) for name, value in self.own.items()}
+        changed |= {f"plugin {name}": one["sha256"] for name, one in shelves.origins((SHELF, self.dataset)).items()}
         return {"field": self.field, "shard_tokens": str(self.shard_tokens)} | validation | changed
 
     def settings(self, plan: Plan, tokenizer: Tokenizer) -> dict[str, str]:

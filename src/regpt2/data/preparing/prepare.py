@@ -17,15 +17,13 @@ from regpt2.data.preparing.cluster import encode
 from regpt2.data.preparing.disk_budget import Space
 from regpt2.data.preparing.encode_part import PARTS_NAME, EncodeJob, PartResult, forget_copies
 from regpt2.data.preparing.ledger import ENCODER, begin, changed, clear, complete_already, discard
-from regpt2.data.preparing.options import PrepareOptions
+from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.pack_shards import Packer
 from regpt2.data.preparing.ready_shards import collect
 from regpt2.data.preparing.workers import run_tasks
 from regpt2.data.sources.plan import Plan
 from regpt2.data.tokenizer import Tokenizer, find_vocab, load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split, described
-
-SHELF = "data.datasets"
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -89,6 +87,7 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
         filters=options.filters,
         dedup=dedup,
         folder=options.out / PARTS_NAME,
+        options=options.own,
     )
     folded = ledger.folded
     done = {n for n in range(folded, len(plan.parts)) if PartResult.read(job.folder, n) is not None}

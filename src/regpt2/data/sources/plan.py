@@ -1,17 +1,11 @@
-"""What a data set entry promises: a source in, a plan of parts out; then a part in, its documents out.
-
-An entry of the shelf `data/datasets/` has a one-line `DESCRIPTION` and two functions:
-`plan(source) -> Plan` is cheap (names and sizes; it may download first) and has always the same order, and
-`documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own, says in `skipped.file` which
-file it reads, and counts what it leaves out. Files to download (`InputFile.url`) are on the disk by then.
-`ready` has shards and no text: instead of the two, `shards(source) -> ReadyPlan` (data/preparing/ready_shards.py).
-"""
+"""What a data set entry promises: a source in, a plan of parts out; then a part in, its documents out."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from regpt2.base.console import safe_text
 from regpt2.base.files import sha256_bytes
@@ -32,6 +26,8 @@ class Source:
     split: str = ""
     revision: str = ""
     first: int | None = None
+    options: Any = None
+    """The entry's own `Options`, if it has any."""
 
 
 _MOST_CHARACTERS = 300  # kept of where something was met first: names come from strangers
@@ -86,6 +82,8 @@ class Part:
     slices: tuple[Slice, ...]
     n_bytes: int
     field: str = "text"
+    options: Any = None
+    """The entry's own, once a worker reads the part."""
 
 
 @dataclass(frozen=True)

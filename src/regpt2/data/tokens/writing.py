@@ -1,10 +1,4 @@
-"""What a token format gets to write: splits of tokens, each a row that is read once, and their description.
-
-An entry of the shelf `data/token_formats/` has `write(folder, data)`, which writes all splits, one after another, into
-an empty folder, and two constants. `SHARDED`: a split is several files of `shard_tokens`. `END_OF_TEXT_LAST`: end of
-text comes after each document, not before it as in the other formats; the rows come in this form. A format that can
-also store the character of each id has a third, `HOLDS_CHARACTERS = True`.
-"""
+"""What a token format gets to write: splits of tokens, each a row that is read once, and their description."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

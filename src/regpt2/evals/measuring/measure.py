@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,10 +18,11 @@ from regpt2.base.device import Precision, be_deterministic, choose_compute, devi
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.ranks.world import start_world
+from regpt2.base.shelves import own_options
 from regpt2.data.tokens.shards import open_tokens
 from regpt2.evals.measuring.show import paper_table, show_result
 from regpt2.evals.scoring.assets import files_by_name
-from regpt2.evals.scoring.context import EvalContext, Figures
+from regpt2.evals.scoring.context import EvalContext, Figures, scoring
 from regpt2.model.files.load import KINDS, LoadedModel, load_model
 from regpt2.references.scores import references_for
 from regpt2.sampling.tokenizer import tokenizer_of
@@ -121,8 +123,10 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         failed: dict[str, str] = {}
         for name, entry in entries.items():
             started_at = time.perf_counter()
+            context = replace(context, options=own_options(options, name))
             try:
-                figures = entry.evaluate(context)
+                with scoring(context):
+                    figures = entry.evaluate(context)
                 wants_check = compute.precision != "fp32" and options.check_fp32
                 check = _check_against_fp32(entry, figures, context, loaded, options) if wants_check else {}
             except Problem as problem:  # must not cost the others
@@ -132,6 +136,7 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
                 continue
             elapsed_s = time.perf_counter() - started_at
             results[name] = _result(name, figures, entry.PROTOCOLS, dataset, check, elapsed_s)
+            results[name] |= {"options": asdict(context.options)} if context.options else {}
             if shown and world.is_main:
                 show_result(name, results[name], loaded.model.n_params())
         found = Results(
@@ -143,9 +148,14 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
     return found
 
 
+def expanded(asked: Sequence[str]) -> list[str]:
+    """Names of evaluations, with the members of a group in its place."""
+    return [name for one in asked for name in GROUPS.get(one, (one,))]
+
+
 def _names(options: EvaluateOptions) -> list[str]:
     """The evaluations, groups expanded, each once."""
-    names = [name for asked in options.evals for name in GROUPS.get(asked, (asked,))]
+    names = expanded(options.evals)
     if not names:
         raise UsageError(f"--evals is empty. Available: {', '.join([*GROUPS, *shelves.entries('evals')])}.")
     if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class EvalContext:
     """Only the first N examples; 0 = all."""
     brief: bool = False
     """While training: only the one protocol that the report draws."""
+    options: Any = None
+    """The entry's own `Options`, if it has any."""
 
     @property
     def gpt(self) -> LanguageModel:

@@ -33,6 +33,7 @@ from regpt2.base.device import (
 )
 from regpt2.base.errors import Problem
 from regpt2.base.ranks.world import World
+from regpt2.base.shelves import extended, load, plugin_files, use_plugins
 from regpt2.machine.speed.lecture_steps import LecturePart, lecture_model, unfused_adamw
 from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.architecture import config_class
@@ -103,7 +104,8 @@ def measure(work: StepWork, *, timeout_s: float = 3600.0, on_step: Callable[[int
         DoesNotFit: the step runs out of memory.
         Problem: it fails otherwise, or takes longer than `timeout_s`.
     """
-    command = [sys.executable, "-m", "regpt2.machine.speed.steps", json.dumps(dataclasses.asdict(work))]
+    given = [json.dumps(dataclasses.asdict(work)), *plugin_files()]
+    command = [sys.executable, "-m", "regpt2.machine.speed.steps", *given]
     answer: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+") as complaints,  # warnings of libraries, and the trace of a crash
@@ -139,8 +141,11 @@ def read_work(table: dict[str, Any]) -> StepWork:
     """A `StepWork` from the JSON of its `dataclasses.asdict`."""
     muon = {**table["optim"]["muon"], "ns_coefficients": tuple(table["optim"]["muon"]["ns_coefficients"])}
     optim = {**table["optim"], "betas": tuple(table["optim"]["betas"]), "muon": MuonConfig(**muon)}
+    kind = extended(OptimConfig, "training.optim", [optim["name"]])
+    if kind is not OptimConfig:
+        optim[optim["name"]] = load("training.optim", optim["name"]).Options(**optim[optim["name"]])
     model = config_class(table["model"]["architecture"])(**table["model"])
-    parts = {"model": model, "optim": OptimConfig(**optim)}
+    parts = {"model": model, "optim": kind(**optim)}
     return StepWork(**{**table, **parts, "as_lecture": tuple(table["as_lecture"])})
 
 
@@ -207,6 +212,7 @@ def main() -> int:
         say(json.dumps(answer))
 
     try:
+        use_plugins(sys.argv[2:])
         work = read_work(json.loads(sys.argv[1]))
         times = time_steps(work, began_at=began_at, on_step=lambda done: tell({"done": done}))
     except Problem as problem:

@@ -1,26 +1,4 @@
-"""What a weight format reads and writes. In: the content of files; out: a model's configuration, tensors and tokenizer.
-
-The contract of the shelf model/weights/. An entry that reads has
-
-    matches(path) -> bool      is this file or folder in my format? By content; never raises
-    read(path) -> ModelFiles   raises CheckpointError for what is damaged or is no GPT-2
-
-and one that writes has
-
-    write(model, place, vocabulary, dtype) -> None
-                               into an existing folder, or the file `place`; each file atomically
-    FILES                      names that `write` can leave in a folder; none: the format is one file
-    DTYPES                     types of weights that it can write, the default first
-    ANY_ARCHITECTURE           True if it holds every model of ours; left out: GPT-2 alone
-    ACTIVATION                 the only form of GELU that its readers compute; left out: the format records it
-    CHARACTERS_NOTE            a note for models of characters; left out: the format cannot hold the characters
-
-and, where another program reads the format, may have
-
-    CLIENT                     the program's name
-    client_logits(place, ids) -> Tensor | None
-                               its logits (n, vocab_size) after ids (n, T), up to a constant; None: not installed
-"""
+"""What a weight format reads and writes. In: what files hold; out: a model's configuration, tensors and tokenizer."""
 
 from dataclasses import dataclass, field
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from regpt2.base.errors import CheckpointError, ConfigError, did_you_mean
+from regpt2.base.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from regpt2.model.architecture import config_class
 from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.files.safe_json import json_text
@@ -50,7 +50,11 @@ def _config(place: Path, model: Any) -> GPTConfig:
     if not isinstance(model, dict):
         raise CheckpointError(f"{place} has no object 'model' with the model's shape.")
     try:
-        kind = config_class(model.get("architecture", "gpt2"))  # files from before there were two lack it
+        architecture = model.get("architecture", "gpt2")  # files from before there were two lack it
+        kind = config_class(architecture)
+    except ConfigError as error:  # an unknown name is no damage, so no earlier checkpoint helps: a plugin is missing
+        raise (UsageError if isinstance(architecture, str) else CheckpointError)(f"{place}: {error}") from None
+    try:
         _check_types(place, model, {field.name: type(field.default) for field in fields(kind)})
         return kind(**model)
     except ConfigError as error:

@@ -17,6 +17,7 @@ FACTS = {
     "regpt2": "version",
     "Python": "python",
     "PyTorch": "torch",
+    "Plugins": "plugins",
     "Device": "device",
     "Precision": "precision",
     "Threads": "threads",
@@ -31,7 +32,7 @@ FACTS = {
     "Validation tokens": "val_tokens",
     "Tokens per update": "batch_tokens",
 }
-_HASHES = {"Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Configuration", "Record"}
+_HASHES = {"Plugins", "Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Configuration", "Record"}
 
 
 def certificate(record: Record) -> dict[str, str]:

@@ -1,0 +1,5 @@
+"""The modern GPT: model/modern.py."""
+
+from regpt2.model.modern import ModernConfig, ModernGPT
+
+Config, Model = ModernConfig, ModernGPT
