@@ -156,7 +156,7 @@ def test_what_the_disk_did_not_keep_is_no_checkpoint(
     monkeypatch.setattr(checkpoint, "save_file", flipped(checkpoint.save_file, at))
     saver = Saver(tmp_path, keep=1)
     saver.save(lambda: snap(2))
-    assert "is not what was written" in str(saver.wait())
+    assert "differs from what was written" in str(saver.wait())
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
