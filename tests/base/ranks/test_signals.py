@@ -60,4 +60,4 @@ def test_a_signal_in_the_middle_of_a_line_of_standard_error_is_heard(capfd: pyte
         patch.setattr(sys, "stderr", Interrupted())
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
-    assert "SIGTERM: leaving" in capfd.readouterr().err
+    assert "SIGTERM: stopping" in capfd.readouterr().err
