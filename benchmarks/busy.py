@@ -1,11 +1,11 @@
-"""A busy machine: training and generation beside other processes, by how long idle OpenMP threads spin.
+"""A busy machine: training and generation beside other processes, by the time that idle OpenMP threads spin.
 
     python benchmarks/busy.py --out benchmarks/results/DATE_cpu_busy.json
     python benchmarks/busy.py --peers DIR --out benchmarks/results/DATE_cpu_busy.json
 
 In: how many processes keep a core busy; out: seconds of the sides, turn by turn in one run. Without --peers the sides
-are ours with several GOMP_SPINCOUNT; with it, ours as the command sets it beside build-nanogpt and transformers as they
-come. DIR holds the clone build-nanogpt.
+are ours with several GOMP_SPINCOUNT. With it they are ours as the command sets it, build-nanogpt and transformers as
+shipped. DIR holds the clone build-nanogpt.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from run import command, export, version
 from sides import SideFailed, keep, ratios, take_turns
 from works import Comparison, GenerationWork, Shape, SideSpec, TrainingWork
 
-DEFAULT = "default"  # GNU OpenMP's own: 300,000 turns
+DEFAULT = "default"  # GNU OpenMP's default: 300,000 turns
 SPINS = (DEFAULT, "0", "1000", "5000", "20000")
 DEMO = Shape("demo's shape", 4, 4, 128, 128, 257)
 TRAINING = TrainingWork(model=DEMO, micro_batch=12, seq_len=128)
@@ -31,7 +31,7 @@ GENERATION = GenerationWork(model=Shape("4 layers, 128 wide", 4, 4, 128, 256, 50
 
 @contextmanager
 def busy_processes(n: int) -> Iterator[None]:
-    """`n` other processes that each want a whole core."""
+    """`n` other processes that each use a whole core."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         yield
@@ -48,7 +48,7 @@ def with_spin(started: list[str], spin: str) -> list[str]:
 
 
 def sides(work: TrainingWork | GenerationWork, peers: Path | None, folder: Path) -> dict[str, list[str]]:
-    """The first of them is what the others are divided by."""
+    """The others are divided by the first."""
     rivals = [SideSpec("transformers", "fp32")]
     if peers is not None and isinstance(work, TrainingWork):
         rivals.insert(0, SideSpec("build-nanogpt", "fp32"))

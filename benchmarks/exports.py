@@ -1,6 +1,6 @@
 """One random model in each runtime's own format. In: a folder, a shape and formats; out: the files.
 
-All are written from the same weights, so that runtimes can be held against each other, not only timed.
+All have the same weights, so that the results of runtimes can be compared, not only their times.
 
     python benchmarks/exports.py FOLDER '{"model": {...}, "formats": ["native", "huggingface"]}'
 """
@@ -17,17 +17,17 @@ from works import PLACES, Shape
 
 
 def vocabulary() -> Vocabulary | None:
-    """GPT-2's, where its file is on this machine."""
+    """GPT-2's tokenizer, if its file is on this machine."""
     try:
         tokenizer, merges = load_tokenizer("gpt2"), find_vocab().read_bytes()
-    except Exception as error:  # no copy of it here: those that need it will say so
+    except Exception as error:  # no copy here; formats that need it report that
         print(f"without GPT-2's vocabulary: {error}", file=sys.stderr)
         return None
     return Vocabulary("gpt2", tokenizer.fingerprint, tokenizer.eot, merges)
 
 
 def export(model: GPT, folder: Path, name: str, words: Vocabulary | None) -> None:
-    """Write one format to its place."""
+    """Write one format."""
     place = folder / PLACES[name]
     if name == "ctranslate2":
         from ctranslate2.converters import TransformersConverter

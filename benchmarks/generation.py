@@ -1,6 +1,6 @@
-"""The sides of generation: ours, and those of peers. In: a job as JSON; out: seconds and the new ids, turn by turn.
+"""The sides of generation: ours, and the peers'. In: a job as JSON; out: seconds and the new ids, turn by turn.
 
-All continue the same prompts, greedily, with the same random weights: in fp32 they must find the same tokens. A job is
+All continue the same prompts, greedily, with the same random weights. In fp32 they must find the same tokens. A job is
 the work (see works.py), the side (runtime, precision), the number of threads, and the folder with the exports.
 """
 
@@ -17,7 +17,7 @@ Generate = Callable[[], list[list[int]]]
 
 
 def ours(work: GenerationWork, precision: str, folder: Path) -> Generate:
-    """The very `generate` that `regpt2 sample` calls."""
+    """The same `generate` that `regpt2 sample` calls."""
     import torch
 
     from regpt2.base.device import choose_compute
@@ -35,7 +35,7 @@ def ours(work: GenerationWork, precision: str, folder: Path) -> Generate:
 
 
 def transformers(work: GenerationWork, precision: str, folder: Path) -> Generate:
-    """`GPT2LMHeadModel.generate` as it comes."""
+    """`GPT2LMHeadModel.generate` as shipped."""
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -90,7 +90,7 @@ def llama_cpp(work: GenerationWork, precision: str, folder: Path, threads: int) 
     asked: dict[str, Any] = {"prompt": prompt, "max_tokens": work.new_tokens, "temperature": 0, "cache_prompt": False}
     asked |= {"ignore_eos": True}
     told = server.handle_completions(asked | {"logprobs": 1})["choices"][0]["logprobs"]["content"]
-    ids = [token["id"] for token in told]  # it gives ids only together with probabilities, which take time
+    ids = [token["id"] for token in told]  # it returns ids only together with probabilities, which take time
 
     def once() -> list[list[int]]:
         made = server.handle_completions(asked)["usage"]["completion_tokens"]

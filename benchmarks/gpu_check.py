@@ -1,15 +1,15 @@
-"""One GPU, nine minutes: is it right here, and how fast? In: a GPU; out: DIR/summary.md and .json, two archives.
+"""One GPU, nine minutes: is our code right, and how fast? In: a GPU; out: DIR/summary.md and .json, two archives.
 
     python benchmarks/gpu_check.py --out DIR [--minutes 9] [--only ITEM ...] [--smoke] [--dry]
                                    [--wheels DIR] [--cache FILE] [--work DIR]
                                    [--peers DIR] [--data DIR --recipe NAME] [--device cuda]
 
-Needs torch, NumPy, tiktoken, safetensors and rich; no installation, no network. What else helps, gpu_carry.py collects
-for it. Items run in the order of their value, each in a process of its own; each row is on disk as soon as it is
-measured, so that nothing is lost when time runs out. What one item leaves of its time goes to those that come after.
-Exit code 1: something is wrong or broken, or the item first was not finished. An item that is cut off is not wrong.
---smoke tries every item with tiny works on whatever machine this is; --dry runs everything on a pretended GPU, whose
-values and times mean nothing, to meet crashes, waits and full memory.
+Needs torch, NumPy, tiktoken, safetensors and rich; no installation, no network. gpu_carry.py collects other files that
+help. Items run in the order of their value, each in a process of its own. Each row is on disk as soon as it is
+measured, so nothing is lost when time runs out. Time that an item does not use goes to the next ones.
+Exit code 1: something is wrong or broken, or the item first did not finish. An item that is cut off is not wrong.
+--smoke tries every item with tiny works on any machine. --dry runs everything on a pretended GPU, whose
+values and times mean nothing, to find crashes, waits and full memory.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import gpu_summary
 from gpu_items import Check, perform
 
 ROOT = Path(__file__).resolve().parents[1]
-ITEMS = {  # in the order of value: seconds that each may take; the first nine fill nine minutes but for 35 seconds
+ITEMS = {  # in the order of value: seconds that each may take; the first nine fill nine minutes except 35 seconds
     "first": 40,
     "ceilings": 15,
     "headline": 90,
@@ -45,10 +45,10 @@ ITEMS = {  # in the order of value: seconds that each may take; the first nine f
     "peers": 240,
     "training": 150,
 }
-PATIENCE = {"first": 100}  # without it nothing else counts: it may take longer than planned
+PATIENCE = {"first": 100}  # nothing else counts without it, so it may take longer than planned
 COMPILER_CACHE = "compiler-cache"
-CACHE_BYTES = 120_000_000  # before they are packed, which makes a tenth of them
-# Before the items' processes are forked. None of it asks the GPU for anything: CUDA does not survive a fork.
+CACHE_BYTES = 120_000_000  # before they are packed to a tenth
+# Before the items' processes are forked. Nothing in it may use the GPU, because CUDA does not survive a fork.
 IMPORTED_ONCE = ["regpt2.machine.speed.steps", "torch._dynamo"]
 
 
@@ -77,12 +77,12 @@ def main() -> int:
                 peers=options.peers and options.peers.resolve(),
             )
             states[item] = watch(check, deadline, about, options.out)
-            if not packing.is_alive():  # beside the next item: this process may be ended at any time
+            if not packing.is_alive():  # while the next item runs, because this process may be ended at any time
                 packing = threading.Thread(target=pack, args=(options.work, options.out))
                 packing.start()
     finally:
         summary = gpu_summary.write(options.work, options.out, list(ITEMS))
-        print("\n" + gpu_summary.brief(summary), flush=True)  # last: of a long output only the end may be kept
+        print("\n" + gpu_summary.brief(summary), flush=True)  # last, because only the end of a long output may be kept
         if packing.is_alive():
             packing.join()
         pack(options.work, options.out)
@@ -123,14 +123,14 @@ def read_options() -> argparse.Namespace:
 
 
 def make_importable(*folders: Path) -> None:
-    """Here, in the items' processes, and in those that they start."""
+    """Here, in the items' processes, and in processes that they start."""
     names = [str(folder) for folder in folders]
     sys.path[:0] = names
     os.environ["PYTHONPATH"] = os.pathsep.join([*names, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def keep_compiled_code(work: Path, earlier: Path | None) -> None:
-    """All processes share one folder of compiled code, which begins with that of an earlier call."""
+    """All processes share one folder of compiled code, which starts from that of an earlier call."""
     folder = work.resolve() / COMPILER_CACHE
     if earlier is not None and not folder.exists():
         gpu_carry.unpack(earlier, work)
@@ -139,7 +139,7 @@ def keep_compiled_code(work: Path, earlier: Path | None) -> None:
 
 
 def pack(work: Path, out: Path) -> None:
-    """For the next call, and to look closer at this one."""
+    """Kept for the next call, and to examine this one."""
     if compiled := compiled_code(work / COMPILER_CACHE):
         gpu_carry.pack(out / gpu_carry.CACHE, work, compiled)
     run = [path for path in (work / "training").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
@@ -147,9 +147,9 @@ def pack(work: Path, out: Path) -> None:
 
 
 def compiled_code(cache: Path) -> list[Path]:
-    """What the next call needs of it: a compiled graph carries all kernels but those that are written by hand.
+    """What the next call needs of it: a compiled graph contains all kernels except handwritten ones.
 
-    The oldest are of the most valuable items; what lies beyond CACHE_BYTES is left out.
+    The oldest belong to the most valuable items; files beyond CACHE_BYTES are left out.
     """
     by_hand = [path for path in (cache / "triton").glob("*") if not any(path.glob("triton_*"))]
     folders = [cache / "inductor" / "fxgraph", cache / "inductor" / "aotautograd", *by_hand]
@@ -160,14 +160,14 @@ def compiled_code(cache: Path) -> list[Path]:
 
 
 def seconds_for(items: list[str], left_s: float) -> float:
-    """For the first of `items`: its share of what is left, or what it takes if that is more and there."""
+    """For the first of `items`: its share of the time left, or its planned time if that is more and still left."""
     usual_s = ITEMS[items[0]]
     share_s = left_s * usual_s / sum(ITEMS[item] for item in items)
     return max(share_s, min(PATIENCE.get(items[0], usual_s), left_s))
 
 
 def watch(check: Check, deadline: float, about: dict[str, str], out: Path) -> str:
-    """Have an item done in a process of its own, show its rows as they come, end it when its time is over."""
+    """Run an item in a process of its own, show its rows as they come, end it when its time is over."""
     own_s, left_s = check.left_s, deadline - time.time()
     if own_s < ITEMS[check.item] / 2:
         print(
@@ -220,7 +220,7 @@ def show_rows(check: Check, shown: int) -> int:
 
 
 def end(process: multiprocessing.process.BaseProcess) -> None:
-    """The item, and all that it has started."""
+    """The item and every process that it started."""
     if process.is_alive() and process.pid is not None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -230,7 +230,7 @@ def end(process: multiprocessing.process.BaseProcess) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the item at work ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running item ends too
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What came out, for a person and for a machine. In: the items' rows; out: summary.md and .json, the exit code."""
+"""The results, for a person and for a machine. In: the items' rows; out: summary.md and .json, the exit code."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 Found = dict[str, Any]
 
 
-# What the short summary shows of a row, the most telling first.
+# What the short summary shows of a row, the most informative first.
 SPEED = "tokens_per_s", "ours_faster_by", "faster_by", "gain", "tflops", "gb_per_s", "scenes_per_s", "ms_per_token"
 COST = "mfu", "step_ms", "ms", "loop_waits_s", "on_disk_after_s", "peak_bytes", "planned_step_ms", "planned_peak_bytes"
 RIGHT = "same_bits", "same_choice", "resumed_at", "loss_off", "gradient_off", "hidden_gradient_off", "loss", "accuracy"
@@ -23,7 +23,7 @@ COLUMNS, LINES = 140, 76
 
 
 def write(folder: Path, out: Path, items: list[str]) -> list[Found]:
-    """Of every item that was ever done in this folder: several calls add up."""
+    """The rows of every item that was ever run in this folder; several calls add up."""
     paths = (folder / f"{item}.json" for item in items)
     done = [json.loads(path.read_text()) for path in paths if path.exists()]
     files = {
@@ -37,7 +37,7 @@ def write(folder: Path, out: Path, items: list[str]) -> list[Found]:
 
 
 def brief(done: list[Found]) -> str:
-    """All that matters, in lines that a terminal holds; what is wrong comes first in each item."""
+    """All that matters, in lines that fit a terminal; errors come first in each item."""
     lines = [line for found in done for line in brief_item(found)]
     more = [f"... {len(lines) - LINES} lines more in summary.md"] if len(lines) > LINES else []
     return "\n".join(["SUMMARY", *lines[:LINES], *more])
@@ -63,7 +63,7 @@ def is_wrong(row: Found) -> bool:
 
 
 def telling(row: Found, at_most: int) -> str:
-    """A row's main figures; none of a test that is right, or of a comparison that a pretended GPU does not allow."""
+    """A row's main figures; empty for a test that passed, or a comparison that a pretended GPU does not allow."""
     names = [name for name in TELLING if shown(name, row.get(name))]
     if not {*names} - ({"seconds"} if "ok" in row else {"not_compared"}):
         return ""
@@ -71,14 +71,14 @@ def telling(row: Found, at_most: int) -> str:
 
 
 def publish(out: Path, results: Path, about: Found) -> None:
-    """A copy beside the project's other results, under this day's and this card's name."""
+    """A copy beside the project's other results, named after this day and this card."""
     card = re.sub(r"\W+", "_", about["gpu"].lower()) or "gpu"
     if os.access(results, os.W_OK):
         shutil.copy(out / "summary.json", results / f"{about['date'][:10]}_{card}_check.json")
 
 
 def exit_code(states: dict[str, str]) -> int:
-    """1 where something is wrong or broken, or the item first was asked for and not finished. Cut off is not wrong."""
+    """1 if something is wrong or broken, or the item first was asked for and did not finish. Cut off is not wrong."""
     broken = {"wrong", "failed"} & set(states.values())
     return int(bool(broken) or states.get("first", "done") != "done")
 
@@ -114,7 +114,7 @@ def section(found: Found) -> Iterable[str]:
 
 
 def table(rows: list[Found]) -> Iterable[str]:
-    """One column per figure that any row has; lists (every single time) stay in the JSON."""
+    """One column per figure that any row has; lists of single times stay in the JSON."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if shown(name, value)))
     yield "| " + " | ".join(title(name) for name in names) + " |"
     yield "|" + "---|" * len(names)

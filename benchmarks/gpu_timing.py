@@ -1,4 +1,4 @@
-"""Times on a device. In: something to call, or a training step; out: milliseconds, and the row that shows them.
+"""Times on a device. In: a function, or a training step; out: milliseconds, and the row that shows them.
 
 python benchmarks/gpu_timing.py WORK      a training step as a side of a comparison (see sides.py)
 """
@@ -42,7 +42,7 @@ TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257)
 
 
 def call_times(call: Callable[[], object], device: torch.device, *, calls: int = 20, warmup: int = 5) -> list[float]:
-    """Milliseconds of each call: on a GPU by its own clock, with nothing waiting between calls."""
+    """Milliseconds of each call; on a GPU by its own clock, with no wait between calls."""
     for _ in range(warmup):
         call()
     synchronize(device)
@@ -65,13 +65,13 @@ def _by_the_clock(call: Callable[[], object], device: torch.device) -> float:
 
 
 def spread(times: list[float], name: str = "ms") -> dict[str, float]:
-    """Median, and what nine of ten times lie above and below."""
+    """Median, and the 10th and 90th percentile."""
     ordered, tenth = sorted(times), len(times) // 10
     return {name: statistics.median(times), f"{name}_p10": ordered[tenth], f"{name}_p90": ordered[-1 - tenth]}
 
 
 def step_work(check: Check, **settings: Any) -> StepWork:
-    """A training step as asked for; in a smoke run a tiny one."""
+    """A training step as requested; in a smoke run a tiny one."""
     if check.smoke:
         settings |= {"model": TINY, "micro_batch": 1, "seq_len": 32, "warmup_steps": 1, "steps": 2, "compile": "off"}
         settings |= {"grad_accum_steps": min(2, settings.get("grad_accum_steps", 1))}
@@ -79,7 +79,7 @@ def step_work(check: Check, **settings: Any) -> StepWork:
 
 
 def keep_step(check: Check, name: str, work: StepWork) -> StepTimes | None:
-    """Time a training step, keep its row; None, and why, where it does not fit."""
+    """Time a training step and keep its row; None, with the reason, if it does not fit."""
     try:
         times = time_step(check, work)
     except DoesNotFit as why:
@@ -93,11 +93,11 @@ def time_step(check: Check, work: StepWork) -> StepTimes:
     """In a fresh process; in a smoke run in the item's own, which saves seconds."""
     if check.smoke:
         return time_steps(work, began_at=time.time(), on_step=lambda done: None)
-    return measure(work, timeout_s=check.left_s + 60)  # past its end the item is ended anyway
+    return measure(work, timeout_s=check.left_s + 60)  # beyond it the item is ended anyway
 
 
 def predicted(work: StepWork, times: StepTimes, device: torch.device) -> dict[str, float]:
-    """What `regpt2 plan` would have said of it; a lower rung of the ladder is nothing to plan."""
+    """The plan of `regpt2 plan`; it does not apply to a lower rung of the ladder."""
     if work.as_lecture or device.type == "mps":
         return {}
     setup = Setup(
@@ -143,12 +143,12 @@ def figures_of(check: Check, work: StepWork, times: StepTimes) -> dict[str, Any]
 
 
 def side_command(work: StepWork) -> list[str]:
-    """How a training step is started as a side."""
+    """The command that starts a training step as a side."""
     return [sys.executable, __file__, json.dumps(dataclasses.asdict(work))]
 
 
 def serve_step(work: StepWork) -> None:
-    """The step of `time_steps`, made once for each time that is asked; a scaled loss is not among what it can do."""
+    """The step of `time_steps`, run once per request; it cannot scale the loss."""
     device = pick_device(work.device)
     compute, compiled = choose_compute(work.precision, device), compiles(work.compile, device)
     world = World(rank=0, local_rank=0, size=1, device=device)
@@ -172,7 +172,7 @@ def serve_step(work: StepWork) -> None:
         stats = train_step(trainable, optimizer, batches, lr=work.optim.lr, grad_clip=work.optim.grad_clip, world=world)
         synchronize(device)
         figures = {"loss": float(stats.loss), "grad_norm": float(stats.grad_norm), "peak_bytes": peak_bytes(device)}
-        if "attention" not in about:  # looked up in the first step, which warms up
+        if "attention" not in about:  # read in the first step, which warms up
             about["attention"] = attention_kernel(lambda: trainable(*batches[0]))
         return figures | about
 

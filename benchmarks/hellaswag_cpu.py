@@ -2,9 +2,9 @@
 
     python benchmarks/hellaswag_cpu.py FILE [--precision fp32|bf16] [--examples 160]
 
-FILE holds the validation set. One at a time is the lecture's way: an example's four rows, padded, through the whole
+FILE holds the validation set. The lecture takes one example at a time: its four rows, padded, through the whole
 model, all logits, their cross entropy. Both sides use the same model in the same compute type, turn by turn, and must
-choose the same endings; where a few differ in bf16, the two losses lie within its rounding.
+choose the same endings. Where a few differ in bf16, the two losses are within its rounding.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from sides import compare, keep, serve
 
 
 def sample(path: Path, n: int) -> list[Question]:
-    """A quarter each of four context lengths, the quartiles' middles: batches are as full as those of the whole set."""
+    """A quarter each of four context lengths, the quartiles' middles, so batches are as full as with the whole set."""
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     tokenizer = load_tokenizer("gpt2")

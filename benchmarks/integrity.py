@@ -1,9 +1,9 @@
-"""What it costs to be sure. In: a prepared data folder of bytes; out: a table and a JSON file.
+"""The cost of integrity checks. In: a prepared data folder of bytes; out: a table and a JSON file.
 
     python benchmarks/integrity.py DATA [--rounds 5]
 
-The same training with and without hashes, read-back, fsync, digests of the data, watchdog and check of the shards, in
-turns; what counts is the median of the ratios of neighbors. And the single pieces for GPT-2 (124M).
+It times the same training with and without hashes, read-back, fsync, digests of the data, watchdog and check of the
+shards, in turns; the result is the median of the ratios of neighbors. It also times each piece for GPT-2 (124M).
 """
 
 import argparse
@@ -66,7 +66,7 @@ def write_without(held: ExitStack) -> None:
 
 
 def without(config: RunConfig, held: ExitStack) -> RunConfig:
-    """Take all of it away."""
+    """Remove all of these."""
     write_without(held)
     held.enter_context(mock.patch("regpt2.data.loader._window_digest", return_value=0))
     return dataclasses.replace(

@@ -1,7 +1,7 @@
 """The side of llm.c: its trainers in C and CUDA. In: a job as JSON; out: the step times that it prints, turn by turn.
 
-Its source is copied to a temporary folder, built there by its own Makefile, and trains on the very tokens of the work;
-in C also from our weights, so that the first loss must be ours. It runs on by itself: between turns it is stopped.
+Its source is copied to a temporary folder, built there by its own Makefile, and trains on the same tokens; in C
+also from our weights, so its first loss must equal ours. It runs by itself, so it is stopped between turns.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ STEP = {
     "cpu": re.compile(r"step \d+: train loss ([\d.]+|-?nan) \(took ([\d.]+) ms\)"),
     "cuda": re.compile(r"step +\d+/\d+ \| loss ([\d.]+|-?nan) .*\| ([\d.]+) ms \|"),
 }
-TOKENS = "dev/data/tinyshakespeare/tiny_shakespeare_{}.bin"  # where the program for a CPU looks
+TOKENS = "dev/data/tinyshakespeare/tiny_shakespeare_{}.bin"  # where the program for a CPU looks for it
 SHARED_MEMORY = re.compile(r"cudaCheck_\(cudaMallocManaged.*\n.*cudaMemAdvise.*\n\s*return 1;")
 
 
 def build(source: Path, folder: Path, device: str) -> Path:
-    """Copy and make; the program."""
+    """Copy and make; returns the program."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git"))
     target, options = "train_gpt2", ["CC=gcc"]
     if device == "cuda":
@@ -48,7 +48,7 @@ def build(source: Path, folder: Path, device: str) -> Path:
 
 
 def command(program: Path, work: TrainingWork, exports: Path) -> list[str]:
-    """Lay out its files and say how it is started: for a CPU, all its settings are fixed."""
+    """Write its files and return its command; for a CPU all its settings are fixed."""
     folder = program.parent
     ids = np.array(work.token_ids(), dtype=np.uint16)
     (folder / TOKENS).parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,9 @@ def command(program: Path, work: TrainingWork, exports: Path) -> list[str]:
 def steps(process: subprocess.Popen[bytes], terminal: int, device: str) -> Iterator[dict[str, Any]]:
     """Seconds and loss of one step at a time, as it prints them; after the first, every other one.
 
-    It is stopped a moment into the next step, which therefore does not count.
+    It is stopped just after the next step begins, so that step does not count.
     """
-    with open(terminal, errors="replace") as lines, contextlib.suppress(OSError):  # a closed terminal's way to end
+    with open(terminal, errors="replace") as lines, contextlib.suppress(OSError):  # as when its terminal is closed
         found = (match for line in lines if (match := STEP[device].search(line)))
         for whole in found:
             process.send_signal(signal.SIGSTOP)
@@ -87,7 +87,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     work, folder = TrainingWork.from_json(job["work"]), Path(job["folder"])
     program = build(Path(job["peers"]) / "llm.c", folder / "llm.c", work.device)
-    inner, outer = pty.openpty()  # to a pipe it would write only when its buffer is full
+    inner, outer = pty.openpty()  # it would write to a pipe only when its buffer is full
     process = subprocess.Popen(
         command(program, work, folder),
         cwd=program.parent,

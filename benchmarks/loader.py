@@ -4,8 +4,8 @@
     python benchmarks/loader.py --stalls [--steps 1000]
 
 Batches of 524,288 tokens in windows of 1,024, as gpt2_124m reads them, in one thread and without a model. `--stalls`
-needs no folder: the same 200M tokens as one shard and as shards of 1 MB, more than the files that are kept open, batch
-by batch in turn, so that what a shard's end costs stands beside a run without ends.
+needs no folder. It reads the same 200M tokens as one shard and as shards of 1 MB, more than the files kept open, batch
+by batch in turn, to show the cost of a shard's end.
 """
 
 import argparse

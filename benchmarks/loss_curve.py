@@ -39,7 +39,7 @@ Step = Callable[[list[tuple[Tensor, Tensor]], float], Tensor]
 
 
 def plain() -> Step:
-    """As the lecture does it before it makes anything fast."""
+    """As in the lecture, before any speed-up."""
     torch.set_float32_matmul_precision("highest")
     parts = ("plain_attention", "kept_gelu", "whole_logits")
     model = lecture_model(GPTConfig(**SHAPE.sizes()), parts, torch.float32, SEED)
@@ -48,7 +48,7 @@ def plain() -> Step:
 
 
 def ours(precision: str) -> Step:
-    """As `regpt2 train` does it."""
+    """As in `regpt2 train`."""
     compute = choose_compute(precision, CPU.device)
     model = GPT(GPTConfig(**SHAPE.sizes()), seed=SEED)
     trainable = make_trainable(model, compute.dtype, CPU, compiled=False)
@@ -81,7 +81,7 @@ def theirs(source: Path) -> Step:
 
 
 def tensor(ids: NDArray[np.int64]) -> Tensor:
-    """Contiguous, as build-nanogpt's loss wants it."""
+    """Contiguous, as build-nanogpt's loss requires."""
     return torch.from_numpy(np.ascontiguousarray(ids))
 
 

@@ -1,11 +1,11 @@
-"""What an update costs, and how orthogonal Muon's is. In: a device; out: two tables, and a JSON file.
+"""The cost of an update, and how orthogonal Muon's is. In: a device; out: two tables, and a JSON file.
 
     python benchmarks/optimizer_step.py [--device cuda] [--calls 20] [--out JSON]
 
-An update of GPT-2 (124M) from gradients that are there: AdamW; our Muon, eager and compiled; torch.optim.Muon with
-AdamW for the rest. And the iteration by steps, coefficients and type, on a matrix as a block has it whose singular
-values are 1, 1/2, 1/3, ...: its root mean square distance from the orthogonal matrix of the SVD, in singular values,
-and the smallest and the largest of these.
+It times an update of GPT-2 (124M) from given gradients by AdamW, by our Muon, eager and compiled, and by
+torch.optim.Muon with AdamW for the rest. It also runs the iteration by steps, coefficients and type, on a matrix of a
+block's shape with singular values 1, 1/2, 1/3, ..., and shows the root mean square distance from the orthogonal matrix
+of the SVD, in singular values, and the smallest and largest of these.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def updates(config: GPTConfig, device: torch.device) -> dict[str, Callable[[], o
 
 
 def with_gradients(config: GPTConfig, device: torch.device) -> GPT:
-    """A model that has just been through a backward pass, by its looks."""
+    """A model with gradients, as after a backward pass."""
     model = GPT(config).to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)

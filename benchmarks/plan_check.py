@@ -1,9 +1,9 @@
-"""What `regpt2 plan` predicts beside what real steps take. In: nothing; out: a table and a JSON file.
+"""The predictions of `regpt2 plan` beside real steps. In: nothing; out: a table and a JSON file.
 
     python benchmarks/plan_check.py [--only 124M ...] [--out FILE] [--device auto]
 
-Memory by formula. Time as `plan --measure` does it, from few micro-steps, against the whole update, measured. Each step
-runs in a process of its own; on a GPU the formulas for time stand beside too.
+Memory is by formula. Time is predicted as in `plan --measure`, from few micro-steps, and compared with the whole
+update. Each step runs in a process of its own. On a GPU the formulas for time are shown too.
 """
 
 import argparse

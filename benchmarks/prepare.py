@@ -1,9 +1,9 @@
-"""How fast text becomes shards. In: a parquet file, or a folder of some; out: tokens/s with each encoder, and memory.
+"""How fast text becomes shards. In: a parquet file or a folder of them; out: tokens/s with each encoder, and memory.
 
     python benchmarks/prepare.py PARQUET [--workers 1 2] [--encoders tiktoken gigatoken] [--out JSON]
 
-Each turn is the whole command `regpt2 prepare` in processes of its own: its start (1 to 2 s) counts too, so give it a
-gigabyte of text or more (a folder of hard links to one file will do). All must write the same shards.
+Each turn is the whole command `regpt2 prepare` in processes of its own. Its start (1 to 2 s) counts too, so give it a
+gigabyte of text or more (a folder of hard links to one file works). All must write the same shards.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from sides import keep
 
 
 def prepare(parquet: Path, encoder: str, workers: int) -> dict[str, float | str]:
-    """One run of the command: seconds, tokens, the largest process, and the name of what it wrote."""
+    """One run of the command: seconds, tokens, the largest process, and the SHA-256 of its shards."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "shards")
         command = [sys.executable, "-m", "regpt2", "prepare", "text_files", "--input", str(parquet), "--out", str(out)]
         command += ["--encoder", encoder, "--workers", str(workers), "--val-tokens", "10000000"]
         began_at = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)  # with its workers: it has waited for them
+        _, status, usage = os.wait4(process.pid, 0)  # with its workers, because it has waited for them
         wall_s = time.perf_counter() - began_at
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

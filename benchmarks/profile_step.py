@@ -1,8 +1,8 @@
 """Where a training step's time goes. In: a job as JSON; out: a line of JSON: milliseconds of each part, and its floor.
 
-Started by run.py --profile. A part is a kind of operator (the matmuls one by one). Its floor is what the same work
-takes here at least: a bare matmul of the very shape; attention's arithmetic at the best rate of those; of the rest, the
-bytes that must be read and written, at the rate of a copy. Whoever fuses parts can go below the sum.
+Started by run.py --profile. A part is a kind of operator (the matmuls one by one). Its floor is the least time of the
+same work here: for a matmul one of the same shape, alone; for attention its arithmetic at the best rate of those; for
+the rest the bytes that it must read and write, at the rate of a copy. Fused parts can be faster than the sum.
 """
 
 import json
@@ -28,7 +28,7 @@ from works import TrainingWork
 OPTIMIZER, ATTENTION, LOSS, CASTS = "AdamW and clipping", "attention", "loss", "casts"
 POINTWISE, BIASES, EMBEDDING, REST = "LayerNorm, GELU, residual", "bias gradients", "embedding", "other operators"
 OUTSIDE = {"cpu": "outside of operators", "cuda": "GPU idle"}
-# The first that is found in an operator's name, or the name of one that it is part of.
+# The first that occurs in an operator's name, or in the name of an operator that contains it.
 RULES = [
     (r"Optimizer\.step|_fused_adamw|vector_norm|foreach_norm|_foreach_mul|clip_grad", OPTIMIZER),
     (r"_Blocks|scaled_dot_product|flash_attention|aten::(badd)?bmm|aten::_?softmax|aten::triu", ATTENTION),
@@ -46,14 +46,14 @@ MATMUL = re.compile(r"aten::(add)?mm$")
 
 
 def chain(event: FunctionEvent) -> Iterator[FunctionEvent]:
-    """The operator, and those that it is part of, from the inside."""
+    """The operator, then those that contain it, from the inside out."""
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
 def matmul_of(events: list[FunctionEvent], work: TrainingWork) -> tuple[str, tuple[int, ...]]:
-    """Which layer's matmul it is and which way it goes, and its (m, k, n)."""
+    """The matmul's layer, its direction, and its (m, k, n)."""
     event = next((event for event in events if MATMUL.search(event.name)), None)
     if event is None or len(event.input_shapes) < 2:
         return "other matmuls", ()
@@ -75,7 +75,7 @@ def matmul_of(events: list[FunctionEvent], work: TrainingWork) -> tuple[str, tup
 
 
 def part_of(events: list[FunctionEvent], work: TrainingWork) -> tuple[str, tuple[int, ...]]:
-    """The part that an operator belongs to; of a matmul its size too."""
+    """The part that an operator belongs to; for a matmul its size too."""
     names = " ".join(event.name for event in reversed(events))
     part = next((part for pattern, part in RULES if re.search(pattern, names)), REST)
     if part == "matmul":
@@ -141,14 +141,14 @@ def profile_step(work: TrainingWork, precision: str, steps: int) -> dict[str, An
 
 
 def seconds(event: FunctionEvent, device: str) -> float:
-    """Of the operator itself, without its parts: on a GPU of its kernels, on a CPU its own time."""
+    """The time of the operator without its parts: of its kernels on a GPU, its own on a CPU."""
     return (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6
 
 
 def floors_of(
     work: TrainingWork, dtype: torch.dtype, matmuls: dict[tuple[str, tuple[int, ...]], float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds that each part takes at least, given how many matmuls of each size a step has; the rates behind them."""
+    """The least seconds of each part, given the number of matmuls of each size in a step, and the rates used."""
     device, config = torch.device(work.device), GPTConfig(**work.model.sizes())
     floors: dict[str, float] = defaultdict(float)
     best = 0.0

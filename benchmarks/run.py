@@ -1,12 +1,12 @@
-"""Us beside our peers, on the same work, turn by turn. In: their clones; out: a JSON file, and the tables of README.md.
+"""We and our peers, on the same work, turn by turn. In: their clones; out: a JSON file, and the tables of README.md.
 
     python benchmarks/run.py --peers DIR --out benchmarks/results/DATE_cpu.json [--only training] [--quick]
     python benchmarks/run.py --profile --out benchmarks/results/DATE_cpu.json
     python benchmarks/run.py --table benchmarks/results/DATE_cpu.json [more JSON files]
 
-DIR holds what the person who runs this has cloned: build-nanogpt, nanoGPT, llm.c. Whoever is missing, of these or of
-the packages transformers, ctranslate2 and xllamacpp, is left out with a line that says so. Each result is written as
-soon as it is there; a second run into the same file replaces what it measures again and keeps the rest.
+DIR holds your clones of build-nanogpt, nanoGPT and llm.c. If one of these or of the packages transformers, ctranslate2
+and xllamacpp is missing, it is left out and a line reports it. Each result is written at once. A second run with the
+same file replaces what it measures again and keeps the rest.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TINY_PAIRS, LEAST_PAIRS = 2, 5
 
 
 def version(runtime: str, peers: Path | None) -> str | None:
-    """Of a peer: the package's, or the file's digest; None where it is not there."""
+    """A peer's version: the package's, or the file's digest; None if it is missing."""
     if runtime in PACKAGES:
         package = PACKAGES[runtime]
         return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
@@ -55,7 +55,7 @@ def version(runtime: str, peers: Path | None) -> str | None:
 
 
 def formats(comparison: Comparison) -> list[str]:
-    """In which formats the sides want the model."""
+    """The model formats that the sides need."""
     if isinstance(comparison.work, TrainingWork):
         uses_file = comparison.rivals[0].runtime == "llm.c" and comparison.work.device == "cpu"
         return ["llmc"] if uses_file else []
@@ -65,7 +65,7 @@ def formats(comparison: Comparison) -> list[str]:
 
 
 def command(comparison: Comparison, side: SideSpec, peers: Path | None, folder: Path) -> list[str]:
-    """How a side is started."""
+    """The command that starts a side."""
     script = "llmc.py" if side.runtime == "llm.c" else f"{comparison.work.kind}.py"
     job = {"work": dataclasses.asdict(comparison.work), "side": dataclasses.asdict(side), "folder": str(folder)}
     job |= {"peers": str(peers and peers.absolute()), "threads": torch.get_num_threads()}
@@ -73,7 +73,7 @@ def command(comparison: Comparison, side: SideSpec, peers: Path | None, folder: 
 
 
 def export(comparison: Comparison, folder: Path) -> Path:
-    """The folder with the model in all formats that the sides want; those that are there are not written again."""
+    """The folder with the model in all formats that the sides need; existing ones are not written again."""
     place = folder / comparison.work.model.name
     place.mkdir(exist_ok=True)
     wanted = [name for name in formats(comparison) if not (place / PLACES[name]).exists()]
@@ -100,7 +100,7 @@ def measure(comparison: Comparison, options: argparse.Namespace, folder: Path) -
 
 
 def result(comparison: Comparison, side: SideSpec, warmup: list[dict], rows: list[dict]) -> dict[str, Any]:
-    """What two sides' turns say."""
+    """The result of two sides' turns."""
     work, peer = comparison.work, str(side)
     wall, cpu = (ratios(rows, OURS, peer, key) for key in ("wall_s", "cpu_s"))
     return {
@@ -119,7 +119,7 @@ def result(comparison: Comparison, side: SideSpec, warmup: list[dict], rows: lis
 
 
 def sameness(comparison: Comparison, side: SideSpec, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """That both sides did the same work: losses of the first step, or the share of equal ids."""
+    """Shows that both sides did the same work: losses of the first step, or the share of equal ids."""
     if not isinstance(comparison.work, TrainingWork):
         pairs = [pair for rows in zip(ours["ids"], theirs["ids"], strict=True) for pair in zip(*rows, strict=True)]
         if comparison.precision == "fp32" and len(set(pairs[0])) > 1:
@@ -133,7 +133,7 @@ def sameness(comparison: Comparison, side: SideSpec, ours: dict[str, Any], their
 
 
 def identity(comparison: Comparison, side: SideSpec) -> dict[str, Any]:
-    """By what a result is found again."""
+    """The fields that identify a result."""
     work = comparison.work
     return {"kind": work.kind, "work": str(work), "precision": side.precision, "peer": str(side)}
 
@@ -144,7 +144,7 @@ def key(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where it was measured."""
+    """The machine of the measurement."""
     return {
         "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
@@ -154,7 +154,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def save(out: Path, device: str, section: str, entries: list[dict[str, Any]]) -> None:
-    """Put results or profiles into the file, each in the place of an earlier one of the same name."""
+    """Put results or profiles into the file; each replaces an earlier one of the same name."""
     document = json.loads(out.read_text()) if out.exists() else {"machine": machine(device)}
     if document["machine"] != machine(device):
         sys.exit(f"{out} is from another machine: {document['machine']}; give another --out.")
@@ -196,7 +196,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_profile(work: TrainingWork, precision: str, options: argparse.Namespace) -> bool:
-    """Profile our step; did it fail?"""
+    """Profile our step; returns whether it failed."""
     print(f"profile, {work}, {precision}", flush=True)
     job = {"work": dataclasses.asdict(work), "precision": precision, "steps": 3}
     script = [sys.executable, str(HERE / "profile_step.py"), json.dumps(job)]
@@ -210,7 +210,7 @@ def run_profile(work: TrainingWork, precision: str, options: argparse.Namespace)
 
 
 def run(comparison: Comparison, options: argparse.Namespace, folder: Path) -> int:
-    """Measure one comparison, if it is wanted and its rivals are there; how many failed?"""
+    """Measure one comparison, if it is requested and its rivals exist; returns how many failed."""
     title = f"{comparison.work.kind}, {comparison.work}, {comparison.precision}"
     named = {side: f"{title}: {side}" for side in comparison.rivals}
     wanted = [side for side, name in named.items() if any(word in name for word in options.only or [""])]

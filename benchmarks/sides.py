@@ -1,7 +1,7 @@
 """Sides of a comparison, each in a process of its own. In: their commands; out: answers, turn by turn.
 
-Two OpenMP pools in one process would leave one core active, so nothing that is timed shares a process with its rival.
-A side does its work once for each line on its standard input (the line says how many times) and answers with one line
+Two OpenMP pools in one process would leave one core active, so a side never shares a process with its rival.
+A side works once for each line on its standard input (the line contains a number of times) and answers with one line
 of JSON.
 """
 
@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SETTLE_S = 0.3  # between turns: the threads of some runtimes spin for 0.2 s after their work, on the next side's time
-TURN_S = 0.5  # work that is shorter is done several times a turn
+SETTLE_S = 0.3  # between turns, because the threads of some runtimes spin for 0.2 s into the next side's time
+TURN_S = 0.5  # shorter work is repeated within a turn
 
 
 class SideFailed(Exception):
@@ -29,7 +29,7 @@ class SideFailed(Exception):
 
 
 def serve(work: Callable[[], dict[str, Any]]) -> None:
-    """A side's life: do `work` as often as each line asks, answer with seconds, memory and its figures."""
+    """A side's loop: do `work` as often as each line asks, answer with seconds, memory and its figures."""
     for line in sys.stdin:
         wall_at, cpu_at = time.perf_counter(), time.process_time()
         for _ in range(int(line)):
@@ -49,7 +49,7 @@ class Side:
         )
 
     def turn(self, times: int) -> dict[str, Any]:
-        """Ask for the work to be done so many times, and wait.
+        """Ask for `times` repetitions of the work, and wait.
 
         Raises:
             SideFailed: it ended.
@@ -73,7 +73,7 @@ class Side:
         return said[-1] if said else f"it ended with code {code}"
 
     def end(self) -> None:
-        """No more turns."""
+        """Ends the turns."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.close()
@@ -88,7 +88,7 @@ class Side:
 
 @contextmanager
 def started(commands: dict[str, list[str]]) -> Iterator[dict[str, Side]]:
-    """A side for each command; all end with the block."""
+    """Starts a side for each command; all end with the block."""
     with ExitStack() as held:
         sides = {}
         for name, command in commands.items():
@@ -102,7 +102,7 @@ def take_turns(
 ) -> tuple[list[dict[str, dict[str, Any]]], list[dict[str, dict[str, Any]]]]:
     """Alternate the sides; the rows of the warm-up and of the timed turns, by name, `wall_s` and `cpu_s` for one work.
 
-    There are at least `least` and at most `most` rows, and none is begun when `seconds` are over.
+    It makes at least `least` and at most `most` rows, and starts none after `seconds`.
 
     Raises:
         SideFailed: one of them, by its name.
@@ -111,7 +111,7 @@ def take_turns(
         warmup = [_row(sides, 1)]
         if times is None:
             first = next(iter(sides))
-            while warmup[-1][first]["wall_s"] < TURN_S and len(warmup) < 3:  # compiled and warm before it is measured
+            while warmup[-1][first]["wall_s"] < TURN_S and len(warmup) < 3:  # compile and warm up before measuring
                 warmup.append(_row(sides, 1))
             times = max(1, round(TURN_S / warmup[-1][first]["wall_s"]))
         rows: list[dict[str, dict[str, Any]]] = []
@@ -142,7 +142,7 @@ def ratios(rows: list[dict[str, dict[str, Any]]], ours: str, other: str, key: st
 
 
 def compare(script: str, names: list[str], arguments: list[str], *, pairs: int, times: int) -> dict[str, object]:
-    """Sides that are one script, started with `--side NAME`: medians, and ratios to the first side."""
+    """For sides that share one script, started with `--side NAME`: medians, and ratios to the first side."""
     commands = {name: [sys.executable, script, *arguments, "--side", name] for name in names}
     _, rows = take_turns(commands, least=pairs, most=pairs, seconds=0, times=times)
     ours, *others = names
@@ -157,7 +157,7 @@ def compare(script: str, names: list[str], arguments: list[str], *, pairs: int, 
 
 
 def keep(result: dict[str, object], what: str, command: str, out: Path | None) -> None:
-    """Print a result with where it came from, and add it to a JSON file."""
+    """Print a result with its origin, and add it to a JSON file."""
     import torch
 
     about = {

@@ -1,4 +1,4 @@
-"""Results as Markdown. In: JSON files of run.py; out: the block of README.md that is made of them."""
+"""Results as Markdown. In: JSON files of run.py; out: the block of README.md made from them."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ COLUMNS += ["peak GB, ours / theirs"]
 
 
 def update_readme(readme: Path, files: list[Path]) -> None:
-    """Write the block between the markers anew."""
+    """Rewrite the block between the markers."""
     text = readme.read_text()
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     readme.write_text(f"{before}{BEGIN}\n{block(files)}\n{after}")
@@ -41,12 +41,12 @@ def table(kind: str, entries: list[dict[str, Any]]) -> str:
 
 
 def line(texts: list[str]) -> str:
-    """Of a table."""
+    """A table's row."""
     return f"| {' | '.join(texts)} |"
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
-    """One rival."""
+    """The row of one rival."""
     low, high = entry["ratio_spread"]
     return [
         entry["work"],

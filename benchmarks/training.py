@@ -1,7 +1,7 @@
-"""The sides of a training step: ours, and those of peers. In: a job as JSON; out: seconds and loss, turn by turn.
+"""The sides of a training step: ours, and the peers'. In: a job as JSON; out: seconds and loss, turn by turn.
 
 A job is the work (see works.py), the side (runtime, precision, compiled) and the folder with the peers' clones.
-Classes of build-nanogpt and nanoGPT are taken from the files there; the loop around them is theirs, step by step.
+Classes of build-nanogpt and nanoGPT come from these clones; the loop around them repeats theirs, step by step.
 """
 
 import ast
@@ -42,7 +42,7 @@ def batches(work: TrainingWork) -> Batches:
 
 
 def ours(work: TrainingWork, precision: str) -> Callable[[Batches], Tensor]:
-    """The very `train_step` that `regpt2 train` calls."""
+    """The same `train_step` that `regpt2 train` calls."""
     device = torch.device(work.device)
     world = World(rank=0, local_rank=0, size=1, device=device)
     compute = choose_compute(precision, device)
@@ -53,7 +53,7 @@ def ours(work: TrainingWork, precision: str) -> Callable[[Batches], Tensor]:
 
 
 def build_nanogpt(work: TrainingWork, source: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Its classes alone: the file also trains when it is imported."""
+    """Its classes alone, because importing the file starts training."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "DataLoaderLite"]
     names: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, "inspect": inspect}
@@ -75,7 +75,7 @@ def nano_gpt(work: TrainingWork, source: Path) -> tuple[nn.Module, torch.optim.O
 
 
 def transformers(work: TrainingWork) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Its model without dropout, with the optimizer that its trainer takes."""
+    """Its model without dropout, with its trainer's optimizer."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = work.model.sizes()
@@ -113,7 +113,7 @@ def theirs(
 ) -> Callable[[Batches], Tensor]:
     """A peer's step."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # build-nanogpt's and nanoGPT's own setting: TF32 on a GPU
+    torch.set_float32_matmul_precision("high")  # as build-nanogpt and nanoGPT set it: TF32 on a GPU
     if runtime == "build-nanogpt":
         model, optimizer = build_nanogpt(work, peers / "build-nanogpt" / "train_gpt2.py")
     elif runtime == "nanoGPT":

@@ -1,4 +1,4 @@
-"""What is measured against whom. In: a device; out: works, each with our side and its rivals."""
+"""The works and their rivals. In: a device; out: works, each with our side and its rivals."""
 
 import dataclasses
 import random
@@ -8,7 +8,7 @@ from typing import Any, Literal
 PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 128, 512
 
 
-# The formats that exports.py writes a model in, and where.
+# The formats that exports.py writes, and their files.
 PLACES = {
     "native": "native",
     "huggingface": "huggingface",
@@ -32,17 +32,17 @@ class Shape:
     vocab_size: int = 50257
 
     def sizes(self) -> dict[str, int]:
-        """By GPT-2's own names."""
+        """The sizes by GPT-2's own names."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
 
     def padded_sizes(self) -> dict[str, int]:
-        """With GPT-2's vocabulary in 50,304 rows, as build-nanogpt and nanoGPT take it."""
+        """With GPT-2's vocabulary in 50,304 rows, as in build-nanogpt and nanoGPT."""
         return self.sizes() | ({"vocab_size": 50304} if self.vocab_size == 50257 else {})
 
 
 GPT2 = Shape("124M")
 SMALL = Shape("4 layers, 128 wide", 4, 4, 128, 64, 65)  # nanoGPT's setting for a CPU
-# For --quick: that every side runs, not how fast. Generation needs GPT-2's vocabulary, which some formats carry.
+# For --quick, which only checks that every side runs. Generation needs GPT-2's vocabulary, which some formats contain.
 TINY, TINY_TRAINED = Shape("2 layers, 64 wide", 2, 2, 64, 128), Shape("2 layers, 64 wide", 2, 2, 64, 64, 257)
 
 
@@ -59,7 +59,7 @@ class TrainingWork:
 
     @property
     def tokens(self) -> int:
-        """Of one step."""
+        """The tokens of one step."""
         return self.micro_batch * self.seq_len * self.grad_accum_steps
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class TrainingWork:
         return f"{self.model.name}, B={self.micro_batch}{accumulated}, T={self.seq_len}"
 
     def token_ids(self) -> list[int]:
-        """The step's inputs and, one place further, its targets: random, and the same for every side."""
+        """The step's inputs and, shifted by one, its targets: random, and the same for every side."""
         generator = random.Random(0)
         return [generator.randrange(self.model.vocab_size) for _ in range(self.tokens + 1)]
 
@@ -90,7 +90,7 @@ class GenerationWork:
 
     @property
     def tokens(self) -> int:
-        """Made; where there is but one, those that were read for it."""
+        """The number of new tokens; if only one is new, the number of prompt tokens."""
         return self.batch * (self.new_tokens if self.new_tokens > 1 else self.prompt_tokens)
 
     def __str__(self) -> str:
@@ -115,21 +115,21 @@ Work = TrainingWork | GenerationWork
 
 @dataclass(frozen=True)
 class SideSpec:
-    """Who does a work, and how."""
+    """Which program does a work, and how."""
 
     runtime: str
     precision: str
     compiled: bool = False
 
     def __str__(self) -> str:
-        """As a column calls it, below a precision."""
+        """Its name in a column, below a precision."""
         own = {"CTranslate2": {"int8": " int8"}, "llama.cpp": {"fp32": " F32", "bf16": " BF16", "int8": " Q8_0"}}
         return self.runtime + own.get(self.runtime, {}).get(self.precision, "") + (", compiled" * self.compiled)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our side and its rivals, which take turns in one go; `rivals` of one go must fit into memory together."""
+    """Our side and its rivals, which take turns; all `rivals` must fit into memory together."""
 
     work: Work
     rivals: tuple[SideSpec, ...]
@@ -141,7 +141,7 @@ class Comparison:
 
     @property
     def ours(self) -> SideSpec:
-        """What we do against them."""
+        """Our side."""
         return SideSpec("regpt2", self.precision)
 
 
@@ -150,13 +150,13 @@ def plan(device: str, *, quick: bool) -> list[Comparison]:
     whole = (_training_on_cuda() if device == "cuda" else _training_on_cpu()) + _generation(device)
     if not quick:
         return whole
-    if device == "cuda":  # llm.c's program for it knows GPT-2's sizes alone
+    if device == "cuda":  # llm.c's program for it has only GPT-2's sizes
         whole = [each for each in whole if each.rivals[0].runtime != "llm.c"]
     return [dataclasses.replace(each, work=_tiny(each.work)) for each in whole]
 
 
 def profiles(device: str, *, quick: bool) -> list[tuple[TrainingWork, str]]:
-    """Which of our steps are taken apart: works and their precision."""
+    """Which of our steps to profile: works and their precision."""
     of = {"cuda": [(64, "bf16")], "cpu": [(4, "bf16"), (1, "fp32")]}[device]
     works = [(TrainingWork(model=GPT2, micro_batch=n, seq_len=1024, device=device), precision) for n, precision in of]
     return [(_tiny(work), precision) for work, precision in works] if quick else works
@@ -171,7 +171,7 @@ def _tiny(work: Any) -> Any:
 
 
 def _alone(work: TrainingWork, precision: str, *runtimes: str) -> list[Comparison]:
-    """One rival at a time: two of them and ours would not fit into memory. A name that ends with "+" is compiled."""
+    """One rival at a time, as two and ours would not fit into memory. A name that ends with "+" is compiled."""
     sides = [SideSpec(name.removesuffix("+"), precision, name.endswith("+")) for name in runtimes]
     return [Comparison(work, (side,)) for side in sides]
 
@@ -180,7 +180,7 @@ def _training_on_cpu() -> list[Comparison]:
     four = TrainingWork(model=GPT2, micro_batch=4, seq_len=1024)
     one = TrainingWork(model=GPT2, micro_batch=1, seq_len=1024)
     small = TrainingWork(model=SMALL, micro_batch=12, seq_len=64)
-    as_llmc = TrainingWork(model=GPT2, micro_batch=4, seq_len=64)  # what its program for a CPU does
+    as_llmc = TrainingWork(model=GPT2, micro_batch=4, seq_len=64)  # as its program for a CPU
     all_four = ("build-nanogpt", "build-nanogpt+", "transformers", "transformers+")
     return [
         *_alone(four, "bf16", "build-nanogpt", "build-nanogpt+", "transformers"),

@@ -1,4 +1,4 @@
-"""What the stand-in counted. In: the library that run.sh loads; out: numbers, and how they grew during some work."""
+"""The stand-in's counts. In: the library that run.sh loads; out: numbers, and their growth during some work."""
 
 import ctypes
 import sys
@@ -18,10 +18,10 @@ NAMES = (
 
 
 def now() -> dict[str, int]:
-    """Every count since the process began.
+    """Every count since the process started.
 
     Raises:
-        SystemExit: this is not the dry GPU; what follows would count nothing.
+        SystemExit: this is not the dry GPU, so nothing would be counted.
     """
     library = ctypes.CDLL(None)
     try:
@@ -38,7 +38,7 @@ def during(work: Callable[[], object]) -> dict[str, int]:
 
 
 def kernels(counts: dict[str, int]) -> int:
-    """Kernels of every kind: a matrix product and a cuDNN plan is one too."""
+    """Kernels of every kind; a matrix product or a cuDNN plan counts as one."""
     return counts["launches"] + counts["triton_launches"] + counts["gemms"] + counts["cudnn_plans"]
 
 

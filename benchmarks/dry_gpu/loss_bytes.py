@@ -1,9 +1,9 @@
-"""Head and loss on the dry GPU. In: tokens and how it is done; out: a line of JSON: peak memory, bytes moved.
+"""Head and loss on the dry GPU. In: tokens and a method; out: a line of JSON with peak memory and bytes moved.
 
     run.sh DIR loss_bytes.py --tokens 65536 --mode compiled --loss ours
 
-The bytes are counted by traffic.py and are of three kinds: Inductor's kernels; torch's operators; and Triton kernels of
-this project. An operator of our own is opaque to the compiler: it is called once more, uncompiled, to see inside.
+traffic.py counts three kinds of bytes: of Inductor's kernels, of torch's operators, and of this project's Triton
+kernels. Our own operator is opaque to the compiler, so it is called once more, uncompiled, to count its inside.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from regpt2.model.kernels.loss import linear_cross_entropy
 
 
 def lecture_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, softcap: float) -> Tensor:
-    """The lecture's: all logits, padding included, widened for the loss."""
+    """The lecture's way: all logits, padding included, widened for the loss."""
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets)
 
 
 LOSSES = {"ours": linear_cross_entropy, "lecture": lecture_loss}
-COPY_BYTES_PER_S = 3.9e12  # assumed of a copy on an H200: 81 % of the 4.8e12 on its data sheet
+COPY_BYTES_PER_S = 3.9e12  # assumed rate of a copy on an H200: 81 % of the 4.8e12 on its data sheet
 UPDATE_TOKENS = 524_288
 
 
@@ -43,7 +43,7 @@ def read_options() -> argparse.Namespace:
 
 
 class Work:
-    """Head and loss there and back."""
+    """Head and loss, forward and backward."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         device, model = torch.device("cuda"), GPTConfig()
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.mode == "compiled":
         import torch._inductor.config as inductor
 
-        inductor.force_disable_caches = True  # only what is made anew is seen
+        inductor.force_disable_caches = True  # only new compilations are counted
         inductor._post_fusion_custom_pass = generated.see
     work.both(work.forward)
     first_peak_bytes = torch.cuda.max_memory_allocated() - held_bytes

@@ -1,9 +1,9 @@
-"""Planned memory beside the allocator's. In: what build.sh made; out: a JSON file, the table of docs/speed.md.
+"""Planned memory beside the allocator's. In: the folder that build.sh made; out: JSON, the table of docs/speed.md.
 
     python plan_memory.py DIR [--only TEXT ...] [--out FILE]
     python plan_memory.py --show FILE
 
-The peak is that of an update of four micro-steps, as torch's allocator counts it; each row in a process of its own.
+torch's allocator counts the peak of an update of four micro-steps. Each row runs in a process of its own.
 Exit code 1: a row failed, or the plan is more than 5 % off.
 """
 
@@ -52,13 +52,13 @@ def main() -> int:
 
 
 def off(row: Result) -> float:
-    """How far the plan is above what was held, as a share of it."""
+    """How far the plan is above the allocated bytes, as a share of them."""
     return float(row["planned_bytes"] / row["peak_bytes"] - 1)
 
 
 def table(document: Result) -> str:
-    """A row for each shape; what failed says why."""
-    columns = ["model, B x 1024 tokens x 4", "GB planned", "held", "off"]
+    """A row for each shape; a failed one shows why."""
+    columns = ["model, B x 1024 tokens x 4", "GB planned", "allocated", "error"]
     rows = [
         [row["name"], f"{row['planned_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{100 * off(row):+.1f} %"]
         if "failed" not in row

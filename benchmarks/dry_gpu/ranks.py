@@ -1,9 +1,9 @@
-"""Eight pretended ranks on the dry GPU. In: how ranks share an update; out: a line of JSON: when gradients travel.
+"""Eight pretended ranks on the dry GPU. In: how ranks share an update; out: JSON: when gradients are exchanged.
 
     run.sh DIR ranks.py --strategy ddp --mode compiled
 
-This process is rank 0 of a group whose exchanges do nothing. What counts is when each exchange of gradients begins:
-the share of the backward pass's kernels that were launched before. An exchange at 100 % hides behind nothing.
+This process is rank 0 of a group whose exchanges do nothing. The result is when each exchange of gradients begins, as
+the share of the backward pass's kernels that were launched before it. Nothing can hide an exchange at 100 %.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from regpt2.training.step import train_step
 
 RANKS = 8
 MICRO_STEPS = 2  # only the last one exchanges
-# DDP makes its buckets anew after the first step, in the order in which gradients came, and times its first ten.
+# DDP rebuilds its buckets after the first step, in the order of the gradients, and times its first ten.
 WARMUP_STEPS = 12
-SMALL_BYTES = 1 << 20  # norms and losses travel too
+SMALL_BYTES = 1 << 20  # norms and losses are exchanged too
 EXCHANGES = ("all_reduce", "reduce_scatter_tensor", "all_gather")  # ddp, fsdp, ordered
 
 
@@ -45,7 +45,7 @@ def read_options() -> argparse.Namespace:
 
 
 class Observer:
-    """Notes each exchange of gradients: its bytes, what it carries, and how many kernels were launched before."""
+    """Records each exchange of gradients: its bytes, its content, and how many kernels were launched before."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -77,7 +77,7 @@ class Observer:
         return noted
 
     def bucket_ready(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP's own exchange is not seen from Python: this stands in its place."""
+        """Replaces DDP's own exchange, which Python cannot see."""
         names = [self.names[id(p)] for p in bucket.parameters()]
         self.note(bucket.buffer(), f"{names[0]} ... {names[-1]}")
         done: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -94,9 +94,9 @@ class Observer:
 
 
 def join() -> World:
-    """Rank 0 of eight that are not there."""
+    """Rank 0 of eight; the other seven do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
-    dist._verify_params_across_processes = lambda *_: None  # it would read back what the others never sent
+    dist._verify_params_across_processes = lambda *_: None  # it would read back data that the others never sent
     return World(rank=0, local_rank=0, size=RANKS, device=torch.device("cuda", 0))
 
 

@@ -1,8 +1,8 @@
-"""One training step on the dry GPU. In: a model and how it trains; out: JSON: graphs, launches, waits, memory.
+"""One training step on the dry GPU. In: a model and its training; out: JSON: graphs, launches, waits, memory.
 
     run.sh DIR step.py --model gpt2 --mode compiled --layers 12 --micro-batch 64
 
-Steps of one and of four micro-steps are made, so that the difference shows what a further micro-step costs.
+It runs steps of one and of four micro-steps; the difference is the cost of a further micro-step.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[type[GPTConfig], dict[str, Any]]] = {
 }
 SEQ_LEN = 1024
 MICRO_STEPS = 4
-WARMUP_STEPS = 2  # the first makes the optimizer's state; from then on one step is like the other
+WARMUP_STEPS = 2  # the first makes the optimizer's state; all later steps are alike
 
 
 def read_options() -> argparse.Namespace:
@@ -90,7 +90,7 @@ class Training:
 
 
 def compiler_counts() -> dict[str, Any]:
-    """What torch.compile has made so far: graphs, and where it broke off, with its reasons."""
+    """What torch.compile has made so far: graphs, and its breaks with their reasons."""
     found = torch._dynamo.utils.counters
     breaks = {str(reason).splitlines()[0]: n for reason, n in found["graph_break"].items()}
     return {"graphs": found["stats"]["unique_graphs"], "breaks": sum(breaks.values()), "break_reasons": breaks}

@@ -4,7 +4,7 @@
     python table.py --show FILE                             (the tables of a file)
 
 Each row is measured in a process of its own, one after the other, and written at once. With --only a row's name is
-'SCRIPT: NAME', and the file keeps its other rows.
+'SCRIPT: NAME', and the file keeps the other rows.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = HERE.parents[1]
 SLOWEST_S = 1800  # the slowest row takes two minutes on one free core
 Result = dict[str, Any]
 
-# name -> script and its options; a step also names the row of head and loss that is a part of it
+# name -> script and its options; a step also names its row of head and loss
 STEPS = {
     "GPT-2, eager": ("--mode eager", "ours, eager"),
     "GPT-2": ("", "ours"),
@@ -73,13 +73,13 @@ def main() -> int:
 
 
 def earlier_rows(path: Path) -> dict[tuple[str, str], Result]:
-    """Those of an earlier call into this file."""
+    """The rows of an earlier call with this file."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return {(row["script"], row["name"]): row for row in rows}
 
 
 def read_options(description: str | None, name: str) -> argparse.Namespace:
-    """Of this script, and of plan_memory.py; `name` ends the name of the result's file."""
+    """The options of this script and of plan_memory.py; `name` ends the name of the result's file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, nargs="?", help="made by build.sh")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
@@ -93,7 +93,7 @@ def read_options(description: str | None, name: str) -> argparse.Namespace:
 
 
 def measured(folder: Path, script: str, arguments: list[str]) -> Result:
-    """The script's line of JSON; why there is none, where it failed."""
+    """The script's line of JSON, or why it failed."""
     command = [str(HERE / "run.sh"), str(folder), str(HERE / f"{script}.py"), *arguments]
     started_at = time.time()
     try:
@@ -109,7 +109,7 @@ def measured(folder: Path, script: str, arguments: list[str]) -> Result:
 
 
 def about(folder: Path) -> dict[str, str]:
-    """What the rows are worth nothing without."""
+    """Facts without which the rows have no meaning."""
     code = "import platform, torch; print(platform.python_version(), torch.__version__, torch.version.cuda)"
     python, torch, cuda = said_by(str(folder / "venv" / "bin" / "python"), "-c", code).split()
     source = Path(os.environ.get("PYTHONPATH", ROOT / "src"))
@@ -131,7 +131,7 @@ def said_by(*command: str) -> str:
 
 
 def tables(document: Result) -> str:
-    """The three tables, each with the rows that were measured, then what failed."""
+    """The three tables, each with its measured rows, then the failures."""
     about, rows = document["about"], document["rows"]
     good = [row for row in rows if "failed" not in row]
     losses = {row["name"]: row for row in good if row["script"] == "loss_bytes"}
@@ -148,7 +148,7 @@ def tables(document: Result) -> str:
 
 
 def line(texts: list[str]) -> str:
-    """Of a table."""
+    """A table's row."""
     return f"| {' | '.join(texts)} |"
 
 
@@ -157,7 +157,7 @@ STEP_COLUMNS += ["kernels of the update", "waits", "peak GB / planned", "head an
 
 
 def step_cells(row: Result, loss: Result | None) -> list[str]:
-    """A step, and head and loss as a part of it. The graphs are the model's, then those of the optimizer."""
+    """A step, and head and loss as a part of it. The graphs are the model's, then the optimizer's."""
     of_model, of_all = row["of_model"], row["of_all"]
     peak_bytes, planned_bytes = row["peak_bytes"], row["planned_bytes"]
     more = of_all["graphs"] - of_model["graphs"]
@@ -208,7 +208,7 @@ def rank_cells(row: Result) -> list[str]:
 
 
 def in_short(shares: list[int]) -> str:
-    """Equal ones, one after the other, as one: 100 x 13."""
+    """Shorten a series of equal numbers: 100 x 13."""
     runs: list[list[int]] = []
     for share in shares:
         if not runs or runs[-1][0] != share:
@@ -218,12 +218,12 @@ def in_short(shares: list[int]) -> str:
 
 
 def waits(row: Result) -> str:
-    """Times that a step waits for the device; then what torch says of the first."""
+    """Times that a step waits for the device, then torch's message about the first."""
     return f"{row['waits_in_step']}: {row['sync_error']}" if row["sync_error"] else str(row["waits_in_step"])
 
 
 def kernels(counted: dict[str, int]) -> int:
-    """Of every kind: a matrix product and a cuDNN plan is one too."""
+    """Kernels of every kind; a matrix product or a cuDNN plan counts as one."""
     return sum(counted[name] for name in ("launches", "triton_launches", "gemms", "cudnn_plans"))
 
 

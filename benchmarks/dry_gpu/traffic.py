@@ -1,7 +1,7 @@
-"""Bytes that kernels read and write. In: some work on the dry GPU; out: sums, of three kinds of kernel.
+"""Bytes that kernels read and write. In: some work on the dry GPU; out: sums for three kinds of kernel.
 
-Each tensor counts once as read and once as written by a kernel, as if what it reads twice came from the cache. Matrix
-products are left out: their traffic lies behind their arithmetic.
+Each tensor counts once as read and once as written by a kernel, as if a second read came from the cache. Matrix
+products are left out, because their arithmetic hides their traffic.
 """
 
 import math
@@ -20,13 +20,13 @@ FEW_ELEMENTS = {"gather", "scatter_", "scatter_add_"}  # touch as many elements 
 
 
 def n_bytes(tensors: object) -> int:
-    """Of all tensors among these; of one that repeats its elements (expand) the memory behind it."""
+    """The bytes of all tensors among these; for a tensor that repeats its elements (expand) those in memory."""
     found = [t for t in tree_leaves(tensors) if isinstance(t, Tensor) and t.device.type == "cuda"]
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in found)
 
 
 def of_operator(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], result: object) -> int:
-    """By one call of one of torch's operators."""
+    """The bytes of one call of one of torch's operators."""
     name = operator.overloadpacket.__name__
     returns = [value.alias_info for value in operator._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in returns)
@@ -39,7 +39,7 @@ def of_operator(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, A
 
 
 class Operators(TorchDispatchMode):
-    """Counts torch's operators: those inside operators of our own, and all others. Work must not be compiled."""
+    """Counts torch's operators, those inside our own operators and all others. The work must not be compiled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Operators(TorchDispatchMode):
         return result
 
     def look_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Call the function behind the operator, so that its own operators are seen."""
+        """Call the function behind the operator, so that its own operators are counted."""
         functions = OPDEFS[func._schema.name]._backend_fns  # by device; None = every device
         self.depth += 1
         try:
@@ -70,13 +70,13 @@ class Operators(TorchDispatchMode):
 
 
 class OwnKernels:
-    """Counts the Triton kernels of this project: every tensor that they are given, as read and as written."""
+    """Counts the Triton kernels of this project: every tensor argument, as read and as written."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def __enter__(self) -> "OwnKernels":
-        from triton.runtime.jit import JITFunction  # there is none in a build of torch for the CPU
+        from triton.runtime.jit import JITFunction  # torch for the CPU has none
 
         self.kind, self.run = JITFunction, JITFunction.run
         run = self.run
@@ -95,8 +95,7 @@ class OwnKernels:
 class Generated:
     """Counts the kernels that Inductor makes: its nodes after fusion pass through `see`.
 
-    Inductor has a count of its own, which takes no tensor for larger than 1e9 elements: the logits of 65,536 tokens
-    are 3.3e9.
+    Inductor's own count limits a tensor to 1e9 elements, and the logits of 65,536 tokens have 3.3e9.
     """
 
     def __init__(self) -> None:
@@ -111,7 +110,7 @@ class Generated:
         return nodes
 
     def of_kernel(self, kernel: Any) -> int:
-        """Every buffer but those that never leave the kernel."""
+        """Every buffer except those that never leave the kernel."""
         fused = set(kernel.get_nodes())
         kept_inside = {
             buffer.get_name() for buffer in kernel.get_outputs() if all(user.node in fused for user in buffer.users)
@@ -121,7 +120,7 @@ class Generated:
 
 
 def of_buffers(accesses: Iterable[Any]) -> int:
-    """By these accesses (Inductor's MemoryDep): of each buffer as much as they touch, at most the whole."""
+    """The bytes of these accesses (Inductor's MemoryDep): what they touch of each buffer, at most the whole."""
     from torch._inductor.virtualized import V
 
     touched: dict[str, int] = {}

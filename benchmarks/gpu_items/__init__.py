@@ -1,8 +1,8 @@
 """SHELF: one file per item of gpu_check.py. In: a `Check`; out: its rows in a JSON file, and a log.
 
-The file's name is the item's; files that begin with an underscore are what several items share. Each item has
-`run(check)`, which keeps rows. A row is a name and figures, the unit in the figure's name. `ok=False` in a row says
-that something is wrong; raising `Skip` says why an item is not for this machine.
+The file's name is the item's; several items share the files that begin with an underscore. Each item has
+`run(check)`, which keeps rows. A row is a name and figures, with the unit in the figure's name. `ok=False` in a row
+means that something is wrong; raise `Skip` with the reason if an item cannot run on this machine.
 """
 
 import importlib
@@ -17,21 +17,21 @@ from typing import Any
 
 
 class Skip(Exception):
-    """Why an item cannot be done here."""
+    """Why an item cannot run here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """An item at work: what it may use, where its rows go, until when."""
+    """A running item: what it may use, where its rows go, until when."""
 
     item: str
     folder: Path
-    """Where the rows, the logs and all other files of the items go."""
+    """The folder for the rows, the logs and all other files of the items."""
     device: str
     smoke: bool
-    """Tiny works: only to see that everything runs."""
+    """Tiny works, only to check that everything runs."""
     dry: bool = False
-    """The GPU is a pretended one, whose values and times mean nothing: no value is compared."""
+    """The GPU is pretended and its values and times mean nothing, so no value is compared."""
     until: float
     """On the clock of time.time()."""
     data: Path | None = None
@@ -54,7 +54,7 @@ class Check:
         return dict(json.loads(self.rows.read_text()))
 
     def store(self, document: dict[str, Any]) -> None:
-        """Written beside its place and renamed into it: a reader never sees half a file."""
+        """Written under another name and renamed, so a reader never sees half a file."""
         part = self.rows.with_suffix(".tmp")
         part.write_text(json.dumps(document, indent=1) + "\n")
         part.replace(self.rows)
@@ -63,12 +63,12 @@ class Check:
         self.store({"item": self.item, "state": state, "why": why, "rows": rows or []})
 
     def keep(self, name: str, **figures: Any) -> None:
-        """One row, on disk at once, in the place of an earlier one of the same name."""
+        """One row, on disk at once; it replaces an earlier one of the same name."""
         rows = {row["name"]: row for row in self.read()["rows"]}
         self.write("running", rows=list((rows | {name: {"name": name, **figures}}).values()))
 
     def judge(self, name: str, *, ok: bool, why: str = "", **figures: Any) -> None:
-        """One row whose verdict comes from values; a pretended GPU has none."""
+        """One row whose verdict comes from values, which a pretended GPU does not have."""
         verdict: dict[str, Any] = {"not_compared": True} if self.dry else {"ok": ok, "why": why}
         self.keep(name, **figures, **verdict)
 
@@ -78,8 +78,8 @@ class Check:
 
 def perform(check: Check) -> None:
     """The life of an item's process."""
-    os.setpgid(0, 0)  # so that all that it starts can be ended with it
-    signal.alarm(max(1, int(check.left_s) + 5))  # should nobody be left to end it
+    os.setpgid(0, 0)  # so that every process that it starts can be ended with it
+    signal.alarm(max(1, int(check.left_s) + 5))  # in case nobody is left to end it
     log = os.open(check.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -1,4 +1,4 @@
-"""Is it right? What the items first and correctness share. In: a precision, tests by name; out: a row for each."""
+"""Is it right? Shared by the items first and correctness. In: a precision, tests by name; out: a row for each."""
 
 import os
 import re
@@ -17,13 +17,13 @@ from regpt2.model.gpt import GPTConfig
 
 TESTS = Path(__file__).parents[2] / "tests"
 BY_VALUES = re.compile("updates in a row were skipped|stopped by signal 1 ")
-"""How a run ends that believes the values of a pretended GPU."""
+"""The errors of a run that trusts the values of a pretended GPU."""
 FIRST = "waits_for_the_device or kernel"
 """Words in the names of the tests that the item first runs; correctness runs all others."""
 
 
 def compare_with_fp64(check: Check, device: torch.device, precision: Precision, *, compiled: bool) -> None:
-    """Loss and gradients of training's own pass beside the mathematics in fp64, as `regpt2 doctor` compares them."""
+    """Loss and gradients of training's own pass beside fp64, as `regpt2 doctor` compares them."""
     try:
         choose_compute(precision, device)
     except UsageError as why:
@@ -31,7 +31,7 @@ def compare_with_fp64(check: Check, device: torch.device, precision: Precision, 
         return
     model, seq_len = (TINY, 32) if check.smoke else (GPTConfig(), 1024)
     for kind, trial in zip(("long", "wide head"), trials(model, seq_len), strict=True):
-        torch.compiler.reset()  # else the compiler takes the second shape for a changing one
+        torch.compiler.reset()  # otherwise the compiler treats the second shape as dynamic
         found = agreement(trial, device, precision, compiled=compiled)
         fault = found.fault(precision)
         check.judge(
@@ -67,14 +67,14 @@ class EachTest:
 
 
 def is_crash(longrepr: Any) -> bool:
-    """Did our code or a library raise it, or the test that missed what it looked for?"""
+    """Did our code or a library raise it, rather than the test's own assertion?"""
     entries = getattr(getattr(longrepr, "reprtraceback", None), "reprentries", [])
     paths = [entry.reprfileloc.path for entry in entries if getattr(entry, "reprfileloc", None)]
     return not paths or any(part in path for path in paths for part in ("src/regpt2/", "site-packages/"))
 
 
 def run_tests(check: Check, device: torch.device, words: str) -> None:
-    """tests/test_gpu.py in this process, with no more than pytest itself: no plugins, no settings of the project."""
+    """tests/test_gpu.py in this process, with pytest alone: no plugins, no settings of the project."""
     try:
         import pytest
     except ImportError:
@@ -83,7 +83,7 @@ def run_tests(check: Check, device: torch.device, words: str) -> None:
     os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "REGPT2_TEST_DEVICE": device.type}
     only_here = ["-c", os.devnull, "--rootdir", str(TESTS), "-p", "no:cacheprovider", "-W", "ignore"]
     if check.dry:
-        only_here.append("--assert=plain")  # what a tensor looks like is read from it: from garbage, without an end
+        only_here.append("--assert=plain")  # printing a tensor reads its values; from garbage that never ends
     started_at, each = time.time(), EachTest(check)
     code = pytest.main([*only_here, "-q", "-m", "gpu", "-k", words, str(TESTS / "test_gpu.py")], plugins=[each])
     ok = code in (0, 1) and not each.broken  # 1: some failed, each with a row

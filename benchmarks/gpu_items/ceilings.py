@@ -1,6 +1,6 @@
-"""What the card can do at most: every matmul of a step of GPT-2 (124M), attention by backend, the loss, a copy.
+"""The card's limits: every matmul of a step of GPT-2 (124M), attention by backend, the loss, a copy.
 
-Nothing in a training step can be faster than these; they are what predictions are made from.
+Nothing in a training step can be faster than these. Predictions are made from them.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def matmuls(check: Check, device: torch.device, N: int, C: int, V: int) -> None:
 
 
 def attention(check: Check, device: torch.device, B: int, T: int, C: int, H: int) -> None:
-    """By backend, on the views of one (B, T, 3C) that the model makes; causal, so half of the square counts."""
+    """By backend, on the views of one (B, T, 3C) as in the model; causal, so half of the square counts."""
     qkv = normal(device, B, T, 3 * C).requires_grad_()
     q, k, v = (z.view(B, T, H, -1).transpose(1, 2) for z in qkv.split(C, dim=2))  # three of (B, H, T, D)
     dy, flops = normal(device, B, H, T, C // H), 2 * B * T * T * C
@@ -83,7 +83,7 @@ def loss(check: Check, device: torch.device, N: int, C: int, V: int) -> None:
 
         try:
             keep(check, device, f"loss, {name}", both, flops=6 * N * C * V, calls=10, warmup=2)  # 30 ms each
-        except (RuntimeError, TypeError) as error:  # memory, or another signature in this torch
+        except (RuntimeError, TypeError) as error:  # out of memory, or another signature in this torch
             check.keep(f"loss, {name}", not_here=str(error).strip().split("\n")[0][:200])
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint while training goes on: how long does the loop wait, and do the steps beside the writing slow down?"""
+"""A checkpoint during training: how long does the loop wait, and does the writing slow down the steps?"""
 
 import statistics
 import tempfile
@@ -40,7 +40,7 @@ def run(check: Check) -> None:
     before = [step_s() for _ in range(3 if check.smoke else 25)]  # the first fifth warms up
     with tempfile.TemporaryDirectory(dir=check.folder) as folder:
         saver = checkpoint.Saver(Path(folder), keep=1)
-        for number in (1, 2):  # the first also has to find its memory
+        for number in (1, 2):  # the first also has to allocate its memory
             written = Path(folder) / f"step-{number:08d}"
             started_at = time.perf_counter()
             saver.save(lambda number=number: take(number, saver))

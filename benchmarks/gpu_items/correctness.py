@@ -1,6 +1,6 @@
-"""The rest of what must be right: every other precision against fp64, then the rest of tests/test_gpu.py.
+"""The other checks of correctness: every other precision against fp64, then the rest of tests/test_gpu.py.
 
-The tests that need the training loop are skipped, and their rows say so, where tyro is missing.
+If tyro is missing, the tests that need the training loop are skipped, and their rows report it.
 """
 
 from gpu_items import Check

@@ -1,7 +1,7 @@
-"""The same bits again? A run killed in the middle and resumed beside one that was not; what deterministic kernels cost.
+"""The same bits again? A killed and resumed run beside an uninterrupted one; the cost of deterministic kernels.
 
 With `--deterministic` the checkpoints of both runs must be equal, bit by bit, and so must the gradients of two passes.
-With default kernels equal bits are only noted. The runs need tyro.
+With default kernels equal bits are only recorded. The runs need tyro.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ seq_len = {seq_len}
 """
 SMALL = {"steps": 400, "save_every": 100, "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256}
 TINIEST = {"steps": 100, "save_every": 20, "n_layer": 1, "n_head": 2, "n_embd": 32, "seq_len": 16}
-COMPILED_S = 40  # that the runs take where their step is compiled
+COMPILED_S = 40  # for runs whose step is compiled
 
 
 def run(check: Check) -> None:
@@ -60,7 +60,7 @@ def run(check: Check) -> None:
 
 
 def exact_resume(check: Check, device: torch.device, ways: tuple[bool, ...]) -> None:
-    """Of real runs, in processes of their own; their messages are in this item's log."""
+    """Rows of real runs, in processes of their own; their messages are in this item's log."""
     folder = check.folder / "resume"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -111,7 +111,7 @@ def killed_and_not(check: Check, name: str, train: list[object], folder: Path, s
 
 
 def kill_after(process: subprocess.Popen[bytes], checkpoints: Path, name: str) -> list[str]:
-    """SIGKILL once the checkpoint is there and a few steps more are done; the checkpoints that it leaves."""
+    """SIGKILL a few steps after the checkpoint exists; returns the checkpoints that remain."""
     while process.poll() is None and not (checkpoints / name).exists():
         time.sleep(0.002)
     time.sleep(0.05)
@@ -121,7 +121,7 @@ def kill_after(process: subprocess.Popen[bytes], checkpoints: Path, name: str) -
 
 
 def last_words(run: Path) -> str:
-    """Why a run ended, by its own record; empty if that has none."""
+    """Why a run ended, by its own record; empty if the record has no reason."""
     ends = [event for event in read_events(run / "metrics.jsonl") if event["event"] == "end"]
     return f"{ends[-1]['reason']} at step {ends[-1]['step']}" if ends else ""
 
@@ -131,7 +131,7 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
 
 def costs(check: Check, device: torch.device, ways: tuple[bool, ...]) -> None:
-    """Loss and gradient of two blocks at the real width, with default kernels first: the mode stays for the process."""
+    """Loss and gradient of two blocks at the real width; default kernels come first, as the mode cannot be undone."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first call in this process
     dtype = choose_compute("auto", device).dtype
     for deterministic in (False, True):
@@ -150,7 +150,7 @@ def costs(check: Check, device: torch.device, ways: tuple[bool, ...]) -> None:
 def again_and_again(
     check: Check, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> tuple[list[str], dict[str, float]]:
-    """The names of what has other bits in another pass, and the milliseconds of a pass."""
+    """The names of tensors whose bits differ between passes, and the milliseconds of a pass."""
     world = World(rank=0, local_rank=0, size=1, device=device)
     model = GPT(TINY if check.smoke else GPTConfig(n_layer=2), seed=1).to(device)
     trainable = make_trainable(model, dtype, world, compiled=compiled)

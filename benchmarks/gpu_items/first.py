@@ -1,7 +1,7 @@
-"""Is a training step right on this card? The least that must be known before a number counts.
+"""Is a training step right on this card? Without these checks no number counts.
 
 Loss and gradients in the usual precision (bf16) against fp64, eager and compiled; head and loss against the plain
-formula; a step that never waits for the GPU, eager and compiled. What compiles comes last: it takes longest.
+formula; a step that never waits for the GPU, eager and compiled. Compiled checks come last, because they take longest.
 """
 
 import copy
@@ -25,7 +25,7 @@ from regpt2.training.step import train_step
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # at most, of one number
 ROUNDINGS = 8
-"""Of a logit, of its gradient and of what the matmul makes of it; in fp32 also of sums over thousands of terms."""
+"""Rounding of a logit, its gradient and the matmul of it; in fp32 also of sums over thousands of terms."""
 
 
 def run(check: Check) -> None:
@@ -86,14 +86,14 @@ def head_and_loss(check: Check, device: torch.device, dtype: torch.dtype, softca
         ok=not far,
         why=", ".join(f"{name} is off by more than {most:.0e}" for name in far),
     )
-    choose_compute("auto", device)  # its own setting of fp32 matmuls again
+    choose_compute("auto", device)  # restore its own setting of fp32 matmuls
 
 
 def compiled_step_never_waits(check: Check, device: torch.device, precision: Precision) -> None:
-    """CUDA itself raises where the CPU waits for a number in the middle of the step."""
+    """CUDA itself raises if the CPU waits for a number in the middle of the step."""
     torch.compiler.reset()
     world = World(rank=0, local_rank=0, size=1, device=device)
-    trial, _ = trials(GPTConfig(), 1024)  # compiled before: its code is in the cache
+    trial, _ = trials(GPTConfig(), 1024)  # compiled before, so its code is in the cache
     model = copy.deepcopy(trial.model).to(device)
     trainable = make_trainable(model, choose_compute(precision, device).dtype, world, compiled=True)
     optimizer = build_optimizer(model, OptimConfig(), world, compiled=True)

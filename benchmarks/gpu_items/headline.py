@@ -1,8 +1,8 @@
 """The headline: GPT-2 (124M), T=1024, 524,288 tokens an update in micro-batches of 64: ours beside others, in turns.
 
-Each side is a process of its own. All that compile do so at the same time, which is work for the CPU; then they take
+Each side is a process of its own. All compile at the same time, on the CPU. Then they take
 turns: ours, a rival, ours, the next rival. With --peers the rivals are build-nanogpt as shipped and compiled, then,
-while there is time, nanoGPT, transformers and llm.c. Without, the lecture's way of a step stands in for build-nanogpt.
+if time is left, nanoGPT, transformers and llm.c. Without --peers the lecture's way of a step replaces build-nanogpt.
 """
 
 import statistics
@@ -30,7 +30,7 @@ OURS = "ours, compiled"
 ROUNDS, LEAST_ROUNDS = 10, 3  # with two rivals ours has twice as many turns
 SAME_WORK = turn_by_turn.SAME_WORK
 LATER = (SideSpec("nanoGPT", "bf16", True), SideSpec("transformers", "bf16", True), SideSpec("llm.c", "bf16"))
-EAGER_S, COMPILED_S = 25, 60  # that a rival takes by itself: to start, to warm up, and its turns
+EAGER_S, COMPILED_S = 25, 60  # for a rival alone: to start, to warm up, and its turns
 PATIENCE_S = 30  # with a rival that warms up longer than ours
 LECTURE = {"the lecture's way, compiled": "on", "the lecture's way, eager": "off"}
 SAID = ("flops_per_token", "peak_bytes", "device", "precision", "compiled", "attention", "torch")
@@ -41,7 +41,7 @@ Pairs = list[dict[str, dict[str, Any]]]
 
 @dataclass
 class Entrant:
-    """A side that is at work."""
+    """A running side."""
 
     name: str
     side: Side
@@ -70,7 +70,7 @@ def run(check: Check) -> None:
         compiling = {name: command for name, command in together.items() if "compiled" in name}
         entrants = [start(OURS, side_command(work)), *(start(*rival) for rival in compiling.items())]
         ours, *ready = warm_up(check, entrants)
-        alone = [start(*rival) for rival in together.items() if rival[0] not in compiling]  # its memory comes on top
+        alone = [start(*rival) for rival in together.items() if rival[0] not in compiling]  # its memory is in addition
         ready += warm_up(check, alone)
         take_turns(check, work, ours, ready)
         for entrant in ready:
@@ -84,7 +84,7 @@ def run(check: Check) -> None:
 
 
 def rivals(check: Check, work: StepWork, folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Commands by name: of those that take turns together, and of those that come while there is time."""
+    """Commands by name: of the sides that take turns together, and of those that run if time is left."""
     eager = {"ours, eager": side_command(step_work(check, micro_batch=64, grad_accum_steps=8, compile="off"))}
     device = pick_device(check.device).type
     shape = Shape("tiny", TINY.n_layer, TINY.n_head, TINY.n_embd, TINY.block_size, TINY.vocab_size)
@@ -113,7 +113,7 @@ def rivals(check: Check, work: StepWork, folder: Path) -> tuple[dict[str, list[s
 
 
 def warm_up(check: Check, entrants: list[Entrant]) -> list[Entrant]:
-    """All at the same time; those that are ready. The first one is waited for, the others for a while after it."""
+    """Starts all at once; returns those that are ready. Waits for the first, and a while longer for the others."""
     if not entrants:
         return []
     pool = ThreadPoolExecutor(len(entrants))
@@ -127,10 +127,10 @@ def warm_up(check: Check, entrants: list[Entrant]) -> list[Entrant]:
 
 
 def is_ready(check: Check, entrant: Entrant, at_work: Future[None]) -> bool:
-    """Ours must be; why another one is not becomes a row."""
+    """Ours must be ready; for another one the reason becomes a row."""
     why = ""
     if not at_work.done():
-        entrant.side.process.kill()  # else its compiling would go on beside the turns of the others
+        entrant.side.process.kill()  # otherwise it would keep compiling during the turns of the others
         why = f"it was not ready after {time.time() - entrant.began_at:.0f} s"
     elif failure := at_work.exception():
         why = str(failure)[:300]
@@ -142,7 +142,7 @@ def is_ready(check: Check, entrant: Entrant, at_work: Future[None]) -> bool:
 
 
 def take_turns(check: Check, work: StepWork, ours: Entrant, others: list[Entrant]) -> None:
-    """Ours, a rival, ours, the next one: a row for each, newly written after each round."""
+    """Ours, a rival, ours, the next one; the rows are written again after each round."""
     own: list[dict[str, Any]] = []
     pairs: dict[str, Pairs] = defaultdict(list)
     for n in range(2 if check.smoke else ROUNDS):
@@ -180,7 +180,7 @@ def keep_ours(check: Check, work: StepWork, ours: Entrant, turns: list[dict[str,
 
 
 def keep_rival(check: Check, work: StepWork, ours: Entrant, entrant: Entrant, pairs: Pairs) -> None:
-    """Its speed, and how many times as fast ours is, by turns that are neighbors."""
+    """Its speed, and how many times as fast ours is, by neighboring turns."""
     step_s = [pair[entrant.name]["wall_s"] for pair in pairs]
     tokens_per_s = work.tokens / statistics.median(step_s)
     faster = ratios(pairs, OURS, entrant.name, "wall_s")

@@ -1,7 +1,7 @@
 """HellaSwag's 10,042 scenes: our batches against one example at a time. Rows of random ids, about as long as its own.
 
-A thousand scenes are scored first as they are in training, then without cuDNN's attention, which makes a plan for every
-new shape. All are scored if there is time for it. Those that are scored one at a time are 200, and stand for all.
+A thousand scenes are scored first as in training, then without cuDNN's attention, which makes a plan for every
+new shape. All are scored if time is left. 200 scenes, scored one at a time, represent all.
 """
 
 import random
@@ -51,7 +51,7 @@ def run(check: Check) -> None:
     check.keep(f"one at a time, {n_some} scenes", seconds=slow_ms / 1000, scenes_per_s=slow_per_s)
     pairs = zip(ours(context, some), one_at_a_time(context, some), strict=True)
     same = sum(a == b for a, b in pairs) / n_some
-    few = 0.95  # rounding may turn a few choices
+    few = 0.95  # rounding may change a few choices
     check.judge("together", faster_by=per_s / slow_per_s, all_take_s=n_all / per_s, same_choice=same, ok=same >= few)
 
 
@@ -64,7 +64,7 @@ def our_speed(check: Check, context: EvalContext, questions: list[Question], nam
 
 
 def attentive(model: GPT) -> GPT:
-    """As it begins, a model looks at little but the last token: mixed up contexts would hardly show."""
+    """An untrained model attends almost only to the last token, so mixed-up contexts would hardly show."""
     with torch.no_grad():
         for p in model.h.parameters():
             if p.dim() == 2:

@@ -1,6 +1,6 @@
 """Four rungs of the lecture's ladder, each in a fresh process: GPT-2 (124M), B=16, T=1024.
 
-What the lecture changes between two of them comes with the upper one. `regpt2 ladder` climbs them one by one.
+The upper rung of two includes the lecture's changes between them. `regpt2 ladder` runs all rungs one by one.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ def run(check: Check) -> None:
     work = step_work(check, micro_batch=16, warmup_steps=5, steps=20)
     rungs = find_rungs(["fp32", "ours"]) if check.smoke else merged(MEASURED)
     for row in climb(work, rungs, time=lambda rung, work: time_step(check, work)):
-        if row.times is None:  # fatal for none but the last, which is what training does
+        if row.times is None:  # only fatal for the last, which is training's own step
             check.keep(row.title, lecture_ms=row.lecture_ms, ok=row.rung != "ours", why=row.why_not)
             continue
         check.judge(
@@ -33,7 +33,7 @@ def run(check: Check) -> None:
 
 
 def merged(names: list[str]) -> list[Rung]:
-    """The rungs of these names, each with the changes of those below it that are not measured."""
+    """The rungs of these names, each with the changes of the unmeasured ones below it."""
     found, waiting = [], list[Rung]()
     for rung in RUNGS:
         if rung.only_on not in ("", "cuda") or rung.name == "fp16":

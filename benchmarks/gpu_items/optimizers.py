@@ -1,4 +1,4 @@
-"""An update of all weights of GPT-2 (124M) from gradients that are there: AdamW, clipping, Muon, each several ways."""
+"""An update of all weights of GPT-2 (124M) from given gradients: AdamW, clipping, Muon, each several ways."""
 
 from collections.abc import Callable
 
@@ -34,5 +34,5 @@ def run(check: Check) -> None:
         ways["torch.optim.Muon, the matrices of the blocks"] = torch.optim.Muon(matrices).step
     if can_compile(device):
         ways["Muon and AdamW, ours, compiled"] = build_optimizer(model, muon, compiled=True).step
-    for name, way in ways.items():  # what compiles comes last
+    for name, way in ways.items():  # compiled ones come last
         check.keep(name, **spread(call_times(way, device, **few)))

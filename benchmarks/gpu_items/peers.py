@@ -1,4 +1,4 @@
-"""Ours beside others, turn by turn: `benchmarks/run.py` for the training step, as long as there is time."""
+"""Ours beside others, turn by turn: `benchmarks/run.py` for the training step, as long as time is left."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def run(check: Check) -> None:
     out = check.folder / "peers_run.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(RUN), "--peers", str(check.peers), "--out", str(out), "--only", "training"]
-    command += ["--seconds", f"{check.left_s / 20:.0f}"]  # for the turns of each of six; the rest sets up
+    command += ["--seconds", f"{check.left_s / 20:.0f}"]  # for the turns of each of six; the rest is for the setup
     command += [] if check.device == "auto" else ["--device", check.device]
     with subprocess.Popen([*command, *(["--quick"] if check.smoke else [])], stdin=subprocess.DEVNULL) as process:
         shown = 0
@@ -28,12 +28,12 @@ def run(check: Check) -> None:
     shown = keep_new(check, out, shown)
     if process.returncode and not shown:
         raise Problem(f"run.py ended with code {process.returncode}: see {check.log}")
-    if process.returncode:  # its own rivals' faults are none of ours
+    if process.returncode:  # a rival's failure is not ours
         check.keep("some rivals", not_measured=f"see {check.log.name}")
 
 
 def keep_new(check: Check, out: Path, shown: int) -> int:
-    """The results that have come since; it writes each as soon as it is there."""
+    """The new results; run.py writes each one at once."""
     results = json.loads(out.read_text())["results"] if out.exists() else []
     for result in results[shown:]:
         check.keep(

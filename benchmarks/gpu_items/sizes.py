@@ -1,4 +1,4 @@
-"""GPT-2's larger sizes, one micro-batch an update: eager, then, while there is time, compiled."""
+"""GPT-2's larger sizes, one micro-batch an update: eager, then, if time is left, compiled."""
 
 from gpu_items import Check
 from gpu_timing import keep_step, step_work

@@ -1,6 +1,6 @@
-"""A short real run: `regpt2 train RECIPE --data DIR` for the time that there is; its report and its losses.
+"""A short real run: `regpt2 train RECIPE --data DIR` for the available time; its report and its losses.
 
-As many updates as fit by the headline's speed. The weights are thrown away, the record and the report kept.
+It makes as many updates as fit by the headline's speed. The weights are deleted, the record and the report kept.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from regpt2.base.errors import Problem
 from regpt2.base.record.metrics import read_events
 from regpt2.config.recipe_files import load_recipe
 
-GUESS = 300_000.0  # tokens per second, where no headline was measured
+GUESS = 300_000.0  # tokens per second, if no headline was measured
 
 
 def run(check: Check) -> None:
@@ -53,14 +53,14 @@ def run(check: Check) -> None:
 
 
 def tokens_per_s(check: Check) -> float:
-    """As the headline found it in this folder; a guess where it did not."""
+    """As the headline measured it in this folder, or a guess."""
     path = check.folder / "headline.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     return max([row["tokens_per_s"] for row in rows if "ours" in row["name"] and "tokens_per_s" in row], default=GUESS)
 
 
 def keep_run(check: Check, events: Iterable[dict[str, Any]]) -> None:
-    """Its evaluations, and the speed at which it went with all that a run does besides."""
+    """Its evaluations, and its speed with everything that a run does besides."""
     updates = []
     for event in events:
         if event["event"] == "train":
