@@ -1,4 +1,4 @@
-# make demo    text to a trained small GPT in a few minutes, from nothing
+# make demo    text to a trained small GPT in a few minutes
 # make test    the whole check: format, lint, types, tests
 # Both set up .venv by themselves, once. PYTHON=python3.12 chooses the interpreter.
 
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
 CLIENTS := $(VENV)/.clients-installed
-# Neighbors stay together: what the tests of a file share is made once, and not by each worker.
+# One worker runs all tests of a file, so that what they share is made once.
 TWO := -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -53,7 +53,7 @@ test: $(TOOLS)
 	$(BIN)/mypy
 	$(BIN)/pytest $(TWO)
 
-# make quick  the tests that start no process and take no seconds: in a minute or two, while you work
+# make quick  format, lint, and the fast tests that start no process; takes a minute or two
 quick: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,13 +63,13 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# make gpu-check  one GPU, nine minutes: is it right, how fast; OUT=DIR MINUTES=9 ARGS="--only ladder"
+# make gpu-check  correctness and speed on one GPU in nine minutes; OUT=DIR MINUTES=9 ARGS="--only ladder"
 OUT ?= runs/gpu-check
 MINUTES ?= 9
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
-# make gpu-carry  what the GPU's machine may lack, collected into runs/gpu-carry: tyro, GPT-2's vocabulary
+# make gpu-carry  collects what the GPU's machine may lack into runs/gpu-carry: tyro, GPT-2's vocabulary
 gpu-carry: $(CORE)
 	$(BIN)/python benchmarks/gpu_carry.py $(ARGS)
 
@@ -80,7 +80,7 @@ gpu-dry:
 	benchmarks/dry_gpu/build.sh $(DIR)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/dry_gpu/table.py $(DIR) $(ARGS)
 
-# make faults  real faults, injected one by one: kills, full disks, damage; faults-full: many more of each
+# make faults  injects real faults one by one: kills, full disks, damage; faults-full injects many more
 faults: $(TOOLS)
 	$(BIN)/python tests/faults/run.py
 
@@ -88,11 +88,11 @@ faults-full: $(TOOLS)
 	$(BIN)/python tests/faults/run.py --full
 	$(BIN)/pytest -m slow -rs
 
-# make mutants  bugs planted one by one in a copy of the source: do the tests feel each? ARGS="--only loader --sample 10"
+# make mutants  plants bugs one by one in a copy of the source; the tests must fail for each; ARGS="--only loader --sample 10"
 mutants: $(TOOLS)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
-# make clients  our exports run by llama.cpp, onnxruntime, CTranslate2, transformers; our scores beside lm-evaluation-harness's; prepare on Ray
+# make clients  runs our exports in llama.cpp, onnxruntime, CTranslate2, transformers; compares scores with lm-evaluation-harness; prepares on Ray
 clients: $(CLIENTS)
 	$(BIN)/pytest -m clients -rs $(TWO)
 
@@ -100,7 +100,7 @@ $(CLIENTS): $(TOOLS)
 	$(PIP) -e '.[test,clients]'
 	@touch $@
 
-# make fuzz  the readers of files, fuzzed by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
+# make fuzz  fuzzes the file readers by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
 SECONDS ?= 60
 fuzz: $(TOOLS)
 	$(PIP) -e '.[fuzz]'

@@ -226,7 +226,7 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on_in_the_queue(
 def test_a_slurm_job_that_gets_nowhere_is_not_requeued(slurm: Slurm, nodes: Nodes) -> None:
     assert wait_for_end([slurm.start(SRUN_FAILS="1")], nodes) == [1]
     assert slurm.requeued() == 0
-    assert "no new checkpoint in this stretch" in nodes.logs()
+    assert "no new checkpoint in this attempt" in nodes.logs()
 
 
 def test_the_slurm_script_says_what_is_missing(slurm: Slurm, nodes: Nodes) -> None:
