@@ -14,11 +14,14 @@ import torch
 from conftest import Run, shard_tokens
 from regpt2.base import shelves
 from regpt2.base.errors import ConfigError, UsageError
-from regpt2.config.run import EvalConfig, OptimConfig, defaults_for, read_toml, to_toml
+from regpt2.config.recipe_files import defaults_for
+from regpt2.config.run import EvalConfig
+from regpt2.config.toml_file import read_toml, to_toml
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.architecture import build_model
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.training.optimizer import OptimConfig
 
 pytestmark = pytest.mark.seconds
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()

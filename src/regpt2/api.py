@@ -42,13 +42,17 @@ from regpt2.config.toml_file import options_of
 from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.prepare import prepare as prepare_data
 from regpt2.data.sources.filters import Filters
+from regpt2.data.sources.plan import Document, Part, Plan
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.data.tokens.manifest import Manifest
 from regpt2.evals.measuring.harness import harness_model
 from regpt2.evals.measuring.measure import EvaluateOptions, Results, measure
 from regpt2.evals.scoring.context import EvalContext, scoring
 from regpt2.evals.scoring.texts import Score, score_text
+from regpt2.model.files.contract import ModelFiles, TokenizerRef
+from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import LoadedModel
+from regpt2.model.gpt import GPT
 from regpt2.model.language_model import GPTConfig, LanguageModel
 from regpt2.pages.charts.draw import column, overview, png
 from regpt2.pages.charts.panels import panels as panels_of
@@ -63,8 +67,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "CheckpointError", "ConfigError", "DataError", "DownloadError", "Manifest", "Model", "Problem", "Results", "Score",
-    "Summary", "UsageError", "evaluate", "load", "plot", "prepare", "read_record", "report", "train",
+    "GPT",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Document",
+    "DownloadError",
+    "GPTConfig",
+    "Manifest",
+    "Model",
+    "ModelFiles",
+    "Part",
+    "Plan",
+    "Problem",
+    "Results",
+    "Score",
+    "Summary",
+    "TokenizerRef",
+    "UsageError",
+    "evaluate",
+    "load",
+    "plot",
+    "prepare",
+    "read_record",
+    "report",
+    "tensors_of",
+    "train",
 ]  # fmt: skip
 
 # B sequences, T tokens, V = vocab_size
