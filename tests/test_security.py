@@ -76,11 +76,11 @@ def test_the_code_in_the_corpus_does_run_where_nothing_guards_it(tmp_path: Path)
 
 PLANTS = {
     "code: os.system": "torch.load = lambda *a, weights_only, load=torch.load, **k: load(*a, weights_only=False, **k)",
-    "state: a thousand views of one": "pickled.plain_tensors = lambda state, n: {k: state[k].clone() for k in state}",
-    "archive: compressed": "pickled.check_archive = lambda *a: None",
+    "state: a thousand views of one": "safe_pickle.plain_tensors = lambda state, n: {k: state[k].clone() for k in state}",
+    "archive: compressed": "safe_pickle.check_archive = lambda *a: None",
     "native config: a billion wide": "load._check_sizes = load.check_tensors = lambda *a: None",
-    "safetensors: a name of escapes": "load._check_header = lambda path: None",
-    "shard: one fewer than there are": "foreign.expect_bytes = lambda *a: None",
+    "safetensors: a name of escapes": "tensors._check_header = lambda path: None",
+    "shard: one fewer than there are": "other_formats.expect_bytes = lambda *a: None",
     "manifest: a file name that climbs": "manifest.Path = lambda file: types.SimpleNamespace(name=file)",
 }
 
@@ -90,8 +90,8 @@ def test_the_corpus_sees_each_missing_guard(tmp_path: Path) -> None:
         import os, sys, types
         from pathlib import Path
         import corpus, torch
-        from regpt2.data import foreign, manifest
-        from regpt2.model import load, pickled
+        from regpt2.data.tokens import manifest, other_formats
+        from regpt2.model.files import load, safe_pickle, tensors
         plants, cases = {PLANTS!r}, corpus.all_cases(Path(sys.argv[1]) / "canary")
         for name, plant in plants.items():
             corpus.all_cases = lambda canary: [case for case in cases if case.name == name]
@@ -149,9 +149,9 @@ def test_unpickling_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: py
 def test_the_child_has_little_memory_disk_and_time(tmp_path: Path, act: str) -> None:
     script = f"""if True:
         import sys
-        from regpt2.model import pickled
-        pickled.SPARE_S = 4.0
-        pickled.limit_this_process(1000)
+        from regpt2.model.files import safe_pickle
+        safe_pickle.SPARE_S = 4.0
+        safe_pickle.limit_this_process(1000)
         {act}
     """
     done = python("-I", "-c", script, tmp_path / "file", timeout_s=60)

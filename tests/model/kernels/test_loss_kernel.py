@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_those_of_torch(
 
 MODELS = """
 import json, sys, torch
-from regpt2.model import loss, loss_kernel
+from regpt2.model.kernels import loss, loss_kernel
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig

@@ -15,19 +15,19 @@ from regpt2.base.ranks.world import World
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig
-from regpt2.training import parallel
+from regpt2.training.ranks import strategy
 
-class SmallBuckets(parallel.DistributedDataParallel):
+class SmallBuckets(strategy.DistributedDataParallel):
     def __init__(self, *given, **named):
         super().__init__(*given, **named, bucket_cap_mb=1)  # a layer has 1.77 MB
 
-parallel.DistributedDataParallel = SmallBuckets
+strategy.DistributedDataParallel = SmallBuckets
 torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the same graphs, without a C++ compiler
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 shape = dict(n_layer=4, n_head=2, n_embd=192, block_size=16, vocab_size=300)
 model = build_model(GPTConfig(**shape) if sys.argv[1] == "gpt2" else ModernConfig(**shape, document_mask=True))
 world = World(rank=0, local_rank=0, size=2, device=torch.device("cpu"))
-trainable = parallel.make_trainable(model, torch.float32, world, compiled=sys.argv[2] == "compiled")
+trainable = strategy.make_trainable(model, torch.float32, world, compiled=sys.argv[2] == "compiled")
 
 def sent(state, bucket):
     with torch.profiler.record_function("sent"):
