@@ -76,7 +76,7 @@ def test_the_code_in_the_corpus_does_run_where_nothing_guards_it(tmp_path: Path)
 
 PLANTS = {
     "code: os.system": "torch.load = lambda *a, weights_only, load=torch.load, **k: load(*a, weights_only=False, **k)",
-    "state: a thousand views of one": "safe_pickle.plain_tensors = lambda state, n: {k: state[k].clone() for k in state}",
+    "state: a thousand views of one": "safe_pickle.plain_tensors = lambda s, n: {k: s[k].clone() for k in s}",
     "archive: compressed": "safe_pickle.check_archive = lambda *a: None",
     "native config: a billion wide": "load._check_sizes = load.check_tensors = lambda *a: None",
     "safetensors: a name of escapes": "tensors._check_header = lambda path: None",

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from regpt2.base import shelves
 from regpt2.base.errors import CheckpointError, Problem, UsageError
 from regpt2.commands.convert import ConvertOptions, convert, main
 from regpt2.data.tokenizer import load_tokenizer
@@ -354,7 +356,8 @@ def test_a_subclass_of_the_modern_model_is_refused(tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def own_architecture(monkeypatch: pytest.MonkeyPatch) -> OwnGPT:
-    monkeypatch.setitem(architecture.ARCHITECTURES, "own", (OwnConfig, OwnGPT))
+    entry = SimpleNamespace(Config=OwnConfig, Model=OwnGPT)
+    monkeypatch.setitem(shelves._plugins, (architecture.SHELF, "own"), entry)
     return OwnGPT(OwnConfig(**{name: getattr(SMALL, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}))
 
 
