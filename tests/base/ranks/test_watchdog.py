@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from regpt2.base.ranks.heartbeats import Beat, Verdict, judge, publish, read_verdict
+from regpt2.base.ranks.heartbeats import Beat, Diagnosis, judge, publish, read_verdict
 from regpt2.base.ranks.watchdog import HUNG, Watchdog
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
@@ -302,7 +302,7 @@ def test_who_is_behind_is_counted_only_where_ranks_differ() -> None:
 
 
 def test_of_two_verdicts_the_first_holds(tmp_path: Path) -> None:
-    first, second = Verdict("first", [1], {"1": 0}), Verdict("second", [], {})
+    first, second = Diagnosis("first", [1], {"1": 0}), Diagnosis("second", [], {})
     assert (publish(tmp_path, 1, first), publish(tmp_path, 0, second)) == (True, False)
     assert read_verdict(tmp_path) == first
     assert [path.name for path in tmp_path.iterdir()] == ["verdict.json"]

@@ -31,7 +31,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Which ranks hang; `ends` maps each frozen rank to the one that kills it: {"1": 0} if rank 0 kills rank 1."""
 
     text: str
@@ -76,7 +76,7 @@ def read_beats(folder: Path, size: int) -> dict[int, Beat]:
     return beats
 
 
-def publish(folder: Path, rank: int, verdict: Verdict) -> bool:
+def publish(folder: Path, rank: int, verdict: Diagnosis) -> bool:
     """Publish one verdict for all ranks, atomically. False if another rank was faster.
 
     Raises:
@@ -93,13 +93,13 @@ def publish(folder: Path, rank: int, verdict: Verdict) -> bool:
     return True
 
 
-def read_verdict(folder: Path) -> Verdict | None:
+def read_verdict(folder: Path) -> Diagnosis | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Verdict(**json.loads(verdict_file(folder).read_text(encoding="utf-8")))
+        return Diagnosis(**json.loads(verdict_file(folder).read_text(encoding="utf-8")))
     return None
 
 
-def judge(before: dict[int, Beat], now: dict[int, Beat], judging: int, size: int) -> Verdict:
+def judge(before: dict[int, Beat], now: dict[int, Beat], judging: int, size: int) -> Diagnosis:
     """Blame the ranks whose threads have not ticked between two looks at all files, else those with the fewest beats.
 
     No clocks are compared: those of two hosts may differ. With all ranks at the same place no rank is blamed.
@@ -114,7 +114,7 @@ def judge(before: dict[int, Beat], now: dict[int, Beat], judging: int, size: int
         near = [r for r in now if r not in frozen and (now[r].host, now[r].parent) == home]
         if near:
             ends[str(rank)] = judging if judging in near else near[0]
-    return Verdict(_describe(now, suspects, "hangs" if frozen else "behind", size), suspects, ends)
+    return Diagnosis(_describe(now, suspects, "hangs" if frozen else "behind", size), suspects, ends)
 
 
 def _describe(now: dict[int, Beat], suspects: list[int], blame: str, size: int) -> str:

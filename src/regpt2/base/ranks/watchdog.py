@@ -25,7 +25,7 @@ from typing import IO
 
 from regpt2.base.files import describe_os_error
 from regpt2.base.ranks import heartbeats
-from regpt2.base.ranks.heartbeats import Beat, Verdict
+from regpt2.base.ranks.heartbeats import Beat, Diagnosis
 
 HUNG = 70  # the exit code of every rank of a run that hung; EX_SOFTWARE of sysexits.h
 PARENT = "REGPT2_PARENT"  # environment variable: the process whose end also ends this run
@@ -123,15 +123,15 @@ class Watchdog:
                 first = self._publish(verdict)
                 self._end(verdict if first else heartbeats.read_verdict(self.folder) or verdict, before, speaks=first)
 
-    def _judge(self, before: dict[int, Beat]) -> Verdict:
+    def _judge(self, before: dict[int, Beat]) -> Diagnosis:
         now = heartbeats.read_beats(self.folder, self.size)
         mine = now.get(self.rank)
         if mine is None or (mine.pid, mine.ticks) != (os.getpid(), self._ticks):
             # If this rank cannot write its file, those of others may be just as old: blame no rank.
-            return Verdict(f"  rank {self.rank} at {self._last[1]!r}; {self.folder} cannot be written\n", [], {})
+            return Diagnosis(f"  rank {self.rank} at {self._last[1]!r}; {self.folder} cannot be written\n", [], {})
         return heartbeats.judge(before, now, self.rank, self.size)
 
-    def _publish(self, verdict: Verdict) -> bool:
+    def _publish(self, verdict: Diagnosis) -> bool:
         """True if this rank reports: it was the first to judge, or cannot know."""
         try:
             return heartbeats.publish(self.folder, self.rank, verdict)
@@ -139,7 +139,7 @@ class Watchdog:
             self._warn(error)
             return True
 
-    def _end(self, verdict: Verdict, before: dict[int, Beat], *, speaks: bool) -> None:
+    def _end(self, verdict: Diagnosis, before: dict[int, Beat], *, speaks: bool) -> None:
         """Dump the stacks of this rank, then of frozen ranks near it; report; kill them and this process."""
         with contextlib.suppress(OSError):
             if self._stacks is not None:
