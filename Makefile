@@ -92,7 +92,7 @@ faults-full: $(TOOLS)
 mutants: $(TOOLS)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
-# make clients  runs our exports in llama.cpp, onnxruntime, CTranslate2, transformers; compares scores with lm-evaluation-harness; prepares on Ray
+# make clients  runs our exports in llama.cpp, onnxruntime, CTranslate2, transformers; compares scores with lm-evaluation-harness
 clients: $(CLIENTS)
 	$(BIN)/pytest -m clients -rs $(TWO)
 

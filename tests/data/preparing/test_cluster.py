@@ -1,7 +1,7 @@
 """Parts encoded on a cluster: the same bytes as by our own workers, with real processes, kills and a real Ray.
 
 Scripts in the place of sbatch, squeue and scancel play Slurm: they run the job array with real processes. The tests of
-Ray use two nodes on this machine; `make clients` runs them.
+Ray use two nodes on this machine; they run with the slow tests where Ray is installed.
 """
 
 import contextlib
@@ -376,7 +376,7 @@ def ray_tasks() -> list[int]:
     return found
 
 
-@pytest.mark.clients
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_nodes")
 def test_two_nodes_of_ray_give_the_same_bytes_when_their_workers_are_killed(
     start: Start, tmp_path: Path, plain: dict[str, bytes]
@@ -390,7 +390,7 @@ def test_two_nodes_of_ray_give_the_same_bytes_when_their_workers_are_killed(
     assert folder_bytes(tmp_path / "out") == plain
 
 
-@pytest.mark.clients
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_nodes")
 def test_stopped_and_killed_on_ray_and_resumed_by_our_own_workers(
     start: Start, corpus: Path, tmp_path: Path, plain: dict[str, bytes], capfd: pytest.CaptureFixture[str]
@@ -409,7 +409,7 @@ def test_stopped_and_killed_on_ray_and_resumed_by_our_own_workers(
     assert folder_bytes(out) == plain
 
 
-@pytest.mark.clients
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_nodes")
 def test_a_task_that_crashes_on_ray_is_one_message(tmp_path: Path) -> None:
     job = EncodeJob("text_files", "bytes", None, "tiktoken", 0.05, Filters(), False, tmp_path)
