@@ -9,32 +9,9 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    "GPT",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "Document",
-    "DownloadError",
-    "GPTConfig",
-    "Manifest",
-    "Model",
-    "ModelFiles",
-    "Part",
-    "Plan",
-    "Problem",
-    "Results",
-    "Score",
-    "Summary",
-    "TokenizerRef",
-    "UsageError",
-    "evaluate",
-    "load",
-    "plot",
-    "prepare",
-    "read_record",
-    "report",
-    "tensors_of",
-    "train",
+    "GPT", "CheckpointError", "ConfigError", "DataError", "Document", "DownloadError", "GPTConfig", "Manifest",
+    "Model", "ModelFiles", "Part", "Plan", "Problem", "Results", "Score", "Summary", "TokenizerRef", "UsageError",
+    "evaluate", "load", "plot", "prepare", "read_record", "report", "tensors_of", "train", "use_plugins",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -65,6 +42,7 @@ if TYPE_CHECKING:
         report,
         tensors_of,
         train,
+        use_plugins,
     )
 else:  # a type checker would take it for leave to use any name
 

@@ -35,6 +35,7 @@ from regpt2.base.errors import (
     did_you_mean,
 )
 from regpt2.base.ranks.world import World
+from regpt2.base.shelves import use_plugins
 from regpt2.commands.train import failures_named
 from regpt2.config.recipe_files import load_recipe, with_options
 from regpt2.config.run import RunConfig
@@ -67,32 +68,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "GPT",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "Document",
-    "DownloadError",
-    "GPTConfig",
-    "Manifest",
-    "Model",
-    "ModelFiles",
-    "Part",
-    "Plan",
-    "Problem",
-    "Results",
-    "Score",
-    "Summary",
-    "TokenizerRef",
-    "UsageError",
-    "evaluate",
-    "load",
-    "plot",
-    "prepare",
-    "read_record",
-    "report",
-    "tensors_of",
-    "train",
+    "GPT", "CheckpointError", "ConfigError", "DataError", "Document", "DownloadError", "GPTConfig", "Manifest",
+    "Model", "ModelFiles", "Part", "Plan", "Problem", "Results", "Score", "Summary", "TokenizerRef", "UsageError",
+    "evaluate", "load", "plot", "prepare", "read_record", "report", "tensors_of", "train", "use_plugins",
 ]  # fmt: skip
 
 # B sequences, T tokens, V = vocab_size
