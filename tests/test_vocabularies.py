@@ -98,7 +98,7 @@ def test_exports_of_it_carry_no_vocabulary_and_its_name(tmp_path: Path, regpt2: 
         return
     ref = load_model(tmp_path / "b").tokenizer
     assert ref is not None and ref.name == "unigram" and ref.fingerprint != VOCAB_SHA256
-    with pytest.raises(CheckpointError, match="was trained with the tokenizer 'unigram', and only gpt2"):
+    with pytest.raises(CheckpointError, match="was trained with the tokenizer 'unigram'; regpt2 supports only gpt2"):
         sample(SampleOptions(str(tmp_path / "b"), "Hi"))
 
 
@@ -212,8 +212,8 @@ def test_a_format_that_loses_rows_is_refused(tmp_path: Path, regpt2: Run) -> Non
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
-        ("kind", lambda keys: keys.update({gguf.KIND: "llama"}), "is of kind 'llama' and splits text as 'gpt-2'"),
-        ("split", lambda keys: keys.update({gguf.SPLIT: "starcoder"}), "splits text as 'starcoder', expected 'gpt2'"),
+        ("kind", lambda keys: keys.update({gguf.KIND: "llama"}), "is of kind 'llama' and splits text by 'gpt-2'"),
+        ("split", lambda keys: keys.update({gguf.SPLIT: "starcoder"}), "splits text by 'starcoder', expected 'gpt2'"),
         ("no merges", lambda keys: keys.pop(gguf.MERGES), "of other tokens or merges"),
         ("tokens", lambda keys: keys[gguf.TOKENS].reverse(), "of other tokens or merges"),
     ],

@@ -45,7 +45,7 @@ def usage() -> str:
     verbs = wrapped(f"  {verb:<10} {line}" for verb, line in VERBS.items())
     return f"""regpt2 {__version__}: GPT-2, reproduced.
 
-usage: regpt2 VERB [arguments] [--plugin FILE.py ...] [--debug]
+usage: regpt2 VERB [arguments] [--plugin FILE.py] [--debug]
        regpt2 VERB --help
 
 {verbs}

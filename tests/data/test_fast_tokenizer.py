@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from regpt2.base.errors import UsageError
-from regpt2.data import fast_tokenizer as module
+from regpt2.data import fast_tokenizer as encoders
 from regpt2.data.fast_tokenizer import FIRST_DOCUMENTS, PART_DOCUMENTS, ProvenTokenizer, fast_tokenizer, odd_strings
 from regpt2.data.tokenizer import BytesTokenizer, Gpt2Tokenizer, Tokenizer, find_vocab
 
@@ -57,7 +57,7 @@ def test_20_000_random_strings_have_equal_ids(gigatoken: ProvenTokenizer, tiktok
 def test_every_character_is_classified_alike_or_left_to_tiktoken(
     gigatoken: ProvenTokenizer, tiktoken: Gpt2Tokenizer
 ) -> None:
-    known = [character for character in CHARACTERS if not module._NEW.match(character)]
+    known = [character for character in CHARACTERS if not encoders._NEW.match(character)]
     for start in range(0, len(known), 10_000):
         # "'re" is split off from a letter or number, the first space from the second unless white space follows.
         text = "".join(f"{character}'re  {character}b\n" for character in known[start : start + 10_000])
@@ -121,7 +121,7 @@ def test_one_wrong_id_in_the_fixed_set_brings_tiktoken_back(
 
 @pytest.mark.parametrize("wish", ["auto", "gigatoken"])
 def test_one_wrong_id_in_the_first_documents_brings_tiktoken_back(
-    wish: module.EncoderName,
+    wish: encoders.EncoderName,
     stand_in: Callable[..., object],
     tiktoken: Gpt2Tokenizer,
     capsys: pytest.CaptureFixture[str],
@@ -156,7 +156,7 @@ def test_gigatoken_begins_anew_before_its_memory_grows(
     stand_in: Callable[..., types.SimpleNamespace], tiktoken: Gpt2Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = stand_in()
-    monkeypatch.setattr(module, "CACHE_TOKENS", 1000)
+    monkeypatch.setattr(encoders, "CACHE_TOKENS", 1000)
     tokenizer = ProvenTokenizer(tiktoken)
     for _ in range(FIRST_DOCUMENTS + 100):
         check_equal(tokenizer, tiktoken, "word " * 100)

@@ -189,9 +189,9 @@ def test_a_folder_from_before_there_were_two_is_a_gpt2(tmp_path: Path) -> None:
         ({"softcap": -1}, "model.softcap = -1 must be 0"),
         ({"untied_head": False}, "tensor lm_head.weight .* belongs to no GPT of this shape"),
         ({"rotary": False}, "tensor wpe.weight is missing"),
-        ({"rms_norms": False}, "model.rms_norms is no setting of a GPT; did you mean 'rms_norm'"),
+        ({"rms_norms": False}, "model.rms_norms is not a setting of a GPT; did you mean 'rms_norm'"),
         ({"architecture": ["modern"]}, "Available: gpt2, modern"),
-        ({"architecture": "gpt2"}, "is no setting of a GPT"),
+        ({"architecture": "gpt2"}, "is not a setting of a GPT"),
     ],
     ids=str,
 )

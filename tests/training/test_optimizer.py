@@ -124,7 +124,7 @@ def test_state_of_another_model_is_refused() -> None:
     model, larger = GPT(SHAPE), GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=57))
     optimizer = build_optimizer(larger, OptimConfig())
     one_update(larger, optimizer, 0)
-    with pytest.raises(CheckpointError, match="of another model"):
+    with pytest.raises(CheckpointError, match="belongs to another model"):
         load_state_tensors(build_optimizer(model, OptimConfig()), model, state_tensors(optimizer, larger))
     state = state_tensors(optimizer, larger)
     state["wte.weight/exp_avg"] = state["wte.weight/exp_avg"][:3]

@@ -39,7 +39,8 @@ def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
     if ref.name not in TOKENIZERS and ref.characters is None:
         known = " and ".join(TOKENIZERS)
         raise CheckpointError(
-            f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}, regpt2 supports {known}. {_WAYS_OUT}"
+            f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}; regpt2 supports only {known}. "
+            f"{_WAYS_OUT}"
         )
     tokenizer = _with_vocabulary(ref)
     if ref.fingerprint != tokenizer.fingerprint:

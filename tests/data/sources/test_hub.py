@@ -133,7 +133,7 @@ def test_what_is_no_id_or_revision_is_refused_before_it_is_sent(
 def test_what_is_not_there_or_not_reached_is_told_with_what_to_do(
     texts: FakeHub, monkeypatch: pytest.MonkeyPatch, unused_port: int
 ) -> None:
-    with pytest.raises(DownloadError, match=r"no .*me/text/.*404.*check the name and the revision\.$"):
+    with pytest.raises(DownloadError, match=r"me/text/.* \(HTTP 404\); check the name and the revision\.$"):
         resolve("me/text", "main")
     with pytest.raises(DownloadError, match=r"v2.*404"):
         resolve("me/texts", "v2")

@@ -130,7 +130,7 @@ def test_a_longer_ending_than_the_model_takes_is_said(capsys: pytest.CaptureFixt
     found = score_endings(context(), "long", [question])
     assert found.n_tokens.tolist() == [[48, 1]]
     assert found.nats[0, 0] == pytest.approx(obvious(MODEL, question, range(60))[0], abs=1e-4)
-    assert "long: 1 endings have more than the 48 tokens of a context" in capsys.readouterr().err
+    assert "long: 1 endings exceed the 48 tokens of a context" in capsys.readouterr().err
 
 
 def test_a_broken_model_is_refused_and_its_mode_kept() -> None:

@@ -207,7 +207,7 @@ def test_another_head_is_named_with_its_class(tmp_path: Path) -> None:
     raw = load_file(tmp_path / "model.safetensors")
     save_file(raw | {"score.weight": torch.ones(2, 48)}, tmp_path / "model.safetensors")
     change_json(tmp_path / "config.json", architectures=["GPT2ForSequenceClassification"])
-    with pytest.raises(CheckpointError, match=r"score\.weight is no .* saved as \['GPT2ForSequenceClassification'\]"):
+    with pytest.raises(CheckpointError, match=r"not part of a language model: .* \['GPT2ForSequenceClassification'\]"):
         load_model(tmp_path)
 
 
@@ -410,7 +410,7 @@ MODEL = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "vocab_size"
     [
         ({"version": 2}, "has version 2 of the native format, expected 1; it needs another version of regpt2."),
         ({"model": None}, "has no object 'model'"),
-        ({"model": MODEL | {"n_layers": 3}}, "model.n_layers is no setting of a GPT; did you mean 'n_layer'?"),
+        ({"model": MODEL | {"n_layers": 3}}, "model.n_layers is not a setting of a GPT; did you mean 'n_layer'?"),
         ({"model": MODEL | {"n_layer": 3.0}}, "model.n_layer = 3.0 must be of type int."),
         ({"model": MODEL | {"n_layer": True}}, "model.n_layer = True must be of type int."),
         ({"model": {"n_layer": 3}}, "model.n_head is missing."),

@@ -335,7 +335,7 @@ def test_a_gguf_that_lies_is_refused(tmp_path: Path, what: str) -> None:
 
 
 def test_q8_0_needs_whole_blocks(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="n_embd = 48 is no multiple of it"):
+    with pytest.raises(UsageError, match="n_embd = 48 is not a multiple of 32"):
         gguf.write(random_gpt(CONFIG), tmp_path / "a.gguf", None, "q8_0")
     assert not list(tmp_path.iterdir())
 
