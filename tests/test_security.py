@@ -78,7 +78,7 @@ PLANTS = {
     "code: os.system": "torch.load = lambda *a, weights_only, load=torch.load, **k: load(*a, weights_only=False, **k)",
     "state: a thousand views of one": "safe_pickle.plain_tensors = lambda s, n: {k: s[k].clone() for k in s}",
     "archive: compressed": "safe_pickle.check_archive = lambda *a: None",
-    "native config: a billion wide": "load._check_sizes = load.check_tensors = lambda *a: None",
+    "native config: a billion wide": "load._check_sizes = load.fill_model.check_tensors = lambda *a: None",
     "safetensors: a name of escapes": "tensors._check_header = lambda path: None",
     "shard: one fewer than there are": "other_formats.expect_bytes = lambda *a: None",
     "manifest: a file name that climbs": "manifest.Path = lambda file: types.SimpleNamespace(name=file)",

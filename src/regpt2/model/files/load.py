@@ -13,8 +13,8 @@ from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
 from regpt2.base.files import sha256_file
 from regpt2.model.architecture import build_model
+from regpt2.model.files import fill_model
 from regpt2.model.files.contract import CONFIG, GPT2_ROWS, GPT2_TOKENS, SHELF, WEIGHTS, ModelFiles, TokenizerRef
-from regpt2.model.files.fill_model import check_tensors, load_into
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.kernels.activation import Activation, choose_activation, split_activation
 from regpt2.model.language_model import LanguageModel
@@ -137,9 +137,9 @@ def _load_folder(
         _check_sizes(files)
         with torch.device("meta"):  # costs no time and no random numbers for weights that are replaced
             model = build_model(files.config)
-        check_tensors(model, files.tensors)
+        fill_model.check_tensors(model, files.tensors)
         model = model.to(dtype).to_empty(device=device)
-        load_into(model, files.tensors)
+        fill_model.load_into(model, files.tensors)
         model.trained_seq_len = files.trained_seq_len
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
