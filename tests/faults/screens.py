@@ -37,7 +37,7 @@ def _hangup(bench: Bench, outcome: Outcome) -> None:
     before = partial(points.arm, BACKWARD, STEP, partial(signal.raise_signal, signal.SIGHUP))
     process = trial.start(bench, run, before=before)
     wrong = _left(process.wait(), run, notes=0)
-    wrong += [] if "SIGHUP: leaving" in process.said and "Traceback" not in process.said else ["no message"]
+    wrong += [] if "SIGHUP: stopping" in process.said and "Traceback" not in process.said else ["no message"]
     outcome.fired(not wrong, f"SIGHUP: {wrong}: {process.said[-300:]}")
     trial.finish(bench, run)
     _same(bench, outcome, run, "SIGHUP")
