@@ -24,6 +24,7 @@ from regpt2.base.console import say
 from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error, write_atomic
 from regpt2.data.preparing.encode_part import EncodeJob, PartResult
+from regpt2.data.preparing.hold_out import HoldOut
 from regpt2.data.preparing.ledger import Ledger
 from regpt2.data.sources.filters import Filters
 from regpt2.data.sources.plan import InputFile, Part, Slice
@@ -59,6 +60,8 @@ class SharedWork:
         folder = self.job.folder
         try:
             ledger = Ledger.read(folder.parent)
+            if ledger and ledger.hold_out != self.job.hold_out:
+                return  # a task that runs again, when all parts are encoded anew by another rule
             folded = ledger.folded if ledger else 0  # when a task runs again, shards may already hold some of its parts
             encode_part = self.job.start()
             for index, part in self.parts[task :: self.n_tasks]:
@@ -77,6 +80,7 @@ class SharedWork:
         content = json.loads(text)
         job, vocab = content["job"], content["job"]["vocab"]
         places = {"folder": Path(job["folder"]), "vocab": vocab and Path(vocab), "filters": Filters(**job["filters"])}
+        places |= {"hold_out": HoldOut(**job["hold_out"])}
         parts = []
         for index, part in content["parts"]:
             slices = tuple(Slice(**piece | {"file": InputFile(**piece["file"])}) for piece in part["slices"])

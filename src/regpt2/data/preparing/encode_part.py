@@ -21,6 +21,7 @@ from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, write_atomic
 from regpt2.base.net.download import fetch
 from regpt2.data.fast_tokenizer import EncoderName, fast_tokenizer
+from regpt2.data.preparing.hold_out import Digests, HoldOut, end_for_validation
 from regpt2.data.preparing.workers import Report
 from regpt2.data.sources.filters import Filters
 from regpt2.data.sources.plan import Document, InputFile, Part, Skipped
@@ -52,6 +53,8 @@ class EncodeJob:
     options: dict[str, Any] = field(default_factory=dict)
     """The data set's own."""
     plugins: list[str] = field(default_factory=shelves.plugin_files)
+    hold_out: HoldOut = field(default_factory=HoldOut)
+    """The document to hold out instead of by `val_fraction`, where that left a split empty."""
 
     def start(self) -> "PartEncoder":
         """Make ready to work: load the entry and the tokenizer, once per process."""
@@ -68,6 +71,8 @@ class PartResult:
     encoder: str
     first_skipped: dict[str, str] = field(default_factory=dict)
     """For each reason in `skipped` the first file with it."""
+    digests: Digests = field(default_factory=Digests)
+    """Of the documents without a split of their own; not of all, where both splits have some."""
 
     @classmethod
     def read(cls, folder: Path, index: int) -> "PartResult | None":
@@ -75,7 +80,8 @@ class PartResult:
         try:
             content = json.loads((folder / f"{index:06d}.json").read_text(encoding="utf-8"))
             tallies = {name: Tally(**content["splits"][name]) for name in SPLITS}
-            return cls(tallies, content["skipped"], content["encoder"], content.get("first_skipped", {}))
+            first_skipped, digests = content.get("first_skipped", {}), Digests(**content.get("digests", {}))
+            return cls(tallies, content["skipped"], content["encoder"], first_skipped, digests)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -99,35 +105,58 @@ class PartEncoder:
                 for name in SPLITS
             }
             rows: list[tuple[int, int, int, bool]] = []
+            digests = Digests()
             for document in self.entry.documents(replace(part, options=self.options), skipped):
                 text, data = _valid(document.text, skipped)
                 if (reason := "documents empty" if not text.strip() else self.job.filters.reason(text)) is not None:
                     skipped.add(reason)
                     continue
-                digest, split = self._digest_and_split(document, data)
-                ids = self.tokenizer.encode_utf8(data)
-                outputs[split].add(self.tokenizer.start_id, ids, len(data))
-                progress.encoded(len(data))
-                if self.job.dedup:
-                    rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
+                has_both = all(output.tally.documents for output in outputs.values())
+                digest, split = self._digest_and_split(document, data, needs_digest=not has_both)
+                if digest and document.split is None:
+                    digests.include(Digests(digest.hex(), digest.hex(), skipped.file))
+                for split, digest, data, ids in self._tokens(text, data, digest, split):
+                    outputs[split].add(self.tokenizer.start_id, ids, len(data))
+                    progress.encoded(len(data))
+                    if self.job.dedup:
+                        rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
             for output in outputs.values():
                 output.flush()
         if self.job.dedup:
             write_atomic(table_file(folder, index), np.array(rows, dtype=DOCUMENT_TABLE).tobytes())
         tallies = {name: output.tally for name, output in outputs.items()}
-        result = PartResult(tallies, dict(sorted(skipped.items())), self.tokenizer.encoder, skipped.first)
+        counts = dict(sorted(skipped.items()))
+        result = PartResult(tallies, counts, self.tokenizer.encoder, skipped.first, digests)
         write_atomic(folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
         progress.finished()
 
-    def _digest_and_split(self, document: Document, data: bytes) -> tuple[bytes, str]:
-        val_fraction = self.job.val_fraction
-        by_content = val_fraction is not None and document.split is None and document.piece is None
+    def _digest_and_split(self, document: Document, data: bytes, *, needs_digest: bool) -> tuple[bytes, str]:
+        val_fraction, held_out = self.job.val_fraction, self.job.hold_out.digest
+        by_content = val_fraction is not None and document.split is None
+        by_content = by_content and (document.piece is None or needs_digest or bool(held_out))
         digest = hashlib.sha256(data).digest() if self.job.dedup or by_content else b""
+        if held_out and document.split is None:
+            return digest, "val" if digest.hex() == held_out else "train"
         if val_fraction is not None:
             return digest, document.split_for(val_fraction, digest)
         if document.split is not None:
             raise DataError(f"{self.job.dataset} has a validation split of its own; leave out --val-tokens.")
         return digest, "train"
+
+    def _tokens(
+        self, text: str, data: bytes, digest: bytes, split: str
+    ) -> list[tuple[str, bytes, bytes, npt.NDArray[np.uint16]]]:
+        """The document as its split, digest, text and ids; in two where its end alone is held out."""
+        ids = self.tokenizer.encode_utf8(data)
+        if not (self.job.hold_out.cut and split == "val"):
+            return [(split, digest, data, ids)]
+        halves = end_for_validation(text, ids, self.tokenizer, self.job.val_fraction or 0)
+        if halves is None:
+            raise DataError("the only document is one character, which cannot be training and validation; add text.")
+        found = []
+        for name, half in zip(SPLITS, map(str.encode, halves), strict=True):
+            found.append((name, hashlib.sha256(half).digest(), half, self.tokenizer.encode_utf8(half)))
+        return found
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from regpt2.base.console import say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.data.preparing.encode_part import PARTS_NAME
+from regpt2.data.preparing.hold_out import Digests, HoldOut
 from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, SPLITS, Manifest, Shard
 from regpt2.data.tokens.shards import LEDGER_NAME
 from regpt2.data.tokens.writing import Tally
 
 ENCODER = "encoder"  # among the options in the manifest
+HELD_OUT = "held_out"  # the same, where a split would have been empty
 
 
 @dataclass
@@ -44,6 +46,9 @@ class Ledger:
     first_skipped: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=lambda: {name: Progress() for name in SPLITS})
     encoders: list[str] = field(default_factory=list)
+    digests: Digests = field(default_factory=Digests)
+    hold_out: HoldOut = field(default_factory=HoldOut)
+    """Set when a first pass has left a split empty: then all parts are encoded again by this rule."""
 
     def write(self, folder: Path) -> None:
         write_atomic(folder / LEDGER_NAME, json.dumps(asdict(self), ensure_ascii=False))
@@ -62,6 +67,8 @@ class Ledger:
             content["progress"] = {name: Progress(**content["progress"][name]) for name in SPLITS}
             for progress in content["progress"].values():
                 progress.shards = [Shard(**shard) for shard in progress.shards]
+            content["digests"] = Digests(**content.get("digests", {}))
+            content["hold_out"] = HoldOut(**content.get("hold_out", {}))
             return cls(**content)
         except FileNotFoundError:
             return None
@@ -80,6 +87,7 @@ def complete_already(folder: Path, settings: dict[str, str]) -> Manifest | None:
     manifest = Manifest.read(folder)
     existing = {name: getattr(manifest, name) for name in IDENTITY} | manifest.options
     existing.pop(ENCODER, None)  # another encoder gives the same ids
+    existing.pop(HELD_OUT, None)  # decided by the input
     _require_same(folder, existing, settings)
     clear(folder)
     say(f"{folder} is complete already; nothing to do.")
@@ -106,11 +114,34 @@ def begin(folder: Path, settings: dict[str, str], plan: str, *, keep_parts_tmp: 
         _require_same(folder, ledger.settings, settings)
         if ledger.plan != plan:
             raise changed(folder)
+        if ledger.hold_out.digest:
+            _remove_first_pass(folder, ledger)
     (folder / PARTS_NAME).mkdir(exist_ok=True)
     for place in [folder] if keep_parts_tmp else [folder, folder / PARTS_NAME]:
         for left_by_a_kill in place.glob(".*.tmp"):
             left_by_a_kill.unlink()
     return ledger
+
+
+def begin_again(folder: Path, ledger: Ledger, hold_out: HoldOut) -> None:
+    """Forget all that was encoded and packed; from now on the split of a document is decided by `hold_out`.
+
+    A kill before the new ledger is written leaves a preparation in which some parts are missing, which is continued.
+    """
+    for path in sorted((folder / PARTS_NAME).glob("[0-9]*.*"), key=lambda path: path.suffix != ".json"):
+        if int(path.name.split(".")[0]) >= ledger.folded:
+            path.unlink()
+    ledger = Ledger(ledger.settings, ledger.plan, hold_out=hold_out)
+    ledger.write(folder)
+    _remove_first_pass(folder, ledger)
+
+
+def _remove_first_pass(folder: Path, ledger: Ledger) -> None:
+    """Remove the shards that this ledger does not know."""
+    known = {shard.file for progress in ledger.progress.values() for shard in progress.shards}
+    for path in _shards(folder, ledger.settings["dataset"]):
+        if path.name not in known:
+            path.unlink()
 
 
 def _require_same(folder: Path, existing: dict[str, str], settings: dict[str, str]) -> None:
@@ -142,6 +173,9 @@ def discard(folder: Path, dataset: str) -> None:
     """Remove everything that an unfinished preparation wrote, the ledger first."""
     (folder / LEDGER_NAME).unlink(missing_ok=True)
     clear(folder)
-    for name in SPLITS:
-        for path in folder.glob(f"{dataset}_{name}_*.bin"):
-            path.unlink()
+    for path in _shards(folder, dataset):
+        path.unlink()
+
+
+def _shards(folder: Path, dataset: str) -> list[Path]:
+    return [path for name in SPLITS for path in folder.glob(f"{dataset}_{name}_*.bin")]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.data.preparing.encode_part import DOCUMENT_TABLE, PARTS_NAME, PartResult, part_file, table_file
+from regpt2.data.preparing.hold_out import HoldOut
 from regpt2.data.preparing.ledger import Ledger, Progress
 from regpt2.data.sources.filters import Seen
 from regpt2.data.sources.plan import Skipped
@@ -63,14 +64,12 @@ class Packer:
         Raises:
             DataError: a split has no document.
         """
-        tallies = {name: replace(tally) for name, tally in self.ledger.tallies.items()}
+        tallies = self._amounts()
         skipped = Skipped()
         skipped.include(left_out, left_out.first)
         skipped.include(self.ledger.skipped, self.ledger.first_skipped)
         for result in self._results.values():
             skipped.include(result.skipped, result.first_skipped)
-            for name in SPLITS:
-                tallies[name].add(result.splits[name])
         reasons = "; ".join(described(skipped, skipped.first)) or "nothing was skipped"
         if self.val_tokens:
             if (n_tokens := tallies["train"].tokens) <= self.val_tokens:
@@ -87,6 +86,14 @@ class Packer:
                 self._write_shard(name, self._waiting[name])
         return tallies, skipped
 
+    def hold_out(self) -> HoldOut | None:
+        """What to hold out because a split has no document, once all parts have been added; None if both have."""
+        tallies, digests = self._amounts(), replace(self.ledger.digests)
+        for result in self._results.values():
+            digests.include(result.digests)
+        is_decided = self.val_tokens or self.ledger.hold_out.digest or not digests.lowest
+        return None if is_decided or all(tally.documents for tally in tallies.values()) else HoldOut.of(digests)
+
     @property
     def waiting_bytes(self) -> int:
         """Of tokens that were taken and are in no shard yet."""
@@ -95,6 +102,14 @@ class Packer:
     @property
     def encoders(self) -> str:
         return ", ".join(sorted({*self.ledger.encoders, *(result.encoder for result in self._results.values())}))
+
+    def _amounts(self) -> dict[str, Tally]:
+        """Of all parts that have been taken."""
+        tallies = {name: replace(tally) for name, tally in self.ledger.tallies.items()}
+        for result in self._results.values():
+            for name in SPLITS:
+                tallies[name].add(result.splits[name])
+        return tallies
 
     def _take(self, index: int) -> None:
         result = PartResult.read(self.parts_folder, index)
@@ -121,7 +136,8 @@ class Packer:
             self._kept[index, name] = Stretches.of(rows["tokens"], kept)
             amounts = (rows[column][kept].sum(dtype=np.int64) for column in ("tokens", "text_bytes"))
             tallies[name] = Tally(int(kept.sum()), *map(int, amounts))
-        copies = {COPIES: int(len(table) - is_new.sum())} if not is_new.all() else {}
+        n_copies = int(np.count_nonzero(~is_new & ~(table["is_val"] & self.ledger.hold_out.cut)))  # a cut one has two rows
+        copies = {COPIES: n_copies} if n_copies else {}
         return replace(result, splits=tallies, skipped=result.skipped | copies)
 
     def _write_full_shards(self, name: str) -> None:
@@ -180,6 +196,7 @@ class Packer:
             ledger.skipped = dict(Counter(ledger.skipped) + Counter(result.skipped))
             ledger.first_skipped = result.first_skipped | ledger.first_skipped
             ledger.encoders = sorted({*ledger.encoders, result.encoder})
+            ledger.digests.include(result.digests)
             for name in SPLITS:
                 ledger.tallies[name].add(result.splits[name])
                 self._kept.pop((ledger.folded, name), None)

@@ -5,18 +5,30 @@ of workers and interruptions. `docs/data.md` explains how.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from regpt2.base import shelves
-from regpt2.base.console import ProgressLine, count, duration, say
+from regpt2.base.console import ProgressLine, count, duration, say, warn
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock
 from regpt2.data.fast_tokenizer import fast_tokenizer
 from regpt2.data.preparing.cluster import encode
 from regpt2.data.preparing.disk_budget import Space
 from regpt2.data.preparing.encode_part import PARTS_NAME, EncodeJob, PartResult, forget_copies
-from regpt2.data.preparing.ledger import ENCODER, begin, changed, clear, complete_already, discard
+from regpt2.data.preparing.hold_out import WINDOW_TOKENS
+from regpt2.data.preparing.ledger import (
+    ENCODER,
+    HELD_OUT,
+    begin,
+    begin_again,
+    changed,
+    clear,
+    complete_already,
+    discard,
+)
 from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.pack_shards import Packer
 from regpt2.data.preparing.ready_shards import collect
@@ -49,6 +61,10 @@ def prepare(options: PrepareOptions) -> Manifest:
             if finished := complete_already(options.out, options.settings(plan, tokenizer)):
                 return finished
             packer = _encode_and_pack(options, plan, tokenizer, vocab)
+            if hold_out := packer.hold_out():
+                begin_again(options.out, packer.ledger, hold_out)
+                with _nothing_left(options):
+                    packer = _encode_and_pack(options, plan, tokenizer, vocab)
             if plan.is_local and entry.plan(options.source).fingerprint != plan.fingerprint:
                 raise changed(options.out)
             manifest = _finish(options, plan, tokenizer, packer)
@@ -84,6 +100,7 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
         vocab=vocab,
         encoder=options.encoder,
         val_fraction=val_fraction,
+        hold_out=ledger.hold_out,
         filters=options.filters,
         dedup=dedup,
         folder=options.out / PARTS_NAME,
@@ -124,16 +141,14 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
 
 def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: Packer) -> Manifest:
     """The last shards, then the manifest, then nothing else is needed."""
-    try:
+    with _nothing_left(options):
         tallies, skipped = packer.finish(plan.skipped)
-    except DataError:
-        discard(options.out, options.dataset)  # with other options it would be another preparation
-        raise
-    progress = packer.ledger.progress
+    progress, hold_out = packer.ledger.progress, packer.ledger.hold_out
+    made_by = {ENCODER: packer.encoders} | ({HELD_OUT: str(hold_out)} if hold_out.digest else {})
     manifest = Manifest(
         *(options.dataset, plan.source, plan.revision, tokenizer.name, tokenizer.fingerprint),
         vocab_size=tokenizer.vocab_size,
-        options=options.shaping(plan) | {ENCODER: packer.encoders},
+        options=options.shaping(plan) | made_by,
         splits={
             name: Split(tally.documents, tally.tokens, tally.text_bytes, tuple(progress[name].shards))
             for name, tally in tallies.items()
@@ -144,6 +159,16 @@ def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: P
     manifest.write(options.out)
     clear(options.out)
     return manifest
+
+
+@contextmanager
+def _nothing_left(options: PrepareOptions) -> Iterator[None]:
+    """Input that gives no two splits leaves nothing: with other options it would be another preparation."""
+    try:
+        yield
+    except DataError:
+        discard(options.out, options.dataset)
+        raise
 
 
 def _summarize(manifest: Manifest, options: PrepareOptions, elapsed_s: float) -> None:
@@ -157,4 +182,13 @@ def _summarize(manifest: Manifest, options: PrepareOptions, elapsed_s: float) ->
         )
     for line in described(manifest.skipped, manifest.first_skipped) or ["nothing was skipped"]:
         say(f"  {line}")
+    if held_out := manifest.options.get(HELD_OUT):
+        say(f"  --val-fraction left a split empty; held out for validation instead: {held_out}")
     say(f"  fingerprint {manifest.fingerprint[:16]}, in {options.out}")
+    n_tokens, name = min((split.tokens, name) for name, split in manifest.splits.items())
+    if n_tokens < WINDOW_TOKENS:
+        fits = 1 << ((n_tokens - 1).bit_length() - 1)  # a power of two divides the tokens of an update
+        warn(
+            f"the {name} split has {n_tokens:,} tokens, fewer than the {WINDOW_TOKENS:,} of one window of GPT-2. Give "
+            f"train --batch.seq-len {fits} or less, or prepare more text or with another --val-fraction."
+        )
