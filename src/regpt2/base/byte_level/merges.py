@@ -5,6 +5,7 @@ Its ids are GPT-2's layout: the 256 bytes in GPT-2's order, a token for each mer
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
@@ -76,7 +77,7 @@ def merges_to_itself(token: str, ranks: dict[tuple[str, str], int]) -> bool:
     """Do merges by these ranks, the lowest first and from the left, make one token of this text?"""
     parts = list(token)
     while len(parts) > 1:
-        found = [(ranks[pair], at) for at, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks]
+        found = [(ranks[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in ranks]
         if not found:
             return False
         at = min(found)[1]

@@ -40,7 +40,9 @@ def special(text: str) -> dict[str, Any]:
     return {"content": text, **dict.fromkeys((*_CHANGED_SPLIT, "normalized"), False), "special": True}
 
 
-def description(ids: Mapping[str, int], merges: Sequence[str], specials: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def description(
+    ids: Mapping[str, int], merges: Sequence[str], specials: Mapping[int, dict[str, Any]]
+) -> dict[str, Any]:
     """The content of the file."""
     model = {
         "type": "BPE",

@@ -81,6 +81,4 @@ def own_vocabulary(vocab: bytes) -> Vocabulary:
 def added_texts(texts: Mapping[int, str], rows: int, start: int = GPT2_TOKENS) -> tuple[str | None, ...]:
     """The texts of the rows from `start` on, None for a row without one; of equal texts the first row's."""
     of_row = {text: row for row, text in sorted(texts.items(), reverse=True)}
-    return tuple(
-        texts[row] if texts.get(row) and of_row[texts[row]] == row else None for row in range(start, rows)
-    )
+    return tuple(texts[row] if texts.get(row) and of_row[texts[row]] == row else None for row in range(start, rows))
