@@ -258,14 +258,25 @@ def find_vocab(vocab_path: Path | None = None) -> Path:
         else:
             return vocab_path
         raise DataError(f"{vocab_path} is not GPT-2's vocab.bpe: {fault}; leave the option out to use GPT-2's own.")
+    if (local := local_vocab()) is not None:
+        return local
+    download(VOCAB_URL, _cached_vocab(), VOCAB_SHA256)
+    return _cached_vocab()
+
+
+def local_vocab() -> Path | None:
+    """A verified `vocab.bpe` of GPT-2's that is on this machine; None if it would have to be downloaded."""
     packaged = _packaged_vocab()
     if packaged is not None:
         if sha256_file(packaged) == VOCAB_SHA256:
             return packaged
         warn(f"{packaged} (package {VOCAB_PACKAGE}) is not GPT-2's vocab.bpe: its SHA-256 differs; looking elsewhere.")
-    cached = cache_dir() / "gpt2" / "vocab.bpe"
-    download(VOCAB_URL, cached, VOCAB_SHA256)
-    return cached
+    cached = _cached_vocab()
+    return cached if cached.is_file() and sha256_file(cached) == VOCAB_SHA256 else None
+
+
+def _cached_vocab() -> Path:
+    return cache_dir() / "gpt2" / "vocab.bpe"
 
 
 def valid_text(text: str) -> str:
