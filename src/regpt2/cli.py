@@ -19,6 +19,7 @@ from regpt2.base.threads import spin_briefly
 VERBS = {
     "doctor": "check this machine: is it ready, correct and fast (device, kernels, disks, data)",
     "plan": "estimate a run before it starts: hours, money, memory, disk, best micro-batch",
+    "tokenizer": "make a tokenizer of your own from text, for prepare",
     "prepare": "turn text into shards of tokens: parallel, resumable, verified",
     "inspect": "look inside a data folder: counts, lengths, text; or compare two",
     "reshard": "convert tokens from and to llm.c, nanoGPT, Megatron, datatrove; verified",

@@ -21,7 +21,7 @@ class AddedTokens(Tokenizer):
 
     def __init__(self, base: Tokenizer, added: Sequence[str | None]) -> None:
         self.base, self.name, self.fingerprint, self.encoder = base, base.name, base.fingerprint, base.encoder
-        self.added = tuple(added)
+        self.added, self.vocab = tuple(added), base.vocab
         self.eot, self.start_id, self.vocab_size = base.eot, base.start_id, base.vocab_size + len(added)
         if self.vocab_size > MOST_IDS:
             raise DataError(f"{self.vocab_size:,} tokens, of them {len(added):,} added ones; at most {MOST_IDS:,} fit.")

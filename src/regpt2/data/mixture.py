@@ -170,7 +170,8 @@ class Mixture(AbstractContextManager["Mixture"]):
 
 
 def _vocabulary(stream: TokenStream) -> tuple[str, int | None, str | None]:
-    return stream.tokenizer_name, stream.vocab_size, stream.characters
+    own = stream.characters if stream.vocab is None else stream.tokenizer_fingerprint
+    return stream.tokenizer_name, stream.vocab_size, own
 
 
 def open_mixture(shares: Sequence[Share], split: str = "train") -> Mixture:
@@ -184,9 +185,10 @@ def open_mixture(shares: Sequence[Share], split: str = "train") -> Mixture:
         first = streams[0]
         for share, stream in zip(shares, streams, strict=True):
             if _vocabulary(stream) != _vocabulary(first):
+                other = "another " if stream.tokenizer_name == first.tokenizer_name else ""
                 raise DataError(
                     f"{share.folder} was made with the tokenizer {stream.tokenizer_name!r} of {stream.vocab_size} "
-                    f"tokens, {shares[0].folder} with {'other ' if stream.characters and first.characters else ''}"
+                    f"tokens, {shares[0].folder} with {other}"
                     f"{first.tokenizer_name!r} of {first.vocab_size}; prepare all data sets of a mixture with one "
                     "tokenizer."
                 )

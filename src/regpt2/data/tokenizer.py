@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding (by tiktoken, offline) and plain bytes.
+"""Text to token ids and back: byte-pair encoding, GPT-2's or one's own (by tiktoken, offline), and plain bytes.
 
 The GPT-2 vocabulary is `vocab.bpe`, 456,318 bytes as OpenAI published it; it is used only when its SHA-256 is right.
 `<|endoftext|>` separates documents and has an id of its own; the same characters inside a document stay text.
@@ -16,13 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+from regpt2.base.byte_level.merges import (
+    BYTES_TOKENIZER,
+    END_OF_TEXT,
+    MOST_FILE_BYTES,
+    byte_characters,
+    fault_in,
+    merges_in,
+)
 from regpt2.base.console import warn
 from regpt2.base.errors import DataError, UsageError, did_you_mean
 from regpt2.base.files import cache_dir, sha256_bytes, sha256_file
 from regpt2.base.net.download import download
 
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZERS = ("gpt2", "bytes")
+OWN = "bpe"  # the name of every byte-pair encoding of one's own; the fingerprint tells them apart
+OWN_FILE = "vocab.bpe"  # its merges, beside the manifest of a data folder
 
 VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -55,6 +64,8 @@ class Tokenizer(ABC):
     fingerprint: str
     characters: str | None = None
     """The character of each id, where each is one."""
+    vocab: bytes | None = None
+    """The bytes of its `vocab.bpe`, where it is a byte-pair encoding."""
     encoder: str
     """The program that encodes, with its version."""
 
@@ -135,7 +146,7 @@ class BytesTokenizer(Tokenizer):
     vocab_size = 257
     eot: int = 256
     start_id = eot
-    fingerprint = sha256_bytes(b"regpt2 bytes 1: ids 0-255 are bytes of UTF-8, 256 is <|endoftext|>")
+    fingerprint = sha256_bytes(BYTES_TOKENIZER)
     encoder = "regpt2"
 
     def __init__(self) -> None:
@@ -145,22 +156,32 @@ class BytesTokenizer(Tokenizer):
         return np.frombuffer(valid_text(text).encode(), dtype=np.uint8).astype(np.uint16)
 
 
-class Gpt2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, built from the bytes of `vocab.bpe`."""
+class BytePairTokenizer(Tokenizer):
+    """A byte-pair encoding of one's own: GPT-2's splitting and layout of ids, other merges, end of text last."""
 
-    name = "gpt2"
-    vocab_size = 50257
-    eot: int = 50256
-    start_id = eot
-    fingerprint = VOCAB_SHA256
+    name = OWN
+    eot: int
+    vocab: bytes
     encoder = f"tiktoken {tiktoken.__version__}"
 
     def __init__(self, vocab: bytes) -> None:
+        """From the bytes of its `vocab.bpe`.
+
+        Raises:
+            DataError: they are no vocabulary that can be used.
+        """
+        if fault := fault_in(vocab):
+            raise DataError(f"a vocab.bpe that cannot be used: {fault}; make another by `regpt2 tokenizer train`.")
+        ranks = _merge_ranks(vocab)
+        self.eot = self.start_id = len(ranks)
+        self.vocab_size, self.fingerprint = len(ranks) + 1, sha256_bytes(vocab)
+        self._make(vocab, ranks)
+
+    def _make(self, vocab: bytes, ranks: dict[bytes, int]) -> None:
         self.vocab = vocab
-        ranks = _merge_ranks(vocab.decode())
         super().__init__([*ranks, END_OF_TEXT.encode()])
         self._bpe = tiktoken.Encoding(
-            "gpt2",
+            self.name,
             pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
             special_tokens={END_OF_TEXT: self.eot},
@@ -169,25 +190,55 @@ class Gpt2Tokenizer(Tokenizer):
 
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
         ids = [self._bpe.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(valid_text(text))]
-        return np.concatenate(ids, dtype=np.uint16, casting="unsafe")  # from uint32; every id is below 50257
+        return np.concatenate(ids, dtype=np.uint16, casting="unsafe")  # from uint32; every id is below vocab_size
+
+
+class Gpt2Tokenizer(BytePairTokenizer):
+    """GPT-2's byte-pair encoding, built from the bytes of `vocab.bpe`."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    eot: int = 50256
+    start_id = eot
+    fingerprint = VOCAB_SHA256
+
+    def __init__(self, vocab: bytes) -> None:
+        self._make(vocab, _merge_ranks(vocab))
 
 
 def load_tokenizer(name: str, vocab_path: Path | None = None) -> Tokenizer:
-    """The tokenizer called `name`: "gpt2" or "bytes". `vocab_path` is a `vocab.bpe` of your own, for gpt2.
+    """The tokenizer called `name`: "gpt2", "bytes" or "bpe". `vocab_path` is a `vocab.bpe`: GPT-2's, or one's own.
 
     Raises:
         UsageError: no such tokenizer, or a vocabulary for one that has none.
-        DataError: the vocabulary at `vocab_path` is not GPT-2's.
+        DataError: the vocabulary at `vocab_path` is not GPT-2's, or for bpe not there or damaged.
     """
+    if name == OWN and vocab_path is not None:
+        return _own(vocab_path)
     if name not in TOKENIZERS:
         raise UsageError(
-            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS)} Available: {', '.join(TOKENIZERS)}."
+            f"tokenizer: there is no {name!r}{did_you_mean(name, TOKENIZERS)} Available: {', '.join(TOKENIZERS)}, or "
+            "the path of a tokenizer.json of your own."
         )
     if name == "bytes":
         if vocab_path is not None:
             raise UsageError(f"tokenizer: bytes has no vocabulary file; leave out {vocab_path}, or choose gpt2.")
         return BytesTokenizer()
     return Gpt2Tokenizer(find_vocab(vocab_path).read_bytes())
+
+
+def _own(path: Path) -> BytePairTokenizer:
+    try:
+        if (n_bytes := path.stat().st_size) > MOST_FILE_BYTES:
+            raise DataError(f"it has {n_bytes:,} bytes, expected at most {MOST_FILE_BYTES:,}.")
+        return BytePairTokenizer(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing: it holds the tokenizer's merges. Copy it from a folder that was made with the same "
+            "tokenizer, or prepare the folder again."
+        ) from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def find_vocab(vocab_path: Path | None = None) -> Path:
@@ -207,14 +258,25 @@ def find_vocab(vocab_path: Path | None = None) -> Path:
         else:
             return vocab_path
         raise DataError(f"{vocab_path} is not GPT-2's vocab.bpe: {fault}; leave the option out to use GPT-2's own.")
+    if (local := local_vocab()) is not None:
+        return local
+    download(VOCAB_URL, _cached_vocab(), VOCAB_SHA256)
+    return _cached_vocab()
+
+
+def local_vocab() -> Path | None:
+    """A verified `vocab.bpe` of GPT-2's that is on this machine; None if it would have to be downloaded."""
     packaged = _packaged_vocab()
     if packaged is not None:
         if sha256_file(packaged) == VOCAB_SHA256:
             return packaged
         warn(f"{packaged} (package {VOCAB_PACKAGE}) is not GPT-2's vocab.bpe: its SHA-256 differs; looking elsewhere.")
-    cached = cache_dir() / "gpt2" / "vocab.bpe"
-    download(VOCAB_URL, cached, VOCAB_SHA256)
-    return cached
+    cached = _cached_vocab()
+    return cached if cached.is_file() and sha256_file(cached) == VOCAB_SHA256 else None
+
+
+def _cached_vocab() -> Path:
+    return cache_dir() / "gpt2" / "vocab.bpe"
 
 
 def valid_text(text: str) -> str:
@@ -226,19 +288,12 @@ def valid_text(text: str) -> str:
     return text
 
 
-def byte_characters() -> dict[int, str]:
-    """GPT-2's table: the printable character that stands for each byte in `vocab.bpe`, in the order of ids 0 to 255."""
-    table = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
-    rest = [byte for byte in range(256) if byte not in table]
-    return table | {byte: chr(256 + n) for n, byte in enumerate(rest)}
-
-
-def _merge_ranks(vocab: str) -> dict[bytes, int]:
+def _merge_ranks(vocab: bytes) -> dict[bytes, int]:
     """Every token's bytes and id: the 256 bytes, then one merge a line (the first line holds the version)."""
     characters = byte_characters()
     byte_of = {character: byte for byte, character in characters.items()}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(characters)}
-    for line in vocab.split("\n")[1:-1]:
+    for line in merges_in(vocab):
         ranks[bytes(byte_of[character] for character in line.replace(" ", ""))] = len(ranks)
     return ranks
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from regpt2.model.files.contract import TokenizerRef
+from regpt2.model.files.contract import Vocabulary
 from regpt2.model.weights import native
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
@@ -58,7 +58,13 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         "world_size": world.size,
         "strategy": config.parallel.strategy,
     }
-    tokenizer = TokenizerRef(run.tokenizer.name, run.tokenizer.fingerprint, characters=run.tokenizer.characters)
+    tokenizer = Vocabulary(
+        run.tokenizer.name,
+        run.tokenizer.fingerprint,
+        run.tokenizer.eot,
+        run.tokenizer.vocab,
+        characters=run.tokenizer.characters,
+    )
     run.saver.save(
         lambda: checkpoint.snapshot(
             step,

@@ -7,7 +7,17 @@ from regpt2.base.errors import CheckpointError, Problem
 from regpt2.base.files import sha256_bytes
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
-from regpt2.data.tokenizer import TOKENIZERS, VOCAB_SHA256, Gpt2Tokenizer, Tokenizer, load_tokenizer
+from regpt2.data.own_vocabulary import NAME as TOKENIZER_JSON
+from regpt2.data.own_vocabulary import read_own
+from regpt2.data.tokenizer import (
+    OWN,
+    TOKENIZERS,
+    VOCAB_SHA256,
+    BytePairTokenizer,
+    Gpt2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from regpt2.model.files.contract import GPT2_ROWS, GPT2_TOKENS, TokenizerRef, Vocabulary
 from regpt2.model.files.load import LoadedModel
 from regpt2.model.kernels.activation import split_activation
@@ -26,17 +36,18 @@ def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
     """The tokenizer that the model was trained with, and the texts of rows that were added to it.
 
     `meta` is nanoGPT's `meta.pkl` with the characters of the ids, or its folder; the default is one beside the model.
+    For a byte-pair encoding of one's own it is its `tokenizer.json`.
 
     Raises:
         CheckpointError: it is unknown, not supported, or has another vocabulary than ours of the same name.
         DataError: `meta.pkl` is missing, or is not as nanoGPT writes it.
     """
-    ref = _characters(loaded, meta) or loaded.tokenizer or _by_size(loaded)
+    ref = _given(loaded, meta) or _characters(loaded, meta) or loaded.tokenizer or _by_size(loaded)
     rows = loaded.model.config.vocab_size
     if ref.objection is not None:
         insist = "If the weights were trained with GPT-2's tokenizer anyway, remove that file."
         raise CheckpointError(f"{loaded.source}: {ref.objection} {_WAYS_OUT} {insist}")
-    if ref.name not in TOKENIZERS and ref.characters is None:
+    if ref.name not in TOKENIZERS and ref.characters is None and not _is_own(ref):
         known = " and ".join(TOKENIZERS)
         raise CheckpointError(
             f"{loaded.source} was trained with the tokenizer {ref.name!r:.80}; regpt2 supports only {known}. "
@@ -58,7 +69,7 @@ def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
     tokenizer = AddedTokens(tokenizer, ref.added)
     if n := len(tokenizer.textless):
         warn(
-            f"{loaded.source}: {n:,} rows beyond GPT-2's {loaded.n_text_tokens:,} tokens have no text; "
+            f"{loaded.source}: {n:,} rows beyond the vocabulary's {loaded.n_text_tokens:,} tokens have no text; "
             "they are never sampled."
         )
     return tokenizer
@@ -80,7 +91,7 @@ def vocabulary_of(loaded: LoadedModel, meta: Path | None = None) -> Vocabulary |
         warn(f"{why} The weights are converted. The tokenizer's own files are left out.")
         return None if ref is None else Vocabulary(ref.name, ref.fingerprint, added=ref.added)
     base, added = (tokenizer.base, tokenizer.added) if isinstance(tokenizer, AddedTokens) else (tokenizer, ())
-    merges = base.vocab if isinstance(base, Gpt2Tokenizer) else None
+    merges = base.vocab if isinstance(base, BytePairTokenizer) else None
     name, fingerprint, characters = tokenizer.name, tokenizer.fingerprint, tokenizer.characters
     return Vocabulary(name, fingerprint, tokenizer.eot, merges, added=added, characters=characters)
 
@@ -95,6 +106,20 @@ def _by_size(loaded: LoadedModel) -> TokenizerRef:
         )
     warn(f"{loaded.source} does not say which tokenizer it was trained with; using GPT-2's, which has the same size.")
     return TokenizerRef("gpt2", VOCAB_SHA256, added=(None,) * (rows - GPT2_TOKENS))
+
+
+def _given(loaded: LoadedModel, file: Path | None) -> TokenizerRef | None:
+    """A byte-pair encoding of one's own from a file that the user names, for a model that does not include it."""
+    if file is None or not (file.suffix in (".json", ".bpe") or (file / TOKENIZER_JSON).is_file()):
+        return None
+    tokenizer, ref = BytePairTokenizer(read_own(file)), loaded.tokenizer
+    if ref is not None and ref.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{loaded.source} was trained with a {ref.name!r} vocabulary of fingerprint {ref.fingerprint}, {file} has "
+            f"one of fingerprint {tokenizer.fingerprint}; give the file that its data was prepared with."
+        )
+    added = ref.added if ref else (None,) * (loaded.model.config.vocab_size - tokenizer.vocab_size)
+    return Vocabulary(tokenizer.name, tokenizer.fingerprint, tokenizer.eot, tokenizer.vocab, added=added)
 
 
 def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
@@ -119,6 +144,11 @@ def _characters(loaded: LoadedModel, meta: Path | None) -> TokenizerRef | None:
     return TokenizerRef(tokenizer.name, tokenizer.fingerprint, characters=tokenizer.characters)
 
 
+def _is_own(ref: TokenizerRef) -> bool:
+    """Is it a byte-pair encoding of one's own, whose merges are known?"""
+    return ref.name == OWN and isinstance(ref, Vocabulary) and ref.merges is not None
+
+
 def _with_vocabulary(ref: TokenizerRef) -> Tokenizer:
     """Made from characters or GPT-2's merges beside the weights if possible: that needs no network."""
     if ref.characters is not None:
@@ -126,4 +156,6 @@ def _with_vocabulary(ref: TokenizerRef) -> Tokenizer:
     merges = ref.merges if isinstance(ref, Vocabulary) else None
     if ref.name == "gpt2" and merges is not None and sha256_bytes(merges) == VOCAB_SHA256:
         return Gpt2Tokenizer(merges)
+    if ref.name == OWN and merges is not None:
+        return BytePairTokenizer(merges)
     return load_tokenizer(ref.name)

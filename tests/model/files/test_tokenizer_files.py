@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+from regpt2.base.byte_level.tokenizer_json import special
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.tokenizer import VOCAB_SHA256, Gpt2Tokenizer, find_vocab
 from regpt2.model.files import tokenizer_files
@@ -111,7 +112,7 @@ def test_any_of_the_files_proves_it(tmp_path: Path, texts: dict[str, str], files
 
 
 def added_token(n: int, text: str) -> dict[str, Any]:
-    return {"id": n} | tokenizer_files._special(text)
+    return {"id": n} | special(text)
 
 
 def old_style(fast: Any) -> None:

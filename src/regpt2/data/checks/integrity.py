@@ -12,10 +12,10 @@ from regpt2.base.console import ProgressLine, say
 from regpt2.base.errors import DataError, Problem
 from regpt2.base.files import describe_os_error
 from regpt2.data.checks.counts import ends_of_text
-from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokenizer import OWN, OWN_FILE
 from regpt2.data.tokens.manifest import MANIFEST_NAME, SPLITS, Manifest
 from regpt2.data.tokens.other_formats import foreign_files
-from regpt2.data.tokens.shards import LEDGER_NAME, open_tokens, verify_shard
+from regpt2.data.tokens.shards import LEDGER_NAME, check_vocabulary, open_tokens, verify_shard
 
 _IDS_AT_ONCE = 1 << 22
 
@@ -60,6 +60,8 @@ def check_data(data: Path, findings: Findings) -> None:
     if not findings.check(data / MANIFEST_NAME, lambda: f"fingerprint {Manifest.read(data).fingerprint[:16]}"):
         return
     manifest = Manifest.read(data)
+    if manifest.tokenizer == OWN:
+        findings.check(data / OWN_FILE, lambda: f"SHA-256 {check_vocabulary(data, manifest)[:16]}")
     whole = dict.fromkeys(manifest.splits, True)
     with ProgressLine("checking shards", sum(shard.bytes for shard in manifest.shards) / 1e6, "MB") as progress:
 
@@ -91,7 +93,7 @@ def _check_foreign_data(data: Path, findings: Findings) -> None:
 
 def _check_ids(data: Path, split: str, manifest: Manifest | None, findings: Findings) -> None:
     """Read all ids of a split; with a manifest, count its documents too: each begins with an end of text."""
-    eot = _end_of_text(manifest, findings)
+    eot = _end_of_text(data, split, manifest, findings)
 
     def look() -> str:
         documents = 0
@@ -113,11 +115,12 @@ def _check_ids(data: Path, split: str, manifest: Manifest | None, findings: Find
     findings.check(f"{data}, {split} split", look)
 
 
-def _end_of_text(manifest: Manifest | None, findings: Findings) -> int | None:
+def _end_of_text(data: Path, split: str, manifest: Manifest | None, findings: Findings) -> int | None:
     if manifest is None:
         return None
     try:
-        return None if manifest.characters is not None else load_tokenizer(manifest.tokenizer).eot
+        with open_tokens(data, split) as tokens:
+            return tokens.tokenizer().eot
     except Problem as error:
         findings.add(manifest.tokenizer, "note", f"the documents are not counted: {error}")
         return None

@@ -10,7 +10,7 @@ from regpt2.data.checks.counts import STRETCH_TOKENS, Counts, count_tokens
 from regpt2.data.checks.excerpts import excerpt, find_parting
 from regpt2.data.checks.folder import OpenFolder
 from regpt2.data.checks.show import COLUMNS, N_COMMON, n_files, show_counts, show_field, show_folder, show_text, visible
-from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokenizer import OWN_FILE, Tokenizer
 from regpt2.data.tokens.manifest import SPLITS
 
 MOST_COUNTED = 1_000_000_000  # tokens of a split; of a larger one, a sample
@@ -106,7 +106,9 @@ def compare(a: OpenFolder, b: OpenFolder, n_tokens: int) -> dict[str, Any]:
 def _whose_tokens(folder: OpenFolder) -> str:
     """What the tokens of a folder without a manifest are taken to be."""
     stream = next(iter(folder.splits.values()))
-    return "its tokens taken to be GPT-2's" if stream.characters is None else f"its tokens those of {META_NAME}"
+    if stream.tokenizer_fingerprint is None:
+        return "its tokens taken to be GPT-2's"
+    return f"its tokens those of {META_NAME if stream.vocab is None else OWN_FILE}"
 
 
 def _facts(folder: OpenFolder) -> dict[str, str]:

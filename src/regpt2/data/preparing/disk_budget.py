@@ -12,7 +12,11 @@ from regpt2.base.files import free_bytes, require_free_space
 from regpt2.data.sources.plan import Part, Plan
 from regpt2.data.tokens.manifest import TOKEN_BYTES
 
-TOKENS_PER_BYTE = {"gpt2": 0.5, "bytes": 1.0}  # where the plan says nothing: English has 0.22, Python code 0.45
+TOKENS_PER_BYTE = {
+    "gpt2": 0.5,
+    "bytes": 1.0,
+    "bpe": 1.0,
+}  # where the plan says nothing: English has 0.22, Python code 0.45
 MARGIN = 1.05  # on the publisher's own count of tokens
 
 

@@ -17,6 +17,7 @@ from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.data.preparing.encode_part import PARTS_NAME
 from regpt2.data.preparing.hold_out import Digests, HoldOut
+from regpt2.data.tokenizer import OWN_FILE
 from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, SPLITS, Manifest, Shard
 from regpt2.data.tokens.shards import LEDGER_NAME
 from regpt2.data.tokens.writing import Tally
@@ -173,6 +174,7 @@ def discard(folder: Path, dataset: str) -> None:
     """Remove everything that an unfinished preparation wrote, the ledger first."""
     (folder / LEDGER_NAME).unlink(missing_ok=True)
     clear(folder)
+    (folder / OWN_FILE).unlink(missing_ok=True)
     for path in _shards(folder, dataset):
         path.unlink()
 

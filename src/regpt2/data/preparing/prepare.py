@@ -13,8 +13,9 @@ from types import ModuleType
 from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, count, duration, say, warn
 from regpt2.base.errors import DataError, UsageError
-from regpt2.base.files import folder_lock
+from regpt2.base.files import folder_lock, write_atomic
 from regpt2.data.fast_tokenizer import fast_tokenizer
+from regpt2.data.own_vocabulary import read_own
 from regpt2.data.preparing.cluster import encode
 from regpt2.data.preparing.disk_budget import Space
 from regpt2.data.preparing.encode_part import PARTS_NAME, EncodeJob, PartResult, forget_copies
@@ -34,7 +35,7 @@ from regpt2.data.preparing.pack_shards import Packer
 from regpt2.data.preparing.ready_shards import collect
 from regpt2.data.preparing.workers import run_tasks
 from regpt2.data.sources.plan import Plan
-from regpt2.data.tokenizer import Tokenizer, find_vocab, load_tokenizer
+from regpt2.data.tokenizer import OWN, OWN_FILE, TOKENIZERS, BytePairTokenizer, Tokenizer, find_vocab, load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split, described
 
 
@@ -54,11 +55,11 @@ def prepare(options: PrepareOptions) -> Manifest:
     if hasattr(entry, "shards"):
         manifest = _collect(entry, options)
     else:
-        vocab = find_vocab(options.vocab) if options.tokenizer == "gpt2" else options.vocab
-        tokenizer = fast_tokenizer(options.encoder, load_tokenizer(options.tokenizer, vocab))
+        tokenizer, vocab = _tokenizer(options)
         plan: Plan = entry.plan(options.source)
         with folder_lock(options.out):
             if finished := complete_already(options.out, options.settings(plan, tokenizer)):
+                _keep_vocabulary(options, tokenizer)  # a lost one is mended
                 return finished
             packer = _encode_and_pack(options, plan, tokenizer, vocab)
             if hold_out := packer.hold_out():
@@ -70,6 +71,26 @@ def prepare(options: PrepareOptions) -> Manifest:
             manifest = _finish(options, plan, tokenizer, packer)
     _summarize(manifest, options, time.monotonic() - started_at)
     return manifest
+
+
+def _tokenizer(options: PrepareOptions) -> tuple[Tokenizer, Path | None]:
+    """The tokenizer, and where every worker finds its vocabulary: of one's own in the data folder, as it will be."""
+    if options.tokenizer in TOKENIZERS:
+        vocab = find_vocab(options.vocab) if options.tokenizer == "gpt2" else options.vocab
+        return fast_tokenizer(options.encoder, load_tokenizer(options.tokenizer, vocab)), vocab
+    if options.vocab is not None:
+        raise UsageError(
+            f"--vocab {options.vocab} is for gpt2; --tokenizer {options.tokenizer} has its own: leave it out."
+        )
+    own = BytePairTokenizer(read_own(Path(options.tokenizer)))
+    return fast_tokenizer(options.encoder, own), options.out / OWN_FILE
+
+
+def _keep_vocabulary(options: PrepareOptions, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer of one's own into the data folder, from which everything else reads it."""
+    place, vocab = options.out / OWN_FILE, tokenizer.vocab if tokenizer.name == OWN else None
+    if vocab is not None and not (place.is_file() and place.read_bytes() == vocab):
+        write_atomic(place, vocab)
 
 
 def _collect(entry: ModuleType, options: PrepareOptions) -> Manifest:
@@ -87,16 +108,17 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
     """Have every unfinished part encoded; the packer puts them into the order of the plan."""
     val_tokens, val_fraction = options.validation(plan)
     limit_bytes = None if options.disk_limit is None else int(options.disk_limit * 1e9)
-    space = Space(plan, options.tokenizer, options.shard_tokens, options.workers, limit_bytes)
+    space = Space(plan, tokenizer.name, options.shard_tokens, options.workers, limit_bytes)
     # A Slurm job of an earlier call may still be writing parts; the engine cleans up when it submits a new one.
     is_slurm = options.engine == "slurm"
     ledger = begin(options.out, options.settings(plan, tokenizer), plan.fingerprint, keep_parts_tmp=is_slurm)
     space.require(options.out)
+    _keep_vocabulary(options, tokenizer)
     shard_tokens, dedup = options.shard_tokens, options.dedup
     packer = Packer(options.out, ledger, tokenizer, shard_tokens=shard_tokens, val_tokens=val_tokens, dedup=dedup)
     job = EncodeJob(
         dataset=options.dataset,
-        tokenizer=options.tokenizer,
+        tokenizer=tokenizer.name,
         vocab=vocab,
         encoder=options.encoder,
         val_fraction=val_fraction,

@@ -17,10 +17,10 @@ import tyro
 from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, say, warn
 from regpt2.base.errors import DataError, UsageError
-from regpt2.base.files import folder_lock, fsync_dir, require_free_space
+from regpt2.base.files import folder_lock, fsync_dir, require_free_space, write_atomic
 from regpt2.data.characters import META_NAME
 from regpt2.data.checks.counts import eot_is_last
-from regpt2.data.tokenizer import Tokenizer
+from regpt2.data.tokenizer import OWN, OWN_FILE, Tokenizer
 from regpt2.data.tokens.manifest import MANIFEST_NAME, TOKEN_BYTES, Manifest
 from regpt2.data.tokens.other_formats import foreign_files
 from regpt2.data.tokens.shards import TokenStream, open_tokens
@@ -49,7 +49,7 @@ class ReshardOptions:
     name: str | None = None
     """What the files are called by; by default what DATA says that its text is, else "tokens"."""
     tokenizer: str | None = None
-    """Whose ids they are, if DATA has no manifest.json and no meta.pkl: gpt2 (the default) or bytes."""
+    """Whose ids they are, if DATA has no manifest.json, meta.pkl or vocab.bpe: gpt2 (the default) or bytes."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,13 @@ def _open_source(options: ReshardOptions, stack: ExitStack) -> _OpenSource:
     has_val = "val" in manifest.splits if manifest else any(file.n_tokens for file in foreign_files(folder, "val"))
     streams = {"val": stack.enter_context(open_tokens(folder, "val"))} if has_val else {}
     streams["train"] = train
-    if (manifest or train.characters is not None) and options.tokenizer not in (None, train.tokenizer_name):
-        place = folder if manifest else META_NAME
+    known = train.tokenizer_fingerprint is not None
+    if known and options.tokenizer not in (None, train.tokenizer_name):
+        place = folder if manifest else OWN_FILE if train.vocab else META_NAME
         raise UsageError(f"--tokenizer {options.tokenizer}: {place} says {train.tokenizer_name}; leave it out.")
     if manifest is None:
         warn(train.note)
-        if train.characters is None:
+        if not known:
             for stream in streams.values():
                 stream.tokenizer_name = options.tokenizer or "gpt2"
     tokenizer = train.tokenizer()
@@ -210,6 +211,8 @@ def _write_and_compare(
             splits=tuple(splits),
         )
         entry.write(part, data)
+        if source.tokenizer.name == OWN and source.tokenizer.vocab is not None:
+            write_atomic(part / OWN_FILE, source.tokenizer.vocab)
     with ProgressLine("compare", n_millions, "M tokens") as progress:
         for split, digest in digests.items():
             written = hashlib.sha256()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
-from regpt2.data.tokenizer import Tokenizer, load_tokenizer
+from regpt2.data.tokenizer import OWN, OWN_FILE, VOCAB_BYTES, VOCAB_SHA256, Tokenizer, load_tokenizer
 from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard
 from regpt2.data.tokens.other_formats import (
     MAGIC,
@@ -77,6 +77,8 @@ class TokenStream(AbstractContextManager["TokenStream"]):
     dataset: str | None = None
     characters: str | None = None
     note: str = ""
+    vocab: Path | None = None
+    """The `vocab.bpe` of a tokenizer of one's own, in the folder."""
 
     def __post_init__(self) -> None:
         self._ends = list(accumulate(file.n_tokens for file in self.files))
@@ -90,7 +92,9 @@ class TokenStream(AbstractContextManager["TokenStream"]):
         Raises:
             Problem: no tokenizer has this name, or its vocabulary cannot be found.
         """
-        return load_tokenizer(self.tokenizer_name) if self.characters is None else CharacterTokenizer(self.characters)
+        if self.characters is not None:
+            return CharacterTokenizer(self.characters)
+        return load_tokenizer(self.tokenizer_name, self.vocab)
 
     def read(self, start: int, count: int) -> npt.NDArray[np.uint16]:
         """Tokens [start, start + count), across files where need be.
@@ -197,22 +201,33 @@ def _open_foreign(folder: Path, split: str) -> TokenStream:
             f"{folder}: no {split} tokens here (no manifest.json, no *_{split}_*.bin, *{split}*.npy, {split}.bin, "
             f"*{split}*.idx or *{split}*.ds); {mend}.{aside}"
         )
-    characters = read_meta(folder / META_NAME) if (folder / META_NAME).exists() else None
-    lines = [f"{file.path.name} {file.n_tokens}" for file in files] + ([characters.fingerprint] if characters else [])
-    what = f"the {characters.vocab_size:,} characters of its {META_NAME}" if characters else "taken to be GPT-2's"
+    own: Tokenizer | None = read_meta(folder / META_NAME) if (folder / META_NAME).exists() else _own(folder)
+    what, eot = ("taken to be GPT-2's", GPT2_EOT) if own is None else (f"those of its {OWN_FILE}", own.eot)
+    if own is not None and own.characters is not None:
+        what = f"the {own.vocab_size:,} characters of its {META_NAME}"
     note = f"{folder} has no manifest.json: its tokens are {what}, and its content cannot be verified."
-    if not characters and files[-1].whole_documents and files[-1].last_token() not in (GPT2_EOT, None):
+    if eot is not None and files[-1].whole_documents and files[-1].last_token() not in (eot, None):
         note += " No end of text separates its documents: they run together."
+    lines = [f"{file.path.name} {file.n_tokens}" for file in files] + ([own.fingerprint] if own else [])
     return TokenStream(
         files,
         fingerprint=sha256_bytes("\n".join(lines).encode()),
-        tokenizer_name=characters.name if characters else "gpt2",
-        tokenizer_fingerprint=characters.fingerprint if characters else None,
-        vocab_size=characters.vocab_size if characters else GPT2_VOCAB_SIZE,
-        dataset=None if characters else foreign_dataset(files),
-        characters=characters.characters if characters else None,
+        tokenizer_name=own.name if own else "gpt2",
+        tokenizer_fingerprint=own.fingerprint if own else None,
+        vocab_size=own.vocab_size if own else GPT2_VOCAB_SIZE,
+        dataset=None if own else foreign_dataset(files),
+        characters=own.characters if own else None,
         note=note + aside,
+        vocab=folder / OWN_FILE if own and own.vocab is not None else None,
     )
+
+
+def _own(folder: Path) -> Tokenizer | None:
+    """A byte-pair encoding of one's own, if its `vocab.bpe` lies beside the tokens and is not GPT-2's."""
+    path = folder / OWN_FILE
+    if not path.is_file() or (path.stat().st_size == VOCAB_BYTES and sha256_file(path) == VOCAB_SHA256):
+        return None
+    return load_tokenizer(OWN, path)
 
 
 def verify(folder: Path, on_bytes: Callable[[int], object] | None = None, *, part: int = 0, of: int = 1) -> list[str]:
@@ -234,6 +249,26 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None, *, par
     return bad
 
 
+def check_vocabulary(folder: Path, manifest: Manifest) -> str:
+    """Compare the `vocab.bpe` of a tokenizer of one's own with the manifest; returns its SHA-256.
+
+    Raises:
+        DataError: it is missing, or another.
+    """
+    path = folder / OWN_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing: it holds the tokenizer's merges. Copy it from a folder that was made with the same "
+            "tokenizer, or prepare the folder again."
+        )
+    if (got := sha256_file(path)) != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"{path} has SHA-256 {got}, expected {manifest.tokenizer_fingerprint}: damaged, or of another tokenizer; "
+            "prepare the folder again."
+        )
+    return got
+
+
 def verify_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], object] | None = None) -> None:
     """Compare one shard with its entry in the manifest.
 
@@ -251,6 +286,8 @@ def _open_native(folder: Path, split: str) -> TokenStream:
     manifest = Manifest.read(folder)
     if split not in manifest.splits or not manifest.splits[split].shards:
         raise DataError(f"{folder}: no {split} split; it has: {', '.join(manifest.splits) or 'none'}.")
+    if manifest.tokenizer == OWN:
+        check_vocabulary(folder, manifest)
     files = []
     for shard in manifest.splits[split].shards:
         path = folder / shard.file
@@ -267,4 +304,5 @@ def _open_native(folder: Path, split: str) -> TokenStream:
         vocab_size=manifest.vocab_size,
         dataset=manifest.dataset,
         characters=manifest.characters,
+        vocab=folder / OWN_FILE if manifest.tokenizer == OWN else None,
     )

@@ -35,7 +35,7 @@ class Vocabulary(TokenizerRef):
     eot: int | None = None
     """The id of <|endoftext|>."""
     merges: bytes | None = None
-    """GPT-2's `vocab.bpe`, if the tokenizer is GPT-2's."""
+    """The bytes of its `vocab.bpe`, if the tokenizer is GPT-2's or a byte-pair encoding of one's own ("bpe")."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """How the native formats describe a model. In: its configuration and tokenizer; out: JSON text, and back."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from regpt2.base.byte_level.merges import fault_in
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError, did_you_mean
+from regpt2.base.files import sha256_bytes
 from regpt2.model.architecture import config_class
-from regpt2.model.files.contract import TokenizerRef
+from regpt2.model.files.contract import TokenizerRef, Vocabulary
 from regpt2.model.files.safe_json import json_text
+from regpt2.model.files.vocabulary import OWN, own_vocabulary
 from regpt2.model.language_model import SIZES, GPTConfig
 
 FORMAT, VERSION = "regpt2", 1
@@ -27,6 +30,8 @@ def describe_tokenizer(tokenizer: TokenizerRef | None) -> dict[str, Any] | None:
         return None
     document: dict[str, Any] = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
     document |= {"added": list(tokenizer.added)} if tokenizer.added else {}
+    if isinstance(tokenizer, Vocabulary) and tokenizer.name == OWN and tokenizer.merges is not None:
+        document["merges"] = tokenizer.merges.decode()
     return document | ({} if tokenizer.characters is None else {"characters": tokenizer.characters})
 
 
@@ -77,11 +82,26 @@ def parse_tokenizer(place: Path, tokenizer: Any) -> TokenizerRef | None:
         return None
     if isinstance(tokenizer, dict):
         name, fingerprint, added = tokenizer.get("name"), tokenizer.get("fingerprint"), tokenizer.get("added", [])
-        characters = tokenizer.get("characters")
-        texts = isinstance(added, list) and all(text is None or isinstance(text, str) for text in [*added, characters])
+        characters, merges = tokenizer.get("characters"), tokenizer.get("merges")
+        optional = (characters, merges)
+        texts = isinstance(added, list) and all(text is None or isinstance(text, str) for text in [*added, *optional])
+        if isinstance(merges, str) and texts:
+            return _own(place, merges, fingerprint, tuple(added))
         if isinstance(name, str) and isinstance(fingerprint, str) and texts:
             return TokenizerRef(name, fingerprint, added=tuple(added), characters=characters)
     raise CheckpointError(
         f"{place}: tokenizer = {tokenizer!s:.200} must have a 'name' and a 'fingerprint', or be null. It may have "
-        "'added', a list of texts, and 'characters', a text."
+        "'added', a list of texts, and 'characters' and 'merges', texts."
     )
+
+
+def _own(place: Path, merges: str, fingerprint: Any, added: tuple[str | None, ...]) -> Vocabulary:
+    """A byte-pair encoding of one's own whose merges are in the file."""
+    vocab = merges.encode("utf-8", "replace")
+    if (got := sha256_bytes(vocab)) != fingerprint:
+        raise CheckpointError(
+            f"{place}: the tokenizer's merges have SHA-256 {got}, expected {fingerprint!s:.80}: damaged; copy it again."
+        )
+    if why := fault_in(vocab):
+        raise CheckpointError(f"{place}: the tokenizer's merges cannot be used: {why}; copy it again.")
+    return replace(own_vocabulary(vocab), added=added)

@@ -13,7 +13,7 @@ from regpt2.base.errors import CheckpointError
 from regpt2.model.files.contract import CONFIG, QUANTIZED, WEIGHTS
 
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_./-]{1,256}")
-MAX_HEADER_BYTES = 1 << 20  # GPT-2 XL's is 54 kB, its optimizer's 176 kB
+MAX_HEADER_BYTES = 4 << 20  # GPT-2 XL's is 54 kB, its optimizer's 176 kB, one with 65,000 merges 1.5 MB
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # as safetensors calls them
 
 

@@ -1,28 +1,31 @@
-"""The tokenizer's files in a Hugging Face folder. In: the folder; out: GPT-2's vocabulary, proven, and its files.
+"""The tokenizer's files in a Hugging Face folder. In: the folder; out: its vocabulary, proven, and its files.
 
 Ids mean nothing without the tokenizer that a model was trained with, and 50,257 rows do not prove that it is GPT-2's.
 So every file that is there must describe GPT-2's: model, ids, merges, no normalizer, its split, no space in front.
 `tokenizer.json` must also give known ids for known sentences, where the package `tokenizers` is installed.
+Another vocabulary is accepted if all but its merges are GPT-2's, the layout of ids included; and bytes without merges.
 """
 
 import importlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regpt2.base.byte_level.merges import END_OF_TEXT, vocab_bytes
+from regpt2.base.byte_level.tokenizer_json import Described, Fault, described, description, special, text_of
 from regpt2.base.errors import Problem
 from regpt2.base.files import SMALL_BYTES, read_small, sha256_bytes, sha256_file, write_atomic
 from regpt2.model.files.contract import CONFIG, GPT2_TOKENS, TokenizerRef, Vocabulary
 from regpt2.model.files.safe_json import write_json
 from regpt2.model.files.vocabulary import (
-    END_OF_TEXT,
     GPT2_SHA256,
     added_texts,
     gpt2_tokenizer,
     is_gpt2_order,
     merges_of,
+    other_vocabulary,
     token_texts,
 )
 
@@ -34,10 +37,6 @@ END_OF_TEXT_ID = GPT2_TOKENS - 1
 _OTHERS = {"vocab.txt": "wordpiece", "*.model": "sentencepiece", "*.spm": "sentencepiece", "*.tiktoken": "tiktoken"}
 _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _CHANGED_TEXT = ("add_prefix_space", "do_lower_case")
-_CHANGED_MERGING = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-_CHANGED_SPLIT = ("lstrip", "rstrip", "single_word")
-_SPLIT = (("type", None), ("add_prefix_space", True), ("use_regex", True))  # with the default of each
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 # GPT-2's ids, by tiktoken: contractions, capitals, digits, runs of white space, accents in both forms, signs that a
 # normalizer would replace, scripts, an emoji of three characters, the end of text.
@@ -66,16 +65,24 @@ class _Another(Exception):
 
     def __init__(self, file: Path, why: str, kind: str = "bpe") -> None:
         super().__init__(f"The tokenizer beside the weights is not GPT-2's: {file.name} {why}.")
-        self.file, self.kind = file, kind
+        self.file, self.why, self.kind = file, why, kind
+
+
+class _OtherVocabulary(_Another):
+    """It differs from GPT-2's in its tokens or merges alone."""
 
 
 def read_tokenizer(folder: Path, rows: int) -> TokenizerRef | None:
     """Which tokenizer lies beside the weights of a model with `rows` tokens; None if there is none.
 
-    GPT-2's has its merges, if a file holds them, and the texts of added rows; any other has an objection.
+    GPT-2's and one's own have their merges, if a file holds them, and the texts of added rows; so have bytes, without
+    merges. Any other has an objection.
     """
     try:
-        return _gpt2(folder, rows)
+        try:
+            return _gpt2(folder, rows)
+        except _OtherVocabulary as other:
+            return _other_vocabulary(folder, rows, other)
     except _Another as other:
         file = other.file
         readable = file.is_file() and file.stat().st_size <= SMALL_BYTES
@@ -84,57 +91,34 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerRef | None:
 
 
 def write_tokenizer(folder: Path, vocabulary: Vocabulary, block_size: int) -> None:
-    """Write the files from which transformers, in any version, and the package tokenizers make GPT-2's tokenizer."""
-    ids = {token: n for n, token in enumerate(token_texts(vocabulary) or ())}
-    added = {n: text for n, text in enumerate(vocabulary.added, start=GPT2_TOKENS) if text is not None}
-    if list(added) != list(range(GPT2_TOKENS, GPT2_TOKENS + len(added))):  # readers count added tokens up from the last
+    """Write the files from which transformers, in any version, and the package tokenizers make the same tokenizer.
+
+    Its texts must be known: it is GPT-2's, bytes, or one's own.
+    """
+    texts = token_texts(vocabulary)
+    assert texts is not None, f"{vocabulary.name} has no tokens that these files can hold"
+    ids, start = {token: n for n, token in enumerate(texts)}, len(texts)
+    added = {n: text for n, text in enumerate(vocabulary.added, start=start) if text is not None}
+    if list(added) != list(range(start, start + len(added))):  # readers count added tokens up from the last
         ids |= {text: n for n, text in added.items()}
-    special = {n: _special(text) for n, text in ({END_OF_TEXT_ID: END_OF_TEXT} | added).items()}
-    write_atomic(folder / MERGES, vocabulary.merges or b"")
+    specials = {n: special(text) for n, text in ({start - 1: END_OF_TEXT} | added).items()}
+    write_atomic(folder / MERGES, vocabulary.merges or vocab_bytes(()))
     write_atomic(folder / IDS, json.dumps(ids))
-    write_json(folder / FAST, _fast(ids, merges_of(vocabulary), special))
+    write_json(folder / FAST, description(ids, merges_of(vocabulary), specials))
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
         **dict.fromkeys(("add_prefix_space", "clean_up_tokenization_spaces"), False),
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        "added_tokens_decoder": {str(n): flags for n, flags in special.items()},
+        "added_tokens_decoder": {str(n): flags for n, flags in specials.items()},
     }
     write_json(folder / SETTINGS, settings)
 
 
-def _special(text: str) -> dict[str, Any]:
-    return {"content": text, **dict.fromkeys((*_CHANGED_SPLIT, "normalized"), False), "special": True}
-
-
-def _fast(ids: Mapping[str, int], merges: list[str], special: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """The content of `tokenizer.json`."""
-    model = {
-        "type": "BPE",
-        **dict.fromkeys(("dropout", "unk_token")),
-        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
-        **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
-        "vocab": ids,
-        "merges": merges,
-    }
-    return {
-        "version": "1.0",
-        **dict.fromkeys(("truncation", "padding")),
-        "added_tokens": [{"id": n, **flags} for n, flags in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": _BYTE_LEVEL,
-        "post_processor": _BYTE_LEVEL | {"trim_offsets": False},
-        "decoder": _BYTE_LEVEL,
-        "model": model,
-    }
-
-
 def _gpt2(folder: Path, rows: int) -> Vocabulary | None:
     """GPT-2's tokenizer, proven by each file that is there; raises `_Another` where one is damaged or not GPT-2's."""
-    settings, added = _TokenizerConfig(folder), _Added(rows)
-    settings.check()
-    added.take(folder / ADDED, ((n, text) for text, n in _object(folder / ADDED).items()))
-    added.take(folder / SETTINGS, settings.added())
+    added = _Added(rows, END_OF_TEXT_ID)
+    added.take_beside(folder)
     vocabularies: list[Vocabulary] = []
     if (folder / MERGES).exists():
         vocabularies.append(_by_merges(folder / MERGES, _read(folder / MERGES).split("\n")))
@@ -142,7 +126,7 @@ def _gpt2(folder: Path, rows: int) -> Vocabulary | None:
         vocabularies.append(_by_ids(folder / IDS, _object(folder / IDS), added))
     if (folder / FAST).exists():
         vocabularies.append(_by_description(folder / FAST, _object(folder / FAST), added))
-        _check_known_sentences(folder / FAST, _read(folder / FAST))
+        _check_sentences(folder / FAST, KNOWN)
     if not vocabularies:
         _refuse_others(folder)
         return None
@@ -150,18 +134,54 @@ def _gpt2(folder: Path, rows: int) -> Vocabulary | None:
     return Vocabulary("gpt2", GPT2_SHA256, merges=merges, added=added_texts(added.texts, rows))
 
 
-class _Added:
-    """The texts of rows beyond GPT-2's, as any of the files gives them."""
+def _other_vocabulary(folder: Path, rows: int, first: _OtherVocabulary) -> Vocabulary:
+    """Bytes or a byte-pair encoding of one's own, proven by each file; `first` is what it differs from GPT-2's in."""
+    files = [folder / name for name in (FAST, IDS) if (folder / name).exists()]
+    lists = [_described(folder / FAST).merges] if (folder / FAST).exists() else []
+    lists += [_merges_in(_read(folder / MERGES).split("\n"))] if (folder / MERGES).exists() else []
+    if not files or not lists:
+        raise first
+    if lists[0] != lists[-1]:
+        raise _Another(folder / MERGES, f"has {len(lists[-1]):,} merges that are not those of {FAST}")
+    found, added = None, None
+    for file in files:
+        ids = _object(file) if file.name == IDS else _described(file).ids
+        found = other_vocabulary(ids, lists[0])
+        if isinstance(found, str):
+            raise _Another(first.file, f"{first.why}. As another vocabulary it cannot be used: {file.name} {found}")
+        end = found.eot or 0
+        if added is None:
+            added = _Added(rows, end)
+            added.take_beside(folder)
+        added.take(file, ((n, text) for text, n in ids.items() if type(n) is not int or n > end))
+        added.take(file, _described(file).added if file.name == FAST else ())
+    assert isinstance(found, Vocabulary) and added is not None
+    if rows <= added.end:
+        raise _Another(files[0], f"has {added.end + 1:,} tokens, the model has {rows:,}")
+    if (folder / FAST).exists():
+        _check_sentences(folder / FAST, _encoded_by_ours(found))
+    return replace(found, added=added_texts(added.texts, rows, added.end + 1))
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.texts = rows, {END_OF_TEXT_ID: END_OF_TEXT}
+
+class _Added:
+    """The texts of rows beyond the vocabulary's, as any of the files gives them; `end` is its end of text."""
+
+    def __init__(self, rows: int, end: int) -> None:
+        self.rows, self.end, self.texts = rows, end, {end: END_OF_TEXT}
+
+    def take_beside(self, folder: Path) -> None:
+        """Check the settings of the tokenizer, and add what they and the oldest file hold."""
+        settings = _TokenizerConfig(folder)
+        settings.check()
+        self.take(folder / ADDED, ((n, text) for text, n in _object(folder / ADDED).items()))
+        self.take(folder / SETTINGS, settings.added())
 
     def take(self, file: Path, texts: Iterable[tuple[Any, Any]]) -> None:
         """Add ids with texts from `file`. A token without a row in the model is ignored."""
         for n, text in texts:
             if type(n) is not int or not isinstance(text, str):
                 raise _Another(file, f"has a token {text!r:.80} with the id {n!r:.40}")
-            if n < END_OF_TEXT_ID or (n < self.rows and self.texts.get(n, text) != text):
+            if n < self.end or (n < self.rows and self.texts.get(n, text) != text):
                 before = f", which is {self.texts[n]!r:.80} elsewhere" if n in self.texts else ""
                 raise _Another(file, f"makes {text!r:.80} a token with the id {n}{before}")
             if n < self.rows:
@@ -193,18 +213,21 @@ class _TokenizerConfig:
 
 def _text_of(file: Path, token: Any) -> Any:
     """The text of an added token, which must not take white space beside it."""
-    if not isinstance(token, dict) or "content" not in token:
-        raise _Another(file, f"has an added token {token!r:.80}")
-    if flags := [flag for flag in _CHANGED_SPLIT if token.get(flag)]:
-        raise _Another(file, f"has {flags[0]} = true for the token {token.get('content')!r:.80}, expected false")
-    return token["content"]
+    try:
+        return text_of(token)
+    except Fault as fault:
+        raise _Another(file, str(fault)) from None
 
 
 def _by_merges(file: Path, lines: Sequence[Any]) -> Vocabulary:
-    merges = [str(line) for line in lines if line and not str(line).startswith("#version")]
+    merges = _merges_in(lines)
     if (vocabulary := gpt2_tokenizer(merges)) is None:
-        raise _Another(file, f"has {len(merges):,} merges that are not GPT-2's 50,000 in their order")
+        raise _OtherVocabulary(file, f"has {len(merges):,} merges that are not GPT-2's 50,000 in their order")
     return vocabulary
+
+
+def _merges_in(lines: Sequence[Any]) -> list[str]:
+    return [str(line) for line in lines if line and not str(line).startswith("#version")]
 
 
 def _by_ids(file: Path, ids: Mapping[str, Any], added: _Added) -> Vocabulary:
@@ -212,58 +235,60 @@ def _by_ids(file: Path, ids: Mapping[str, Any], added: _Added) -> Vocabulary:
     base = dict(sorted((n, text) for text, n in ids.items() if type(n) is int and n < GPT2_TOKENS))
     base.setdefault(END_OF_TEXT_ID, END_OF_TEXT)  # it may be among the added tokens alone
     if len(base) < GPT2_TOKENS:
-        raise _Another(file, f"has {len(base):,} tokens, expected GPT-2's {GPT2_TOKENS:,}")
+        raise _OtherVocabulary(file, f"has {len(base):,} tokens, expected GPT-2's {GPT2_TOKENS:,}")
     if not is_gpt2_order(list(base.values())):
-        raise _Another(file, "gives other ids to tokens than GPT-2 does, or has other tokens")
+        raise _OtherVocabulary(file, "gives other ids to tokens than GPT-2 does, or has other tokens")
     added.take(file, ((n, text) for text, n in ids.items() if type(n) is not int or n >= GPT2_TOKENS))
     return Vocabulary("gpt2", GPT2_SHA256)
 
 
 def _by_description(file: Path, fast: dict[str, Any], added: _Added) -> Vocabulary:
     """Compare every part of a `tokenizer.json` that changes ids."""
-    model = fast.get("model")
-    if not isinstance(model, dict):
-        raise _Another(file, "has no object 'model'")
-    kind = model.get("type") or ("BPE" if "merges" in model else None)
-    if kind != "BPE":
-        raise _Another(file, f"describes a model of type {kind!r:.80}, expected 'BPE'", kind=str(kind)[:80].lower())
-    for key in _CHANGED_MERGING:
-        if model.get(key):
-            raise _Another(file, f"has model.{key} = {model[key]!r:.80}, which GPT-2's has not")
-    if fast.get("normalizer"):
-        raise _Another(file, f"has the normalizer {_kinds(fast['normalizer'])}, GPT-2's has none")
-    split = fast.get("pre_tokenizer")
-    if not isinstance(split, dict) or any(_BYTE_LEVEL[key] != split.get(key, default) for key, default in _SPLIT):
-        raise _Another(file, f"splits text by {_kinds(split)}, expected ByteLevel without add_prefix_space")
-    tokens, ids, merges = fast.get("added_tokens") or [], model.get("vocab"), model.get("merges")
-    if not isinstance(tokens, list) or not isinstance(ids, dict) or not isinstance(merges, list):
-        raise _Another(file, "has no lists of added tokens, ids and merges")
-    texts = [_text_of(file, token) for token in tokens]
-    added.take(file, ((token.get("id"), text) for token, text in zip(tokens, texts, strict=True)))
-    _by_ids(file, ids, added)
-    return _by_merges(file, [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in merges])
+    found = _described(file, fast)
+    _by_ids(file, found.ids, added)
+    added.take(file, found.added)
+    return _by_merges(file, found.merges)
 
 
-def _kinds(part: Any) -> str:
-    """The types within a part of `tokenizer.json`, in short."""
-    return ", ".join(re.findall(r'"type": "(\w+)"', json.dumps(part)))[:120] or json.dumps(part)[:120]
-
-
-def _check_known_sentences(file: Path, text: str) -> None:
+def _described(file: Path, fast: dict[str, Any] | None = None) -> Described:
     try:
-        tokenizers: Any = importlib.import_module("tokenizers")
-    except ImportError:  # the description was compared, part by part
+        return described(_object(file) if fast is None else fast)
+    except Fault as fault:
+        raise _Another(file, str(fault), fault.kind) from None
+
+
+def _tokenizers() -> Any:
+    """The package `tokenizers`; None if it is not installed: then the description, compared part by part, is proof."""
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError:
+        return None
+
+
+def _check_sentences(file: Path, known: Iterable[tuple[str, list[int]]]) -> None:
+    """Does the package `tokenizers`, with this file, give the ids that are known?"""
+    if (tokenizers := _tokenizers()) is None:
         return
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_str(_read(file))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        found = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence, _ in KNOWN]
+        found = [(text, tokenizer.encode(text, add_special_tokens=False).ids, expected) for text, expected in known]
     except Exception as error:  # the package raises errors of many kinds
         raise _Another(file, f"is refused by the package tokenizers ({str(error).strip()[:200]})") from None
-    for (sentence, expected), ids in zip(KNOWN, found, strict=True):
+    for sentence, ids, expected in found:
         if ids != expected:
             raise _Another(file, f"encodes {sentence!r} as {ids}, expected {expected}")
+
+
+def _encoded_by_ours(vocabulary: Vocabulary) -> list[tuple[str, list[int]]]:
+    """The known sentences with the ids by a file of our own with this vocabulary."""
+    if (tokenizers := _tokenizers()) is None:
+        return []
+    ids = {token: n for n, token in enumerate(token_texts(vocabulary) or ())}
+    fast = description(ids, merges_of(vocabulary), {len(ids) - 1: special(END_OF_TEXT)})
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fast))
+    return [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text, _ in KNOWN]
 
 
 def _refuse_others(folder: Path) -> None:

@@ -20,7 +20,15 @@ from regpt2.base.files import atomic_file, sha256_bytes
 from regpt2.model.files.binary import Cursor, begins_with, config_of, damaged, drop_equal_head, read_array
 from regpt2.model.files.contract import GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
-from regpt2.model.files.vocabulary import added_texts, gpt2_tokenizer, is_gpt2_order, merges_of, token_texts
+from regpt2.model.files.vocabulary import (
+    OWN,
+    added_texts,
+    gpt2_tokenizer,
+    is_gpt2_order,
+    merges_of,
+    other_vocabulary,
+    token_texts,
+)
 from regpt2.model.gpt import GPT
 
 FILES: tuple[str, ...] = ()
@@ -40,8 +48,9 @@ SIZE_KEYS = {
 }
 KIND, SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
+PROVEN = ("gpt2", "bytes", OWN)  # tokenizers that the file holds whole: its own content is compared
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
-MOST_TOKENS, A_WHOLE_TOKEN = 1 << 20, 64  # 64 is a letter or a sign in both our vocabularies
+MOST_TOKENS, A_WHOLE_TOKEN = 1 << 20, 64  # 64 is a letter or a sign in all our vocabularies
 
 # Kinds of values: numbers by their code in `struct`, text, and arrays of either.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -314,20 +323,33 @@ def _tokenizer(path: Path, keys: dict[str, Any], rows: int) -> TokenizerRef | No
     """From the tokenizer in the file, or else from our own note; None if there is neither."""
     kind, split, merges = keys.get(KIND), keys.get(SPLIT), _list(keys, MERGES)
     name, fingerprint = keys.get("regpt2.tokenizer.name"), keys.get("regpt2.tokenizer.fingerprint")
-    if isinstance(name, str) and isinstance(fingerprint, str) and (name != "gpt2" or not merges):
+    has_tokenizer = kind not in (None, "none") or bool(merges)
+    if isinstance(name, str) and isinstance(fingerprint, str) and not (has_tokenizer and name in PROVEN):
         return TokenizerRef(name, fingerprint)
-    if kind in (None, "none") and not merges:
+    if not has_tokenizer:
         return None
-    found, texts = gpt2_tokenizer([str(merge) for merge in merges]), [str(text) for text in _list(keys, TOKENS)]
+    texts = [str(text) for text in _list(keys, TOKENS)]
     if kind != "gpt2" or split not in (None, "gpt-2"):
         why = f"of kind {kind!r:.80} and splits text by {split!r:.80}, expected 'gpt2' and 'gpt-2'"
-    elif found is None or not is_gpt2_order(texts[:GPT2_TOKENS]):
-        why = "of other tokens or merges, or has them in another order"
     else:
         unused = {n for n, type_ in enumerate(_list(keys, TOKEN_TYPES)) if type_ == UNUSED}
-        return replace(found, added=added_texts({n: text for n, text in enumerate(texts) if n not in unused}, rows))
+        found = _vocabulary({n: text for n, text in enumerate(texts) if n not in unused}, [*map(str, merges)], rows)
+        if not isinstance(found, str):
+            return found
+        why = f"of other tokens or merges, or has them in another order: it {found}"
     own = sha256_bytes("\n".join([*texts, *map(str, merges)]).encode("utf-8", "replace"))
     return TokenizerRef(str(kind)[:80], own, objection=f"The tokenizer in {path} is not GPT-2's: it is {why}.")
+
+
+def _vocabulary(texts: dict[int, str], merges: list[str], rows: int) -> Vocabulary | str:
+    """GPT-2's vocabulary, bytes or one's own, with the texts of added rows; or why it is none of them."""
+    gpt2 = gpt2_tokenizer(merges)
+    if gpt2 is not None and is_gpt2_order([texts.get(n, "") for n in range(GPT2_TOKENS)]):
+        return replace(gpt2, added=added_texts(texts, rows))
+    other = other_vocabulary({text: n for n, text in sorted(texts.items(), reverse=True)}, merges)
+    if isinstance(other, str):
+        return other
+    return replace(other, added=added_texts(texts, rows, (other.eot or 0) + 1))
 
 
 def _list(keys: dict[str, Any], name: str) -> list[Any]:

@@ -25,6 +25,7 @@ from regpt2.model.files.safe_pickle import read_pickled
 from regpt2.model.files.tensors import read_tensors
 from regpt2.model.files.tokenizer_files import FILES as TOKENIZER_FILES
 from regpt2.model.files.tokenizer_files import read_tokenizer, write_tokenizer
+from regpt2.model.files.vocabulary import token_texts
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels.activation import Activation
 
@@ -82,7 +83,7 @@ def read(path: Path) -> ModelFiles:
 
 
 def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
-    """Write the model into `folder`, the configuration last; with GPT-2's vocabulary, the tokenizer's files too."""
+    """Write the model into `folder`, the configuration last; of a tokenizer whose tokens are known, its files too."""
     theirs = {
         PREFIX + name: (p.T if name.endswith(_CONV1D) else p).to(TORCH_DTYPES[dtype]).contiguous()
         for name, p in tensors_of(model).items()
@@ -91,7 +92,7 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = 
     eot = None if vocabulary is None else vocabulary.eot
     generation = {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
     write_json(folder / "generation_config.json", generation)
-    if vocabulary is not None and vocabulary.merges is not None:
+    if vocabulary is not None and token_texts(vocabulary) is not None:
         write_tokenizer(folder, vocabulary, model.config.block_size)
     dtype_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     write_json(folder / CONFIG, _their_config(model.config, vocabulary) | {"dtype": dtype_name})

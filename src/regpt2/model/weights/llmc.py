@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regpt2.base.byte_level.merges import END_OF_TEXT
 from regpt2.base.errors import CheckpointError
 from regpt2.base.files import atomic_file, write_atomic
 from regpt2.model.files.binary import begins_with, config_of, read_array
 from regpt2.model.files.contract import TORCH_DTYPES, ModelFiles, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
-from regpt2.model.files.vocabulary import END_OF_TEXT, text_bytes, token_texts
+from regpt2.model.files.vocabulary import text_bytes, token_texts
 from regpt2.model.gpt import GPT
 
 MODEL, TOKENIZER = "model.bin", "gpt2_tokenizer.bin"

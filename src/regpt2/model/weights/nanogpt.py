@@ -17,7 +17,9 @@ from regpt2.base.files import atomic_file
 from regpt2.model.files.binary import begins_with, config_of, drop_equal_head, own_weights
 from regpt2.model.files.contract import CONFIG, GPT2_ROWS, GPT2_TOKENS, ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.fill_model import tensors_of
+from regpt2.model.files.native_config import parse_tokenizer
 from regpt2.model.files.safe_pickle import FROM_OBJECT, read_training_checkpoint
+from regpt2.model.files.vocabulary import OWN
 from regpt2.model.gpt import GPT
 from regpt2.model.kernels.activation import GELU_FORMS, Activation
 from regpt2.model.language_model import SIZES
@@ -54,10 +56,14 @@ def read(path: Path) -> ModelFiles:
         tensors |= {name.removesuffix("weight") + "bias": torch.zeros(len(tensors[name])) for name in weights}
     if "wte.weight" in tensors:
         tensors["wte.weight"] = tensors["wte.weight"][: config.vocab_size]
-    keys = ("tokenizer", "tokenizer_fingerprint", "characters")
-    name, fingerprint, characters = (one if isinstance(one := settings.get(key), str) else None for key in keys)
-    tokenizer = None if name is None or fingerprint is None else TokenizerRef(name, fingerprint, characters=characters)
-    return ModelFiles(config, tensors, tokenizer, doubt=doubt)
+    return ModelFiles(config, tensors, _tokenizer(path, settings), doubt=doubt)
+
+
+def _tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerRef | None:
+    """The tokenizer that our own export names; of the keys, the texts alone count."""
+    keys = {"name": "tokenizer", "fingerprint": "tokenizer_fingerprint", "characters": "characters", "merges": "merges"}
+    found = {name: settings[key] for name, key in keys.items() if isinstance(settings.get(key), str)}
+    return parse_tokenizer(path, found) if {"name", "fingerprint"} <= found.keys() else None
 
 
 def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
@@ -72,6 +78,8 @@ def write(model: GPT, path: Path, vocabulary: Vocabulary | None, dtype: str = "f
     }
     if vocabulary is not None:
         checkpoint |= {"tokenizer": vocabulary.name, "tokenizer_fingerprint": vocabulary.fingerprint}
+    if vocabulary is not None and vocabulary.name == OWN and vocabulary.merges is not None:
+        checkpoint["merges"] = vocabulary.merges.decode()
     if vocabulary is not None and vocabulary.characters is not None:
         checkpoint |= {"characters": vocabulary.characters, "config": {"dataset": DATASET}}
     with atomic_file(path) as file:
