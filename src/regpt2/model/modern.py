@@ -260,7 +260,8 @@ class ModernGPT(LanguageModel):
         if config.rms_norm:
             x = self.ln_emb(x)
         x = x.to(dtype or x.dtype)
-        seen = mask = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
+        seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
+        mask: DocumentMask | None = seen
         if config.document_mask:
             all_ids = ids if caches is None else caches[0].append_ids(ids)  # (B, S)
             numbers = document_numbers(all_ids, config.vocab_size - 1)  # (B, S); <|endoftext|> is the last id
