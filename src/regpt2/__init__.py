@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    "GPT", "CheckpointError", "ConfigError", "DataError", "Document", "DownloadError", "GPTConfig", "Manifest",
-    "Model", "ModelFiles", "Part", "Plan", "Problem", "Results", "Score", "Summary", "TokenizerRef", "UsageError",
-    "evaluate", "load", "plot", "prepare", "read_record", "report", "tensors_of", "train", "use_plugins",
+    "GPT", "CheckpointError", "Completion", "ConfigError", "DataError", "Document", "DownloadError", "GPTConfig",
+    "Manifest", "Model", "ModelFiles", "Part", "Plan", "Problem", "Results", "Score", "Summary", "TokenLogprob",
+    "TokenizerRef", "UsageError", "evaluate", "load", "plot", "prepare", "read_record", "report", "tensors_of",
+    "train", "use_plugins",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from regpt2.api import (
         GPT,
         CheckpointError,
+        Completion,
         ConfigError,
         DataError,
         Document,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         Score,
         Summary,
         TokenizerRef,
+        TokenLogprob,
         UsageError,
         evaluate,
         load,

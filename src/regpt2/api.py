@@ -10,13 +10,12 @@
 - `prepare` and `train` print their progress to standard output. The others print nothing there.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -61,26 +60,28 @@ from regpt2.pages.record import read_record as open_record
 from regpt2.pages.report.write import heads, records_of, write_report
 from regpt2.run.ending import Summary
 from regpt2.run.loop import train as train_run
-from regpt2.sampling.continue_text import SampleOptions, SampleType, continuations, load_in
+from regpt2.sampling.continue_text import Completion, SampleOptions, SampleType, load_in
 from regpt2.sampling.tokenizer import tokenizer_of
+from regpt2.sampling.writer import OF_THE_COMMAND, Writer
+from regpt2.sampling.writing import TokenLogprob
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "GPT", "CheckpointError", "ConfigError", "DataError", "Document", "DownloadError", "GPTConfig", "Manifest",
-    "Model", "ModelFiles", "Part", "Plan", "Problem", "Results", "Score", "Summary", "TokenizerRef", "UsageError",
-    "evaluate", "load", "plot", "prepare", "read_record", "report", "tensors_of", "train", "use_plugins",
+    "GPT", "CheckpointError", "Completion", "ConfigError", "DataError", "Document", "DownloadError", "GPTConfig",
+    "Manifest", "Model", "ModelFiles", "Part", "Plan", "Problem", "Results", "Score", "Summary", "TokenLogprob",
+    "TokenizerRef", "UsageError", "evaluate", "load", "plot", "prepare", "read_record", "report", "tensors_of",
+    "train", "use_plugins",
 ]  # fmt: skip
 
 # B sequences, T tokens, V = vocab_size
 
 PathLike: TypeAlias = str | Path
-Prompt = TypeVar("Prompt", str, list[str])
 _BATCH = 8  # windows per forward pass of `Model.score`
 
 
-class Model:
+class Model(Writer):
     """A model with its tokenizer, as `load` gives it."""
 
     def __init__(self, loaded: LoadedModel, dtype: SampleType = "fp32", tokenizer: Path | None = None) -> None:
@@ -117,44 +118,12 @@ class Model:
         """
         return tokenizer_of(self._loaded, self._meta)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = SampleOptions.max_new_tokens,
-        *,
-        temperature: float = SampleOptions.temperature,
-        top_k: int = SampleOptions.top_k,
-        top_p: float = SampleOptions.top_p,
-        context: int | None = SampleOptions.context,
-        seed: int = SampleOptions.seed,
-    ) -> Prompt:
-        """The prompt and its continuation; for a list of prompts a list, in their order.
-
-        The text is that of `regpt2 sample` with the same options. A prompt that is n times in the list gets n
-        continuations, drawn together, as by `--n n`.
-
-        Args:
-            prompt: "" begins a document.
-            max_new_tokens: at most this many; fewer where the model ends the document. None: 100, or what fits.
-            temperature: 0 always takes the likeliest token.
-            top_k, top_p: draw from the k likeliest tokens (0 = all), and of those from the likeliest that together
-                have the probability top_p.
-            context: the most tokens, prompt included; None: the context length of training.
-
-        Raises:
-            UsageError: an option is out of range, or the prompt is too long.
-            CheckpointError: there is no tokenizer, or a weight is not finite.
-        """
-        texts: dict[str, Iterator[str]] = {}
-        with self._set_up():
-            for text, n in Counter([prompt] if isinstance(prompt, str) else prompt).items():
-                options = SampleOptions(
-                    self._loaded.source, text, max_new_tokens, context, n, temperature, top_k, top_p, seed
-                )
-                texts[text] = iter(continuations(options, self._loaded, self.tokenizer)[0])
-        if isinstance(prompt, str):
-            return next(texts[prompt])
-        return [next(texts[text]) for text in prompt]
+    def _options(self, **values: Any) -> SampleOptions:
+        if given := sorted(OF_THE_COMMAND & values.keys()):
+            raise UsageError(f"{given[0]} is an option of the command, not of a model's methods.")
+        if isinstance(values.get("stop"), str):
+            values["stop"] = [values["stop"]]
+        return options_of(SampleOptions, {**values, "model": self._loaded.source})
 
     def logits(self, ids: ArrayLike | Tensor) -> Tensor:
         """Logits of the next token after each position: ids (T,) -> (T, V), (B, T) -> (B, T, V), fp32.

@@ -14,7 +14,7 @@ from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.kernels.loss import linear_cross_entropy
 from regpt2.model.kernels.norm import layer_norm
 from regpt2.model.kernels.recompute import recomputed
-from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
+from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache, places_of
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm", "Linear", "is_plain"]
 
@@ -122,14 +122,12 @@ class GPT(LanguageModel):
         self,
         ids: Tensor,
         caches: list[LayerCache] | None = None,
-        position: int = 0,
+        position: int | Tensor = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Ids (B, T), the first of them at `position`, -> what the head reads (B, T, C), in `dtype`."""
-        T = ids.shape[1]
-        if position + T > self.config.block_size:
-            raise ValueError(f"{position + T} tokens do not fit into block_size = {self.config.block_size}")
-        x: Tensor = self.wte(ids) + self.wpe.weight[position : position + T]  # (B, T, C)
+        places = places_of(position, ids.shape[1], self.config.block_size)
+        x: Tensor = self.wte(ids) + self.wpe.weight[places]  # (B, T, C)
         x = F.dropout(x.to(dtype or x.dtype), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i])

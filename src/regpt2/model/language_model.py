@@ -76,7 +76,7 @@ class LayerCache(Protocol):
     """Keys and values of the tokens before, for one block (see sampling/generate.py)."""
 
     mask: Tensor | None
-    """Which of all keys the new queries see (1, 1, T, S); None: as in causal attention."""
+    """Which of all keys the new queries see (B or 1, 1, T, S); None: as in causal attention."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new (B, H, T, D) and return all (B, H, S, D)."""
@@ -116,12 +116,13 @@ class LanguageModel(nn.Module, ABC):
         self,
         ids: Tensor,
         caches: list[LayerCache] | None = None,
-        position: int = 0,
+        position: int | Tensor = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Ids (B, T) -> what the head reads (B, T, C).
 
-        `position` is the place of the first id in its sequence. `dtype` is the compute type, by default the weights'.
+        `position` is the place of the first id in its sequence, or the places (B,) of one id of each row, whose mask
+        the caches then have. `dtype` is the compute type, by default the weights'.
         """
 
     @abstractmethod
@@ -131,3 +132,12 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, ids: Tensor, targets: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Logits (B, T, vocab_size); with targets (B, T) the mean loss in nats per token, the logits never whole."""
+
+
+def places_of(position: int | Tensor, T: int, block_size: int) -> slice | Tensor:
+    """Which of the learned positions T ids take: a slice (T), or for one id of each row (B, 1)."""
+    if isinstance(position, Tensor):
+        return position[:, None]
+    if position + T > block_size:
+        raise ValueError(f"{position + T} tokens do not fit into block_size = {block_size}")
+    return slice(position, position + T)

@@ -19,13 +19,13 @@ from regpt2.model.kernels.attention import DocumentMask, causal_attention, docum
 from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
 from regpt2.model.kernels.norm import RMS_EPS, reciprocal_rms, rms_norm, widened
 from regpt2.model.kernels.recompute import recomputed
-from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
+from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache, places_of
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache, V = padded_vocab_size
 
 _ROTARY_BASE = 10_000.0  # RoFormer, arXiv:2104.09864, section 3.2.2
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
+Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2), or (B, 1, 1, D / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,14 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight)
 
 
-def rotation_of(position: int, T: int, D: int, like: Tensor) -> Rotation:
-    """For T tokens from `position` on: the pair i of D / 2 turns by position * base^(-2i / D)."""
+def rotation_of(position: int | Tensor, T: int, D: int, like: Tensor) -> Rotation:
+    """For T tokens from `position` on, or one of each row: the pair i of D / 2 turns by position * base^(-2i / D)."""
     wide = torch.promote_types(like.dtype, torch.float32)
     frequencies = _ROTARY_BASE ** (torch.arange(0, D, 2, device=like.device, dtype=wide) / -D)  # (D / 2,)
-    angles = torch.arange(position, position + T, device=like.device, dtype=wide).outer(frequencies)  # (T, D / 2)
+    if isinstance(position, Tensor):
+        angles = position.to(wide).view(-1, 1, 1, 1) * frequencies  # (B, 1, 1, D / 2)
+    else:
+        angles = torch.arange(position, position + T, device=like.device, dtype=wide).outer(frequencies)  # (T, D / 2)
     return angles.cos(), angles.sin()
 
 
@@ -244,24 +247,25 @@ class ModernGPT(LanguageModel):
         self,
         ids: Tensor,
         caches: list[LayerCache] | None = None,
-        position: int = 0,
+        position: int | Tensor = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Ids (B, T), the first of them at `position`, -> what the head reads (B, T, C), in `dtype`."""
         T, config = ids.shape[1], self.config
-        if position + T > config.block_size:
-            raise ValueError(f"{position + T} tokens do not fit into block_size = {config.block_size}")
+        places = places_of(position, T, config.block_size)
         x: Tensor = self.wte(ids)  # (B, T, C)
         rotation = rotation_of(position, T, config.n_embd // config.n_head, x) if config.rotary else None
         if not config.rotary:
-            x = x + self.wpe.weight[position : position + T]
+            x = x + self.wpe.weight[places]
         if config.rms_norm:
             x = self.ln_emb(x)
         x = x.to(dtype or x.dtype)
-        mask = None
+        seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
+        mask: DocumentMask | None = seen
         if config.document_mask:
             all_ids = ids if caches is None else caches[0].append_ids(ids)  # (B, S)
-            mask = document_mask(document_numbers(all_ids, config.vocab_size - 1), T)  # <|endoftext|> is the last id
+            numbers = document_numbers(all_ids, config.vocab_size - 1)  # (B, S); <|endoftext|> is the last id
+            mask = document_mask(numbers, T, seen)
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], rotation, mask)
         x = self.ln_f(x)

@@ -92,7 +92,7 @@ class PackedBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        y = causal_attention(q, k, v)  # (B, H, T, D)
+        y = causal_attention(q, k, v, mask=None if cache is None else cache.mask)  # (B, H, T, D)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(-1, C))
         x = x + self.mlp_proj(F.gelu(self.c_fc(_norm(x, self.ln_2)), approximate=self.gelu_form))
         return x.view(B, T, C)

@@ -1,27 +1,28 @@
-"""Ids to more ids. In: a model and a prompt (B, T); out: the prompt and up to n new ids (B, T + n), with a KV cache."""
+"""Ids to more ids. In: a model and a prompt (B, T); out: the prompt and up to n new ids (B, T + n), with a KV cache.
+
+`Rows` computes the logits after several rows of ids, also of different lengths and beyond the model's context.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
 from regpt2.sampling.cpu import packed_if_faster
 from regpt2.sampling.cuda_graph import StaticStep, recorded_if_faster
+from regpt2.sampling.draw import Choice, candidates, drawn
 from regpt2.sampling.twin import twin_agrees
 
-# B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size, K candidates
-
-_SMALL = 1e-3  # logits are below 1e35
-_LEAST = torch.finfo(torch.float32).tiny  # a smaller divisor may be zero on the device
+# B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size, W = window
 
 
 class KVCache:
     """Keys and values of all tokens so far, for every block, in buffers that are made once.
 
     Give `layers` to a model's `hidden`, first with the whole prompt, then with one token at a time; after each pass,
-    call `advance` with its number of tokens.
+    call `advance` with its number of tokens. Rows that differ in length call `place` before each pass of one token.
     """
 
     def __init__(
@@ -32,23 +33,36 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
         self.ids = torch.zeros(batch, capacity, device=device, dtype=torch.int64)  # (B, S)
         self.length = 0
+        self.places: Tensor | None = None  # (B,), of the next token of each row; None: at `length`
         self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(config.n_layer)]
 
     def advance(self, n_tokens: int) -> None:
         """Count a finished pass over `n_tokens`: every block has appended them."""
         self.length += n_tokens
 
+    def place(self, places: Tensor, length: int) -> None:
+        """The next token of each row comes to its own of `places` (B,), all below `length`; it sees those before it."""
+        self.places, self.length = places, length
+        mask = torch.arange(length, device=places.device) <= places.view(-1, 1, 1, 1)  # (B, 1, 1, length)
+        self.rows = torch.arange(len(places), device=places.device)  # (B,)
+        for layer in self.layers:
+            layer.mask = mask
+
 
 class _LayerView:
     """One block's part of a KVCache."""
 
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # (B, 1, 1, S) of rows that differ in length
 
     def __init__(self, cache: KVCache, layer: int) -> None:
         self.cache, self.k, self.v = cache, cache.k[layer], cache.v[layer]  # (B, H, S, D)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, length + T, D)
         start, T = self.cache.length, k.shape[2]
+        if self.cache.places is not None:
+            self.k[self.cache.rows, :, self.cache.places] = k[:, :, 0]
+            self.v[self.cache.rows, :, self.cache.places] = v[:, :, 0]
+            return self.k.narrow(2, 0, start), self.v.narrow(2, 0, start)
         self.k.narrow(2, start, T).copy_(k)
         self.v.narrow(2, start, T).copy_(v)
         if start == 0:
@@ -57,37 +71,122 @@ class _LayerView:
         return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
 
     def append_ids(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, length + T)
+        if self.cache.places is not None:
+            self.cache.ids[self.cache.rows, self.cache.places] = ids[:, 0]
+            return self.cache.ids[:, : self.cache.length]
         end = self.cache.length + ids.shape[1]
         self.cache.ids[:, self.cache.length : end] = ids
         return self.cache.ids[:, :end]
 
 
-def next_token(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw one id for each row: logits (B, V) -> ids (B,).
+class Rows:
+    """Rows of ids that grow by one id at a time. In turn: `logits()` after the last ids, `append` the next ones.
 
-    Args:
-        temperature: divides the logits; 0, or a value near 0, takes the likeliest id.
-        top_k: only the k likeliest ids; 0 = all.
-        top_p: of those, the fewest that together have this probability (nucleus), at least one; above 0, 1 = all.
-        generator: on the device of the logits; torch's own if None.
+    A token is drawn after at most W = `window` ids. At first they are the prompt's last W. When there would be more,
+    they shrink to the last W // 2 (at least 1), whose places count from 0, and grow again. So most tokens cost a pass
+    over one id, and one token in W / 2 costs a pass over W / 2 ids.
+
+    Rows of equal length are computed at one place, as a single row is. Rows of different lengths begin at place 0 too;
+    what is behind the end of a shorter one is hidden from it, and overwritten when it grows.
     """
-    logits = logits.float()  # in bf16 torch's argmax takes four times as long on a CPU
-    if temperature == 0 or top_k == 1:
-        return logits.argmax(dim=1)
-    if temperature < _SMALL:  # quotients may be infinite: 0 for the likeliest and -inf for others give no NaN
-        logits, temperature = logits - logits.amax(dim=1, keepdim=True), max(temperature, _LEAST)
-    logits = logits / temperature
-    if top_k == 0 and top_p == 1:
-        return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
-    logits, ids = logits.topk(min(top_k, logits.shape[1]) or logits.shape[1], dim=1)  # two of (B, K), likeliest first
-    p = logits.softmax(dim=1)  # (B, K)
-    if top_p < 1:
-        likelier = p.cumsum(dim=1) - p  # the probability of all that come before
-        p = p.masked_fill(likelier >= top_p, 0.0)  # the first has none before it, so it stays
-    choice = torch.multinomial(p, 1, generator=generator)  # (B, 1); weights need not sum to one
-    return ids.gather(1, choice).squeeze(1)
+
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Tensor], n_new: int, *, window: int, use_cache: bool = True
+    ) -> None:
+        prompts = [ids[-window:] for ids in prompts]
+        self.window, self.n_new = window, n_new
+        self.lengths = [len(ids) for ids in prompts]  # known without asking the device, as `starts`
+        self.starts = [0] * len(prompts)
+        self.equal = len(set(self.lengths)) == 1
+        assert self.equal or (use_cache and may_differ_in_length(model)), "such a model takes rows of equal length"
+        B, T = len(prompts), max(self.lengths)
+        self.ids = prompts[0].new_zeros(B, T + n_new)  # (B, T + n_new)
+        self.ids[:, :T] = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        self.decoder = packed_if_faster(model, n_new, rows=B) if use_cache else model
+        self.cache = _cache_for(self.decoder, B, min(window, T + n_new)) if use_cache else None
+        self.step: StaticStep | None = None
+        self.may_record = True
+        self.grows = [True] * B
+        self.moves = torch.ones(B, dtype=torch.int64, device=self.ids.device)  # (B,), 0 for a row that has ended
+        self.ends, self.begins = self.ids.new_tensor(self.lengths), torch.zeros_like(self.moves)  # two of (B,)
+        self.every = torch.arange(B, device=self.ids.device)  # (B,)
+
+    def end(self, row: int) -> None:
+        """This row is complete. Among rows of different lengths it grows no more."""
+        if not self.equal:
+            self.grows[row] = False
+            self.moves[row] = 0
+
+    def append(self, new: Tensor) -> None:
+        """The next id of each row (B,)."""
+        if self.equal:
+            self.ids[:, self.lengths[0]] = new
+        else:
+            self.ids[self.every, self.ends] = new
+            self.ends += self.moves
+        self.lengths = [length + grows for length, grows in zip(self.lengths, self.grows, strict=True)]
+
+    def logits(self) -> Tensor:
+        """The logits (B, V) after the last ids. The next call may overwrite them."""
+        if self.cache is None or self.equal:
+            return self._at_one_place(self.cache)
+        return self._at_own_places(self.cache)
+
+    def _at_one_place(self, cache: KVCache | None) -> Tensor:  # (B, V)
+        start, end = self.starts[0], self.lengths[0]
+        if end - start > self.window:
+            start = end - _kept(self.window)
+            self.starts = [start] * len(self.starts)
+            if cache is not None:
+                cache.length = 0
+        last = self.ids[:, end - 1]
+        if cache is not None and cache.length and self.may_record:  # after the prompt: one token at a time
+            self.step, self.may_record = _recorded(self.decoder, cache, last, self.n_new), False
+        if self.step is not None and cache is not None and cache.length:
+            return self.step(last, end - 1 - start)
+        return _last_logits(self.decoder, self.ids[:, start:end], cache)
+
+    def _at_own_places(self, cache: KVCache) -> Tensor:  # (B, V)
+        if cache.places is None:
+            x = self.decoder.hidden(self.ids[:, : max(self.lengths)], cache.layers)  # (B, T, C)
+            cache.place(self.ends - 1, max(self.lengths))
+            return self.decoder.head(x[self.every, self.ends - 1])
+        self._shrink_full_windows(cache)
+        longest = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
+        places = self.ends - 1 - self.begins  # (B,)
+        cache.place(places, longest)
+        x = self.decoder.hidden(self.ids[self.every, self.ends - 1][:, None], cache.layers, places)  # (B, 1, C)
+        return self.decoder.head(x[:, -1])
+
+    def _shrink_full_windows(self, cache: KVCache) -> None:
+        """Compute what a full row keeps but its last id again, at places from 0 on."""
+        full = [row for row, end in enumerate(self.lengths) if end - self.starts[row] > self.window]
+        n_before = _kept(self.window) - 1
+        for row in full:
+            self.starts[row] = self.lengths[row] - 1 - n_before
+            self.begins[row] = self.starts[row]
+        if full and n_before:
+            kept = torch.stack([self.ids[row, self.starts[row] :][:n_before] for row in full])  # (rows, n_before)
+            part = _cache_for(self.decoder, len(full), n_before)
+            self.decoder.hidden(kept, part.layers)
+            cache.ids[full, :n_before] = kept
+            cache.k[:, full, :, :n_before], cache.v[:, full, :, :n_before] = part.k, part.v
+
+
+def may_differ_in_length(model: nn.Module) -> bool:
+    """May its rows be of different lengths? Only if every part is one of ours, unchanged, that minds the cache's mask.
+
+    So a subclass, a replaced part or a hook means no.
+    """
+    for part in model.modules():
+        changed = part._forward_hooks or part._forward_pre_hooks or vars(part).keys() & {"forward", "hidden", "head"}
+        if changed or not type(part).__module__.startswith(("regpt2.model.", "regpt2.sampling.", "torch.nn.")):
+            return False
+    return True
+
+
+def _kept(window: int) -> int:
+    return max(1, window // 2)
 
 
 @torch.no_grad()
@@ -110,7 +209,8 @@ def generate(
     The model's mode, training or eval, is kept. To generate often on a CPU, pack it once (sampling/cpu.py).
 
     Args:
-        temperature, top_k, top_p, generator: see `next_token`.
+        temperature, top_k, top_p: see `Choice`.
+        generator: of the draws, on the prompt's device; torch's own if None.
         use_cache: False computes every token from the whole sequence; slow, the reference for the cache in tests.
         stop_id: a row that has drawn this id is filled up with it; when all have, generation ends.
         never: ids that are not drawn, such as those without text.
@@ -120,37 +220,45 @@ def generate(
         UsageError: an option is out of its range, or prompt and new tokens do not fit into block_size.
         CheckpointError: the model's logits are not finite.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    require_some(max_new_tokens)
+    choice = Choice(temperature, top_k, top_p)
     _check_prompt(model.config, prompt_ids, max_new_tokens)
     B, T = prompt_ids.shape
-    ids = torch.cat([prompt_ids, prompt_ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
-    banned = ids.new_zeros(model.config.vocab_size, dtype=torch.bool).index_fill(0, ids.new_tensor(never), True)  # (V,)
-    stopped = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    decoder = packed_if_faster(model, max_new_tokens, rows=B) if use_cache else model
-    cache = _cache_for(decoder, B, ids.shape[1]) if use_cache else None
-    step: StaticStep | None = None
+    banned = banned_ids(model.config.vocab_size, never, prompt_ids.device)  # (V,)
+    stopped = torch.zeros(B, dtype=torch.bool, device=prompt_ids.device)
+    rows = Rows(model, list(prompt_ids), max_new_tokens, window=model.config.block_size, use_cache=use_cache)
     was_training = model.training
     model.eval()
     try:
-        for end in range(T, T + max_new_tokens):
-            if cache is not None and end == T + 1:  # after the prompt: one token at a time
-                step = _recorded(decoder, cache, ids[:, T], max_new_tokens)
-            logits = step(ids[:, end - 1], end - 1) if step else _last_logits(decoder, ids[:, :end], cache)  # (B, V)
-            if end == T and not logits.isfinite().all():
-                raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
+        for n in range(1, max_new_tokens + 1):
+            logits = rows.logits()  # (B, V)
+            if n == 1:
+                require_finite(logits)
             logits = logits.masked_fill(banned, -torch.inf) if never else logits
-            new = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            new = drawn(*candidates(logits, choice), generator)  # (B,)
             if stop_id is not None:
                 new = new.masked_fill(stopped, stop_id)
                 stopped |= new == stop_id
-            ids[:, end] = new
+            rows.append(new)
             if on_token is not None:
                 on_token(new)
             if stop_id is not None and stopped.all():
-                return ids[:, : end + 1]
+                return rows.ids[:, : T + n]
     finally:
         model.train(was_training)
-    return ids
+    return rows.ids
+
+
+def banned_ids(vocab_size: int, never: Sequence[int], device: torch.device) -> Tensor:
+    """(V,), true for ids that are never drawn."""
+    banned = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    return banned.index_fill(0, torch.tensor(never, dtype=torch.int64, device=device), True)
+
+
+def require_finite(logits: Tensor) -> None:
+    """A CheckpointError if the model gives no numbers."""
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
 
 
 def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
@@ -180,27 +288,27 @@ def _last_logits(model: LanguageModel, ids: Tensor, cache: KVCache | None) -> Te
     return model.head(x[:, -1])
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1.")
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"temperature = {temperature} must be 0 (always the likeliest token) or more; 1 is usual.")
-    if top_k < 0:
-        raise UsageError(f"top_k = {top_k} must be 0 (all tokens) or more; 50 is usual.")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"top_p = {top_p} must be above 0 and at most 1 (all tokens).")
-
-
 def _check_prompt(config: GPTConfig, prompt_ids: Tensor, max_new_tokens: int) -> None:
     B, T = prompt_ids.shape
     if B < 1 or T < 1:
         raise UsageError(f"a prompt of {B} sequences x {T} tokens is empty; begin with <|endoftext|>.")
-    if T + max_new_tokens > config.block_size:
-        raise UsageError(
-            f"{T:,} prompt tokens + {max_new_tokens:,} new ones = {T + max_new_tokens:,}, the model can take "
-            f"{config.block_size:,}; ask for at most {max(0, config.block_size - T):,} new ones, or shorten the prompt."
-        )
+    require_fit(T, max_new_tokens, config.block_size)
     low, high = int(prompt_ids.min()), int(prompt_ids.max())
     if low < 0 or high >= config.vocab_size:
         bad = low if low < 0 else high
         raise UsageError(f"token id {bad} is outside the model's vocabulary of {config.vocab_size:,} tokens.")
+
+
+def require_some(max_new_tokens: int) -> None:
+    """A UsageError if nothing is to be drawn."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1.")
+
+
+def require_fit(n_prompt: int, n_new: int, block_size: int) -> None:
+    """A UsageError if prompt and new tokens are more than the model can take."""
+    if n_prompt + n_new > block_size:
+        raise UsageError(
+            f"{n_prompt:,} prompt tokens + {n_new:,} new ones = {n_prompt + n_new:,}, the model can take "
+            f"{block_size:,}; ask for at most {max(0, block_size - n_prompt):,} new ones, or shorten the prompt."
+        )

@@ -87,12 +87,15 @@ def document_numbers(ids: Tensor, end_id: int) -> Tensor:
     return (ids == end_id).cumsum(dim=1, dtype=torch.int32)
 
 
-def document_mask(documents: Tensor, T: int) -> DocumentMask:
+def document_mask(documents: Tensor, T: int, seen: Tensor | None = None) -> DocumentMask:
     """Each of the last T tokens sees itself and those before it in its own document; documents (B, S) has the numbers.
 
-    Made once in a pass, for all layers.
+    With `seen` (B, 1, 1, S) each row has one query, the last token that it sees. Made once in a pass, for all layers.
     """
     S = documents.shape[1]
+    if seen is not None:
+        there = documents[:, None, None, :]  # (B, 1, 1, S)
+        return seen & (there == there.where(seen, 0).amax(dim=3, keepdim=True))  # numbers grow along a row
     if _takes_flex(documents, T):
         return _block_mask(documents)
     own = documents[:, None, S - T :, None] == documents[:, None, None, :]  # (B, 1, T, S)
