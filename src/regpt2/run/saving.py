@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from regpt2.data.added_tokens import AddedTokens
 from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.weights import native
 from regpt2.run.setup import RunState, TrainingRun
@@ -58,7 +59,10 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         "world_size": world.size,
         "strategy": config.parallel.strategy,
     }
-    tokenizer = TokenizerRef(run.tokenizer.name, run.tokenizer.fingerprint, characters=run.tokenizer.characters)
+    facts |= {"init": state.origin} if state.origin else {}
+    added = run.tokenizer.added if isinstance(run.tokenizer, AddedTokens) else ()
+    name, fingerprint, characters = run.tokenizer.name, run.tokenizer.fingerprint, run.tokenizer.characters
+    tokenizer = TokenizerRef(name, fingerprint, added=added, characters=characters)
     run.saver.save(
         lambda: checkpoint.snapshot(
             step,
