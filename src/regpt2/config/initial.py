@@ -33,10 +33,12 @@ def with_shape(table: dict[str, Any], changed: Mapping[str, Any], run: str) -> d
     """
     init, stated = changed.get("init", table.get("init")), table.get("model", {})
     batch, run = table.get("batch", {}), changed.get("run") or table.get("run") or run
-    if not init or not all(
-        isinstance(one, kind) for one, kind in ((init, str), (stated, dict), (batch, dict), (run, str))
-    ):
+    places, sections = (init, run), (stated, batch)
+    if not init or not all(isinstance(one, str | Path) for one in places):
         return table  # a wrong type is refused where the table is read
+    if not all(isinstance(one, dict) for one in sections):
+        return table
+    init, run = str(init), str(run)
     peeked, now = peek_model(run if resumes(run) else init), {key: changed.get(key, {}) for key in ("model", "batch")}
     stated = {key: value for key, value in stated.items() if key not in now["model"]}
     require_fit(peeked.config, _compared(stated, run), peeked.source)
