@@ -36,8 +36,7 @@ from regpt2.base.errors import (
 from regpt2.base.ranks.world import World
 from regpt2.base.shelves import use_plugins
 from regpt2.commands.train import failures_named
-from regpt2.config.recipe_files import load_recipe, with_options
-from regpt2.config.run import RunConfig
+from regpt2.config.recipe_files import configured
 from regpt2.config.toml_file import options_of
 from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.prepare import prepare as prepare_data
@@ -235,7 +234,8 @@ def train(recipe: PathLike | Mapping[str, Any], **options: Any) -> Summary:
 
     Args:
         recipe: a recipe's name, a TOML file, or its content as a dict, which must have `run`, the run folder.
-        options: changes to it: `data="data/mine"`, `max_steps=20`, `optim={"lr": 3e-4}`, `**{"optim.lr": 3e-4}`.
+        options: changes to it: `data="data/mine"`, `max_steps=20`, `optim={"lr": 3e-4}`, `**{"optim.lr": 3e-4}`,
+            `init="hf:gpt2"` to begin from the weights of a model.
 
     Returns:
         The step, how the run ended, and its folder, `run`.
@@ -244,12 +244,9 @@ def train(recipe: PathLike | Mapping[str, Any], **options: Any) -> Summary:
         UsageError: no such recipe or option, or the folder holds another run.
         Problem: the data or a checkpoint is damaged, or there is too little memory.
     """
-    if isinstance(recipe, Mapping):
-        config = with_options(with_options(RunConfig(), recipe), options)
-        if not config.run:
-            raise UsageError("a recipe without a name needs a run folder: run='runs/mine'.")
-    else:
-        config = with_options(load_recipe(str(recipe)), options)
+    config = configured(recipe if isinstance(recipe, Mapping) else str(recipe), options)
+    if not config.run:
+        raise UsageError("a recipe without a name needs a run folder: run='runs/mine'.")
     with settings_kept(), failures_named(config):
         return train_run(config)
 

@@ -14,6 +14,7 @@ from regpt2.base.console import say, wrapped
 from regpt2.base.errors import UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
+from regpt2.config.initial import require_shape
 from regpt2.config.recipe_files import defaults_for, recipe_rows
 from regpt2.machine.planning.plan import PlanOptions, for_json, make_plan
 from regpt2.machine.planning.show import show
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError("unknown option --nodes; --gpus is the number of GPUs in all nodes: 16 for 2 nodes of 8.")
     default = PlanOptions(config=defaults_for(spec, given))
     options = parse(PlanOptions, given, f"regpt2 plan {spec}", default=default)
+    require_shape(default.config, options.config)
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UsageError(f"--json {options.json} must be a file in a folder that exists.")
     plan = make_plan(spec, options)
@@ -44,7 +46,8 @@ def usage() -> str:
     return wrapped(
         [
             "usage: regpt2 plan RECIPE [--machine NAME] [--gpus N] [--gpus-per-node N] [--network-gbps G] [--scaling] "
-            "[--price P] [--measure] [--json FILE] [--data DIR | --mix DIR=WEIGHT ...] [--section.key VALUE ...]",
+            "[--price P] [--measure] [--json FILE] [--data DIR | --mix DIR=WEIGHT ...] [--init MODEL] "
+            "[--section.key VALUE ...]",
             "       regpt2 plan RECIPE --help  (every option, with the recipe's values)",
             "",
             "RECIPE is a TOML file of your own, or one of:",

@@ -2,6 +2,7 @@
 
 regpt2 train demo
 regpt2 train gpt2_124m --run runs/mine --max-steps 1000
+regpt2 train gpt2_124m --run runs/mine --init hf:gpt2 --data data/mine
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from regpt2.base.console import say, wrapped
 from regpt2.base.device import is_out_of_memory, undetermined_operation
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.options import parse
+from regpt2.config.initial import require_shape
 from regpt2.config.recipe_files import defaults_for, find_recipe, recipe_head, recipe_rows
 from regpt2.config.run import RunConfig
 from regpt2.run.loop import train
@@ -27,13 +29,15 @@ def main(arguments: list[str]) -> int:
     if spec.startswith("-"):
         raise UsageError(f"the recipe comes first: regpt2 train RECIPE {' '.join(arguments)}. {usage()}")
     # `--data DIR` and the like are fields of RunConfig: one parser, and help that shows the recipe's own values.
+    default = defaults_for(spec, options)
     config = parse(
         RunConfig,
         options,
         f"regpt2 train {spec}",
         about=recipe_head(find_recipe(spec)),
-        default=defaults_for(spec, options),
+        default=default,
     )
+    require_shape(default, config)
     with failures_named(config):
         return train(config).exit_code
 
@@ -62,7 +66,7 @@ def usage() -> str:
     """What `regpt2 train --help` prints: the recipes."""
     return wrapped(
         [
-            "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] "
+            "usage: regpt2 train RECIPE [--run DIR] [--data DIR | --mix DIR=WEIGHT ...] [--init MODEL] "
             "[--max-steps N] [--seed N] [--resume auto|never|must] [--save-every N] "
             "[--eval-every N] [--sample-every N] [--section.key VALUE ...]",
             "       regpt2 train RECIPE --help  (every option, with the recipe's values)",

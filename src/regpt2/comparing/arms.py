@@ -11,6 +11,7 @@ from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
 from regpt2.comparing.runs import Arm
+from regpt2.config.initial import require_shape
 from regpt2.config.recipe_files import defaults_for
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import differences, read_toml, to_toml
@@ -87,7 +88,9 @@ def _read_arm(spec: str, common: Sequence[str]) -> Given:
     for option in options:
         if (name := option.partition("=")[0]) in _OURS:
             raise UsageError(f"{name} cannot be set for an arm: use --out, --seeds or --evaluations.")
-    config = parse(RunConfig, options, f"regpt2 compare, {spec!r}:", default=defaults_for(recipe, options))
+    default = defaults_for(recipe, options)
+    config = parse(RunConfig, options, f"regpt2 compare, {spec!r}:", default=default)
+    require_shape(default, config)
     plain = " ".join([Path(recipe).stem, *own])
     label = named[1] if named else re.sub(r"[^\w.+]+", "-", plain)[:MOST_CHARACTERS]
     keeps_steps = any(option.partition("=")[0] == "--max-steps" for option in options)

@@ -8,8 +8,10 @@ from typing import Any
 
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.shelves import words_after
+from regpt2.config.initial import require_shape, with_shape
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import CHOOSING, class_of, from_table, read_toml
+from regpt2.model.initial import require_fit
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -49,12 +51,32 @@ def find_recipe(spec: str) -> Path:
     )
 
 
-def load_recipe(spec: str) -> RunConfig:
-    """A recipe by name or path, checked; its default run folder is runs/NAME."""
+def load_recipe(spec: str, changed: Mapping[str, Any] | None = None) -> RunConfig:
+    """A recipe by name or path, checked; its default run folder is runs/NAME.
+
+    `changed` is what options will change, by section. With `init`, there or in the recipe, the model has the shape of
+    the one that it names.
+    """
     path = find_recipe(spec)
-    config = read_toml(path)
-    run, recipe = config.run or str(Path("runs") / path.stem), config.recipe or path.stem
-    return dataclasses.replace(config, run=run, recipe=recipe)
+    run = str(Path("runs") / path.stem)
+    config = read_toml(path, lambda table: with_shape(table, changed or {}, run))
+    return dataclasses.replace(config, run=config.run or run, recipe=config.recipe or path.stem)
+
+
+def configured(recipe: str | Mapping[str, Any], options: Mapping[str, Any]) -> RunConfig:
+    """A recipe, by name, path or content, with changed values as in `with_options`.
+
+    Raises:
+        ConfigError: as there, or options disagree with the model that `init` names.
+    """
+    changed = _nested(options)
+    if isinstance(recipe, Mapping):
+        default = with_options(RunConfig(), with_shape(_nested(recipe), changed, ""))
+    else:
+        default = load_recipe(recipe, changed)
+    config = with_options(default, options)
+    require_shape(default, config)
+    return config
 
 
 def defaults_for(spec: str, options: list[str]) -> RunConfig:
@@ -65,7 +87,22 @@ def defaults_for(spec: str, options: list[str]) -> RunConfig:
     """
     given = {option.partition("=")[0].removeprefix("--") for option in options}
     named = {key: f"{key}.{name}" for key, name in CHOOSING.items() if f"{key}.{name}" in given}
-    return _open_to(given, load_recipe(spec), {key: words_after(options, f"--{name}") for key, name in named.items()})
+    config = load_recipe(spec, _as_table(options))
+    return _open_to(given, config, {key: words_after(options, f"--{name}") for key, name in named.items()})
+
+
+def _as_table(options: list[str]) -> dict[str, Any]:
+    """Options as `with_shape` needs them, before they are parsed: their names, and the values of a few."""
+    table: dict[str, Any] = {"model": {}, "batch": {}}
+    for word in options:
+        option = word.partition("=")[0]
+        section, _, name = option.removeprefix("--").replace("-", "_").partition(".")
+        value: Any = "".join(words_after(options, option)[-1:])
+        if option.startswith("--") and name and section in table:
+            table[section][name.removeprefix("no_")] = int(value) if value.isdecimal() else value
+        elif option in ("--init", "--run"):
+            table[section] = value
+    return table
 
 
 def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
@@ -74,18 +111,26 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown key, a wrong type, an impossible value.
     """
-    table: dict[str, Any] = {}
-    for key, value in options.items():
-        section, dot, name = key.partition(".")
-        value = {name: value} if dot else value
-        table[section] = {**table.get(section, {}), **value} if isinstance(value, Mapping) else value
+    table = _nested(options)
     sections = {key: table[key] for key in CHOOSING if isinstance(table.get(key), dict)}
     chosen = {key: one[CHOOSING[key]] for key, one in sections.items() if CHOOSING[key] in one}
     return from_table(RunConfig, table, "", _open_to(table.keys(), config, chosen))
 
 
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"optim.lr": 1}` as `{"optim": {"lr": 1}}`."""
+    table: dict[str, Any] = {}
+    for key, value in options.items():
+        section, dot, name = key.partition(".")
+        value = {name: value} if dot else value
+        table[section] = {**table.get(section, {}), **value} if isinstance(value, Mapping) else value
+    return table
+
+
 def _open_to(given: Collection[str], config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
     """`chosen`: by section, the entries that replace the recipe's."""
+    if config.init and "model" in chosen:
+        require_fit(config.model, {"architecture": class_of("model", chosen["model"]).architecture}, config.init)
     rebuilt = {key: _rebuilt(getattr(config, key), class_of(key, names)) for key, names in chosen.items()}
     config = dataclasses.replace(config, **rebuilt)
     if "mix" in given:

@@ -35,7 +35,7 @@ class EvalConfig:
     """Score only the first N examples of each evaluation; 0 = all. For a quick try: it changes the results."""
 
     verdict: str = "auto"
-    """Reference curve to compare validation losses with: auto (the one for this model and data), off, or a name."""
+    """Reference curve to compare losses with: auto (by model and data; with --init none), off, or a name."""
 
     def __post_init__(self) -> None:
         if self.val_tokens < 1:
@@ -84,10 +84,12 @@ class RunConfig:
     """The prepared data folder (regpt2 prepare ... --out DIR)."""
     mix: tuple[str, ...] = ()
     """Several data folders instead of `data`, each as DIR=WEIGHT: its share of the tokens in every update."""
+    init: str = ""
+    """Begin from the weights of this model, not from random ones: hf:gpt2, a run, a checkpoint, a GGUF file, ..."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: resume from the newest checkpoint, if any; never: refuse a used run folder; must: refuse a new one."""
     seed: int = 1337
-    """Determines the initial weights, the order of the data and dropout."""
+    """Determines the initial weights (without --init), the order of the data and dropout."""
     max_steps: int = 19_073
     """Total number of updates."""
     log_every: int = 1

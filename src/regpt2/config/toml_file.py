@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -21,8 +21,8 @@ T = TypeVar("T")
 CHOOSING = {"model": "architecture", "optim": "name", "evals": "names"}
 
 
-def read_toml(path: Path) -> RunConfig:
-    """A recipe file as a config.
+def read_toml(path: Path, complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> RunConfig:
+    """A recipe file as a config. `complete` may add to its table what the file leaves out.
 
     Raises:
         ConfigError: not TOML, an unknown key, a wrong type, an impossible value; it names file and key.
@@ -35,7 +35,7 @@ def read_toml(path: Path) -> RunConfig:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
     try:
-        return from_table(RunConfig, table, "")
+        return from_table(RunConfig, complete(table) if complete else table, "")
     except (ConfigError, ValueError) as error:  # ValueError: a number of too many digits to be shown
         raise ConfigError(f"{path}: {error}") from None
 

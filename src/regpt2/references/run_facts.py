@@ -24,6 +24,8 @@ def _nothing() -> Column:
 class Facts:
     """What a record says; None, or an empty column, is unknown."""
 
+    init: str | None = None
+    """The model that it began from."""
     dataset: str | None = None
     """As scores.toml and the curves call it."""
     n_params: float | None = None
@@ -95,6 +97,7 @@ def _of_the_start(start: Event) -> dict[str, Any]:
     config = _table(start, "config")
     model, batch, optim, schedule = (_table(config, name) for name in ("model", "batch", "optim", "schedule"))
     return {
+        "init": _text(config.get("init")),
         "dataset": dataset_of(f"{start.get('dataset')} {config.get('data')}"),
         "n_params": known(start.get("n_params")),
         "vocab_size": known(model.get("vocab_size")),

@@ -96,8 +96,12 @@ class Verdict:
 
 
 def of_record(events: Iterable[Event], choice: str = "auto") -> Verdict | None:
-    """The verdict of a run by its record alone; None where nothing was evaluated, or `choice` is "off"."""
+    """The verdict of a run by its record alone; None where nothing was evaluated, or `choice` is "off".
+
+    With "auto" there is none either for a run that began from a model."""
     facts = facts_of(events)
+    if facts.init and choice == "auto":  # the curves are of models that began from nothing
+        return None
     if choice == "off" or not (facts.batch_tokens and facts.max_steps and len(facts.eval_steps)):
         return None
     curve = curves.choose(choice, facts.dataset, facts.n_params, facts.schedule)

@@ -140,6 +140,7 @@ def sample(run: TrainingRun, model: LanguageModel, step: int) -> None:
             min(options.max_new_tokens, room),
             temperature=options.temperature,
             top_k=options.top_k,
+            never=tokenizer.textless,
             generator=torch.Generator(device).manual_seed(random_seed(run.config.seed, step, 0)),
             on_token=lambda _: run.watchdog.beat(f"step {step}, sample", counted=False),  # rank 0 alone
         )

@@ -17,7 +17,6 @@ from regpt2.base.files import write_atomic
 from regpt2.base.record.metrics import read_events
 from regpt2.base.shelves import origins
 from regpt2.base.version import commit
-from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import to_toml
 from regpt2.data.checks.baselines import baselines
 from regpt2.run.setup import RunState, TrainingRun
@@ -60,13 +59,14 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         "max_steps": config.max_steps,
         "total_tokens": n_tokens,
         "baselines": state.baselines,
+        **state.origin,
     }
     own = ("model.architectures", config.model.architecture), ("training.optim", config.optim.name)
     if plugins := origins(*own, *(("evals", name) for name in config.evals.names)):
         event["plugins"] = plugins
         notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
-    notes += [*_untrained_positions(config), *unused_options(config.optim, run.model)]
+    notes += [*_untrained_positions(run), *unused_options(config.optim, run.model)]
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
     for text in [*run.data.notes, *run.data.repeated(n_tokens), *notes]:
         run.metrics.log("note", first, text=text)
@@ -101,9 +101,10 @@ def _cut_back(run: TrainingRun, first: int) -> list[str]:
     return [f"an earlier start in {run.folder} left no checkpoint: the record of its {forgotten:,} updates is removed"]
 
 
-def _untrained_positions(config: RunConfig) -> list[str]:
+def _untrained_positions(run: TrainingRun) -> list[str]:
+    config = run.config
     seq_len, block_size = config.batch.seq_len, config.model.block_size
-    if seq_len == block_size:
+    if run.model.context_size == block_size:  # by this run, or before it in the model that it began from
         return []
     return [
         f"positions {seq_len:,} to {block_size - 1:,} of the model are never trained: batch.seq_len = {seq_len:,} is "

@@ -46,11 +46,20 @@ def restore(run: TrainingRun, state: RunState) -> int:
         state.scale = LossScale(**found.state["loss_scale"])
     state.earlier_s = found.state["elapsed_s"]
     state.saved_at = found.step
+    state.origin = found.state.get("init", {})
     return found.step
 
 
 def _check_same_run(run: TrainingRun, found: checkpoint.Checkpoint) -> None:
     """Refuse to resume as another run than the one that was started."""
+    if not (run.folder / "config.toml").is_file():
+        raise CheckpointError(f"{run.folder / 'config.toml'} is missing; put it back, or use another --run folder.")
+    before = read_toml(run.folder / "config.toml")
+    if before.init != run.config.init:
+        raise ConfigError(
+            f"init was {before.init!r} in {run.folder} and is {run.config.init!r} now: that makes it another run. Set "
+            "it back (a resume does not read that model again, so it may be gone), or use another --run folder."
+        )
     shape = dataclasses.asdict(run.config.model)
     for key, value in found.config["model"].items():
         if shape.get(key) != value:
@@ -63,9 +72,6 @@ def _check_same_run(run: TrainingRun, found: checkpoint.Checkpoint) -> None:
             f"{run.folder} was trained on data with fingerprint {found.state['data_fingerprint'][:16]}, {run.data} has "
             f"{run.data.fingerprint[:16]}; give the --data or --mix of that run, or another --run folder."
         )
-    if not (run.folder / "config.toml").is_file():
-        raise CheckpointError(f"{run.folder / 'config.toml'} is missing; put it back, or use another --run folder.")
-    before = read_toml(run.folder / "config.toml")
     for key, (old, new) in differences(before, run.config).items():
         if key.startswith(_DEFINE_THE_RUN):
             raise ConfigError(

@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from regpt2.data.added_tokens import AddedTokens
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.weights import native
 from regpt2.run.setup import RunState, TrainingRun
@@ -58,11 +59,13 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         "world_size": world.size,
         "strategy": config.parallel.strategy,
     }
+    facts |= {"init": state.origin} if state.origin else {}
     tokenizer = Vocabulary(
         run.tokenizer.name,
         run.tokenizer.fingerprint,
         run.tokenizer.eot,
         run.tokenizer.vocab,
+        added=run.tokenizer.added if isinstance(run.tokenizer, AddedTokens) else (),
         characters=run.tokenizer.characters,
     )
     run.saver.save(

@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +28,11 @@ from regpt2.data.tokenizer import Tokenizer
 from regpt2.data.tokens.shards import verify
 from regpt2.evals.scoring.assets import files_by_name, find
 from regpt2.evals.val_loss import require_window
-from regpt2.model.architecture import build_model, switches_on
+from regpt2.model.architecture import build_model
+from regpt2.model.files.fill_model import load_into
 from regpt2.model.language_model import LanguageModel
 from regpt2.references.verdict import Verdict
+from regpt2.run.beginning import begin
 from regpt2.training import checkpoint
 from regpt2.training.compiler_cache import CompilerCache
 from regpt2.training.guard import Guard
@@ -81,6 +84,8 @@ class RunState:
     started_at: float = field(default_factory=time.monotonic)
     saved_at: int | None = None
     """The step of the newest checkpoint."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The model that it began from, as `Beginning.origin`; rank 0 alone has it before a checkpoint is loaded."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -114,7 +119,8 @@ def build(
         if config.deterministic or ordered:
             be_deterministic(world.device)
         _check_folder(config, folder)
-        tokenizer = _matching_tokenizer(config, data)
+        beginning = begin(config, data, is_main=world.is_main)
+        config, tokenizer = beginning.config, beginning.tokenizer
         if config.sample_every:
             _check_prompt(config, tokenizer)
         loader = Loader(
@@ -129,7 +135,9 @@ def build(
         if config.verify_data:
             _verify_data(data, world, watchdog)
         model = build_model(config.model, seed=config.seed).to(world.device)
-        model.trained_seq_len = config.batch.seq_len
+        model.trained_seq_len = beginning.trained_seq_len
+        if beginning.weights is not None:  # before they are sharded or wrapped, so every strategy begins alike
+            load_into(model, beginning.weights)
 
     compiled = compiles(config.compile, world.device)
     trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
@@ -152,7 +160,7 @@ def build(
         without_data=_fetch_assets(config.evals.names if config.eval_every else (), files, world),
     )
     scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
-    return run, RunState(guard=Guard(config.guard, world.device), scale=scale)
+    return run, RunState(guard=Guard(config.guard, world.device), scale=scale, origin=beginning.origin)
 
 
 def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:
@@ -187,23 +195,6 @@ def _check_folder(config: RunConfig, run: Path) -> None:
         raise UsageError(f"{run} already holds a run and resume is 'never'; choose another --run, or --resume auto.")
     if config.resume == "must" and not checkpoint.folders(run / "checkpoints"):
         raise UsageError(f"{run} has no checkpoint to resume from and resume is 'must'; --resume auto starts anew.")
-
-
-def _matching_tokenizer(config: RunConfig, data: Mixture) -> Tokenizer:
-    """The tokenizer that made the data, if the model has its vocabulary and the settings suit it."""
-    tokenizer = data.tokenizer()
-    if config.model.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size:,}, but {data} was made with the tokenizer "
-            f"{tokenizer.name!r} of {tokenizer.vocab_size:,} tokens; set --model.vocab-size {tokenizer.vocab_size} "
-            "or prepare the data with the other tokenizer."
-        )
-    if tokenizer.eot is None and "document_mask" in switches_on(config.model):
-        raise ConfigError(
-            f"model.document_mask = true needs an end of text between documents, and {data} is {tokenizer.name} "
-            "without one; set --model.no-document-mask."
-        )
-    return tokenizer
 
 
 def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -75,6 +75,15 @@ def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
     return tokenizer
 
 
+def named_tokenizer(loaded: LoadedModel) -> TokenizerRef | None:
+    """The tokenizer that the model's files name, or nanoGPT's `meta.pkl` beside them; None if there is neither.
+
+    Raises:
+        CheckpointError, DataError: `meta.pkl` is missing or damaged, or of another model.
+    """
+    return _characters(loaded, None) or loaded.tokenizer
+
+
 def vocabulary_of(loaded: LoadedModel, meta: Path | None = None) -> Vocabulary | None:
     """What a converted file can hold of the model's tokenizer; of one that is not available only its name.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,8 +18,9 @@ from regpt2.model.files import fill_model
 from regpt2.model.files.contract import CONFIG, GPT2_ROWS, GPT2_TOKENS, SHELF, WEIGHTS, ModelFiles, TokenizerRef
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.kernels.activation import Activation, choose_activation, split_activation
-from regpt2.model.language_model import LanguageModel
+from regpt2.model.language_model import GPTConfig, LanguageModel
 
+T = TypeVar("T")
 KINDS = (
     "a run folder (with checkpoints/), a checkpoint, a Hugging Face folder, a file or folder of another known format, "
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
@@ -52,6 +54,19 @@ class LoadedModel:
         return rows - len(self.tokenizer.added)
 
 
+@dataclass(frozen=True)
+class PeekedModel:
+    """What the files of a model say of it, without its weights."""
+
+    config: GPTConfig
+    tokenizer: TokenizerRef | None
+    """None where the files do not say."""
+    trained_seq_len: int | None
+    """As `LanguageModel.trained_seq_len`."""
+    source: str
+    """Where it is, to show."""
+
+
 def load_model(
     spec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
@@ -67,8 +82,24 @@ def load_model(
         CheckpointError: what it names is missing, damaged, or no GPT-2.
         DownloadError: the hub could not be reached, or has no such model.
     """
-    spec, activation = split_activation(str(spec))
-    load = partial(_load_folder, device=device, dtype=dtype, asked=activation)
+    return _find(str(spec), partial(_load_folder, device=device, dtype=dtype))
+
+
+def peek_model(spec: str | Path) -> PeekedModel:
+    """The shape and the tokenizer of the model that `spec` names, as `load_model` would find it.
+
+    Formats that keep them in a file of their own are not read further, so damaged weights are not noticed here.
+
+    Raises:
+        UsageError, CheckpointError, DownloadError: as `load_model`.
+    """
+    return _find(str(spec), _peek_folder)
+
+
+def _find(spec: str, load: Callable[..., T]) -> T:
+    """What `load` makes of the folder or file that `spec` names."""
+    spec, activation = split_activation(spec)
+    load = partial(load, asked=activation)
     if spec.startswith("hf:"):
         name = spec.removeprefix("hf:")
         return load(_fetch(name), source=f"hf:{_repo_id(name)}")
@@ -109,7 +140,7 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _load_run(run: Path, load: Callable[[Path], LoadedModel]) -> LoadedModel:
+def _load_run(run: Path, load: Callable[..., T]) -> T:
     """The newest checkpoint that is whole; a bad one causes a warning, and the one before it is tried."""
     folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
@@ -148,12 +179,20 @@ def _load_folder(
     return LoadedModel(model.eval(), files.tokenizer, source, int(step.group(1)) if step else None)
 
 
-def _read(path: Path) -> ModelFiles:
+def _peek_folder(folder: Path, asked: Activation | None, source: str | None = None) -> PeekedModel:
+    verify_files(folder, (CONFIG,))
+    files = _read(folder, only_peek=True)
+    config = replace(files.config, activation=asked or files.config.activation)
+    return PeekedModel(config, files.tokenizer, files.trained_seq_len, source or str(folder))
+
+
+def _read(path: Path, *, only_peek: bool = False) -> ModelFiles:
     readers = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
     readers = {name: entry for name, entry in readers.items() if hasattr(entry, "read")}
     for entry in readers.values():
         if entry.matches(path):
-            files: ModelFiles = entry.read(path)
+            read = getattr(entry, "peek", entry.read) if only_peek else entry.read
+            files: ModelFiles = read(path)
             return files
     if path.is_dir():
         read_json(path / CONFIG)  # raises if this is what is wrong

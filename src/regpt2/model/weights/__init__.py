@@ -17,6 +17,7 @@ CONTRACT = Contract(
         },
     ],
     optional={
+        "peek": "(path) -> ModelFiles",  # as `read` without tensors, where that is faster
         "ANY_ARCHITECTURE": bool,  # it holds every model of ours; left out: GPT-2 alone
         "ACTIVATION": str,  # the only form of GELU that its readers compute; left out: it says which
         "CHARACTERS_NOTE": str,  # what to say where ids are characters; left out: it does not hold them

@@ -7,6 +7,7 @@
 import importlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,18 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> ModelFiles:
     """The model in folder `path`: one file or shards, safetensors or pickled, 16-bit weights as fp32."""
+    files, architectures = peek(path), read_json(path / CONFIG).get("architectures")
+    return replace(files, tensors=_our_tensors(path, _read_raw(path), architectures))
+
+
+def peek(path: Path) -> ModelFiles:
+    """The same without its tensors."""
     document = read_json(path / CONFIG)
     config = _config(path / CONFIG, document)
     ours = document.get("regpt2")  # the note of our own export; files of another tokenizer may have been added since
     note = ours.get("tokenizer") if isinstance(ours, dict) else None
     tokenizer = read_tokenizer(path, config.vocab_size) or parse_tokenizer(path / CONFIG, note)
-    return ModelFiles(config, _our_tensors(path, _read_raw(path), document.get("architectures")), tokenizer)
+    return ModelFiles(config, {}, tokenizer)
 
 
 def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:

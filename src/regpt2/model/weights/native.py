@@ -4,6 +4,7 @@ Tensors have the model's own names and orientation, in fp32, without the vocabul
 says the format, its version, the model's shape and its tokenizer. A training checkpoint begins with the same two files.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -30,8 +31,13 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> ModelFiles:
     """The model in folder `path`."""
+    return replace(peek(path), tensors=read_tensors(path / WEIGHTS))
+
+
+def peek(path: Path) -> ModelFiles:
+    """The same without its tensors."""
     config, tokenizer, trained_seq_len = parse(path / CONFIG, read_json(path / CONFIG))
-    return ModelFiles(config, read_tensors(path / WEIGHTS), tokenizer, trained_seq_len)
+    return ModelFiles(config, {}, tokenizer, trained_seq_len)
 
 
 def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:

@@ -24,6 +24,9 @@ FACTS = {
     "World size": "world_size",
     "Seed": "seed",
     "Parameters": "n_params",
+    "Began from": "init_source",
+    "Began from, weights": "init_sha256",
+    "Began from, step": "init_step",
     "Tokenizer": "tokenizer",
     "Tokenizer fingerprint": "tokenizer_fingerprint",
     "Data set": "dataset",
@@ -32,7 +35,16 @@ FACTS = {
     "Validation tokens": "val_tokens",
     "Tokens per update": "batch_tokens",
 }
-_HASHES = {"Plugins", "Command", "Commit", "Tokenizer fingerprint", "Data fingerprint", "Configuration", "Record"}
+_HASHES = {
+    "Began from, weights",
+    "Plugins",
+    "Command",
+    "Commit",
+    "Tokenizer fingerprint",
+    "Data fingerprint",
+    "Configuration",
+    "Record",
+}
 
 
 def certificate(record: Record) -> dict[str, str]:
