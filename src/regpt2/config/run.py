@@ -102,6 +102,10 @@ class RunConfig:
     """Updates between checkpoints; also saved after the last update, on Ctrl-C and on SIGTERM. 0 = never save."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep; 0 keeps all."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss, in checkpoints/best."""
+    stop_after_worse: int = 0
+    """Stop after N validations in a row whose loss is not below the best. 0 = never."""
     track: tuple[str, ...] = ()
     """Also send the record to: tensorboard, wandb."""
     verify_data: bool = True
@@ -133,13 +137,24 @@ class RunConfig:
         for name in ("max_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1.")
-        for name in ("eval_every", "sample_every", "save_every", "keep_checkpoints"):
+        for name in ("eval_every", "sample_every", "save_every", "keep_checkpoints", "stop_after_worse"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0 (0 = never).")
+        self._check_validations()
         if self.batch.seq_len > self.model.block_size:
             raise ConfigError(
                 f"batch.seq_len = {self.batch.seq_len} is longer than model.block_size = {self.model.block_size}; "
                 f"the most is {self.model.block_size}."
+            )
+
+    def _check_validations(self) -> None:
+        """Refuse to keep or wait for the best of no validations."""
+        asked = [f"{name} = {getattr(self, name)}" for name in ("keep_best", "stop_after_worse") if getattr(self, name)]
+        if asked and not (self.eval_every and "val_loss" in self.evals.names):
+            missing = "eval_every = 0" if not self.eval_every else f"evals.names = {list(self.evals.names)}"
+            raise ConfigError(
+                f"{' and '.join(asked).lower()} needs validation losses, and there are none with {missing}; set "
+                "eval_every above 0 and val_loss in evals.names, or give --no-keep-best and --stop-after-worse 0."
             )
 
     def check_ranks(self, world_size: int) -> None:

@@ -17,6 +17,8 @@ from regpt2.data.tokens.manifest import MANIFEST_NAME
 from regpt2.model.files.load import verify_files
 from regpt2.model.files.safe_json import read_json
 from regpt2.training import checkpoint
+from regpt2.training.saving import best
+from regpt2.training.saving.content import check_best, check_content
 
 
 def check_of(folder: Path) -> Callable[[Path, Findings], object]:
@@ -44,8 +46,12 @@ def check_run(run: Path, findings: Findings) -> None:
     findings.check(run / "metrics.jsonl", lambda: _record(run / "metrics.jsonl", there))
     for folder in checkpoint.bad_folders(checkpoints):
         findings.add(folder, "note", "set aside as damaged; never used")
-    for folder in sorted(checkpoints.glob("tmp-step-*")):
+    for folder in checkpoint.unfinished(checkpoints):
         findings.add(folder, "note", "an unfinished save, interrupted or still running; the next save removes it")
+    if (checkpoints / best.OLD).exists():
+        findings.add(checkpoints / best.OLD, "note", "left by an interrupted save; the next start of the run mends it")
+    if (checkpoints / checkpoint.BEST).exists():
+        check_checkpoint(checkpoints / checkpoint.BEST, findings)
     if not there:
         findings.add(checkpoints, "BAD" if checkpoint.bad_folders(checkpoints) else "note", "no checkpoint here")
     good = [folder for folder in there if check_checkpoint(folder, findings)]
@@ -80,13 +86,19 @@ def _record(path: Path, checkpoints: list[Path]) -> str:
 
 def check_checkpoint(folder: Path, findings: Findings) -> bool:
     """Check a checkpoint by itself; True if it is whole."""
-    whole = findings.check(folder / checkpoint.MANIFEST, lambda: checkpoint.verify_manifest(folder))
+    is_best = folder.name == checkpoint.BEST  # without an optimizer
+    verify_manifest, names, content = (
+        (best.verify_best_manifest, best.FILES, check_best)
+        if is_best
+        else (checkpoint.verify_manifest, checkpoint.FILES, check_content)
+    )
+    whole = findings.check(folder / checkpoint.MANIFEST, lambda: verify_manifest(folder))
     megabytes = {path.name: path.stat().st_size / 1e6 for path in folder.iterdir() if path.is_file()}
     with ProgressLine(f"checking {folder.name}", sum(megabytes.values()), "MB") as progress:
-        for name in checkpoint.FILES:
+        for name in names:
             whole &= findings.check(folder / name, partial(verify_files, folder, (name,)))
             progress.advance(megabytes.get(name, 0.0))
-    return whole and findings.check(folder, lambda: checkpoint.check_content(folder))
+    return whole and findings.check(folder, lambda: content(folder))
 
 
 def _check_data_of_run(run: Path, newest: Path, findings: Findings) -> None:

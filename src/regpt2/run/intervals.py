@@ -11,6 +11,7 @@ import torch
 from regpt2.base import shelves
 from regpt2.base.console import figure, say, warn
 from regpt2.base.ranks.signals import Stopped
+from regpt2.base.record.best import BestSoFar
 from regpt2.base.record.metrics import read_events
 from regpt2.config.run import RunConfig
 from regpt2.evals import EvalContext
@@ -18,7 +19,7 @@ from regpt2.evals.scoring.assets import files_by_name
 from regpt2.evals.scoring.context import scoring
 from regpt2.model.language_model import LanguageModel
 from regpt2.references.verdict import of_record
-from regpt2.run.saving import save
+from regpt2.run.saving import save, save_best
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.sampling.generate import generate
 from regpt2.training.ranks.strategy import in_compute_type, whole_model
@@ -66,6 +67,17 @@ def observe(run: TrainingRun, state: RunState, step: int, *, done: Sequence[str]
     run.watchdog.beat(f"step {step}, observed")
 
 
+def observe_early_end(run: TrainingRun, state: RunState, step: int) -> None:
+    """What is due after the last update, at a step that its own validation has made the last: save and sample."""
+    if run.config.save_every:
+        save(run, state, step)
+    if not run.config.sample_every or sample_due(run.config, step):  # never, or written already
+        return
+    model = whole_model(run.model, run.world)
+    if run.world.is_main:
+        sample(run, model, step)
+
+
 def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int, name: str) -> None:
     """One evaluation. An error in it is recorded, and training continues."""
     started_at = time.perf_counter()
@@ -107,8 +119,27 @@ def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int,
     if run.world.is_main:
         shown = ", ".join(f"{key} {figure(value)}" for key, value in figures.items() if value is not None)
         say(f"step {step:>6,} | {name}: {shown}")
-        if name == "val_loss":
+    if name == "val_loss":
+        if run.world.is_main:
             judge(run, state, step)
+        take_in_validation(run, state, step, figures.get("loss"))
+
+
+def take_in_validation(run: TrainingRun, state: RunState, step: int, loss: float | None) -> None:
+    """Keep the model if its loss is the lowest so far. Every rank has the same figures: all save, or none."""
+    before, state.best = state.best, state.best.after(step, loss)
+    if state.best.step == before.step:
+        return
+    run.metrics.log("best", step, loss=state.best.loss, kept=run.config.keep_best)
+    if run.config.keep_best:
+        save_best(run, state, step)
+
+
+def why_stop_early(config: RunConfig, best: BestSoFar) -> str:
+    """Why a run ends here, after validations in a row that were not below the best; empty if it does not."""
+    if not 0 < config.stop_after_worse <= best.n_worse:
+        return ""
+    return f"stopped early: {best.n_worse} validations in a row were not below {best.loss:.4f}, of step {best.step:,}"
 
 
 def judge(run: TrainingRun, state: RunState, step: int) -> None:

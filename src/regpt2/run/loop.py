@@ -17,9 +17,9 @@ from regpt2.base.ranks.world import World, start_world
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import MicroBatch
 from regpt2.run.ending import Summary, ending_recorded, finish
-from regpt2.run.intervals import anything_due, due, observe, random_seed
+from regpt2.run.intervals import anything_due, due, observe, observe_early_end, random_seed, why_stop_early
 from regpt2.run.opening import open_records
-from regpt2.run.resume import restore
+from regpt2.run.resume import restore, restore_best
 from regpt2.run.saving import require_room
 from regpt2.run.setup import RunState, TrainingRun, build, compiler_cache, open_data
 from regpt2.run.step_log import StepLog
@@ -67,10 +67,13 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
     gc.freeze()  # the 0.3M objects of the imports stay: each full collection would look at them all, for up to 2.4 s
     check_replicas(run.model, world, first)  # ranks that begin apart would average gradients of different models
     open_records(run, state, first)  # after all that may fail: a start that failed leaves the record as it was
+    restore_best(run, state, first)
     observe(run, state, first, done=world.from_main(run.metrics.observed(first)))
+    early = why_stop_early(config, state.best) if first < last else ""  # resumed, but not to be trained further
     log, step, stop_signal = StepLog(run, state.guard, first), first, None
+    batches_left = run.loader.batches(first + 1, first if early else last)
     # They close from right to left: reading ahead stops, a problem is recorded, the save under way is awaited.
-    with closing(run.saver), ending_recorded(run, log), closing(run.loader.batches(first + 1, last)) as batches:
+    with closing(run.saver), ending_recorded(run, log), closing(batches_left) as batches:
         for step, batch in enumerate(batches, start=first + 1):
             log.add(step, update(run, state, step, batch.micro_batches), batch.digest)
             if compiled and step == first + 1:
@@ -92,7 +95,11 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
             if stop_signal:
                 log.read()  # the guard counts here too, before the checkpoint that `finish` saves
                 break
-        return finish(run, state, step, stop_signal)  # within: a checkpoint that fails here is recorded as well
+            if step < last and (early := why_stop_early(config, state.best)):
+                log.read()
+                observe_early_end(run, state, step)
+                break
+        return finish(run, state, step, stop_signal, early)  # within: a checkpoint that fails here is recorded as well
 
 
 def update(run: TrainingRun, state: RunState, step: int, batch: list[MicroBatch]) -> StepStats:

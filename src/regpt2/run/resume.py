@@ -1,14 +1,22 @@
-"""A run resumed. In: a run made ready; out: its weights and state as the newest good checkpoint has them."""
+"""A run resumed. In: a run made ready; out: its weights and state as the newest good checkpoint has them.
+
+The best validation so far comes from the record, which is cut back to that checkpoint.
+"""
 
 import dataclasses
 
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, ConfigError
+from regpt2.base.record.best import BestSoFar, best_of
+from regpt2.base.record.metrics import read_events
 from regpt2.config.toml_file import differences, read_toml
+from regpt2.run.intervals import note
+from regpt2.run.saving import save_best
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
 from regpt2.training.optimizer import load_state_tensors
 from regpt2.training.ranks.strategy import load_weights
+from regpt2.training.saving.best import kept_step, recover_best
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
@@ -18,7 +26,7 @@ _DEFINE_THE_RUN = (
 )  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
     "recipe", "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every",
-    "keep_checkpoints", "verify_data", "check_memory", "track", "evals.verdict",
+    "keep_checkpoints", "keep_best", "stop_after_worse", "verify_data", "check_memory", "track", "evals.verdict",
     "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
 
@@ -48,6 +56,40 @@ def restore(run: TrainingRun, state: RunState) -> int:
     state.saved_at = found.step
     state.origin = found.state.get("init", {})
     return found.step
+
+
+def restore_best(run: TrainingRun, state: RunState, first: int) -> None:
+    """The best validation up to step `first`, on every rank. Call it once the record is cut back.
+
+    A kill between a validation and the save of its model is mended here, where the weights are those of that step.
+    """
+    checkpoints, path = run.folder / "checkpoints", run.metrics.path
+    found, kept = BestSoFar(), None
+    with run.world.together():
+        if run.world.is_main:
+            found = best_of(read_events(path)) if path and path.is_file() else found
+            if checkpoints.is_dir():
+                recover_best(checkpoints)
+                kept = kept_step(checkpoints)
+    best, kept = run.world.from_main([dataclasses.asdict(found), kept])
+    state.best = BestSoFar(**best)
+    if not run.config.keep_best or kept == state.best.step:
+        return
+    if state.best.step == first:
+        save_best(run, state, first)
+    elif kept is not None:
+        of_this = (
+            f"this run's best up to step {first:,} was step {state.best.step:,}" if state.best.step is not None else ""
+        )
+        note(
+            run,
+            first,
+            f"{checkpoints / 'best'} is of step {kept:,}{f'; {of_this}' if of_this else ', of an earlier start'}. "
+            "The next validation that is better replaces it",
+        )
+    else:
+        lost = f"the model of the best validation so far, of step {state.best.step:,}, is not on the disk"
+        note(run, first, f"{lost}; {checkpoints / 'best'} will be the next one that is better")
 
 
 def _check_same_run(run: TrainingRun, found: checkpoint.Checkpoint) -> None:

@@ -18,6 +18,7 @@ from regpt2.base.free_memory import free_bytes
 from regpt2.base.ranks.signals import StopSignals
 from regpt2.base.ranks.watchdog import Watchdog
 from regpt2.base.ranks.world import World
+from regpt2.base.record.best import BestSoFar
 from regpt2.base.record.metrics import MetricsLog
 from regpt2.base.record.trackers import open_sinks
 from regpt2.config.run import RunConfig
@@ -90,6 +91,8 @@ class RunState:
     """Bits per byte of models that know nothing of language, on the validation split; rank 0 alone has them."""
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """The newest figures of each evaluation."""
+    best: BestSoFar = field(default_factory=BestSoFar)
+    """The lowest validation loss so far; the same on every rank, since all have the same figures."""
     verdict: Verdict | None = None
     """The newest validation loss beside its reference; rank 0 alone has it."""
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from regpt2.base.files import (
     sha256_bytes,
     write_atomic,
 )
-from regpt2.model.files.load import load_model, verify_files
+from regpt2.model.files.load import verify_files
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.files.tensors import read_tensors
 from regpt2.training.host_copy import HostCopies
@@ -45,6 +44,8 @@ from regpt2.training.readback import not_as_meant, read_back
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, STATE)
 MANIFEST = "manifest.json"
+BEST = "best"  # training/saving/best.py
+UNFINISHED = ("tmp-step-*", f"tmp-{BEST}-*")
 _MOMENT = "optimizer: "  # before a name that a weight might have too
 _STEP = re.compile(r"step-(\d{8,})")
 _BAD = re.compile(r"bad-step-(\d{8,})(-\d+)?")
@@ -57,7 +58,8 @@ class Snapshot:
     step: int
     config_json: str
     model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None
+    """None: a model alone, from which no run resumes."""
     state: dict[str, Any]
 
 
@@ -65,7 +67,7 @@ def snapshot(
     step: int,
     config_json: str,
     model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     copies: HostCopies | None = None,
 ) -> Snapshot:
@@ -73,9 +75,9 @@ def snapshot(
 
     With `copies`, which a run keeps, a GPU's tensors go into buffers that the next snapshot uses again.
     """
-    taken = (copies or HostCopies()).take({**model, **{_MOMENT + name: t for name, t in optimizer.items()}})
+    taken = (copies or HostCopies()).take({**model, **{_MOMENT + name: t for name, t in (optimizer or {}).items()}})
     of_model = {name: taken[name] for name in model}
-    of_optimizer = {name: taken[_MOMENT + name] for name in optimizer}
+    of_optimizer = None if optimizer is None else {name: taken[_MOMENT + name] for name in optimizer}
     return Snapshot(step, config_json, of_model, of_optimizer, json.loads(json.dumps(dict(state))))
 
 
@@ -86,33 +88,42 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
         Problem: too little space is free, or the disk returns other bytes than were written.
         OSError: it filled up in the middle, or may not be written; nothing is left under the final name.
     """
-    _remove_unfinished(checkpoints)  # first: they take room
-    tensor_bytes = sum(t.nbytes for t in (*snap.model.values(), *snap.optimizer.values()))
-    require_free_space(checkpoints, _room_bytes(tensor_bytes), f"the checkpoint of step {snap.step}")
     final = checkpoints / f"step-{snap.step:08d}"
-    part = checkpoints / f"tmp-{final.name}-{os.getpid()}"
-    make_dir(checkpoints)
-    part.mkdir()
-    try:
-        hashes = {
-            MODEL: _write_tensors(part / MODEL, snap.model),
-            OPTIMIZER: _write_tensors(part / OPTIMIZER, snap.optimizer),
-            CONFIG: _write_text(part / CONFIG, snap.config_json),
-            STATE: _write_text(part / STATE, json.dumps(snap.state, indent=1) + "\n"),
-        }
-        files = {name: {"bytes": (part / name).stat().st_size, "sha256": hashes[name]} for name in FILES}
-        _write_text(part / MANIFEST, json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
-        for name in (MODEL, OPTIMIZER):  # the library makes its files for this user's eyes alone
-            shutil.copymode(part / CONFIG, part / name)
-        fsync_dir(part)
+
+    def put(part: Path) -> None:
         if final.exists():  # of a former run over the same steps, or left by hand
             set_aside(final)
         os.rename(part, final)
+
+    write_as(checkpoints, final.name, snap, put)
+    return final
+
+
+def write_as(checkpoints: Path, name: str, snap: Snapshot, put: Callable[[Path], None]) -> None:
+    """Write all files into a folder of a temporary name, and let `put` give it its own. Errors as of `write`."""
+    remove_unfinished(checkpoints)  # first: they take room
+    tensors = {MODEL: snap.model} | ({} if snap.optimizer is None else {OPTIMIZER: snap.optimizer})
+    texts = {CONFIG: snap.config_json, STATE: json.dumps(snap.state, indent=1) + "\n"}
+    n_bytes = sum(t.nbytes for held in tensors.values() for t in held.values())
+    require_free_space(checkpoints, room_bytes(n_bytes), f"the checkpoint of step {snap.step}")
+    part = checkpoints / f"tmp-{name}-{os.getpid()}"
+    make_dir(checkpoints)
+    part.mkdir()
+    try:
+        hashes = {file: _write_tensors(part / file, held) for file, held in tensors.items()}
+        hashes |= {file: _write_text(part / file, text) for file, text in texts.items()}
+        files = {
+            file: {"bytes": (part / file).stat().st_size, "sha256": hashes[file]} for file in FILES if file in hashes
+        }
+        _write_text(part / MANIFEST, json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
+        for file in tensors:  # the library makes its files for this user's eyes alone
+            shutil.copymode(part / CONFIG, part / file)
+        fsync_dir(part)
+        put(part)
         fsync_dir(checkpoints)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return final
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -136,30 +147,33 @@ def _write_text(path: Path, text: str) -> str:
     return sha256_bytes(text.encode())
 
 
-def _room_bytes(tensor_bytes: int) -> int:
+def room_bytes(tensor_bytes: int) -> int:
     """What one checkpoint takes: its tensors, and something for the rest."""
     return int(1.01 * tensor_bytes) + (1 << 20)
 
 
-def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int) -> None:
+def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int, best_bytes: int = 0) -> None:
     """Refuse a run whose checkpoints will not fit on the disk together. Writes nothing.
 
     Args:
         tensor_bytes: of one checkpoint; with AdamW 12 for each parameter.
         keep: as for `prune`. A new one is written before an old one goes, so there is one more at times.
         saves_left: how many this run will still write.
+        best_bytes: of the best checkpoint, of which there are two while a new one is written; 0 = none is kept.
 
     Raises:
         Problem: the checkpoints still to come need more than is free.
     """
     more = min(saves_left, max(1, keep + 1 - len(folders(checkpoints)))) if keep else saves_left
-    need_bytes = more * _room_bytes(tensor_bytes)
-    unfinished_bytes = sum(path.stat().st_size for path in checkpoints.glob("tmp-step-*/*"))  # the first save frees it
+    best = bool(best_bytes) * (2 - (checkpoints / BEST).is_dir())
+    need_bytes = more * room_bytes(tensor_bytes) + best * room_bytes(best_bytes)
+    unfinished_bytes = sum(path.stat().st_size for path in checkpoints.glob("tmp-*/*"))  # the first save frees it
     have_bytes = free_bytes(checkpoints) + unfinished_bytes
     if have_bytes < need_bytes:
+        beside = f", and {best} best ones of {best_bytes / 1e6:,.1f} MB" if best else ""
         raise Problem(
-            f"{checkpoints}: this run will hold {more} more checkpoints at once, of {tensor_bytes / 1e6:,.1f} MB each; "
-            f"they need {need_bytes / 1e6:,.1f} MB and {have_bytes / 1e6:,.1f} MB are free. Keep fewer with "
+            f"{checkpoints}: this run will hold {more} more checkpoints at once, of {tensor_bytes / 1e6:,.1f} MB each"
+            f"{beside}; they need {need_bytes / 1e6:,.1f} MB and {have_bytes / 1e6:,.1f} MB are free. Keep fewer with "
             "--keep-checkpoints, put --run on another disk, or free some space."
         )
 
@@ -230,32 +244,6 @@ def verify_manifest(folder: Path) -> None:
         )
 
 
-def check_content(folder: Path) -> str:
-    """Do the parts of a verified checkpoint fit together? A SHA-256 cannot tell. Returns a summary line.
-
-    Raises:
-        CheckpointError: a weight or a moment is missing, of another shape than config.json says, or not finite.
-    """
-    model, found = load_model(folder).model, read(folder)
-    for name, tensors in ((MODEL, found.model), (OPTIMIZER, found.optimizer)):
-        for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{folder / name}: {key} has values that are not finite.")
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    kinds: dict[str, set[str]] = {name: set() for name in shapes}
-    for key, tensor in found.optimizer.items():
-        name, _, kind = key.rpartition("/")
-        if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
-            raise CheckpointError(
-                f"{folder / OPTIMIZER}: {key} {list(tensor.shape)} belongs to no weight of the model."
-            )
-        kinds[name].add(kind)
-    for name, got in kinds.items():  # two optimizers may share a model, each with kinds of its own
-        if fuller := next((other for other in kinds.values() if got < other), None):
-            raise CheckpointError(f"{folder / OPTIMIZER} lacks {', '.join(sorted(fuller - got))} of {name}.")
-    return f"step {found.step:,}, {len(found.model)} weights and {len(found.optimizer)} optimizer tensors, all finite"
-
-
 def newest_good(checkpoints: Path) -> Path | None:
     """The newest checkpoint that verifies, or None if there is none. Bad ones are set aside, with a warning.
 
@@ -318,7 +306,7 @@ def prune(checkpoints: Path, keep: int, verified: Path | None = None) -> None:
     They are counted from `verified` down: the one just written; by default the newest that verifies, and without one
     nothing is removed. What lies above it is bad, or not of this run: it neither counts nor goes.
     """
-    _remove_unfinished(checkpoints)
+    remove_unfinished(checkpoints)
     if not keep:
         return
     there = folders(checkpoints)
@@ -332,9 +320,14 @@ def prune(checkpoints: Path, keep: int, verified: Path | None = None) -> None:
             _remove(folder)
 
 
-def _remove_unfinished(checkpoints: Path) -> None:
+def unfinished(checkpoints: Path) -> list[Path]:
+    """Saves that were interrupted, or are under way."""
+    return sorted(path for pattern in UNFINISHED for path in checkpoints.glob(pattern))
+
+
+def remove_unfinished(checkpoints: Path) -> None:
     """What killed saves have left: nobody else saves into this folder, so nobody is at work on it."""
-    for path in checkpoints.glob("tmp-step-*"):
+    for path in unfinished(checkpoints):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -356,15 +349,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, take: Callable[[], Snapshot]) -> None:
+    def save(self, take: Callable[[], Snapshot], put: Callable[[Path, Snapshot], object] | None = None) -> None:
         """Wait for the save before this one, take the snapshot, which may use `copies` again, begin to write it.
 
+        `put` writes it; by default it becomes the newest checkpoint, and the oldest goes.
         An earlier save that failed is reported; this one is attempted as usual.
         """
         if (failure := self.wait()) is not None:
             warn(f"{failure} Trying again now.")
         snap = take()
-        self._thread = threading.Thread(target=self._write, args=(snap,), name="save")
+        self._thread = threading.Thread(target=self._write, args=(snap, put or self._put_newest), name="save")
         self._thread.start()
 
     def wait(self) -> Problem | None:
@@ -383,8 +377,11 @@ class Saver:
         if (failure := self.wait()) is not None:
             warn(str(failure))
 
-    def _write(self, snap: Snapshot) -> None:
+    def _put_newest(self, checkpoints: Path, snap: Snapshot) -> None:
+        prune(checkpoints, self.keep, verified=write(checkpoints, snap))
+
+    def _write(self, snap: Snapshot, put: Callable[[Path, Snapshot], object]) -> None:
         try:
-            prune(self.checkpoints, self.keep, verified=write(self.checkpoints, snap))
+            put(self.checkpoints, snap)
         except BaseException as error:  # handed to the loop by wait()
             self._error = error

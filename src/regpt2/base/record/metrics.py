@@ -5,10 +5,11 @@ Every event has `event` and `step` (updates made so far). The kinds:
   train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far), skipped, data (a digest of the
               tokens of this update in their order: the same for any number of ranks)
   eval        eval (its name) and its figures, seen_tokens (trained on so far)
+  best        loss: the validation loss of this step is the lowest so far; kept (is its model saved?)
   verdict     a validation loss compared with a reference curve: state, difference, band, checks, text, ...
   sample      prompt, texts
   note        text: what a reader of the record should know (a skipped step, a failed evaluation, a fallback)
-  end         reason, elapsed_s, peak_bytes
+  end         reason, elapsed_s, peak_bytes, best_step, best_loss (of the lowest validation loss)
 """
 
 import errno

@@ -42,6 +42,11 @@ class Patient:
         """Of a checkpoint: fp32 weights and AdamW's two moments."""
         return 12 * self.n_params
 
+    @property
+    def best_bytes(self) -> int:
+        """Of the best checkpoint, fp32 weights alone; 0 if none is kept."""
+        return 4 * self.n_params if self.config.keep_best else 0
+
     @cached_property
     def trials(self) -> tuple[agreement.Trial, ...]:
         """Small models to compute on the device; their exact results take a second."""

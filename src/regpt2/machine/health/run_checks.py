@@ -77,12 +77,14 @@ def run_folder(patient: Patient) -> CheckResult:
 def checkpoints(patient: Patient) -> CheckResult:
     """Space for the checkpoints that are kept, and the one that is written before the oldest is removed."""
     config, folder = patient.config, Path(patient.config.run) / "checkpoints"
-    if not config.save_every:
+    if not (config.save_every or config.keep_best):
         return CheckResult("ok", "the run saves none: save_every = 0")
     n_bytes, kept = patient.saved_bytes, config.keep_checkpoints
-    checkpoint.require_room(folder, n_bytes, keep=kept, saves_left=n_saves(config))
+    best = patient.best_bytes
+    checkpoint.require_room(folder, n_bytes, keep=kept, saves_left=n_saves(config), best_bytes=best)
     free, most = free_bytes(folder) / 1e9, most_checkpoints(config)
-    return CheckResult("ok", f"{free:.3g} GB free, at most {most} of {n_bytes / 1e9:.3g} GB each")
+    text = f"{free:.3g} GB free, at most {most} of {n_bytes / 1e9:.3g} GB each"
+    return CheckResult("ok", f"{text}, and 2 best ones of {best / 1e9:.3g} GB" if best else text)
 
 
 def _run_disk(path: Path) -> Path:

@@ -30,6 +30,16 @@ def most_checkpoints(config: RunConfig) -> int:
     return min(saves, kept + 1) if kept else saves
 
 
+def best_bytes(config: RunConfig, setup: Setup) -> int:
+    """Of the best checkpoint, fp32 weights alone: two, since a new one is written before the old one is removed."""
+    return 2 * FP32 * setup.n_params if config.keep_best else 0
+
+
+def run_bytes(config: RunConfig, setup: Setup) -> int:
+    """Of all checkpoints of a run, at most."""
+    return most_checkpoints(config) * checkpoint_bytes(setup) + best_bytes(config, setup)
+
+
 @dataclass(frozen=True)
 class DataNeed:
     """Disk space of the data."""

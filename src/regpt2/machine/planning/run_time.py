@@ -11,7 +11,7 @@ import torch
 from regpt2.base.console import ProgressLine
 from regpt2.base.errors import UsageError
 from regpt2.config.run import RunConfig
-from regpt2.machine.planning.disk import checkpoint_bytes, n_saves
+from regpt2.machine.planning.disk import best_bytes, checkpoint_bytes, n_saves
 from regpt2.machine.planning.formulas import (
     EVAL_TOKENS,
     FORWARD,
@@ -139,7 +139,10 @@ def run_seconds(
             seconds * (whole_updates if part in by_tokens else config.max_steps) for part, seconds in step.parts.items()
         ),
         "evaluations": tokens * FORWARD * pass_s / target.ranks,
-        "checkpoints": n_saves(config) * checkpoint_bytes(setup) / HOST_COPY_RATE,
+        "checkpoints": (
+            n_saves(config) * checkpoint_bytes(setup) + n_evaluations(config) * best_bytes(config, setup) / 2
+        )  # at most: as if each validation were the best so far
+        / HOST_COPY_RATE,
         "start": START_S + COMPILE_S * target.compiled + config.verify_data * data_bytes / HASH_RATE / target.ranks,
     }
 

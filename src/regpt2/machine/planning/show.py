@@ -3,7 +3,7 @@
 from textwrap import wrap
 
 from regpt2.base.console import count, duration, say
-from regpt2.machine.planning.disk import checkpoint_bytes, most_checkpoints
+from regpt2.machine.planning.disk import best_bytes, checkpoint_bytes, most_checkpoints
 from regpt2.machine.planning.micro_batch import best
 from regpt2.machine.planning.plan import RunPlan
 from regpt2.machine.planning.run_time import StepEstimate, eval_tokens, n_evaluations
@@ -107,6 +107,8 @@ def _show_disk(plan: RunPlan) -> None:
         _row("  while preparing", f"{plan.data.missing_bytes / GB:.2f} GB", "at most, for files like FineWeb-Edu's")
     each = f"at most {most} of {one_bytes / GB:.2f} GB: {one_bytes / plan.setup.n_params:.3g} bytes per parameter"
     _row("disk for checkpoints", f"{most * one_bytes / GB:.2f} GB", each)
+    if n_bytes := best_bytes(plan.config, plan.setup):
+        _row("disk for the best", f"{n_bytes / GB:.2f} GB", "weights alone, twice: a new one before the old one goes")
     for lack in plan.lacks:
         _row("  TOO LITTLE SPACE", "", lack)
 

@@ -26,6 +26,7 @@ KINDS = (
     "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
 )
 _STEP = re.compile(r"step-(\d{8,})")
+_BEST = "best"
 _HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 _PICKLE = "pytorch_model.bin"
 _TEXT_FILES = [CONFIG, "merges.txt", "vocab.json", "vocab.txt", "*.model", "tokenizer*.json", "added_tokens.json"]
@@ -150,9 +151,11 @@ def _load_run(run: Path, load: Callable[..., T]) -> T:
             return load(folder)
         except CheckpointError as error:
             warn(f"{error} Trying the checkpoint before it.")
+    best = run / "checkpoints" / _BEST
+    others = f"give {best}" if best.is_dir() else "give another MODEL"
     raise CheckpointError(
         f"{run} holds no whole checkpoint: {len(folders)} in {run / 'checkpoints'}, none usable; "
-        "train further, or give another MODEL."
+        f"train further, or {others}."
     )
 
 
@@ -174,9 +177,18 @@ def _load_folder(
         model.trained_seq_len = files.trained_seq_len
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    step = _STEP.fullmatch(folder.resolve().name)
     source += f":{asked}" if asked else ""
-    return LoadedModel(model.eval(), files.tokenizer, source, int(step.group(1)) if step else None)
+    return LoadedModel(model.eval(), files.tokenizer, source, _updates_made(folder.resolve()))
+
+
+def _updates_made(folder: Path) -> int | None:
+    """By the name of a checkpoint; the best one has its step in a file."""
+    if match := _STEP.fullmatch(folder.name):
+        return int(match[1])
+    if folder.name != _BEST or not (folder / "state.json").is_file():
+        return None
+    step = read_json(folder / "state.json").get("step")
+    return step if isinstance(step, int) else None
 
 
 def _peek_folder(folder: Path, asked: Activation | None, source: str | None = None) -> PeekedModel:
