@@ -1,5 +1,6 @@
 """A part becomes tokens: planned slices of text in, `.parts/000042.{train,val}.bin` and `000042.json` out.
 
+Conversations also get `000042.{train,val}.mask`, a byte for each token: whether it counts in the loss.
 The JSON is written last, so a part is complete or does not exist, whenever the process is killed.
 """
 
@@ -20,13 +21,16 @@ from regpt2.base import shelves
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, write_atomic
 from regpt2.base.net.download import fetch
+from regpt2.data.added_tokens import AddedTokens
+from regpt2.data.chat_template import encode
 from regpt2.data.fast_tokenizer import EncoderName, fast_tokenizer
 from regpt2.data.preparing.workers import Report
 from regpt2.data.sources.filters import Filters
 from regpt2.data.sources.plan import Document, InputFile, Part, Skipped
 from regpt2.data.sources.text_stream import COMPRESSED
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer, valid_text
-from regpt2.data.tokens.manifest import SPLITS
+from regpt2.data.tokens.manifest import MASK_SUFFIX, SPLITS
+from regpt2.data.tokens.masks import Mask
 from regpt2.data.tokens.writing import Tally
 
 PARTS_NAME = ".parts"
@@ -87,6 +91,8 @@ class PartEncoder:
         self.job, self.tokenizer = job, tokenizer
         self.entry = shelves.load("data.datasets", job.dataset)
         self.options = self.entry.Options(**job.options) if job.options else None
+        self.added = added_tokens(self.entry)
+        self.chat_tokenizer = AddedTokens(tokenizer, self.added) if self.added else None
 
     def __call__(self, task: tuple[int, Part], report: Report) -> None:
         index, planned = task
@@ -94,10 +100,7 @@ class PartEncoder:
         progress = _Progress(planned, report)
         self.tokenizer.new_part()
         with local_copies(planned, folder, index, progress.downloaded) as part, ExitStack() as stack:
-            outputs = {
-                name: _TokenFileWriter(stack.enter_context(atomic_file(part_file(folder, index, name))))
-                for name in SPLITS
-            }
+            outputs = {name: self._open(part_file(folder, index, name), stack) for name in SPLITS}
             rows: list[tuple[int, int, int, bool]] = []
             for document in self.entry.documents(replace(part, options=self.options), skipped):
                 text, data = _valid(document.text, skipped)
@@ -105,8 +108,8 @@ class PartEncoder:
                     skipped.add(reason)
                     continue
                 digest, split = self._digest_and_split(document, data)
-                ids = self.tokenizer.encode_utf8(data)
-                outputs[split].add(self.tokenizer.start_id, ids, len(data))
+                ids, counted = self._encoded(document, data)
+                outputs[split].add(self.tokenizer.start_id, ids, len(data), counted)
                 progress.encoded(len(data))
                 if self.job.dedup:
                     rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
@@ -118,6 +121,16 @@ class PartEncoder:
         result = PartResult(tallies, dict(sorted(skipped.items())), self.tokenizer.encoder, skipped.first)
         write_atomic(folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
         progress.finished()
+
+    def _open(self, path: Path, stack: ExitStack) -> "_TokenFileWriter":
+        masks = stack.enter_context(atomic_file(path.with_suffix(MASK_SUFFIX))) if self.added else None
+        return _TokenFileWriter(stack.enter_context(atomic_file(path)), masks)
+
+    def _encoded(self, document: Document, data: bytes) -> tuple[npt.NDArray[np.uint16], Mask | None]:
+        """The ids of a document; of a conversation also which of them count."""
+        if self.chat_tokenizer is None:
+            return self.tokenizer.encode_utf8(data), None
+        return encode(document.messages, self.chat_tokenizer)
 
     def _digest_and_split(self, document: Document, data: bytes) -> tuple[bytes, str]:
         val_fraction = self.job.val_fraction
@@ -155,6 +168,11 @@ def forget_copies(folder: Path, is_finished: Callable[[int], bool]) -> None:
 def part_file(folder: Path, index: int, split: str) -> Path:
     """Where the tokens of one split of a part lie: plain uint16, no header."""
     return folder / f"{index:06d}.{split}.bin"
+
+
+def added_tokens(entry: object) -> tuple[str, ...]:
+    """The texts that a data set entry adds to the vocabulary; then it gives conversations, which have masks."""
+    return tuple(getattr(entry, "ADDED_TOKENS", ()))
 
 
 def table_file(folder: Path, index: int) -> Path:
@@ -208,14 +226,17 @@ class _Progress:
 class _TokenFileWriter:
     """Collects documents and writes them in large pieces, so that memory does not grow with the part."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], masks: IO[bytes] | None) -> None:
         self.tally = Tally()
-        self._file = file
+        self._file, self._masks = file, masks
         self._waiting: list[npt.NDArray[np.uint16]] = []
+        self._masks_waiting: list[Mask] = []
         self._n_waiting = 0
 
-    def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int) -> None:
+    def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int, counted: Mask | None) -> None:
         self._waiting += [np.array([eot], dtype=np.uint16), ids]
+        if counted is not None:
+            self._masks_waiting += [np.zeros(1, dtype=np.bool_), counted]  # nobody writes the end of text in a chat
         self._n_waiting += 1 + len(ids)
         self.tally.add(Tally(1, 1 + len(ids), text_bytes))
         if self._n_waiting > BUFFER_TOKENS:
@@ -225,7 +246,9 @@ class _TokenFileWriter:
     def flush(self) -> None:
         if self._waiting:
             self._file.write(np.concatenate(self._waiting).astype("<u2", copy=False).tobytes())
-        self._waiting, self._n_waiting = [], 0
+        if self._masks is not None and self._masks_waiting:
+            self._masks.write(np.concatenate(self._masks_waiting).astype(np.uint8).tobytes())
+        self._waiting, self._masks_waiting, self._n_waiting = [], [], 0
 
 
 def _stop_if_orphaned() -> None:

@@ -16,7 +16,7 @@ from regpt2.base.console import say
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import write_atomic
 from regpt2.data.preparing.encode_part import PARTS_NAME
-from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, SPLITS, Manifest, Shard
+from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, MASK_SUFFIX, SPLITS, Manifest, Shard
 from regpt2.data.tokens.shards import LEDGER_NAME
 from regpt2.data.tokens.writing import Tally
 
@@ -143,5 +143,6 @@ def discard(folder: Path, dataset: str) -> None:
     (folder / LEDGER_NAME).unlink(missing_ok=True)
     clear(folder)
     for name in SPLITS:
-        for path in folder.glob(f"{dataset}_{name}_*.bin"):
-            path.unlink()
+        for suffix in (".bin", MASK_SUFFIX):
+            for path in folder.glob(f"{dataset}_{name}_*{suffix}"):
+                path.unlink()
