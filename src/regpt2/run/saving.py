@@ -58,7 +58,12 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         "world_size": world.size,
         "strategy": config.parallel.strategy,
     }
-    tokenizer = TokenizerRef(run.tokenizer.name, run.tokenizer.fingerprint, characters=run.tokenizer.characters)
+    tokenizer = TokenizerRef(
+        run.tokenizer.name,
+        run.tokenizer.fingerprint,
+        added=getattr(run.tokenizer, "added", ()),
+        characters=run.tokenizer.characters,
+    )
     run.saver.save(
         lambda: checkpoint.snapshot(
             step,

@@ -203,6 +203,12 @@ def _matching_tokenizer(config: RunConfig, data: Mixture) -> Tokenizer:
             f"model.document_mask = true needs an end of text between documents, and {data} is {tokenizer.name} "
             "without one; set --model.no-document-mask."
         )
+    end_of_text = getattr(config.model, "end_of_text", -1)
+    if "document_mask" in switches_on(config.model) and end_of_text % tokenizer.vocab_size != tokenizer.eot:
+        raise ConfigError(
+            f"model.end_of_text = {end_of_text}, but documents of {data} begin with id {tokenizer.eot}; "
+            f"set --model.end-of-text {tokenizer.eot}, or --model.no-document-mask."
+        )
     return tokenizer
 
 

@@ -50,7 +50,7 @@ def conversation(value: list[Any]) -> Document | str:
     try:
         check(found)
     except DataError:
-        return "is not a system message or none and then user and assistant in turn"
+        return "has no user and assistant in turn, after a system message or none"
     if not any(message.role == ASSISTANT for message in found):
         return "has no answer"
     return Document(render(found).removeprefix(END_OF_TEXT), messages=found)
