@@ -8,6 +8,9 @@ follow each other without gap or overlap, so every token is a target once per ep
 tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam, and take
 up where the step before ended, of whatever size each is. Of several data sets each has its own windows and epochs;
 data/mixture.py decides which data set a window comes from.
+
+Where the data has a mask, targets that do not count in the loss are IGNORED. The mask is that of the target, not of the
+token before it.
 """
 
 import hashlib
@@ -31,8 +34,24 @@ from regpt2.data.mixture import deal
 
 _AHEAD = 3  # batches in memory besides the one in use
 _ROUNDS = 6  # of the Feistel network
+IGNORED = -100  # a target that does not count, as torch and our losses have it
 
 MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, each (B, T)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many targets of an update count in the loss, where not all do."""
+
+    mine: tuple[int, ...]
+    """Of each of this rank's micro-batches."""
+    all: int
+    """Of the whole update, over all ranks. Every rank reads all masks of an update, so none has to ask the others."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Each micro-batch's share of the update: with these the mean losses add up to the mean over all of them."""
+        return [n / max(1, self.all) for n in self.mine]
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,18 @@ class Batch:
     digest: int
     """Of these windows and their places in the update. Its sum over the ranks, modulo 2**64, is the same for any number
     of ranks and any micro-batch: two runs whose sums are equal at every step have seen the same tokens in one order."""
+    counted: Counted | None = None
+    """None: every target counts."""
+
+    @property
+    def weights(self) -> list[float] | None:
+        """As `Counted`; None: every micro-batch weighs the same."""
+        return None if self.counted is None else self.counted.weights
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any target of the update counts; else its loss is 0, and so is its gradient."""
+        return self.counted is None or self.counted.all > 0
 
 
 class Tokens(Protocol):
@@ -198,11 +229,34 @@ class Loader:
         """
         B, T, n = self.config.micro_batch, self.config.seq_len, self.grad_accum_steps(step)
         first = self.rank * n * B  # the place of this rank's first window in the update
-        mine = self.windows(step)[first : first + n * B].tolist()
+        of_all_ranks = self.windows(step)
+        mine = of_all_ranks[first : first + n * B].tolist()
         windows = np.stack([self.streams[k].read(w * T, T + 1) for k, w in mine])  # (n * B, T + 1)
         digest = sum(_window_digest(first + i, window) for i, window in enumerate(windows)) % 2**64
         groups = windows.astype(np.int64).reshape(n, B, T + 1)
-        return Batch([(group[:, :-1], group[:, 1:]) for group in groups], digest)
+        micro_batches = [(group[:, :-1], group[:, 1:]) for group in groups]
+        if not self.is_masked:
+            return Batch(micro_batches, digest)
+        counts = np.stack([self._mask(k, w) for k, w in of_all_ranks.tolist()])  # (windows of all ranks, T)
+        ours = counts[first : first + n * B].reshape(n, B, T)
+        masked = [(x, np.where(mask, y, IGNORED)) for (x, y), mask in zip(micro_batches, ours, strict=True)]
+        counted = Counted(tuple(ours.sum(axis=(1, 2)).tolist()), int(counts.sum()))
+        return Batch(masked, digest, counted)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a data set says which of its tokens count in the loss."""
+        return any(getattr(stream, "masks", ()) for stream in self.streams)
+
+    def _mask(self, k: int, window: int) -> NDArray[np.bool_]:
+        """Which targets (T,) of a window of data set `k` count; all of one without a mask."""
+        T, stream = self.config.seq_len, self.streams[k]
+        masks: NDArray[np.bool_] = (
+            stream.read_mask(window * T + 1, T)  # type: ignore[attr-defined]
+            if getattr(stream, "masks", ())
+            else np.ones(T, dtype=np.bool_)
+        )
+        return masks
 
     def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """The batches of updates `first_step` to `last_step`, read ahead by a thread while the model computes."""

@@ -152,7 +152,7 @@ class Mixture(AbstractContextManager["Mixture"]):
         Raises:
             DataError: a folder was made with another vocabulary than ours of the same name.
         """
-        tokenizer = self.streams[0].tokenizer()
+        tokenizer = max(self.streams, key=lambda stream: len(stream.added)).tokenizer()
         for share, stream in zip(self.shares, self.streams, strict=True):
             if stream.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
                 raise DataError(
@@ -169,9 +169,12 @@ class Mixture(AbstractContextManager["Mixture"]):
         self.close()
 
 
-def _vocabulary(stream: TokenStream) -> tuple[str, int | None, str | None]:
+def _vocabulary(stream: TokenStream, all_added: tuple[str, ...]) -> tuple[str, int | None, str | None]:
+    """What all data sets of a mixture share. Special tokens may have been added to some: all to one, or the first."""
+    same = stream.vocab_size is not None and stream.added == all_added[: len(stream.added)]
+    size = stream.vocab_size - len(stream.added) if same and stream.vocab_size is not None else stream.vocab_size
     own = stream.characters if stream.vocab is None else stream.tokenizer_fingerprint
-    return stream.tokenizer_name, stream.vocab_size, own
+    return stream.tokenizer_name, size, own
 
 
 def open_mixture(shares: Sequence[Share], split: str = "train") -> Mixture:
@@ -182,9 +185,9 @@ def open_mixture(shares: Sequence[Share], split: str = "train") -> Mixture:
     """
     with ExitStack() as opened:
         streams = [opened.enter_context(open_tokens(share.folder, split)) for share in shares]
-        first = streams[0]
+        first, all_added = streams[0], max((stream.added for stream in streams), key=len)
         for share, stream in zip(shares, streams, strict=True):
-            if _vocabulary(stream) != _vocabulary(first):
+            if _vocabulary(stream, all_added) != _vocabulary(first, all_added):
                 other = "another " if stream.tokenizer_name == first.tokenizer_name else ""
                 raise DataError(
                     f"{share.folder} was made with the tokenizer {stream.tokenizer_name!r} of {stream.vocab_size} "

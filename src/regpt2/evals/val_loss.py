@@ -2,6 +2,7 @@
 
 The set is the first `val_tokens` tokens of the validation split in windows of `seq_len`, the same for every batch size
 and number of ranks. The sum over all its tokens is divided once, so that a short last batch weighs what it should.
+Of conversations only the tokens of the answers are in the sums, as in training: those that the data's mask counts.
 Of a mixture each data set is scored; the figures are the mean by its weights, beside the loss of each.
 """
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from regpt2.base.errors import DataError, Problem, UsageError
+from regpt2.data.loader import IGNORED
 from regpt2.data.mixture import read_shares
 from regpt2.data.tokens.shards import TokenStream, open_tokens
 from regpt2.evals.scoring.assets import Asset
@@ -19,9 +21,10 @@ from regpt2.evals.scoring.context import EvalContext, Figures, scoring, sum_over
 
 DESCRIPTION = "loss on the validation split of a prepared data folder: nats, perplexity, bits per byte"
 PROTOCOLS = {
-    "loss": "mean nats per token over the first val_tokens of the split, in windows of seq_len that do not overlap",
+    "loss": "mean nats per token over the first val_tokens of the split, in windows of seq_len that do not overlap; "
+    "of conversations over the answers' tokens alone",
     "perplexity": "exp(loss)",
-    "bits_per_byte": "summed bits / bytes of text, <|endoftext|> scored but without bytes",
+    "bits_per_byte": "summed bits / bytes of text, <|endoftext|> and added tokens scored but without bytes",
 }
 ASSETS: tuple[Asset, ...] = ()
 
@@ -33,7 +36,7 @@ def evaluate(context: EvalContext) -> Figures:
 
     Raises:
         UsageError: no data folder was given.
-        DataError: the validation split is missing or shorter than one window.
+        DataError: the validation split is missing or shorter than one window, or none of its tokens counts.
     """
     if context.data is None and not context.mix:
         raise UsageError("val_loss needs a prepared data folder: --data DIR.")
@@ -44,6 +47,11 @@ def evaluate(context: EvalContext) -> Figures:
         lambda: torch.stack([_score_mine(context, share.folder) for share in shares]),
         torch.zeros(len(shares), 3),
     )
+    for share, n_counted in zip(shares, sums[:, 2].tolist(), strict=True):
+        if not n_counted:
+            raise DataError(
+                f"{share.folder}: no answer lies in the first tokens of its validation split; raise val_tokens."
+            )
     per_token = sums[:, :2] / sums[:, 2:]  # nats and bytes, a row for each data set
     weights = torch.tensor([share.parts for share in shares], dtype=torch.float64)
     nats, n_bytes = (weights / weights.sum() @ per_token).tolist()
@@ -68,7 +76,7 @@ def require_window(folder: Path, n_tokens: int, seq_len: int) -> None:
 
 
 def _score_mine(context: EvalContext, folder: Path) -> torch.Tensor:
-    """Summed nats, summed bytes and number of the target tokens in this rank's windows."""
+    """Summed nats, summed bytes and number of the target tokens that count in this rank's windows."""
     world, T = context.world, context.seq_len
     sums = torch.zeros(3, dtype=torch.float64)
     with scoring(context), open_tokens(folder, "val") as tokens:
@@ -79,16 +87,23 @@ def _score_mine(context: EvalContext, folder: Path) -> torch.Tensor:
         for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
             context.on_batch()
             rows = np.stack([tokens.read(w * T, T + 1) for w in windows[first : first + context.batch]])
-            window = torch.from_numpy(rows.astype(np.int64)).to(world.device)  # (B, T + 1)
-            loss = context.model(window[:, :-1], window[:, 1:])  # the mean over this batch alone
-            sums[0] += loss.cpu().double() * rows[:, 1:].size
-            sums[1] += 0 if byte_lengths is None else int(byte_lengths[rows[:, 1:]].sum())
-            sums[2] += rows[:, 1:].size
+            inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)  # (B, T) each
+            if tokens.masks:
+                masks = [tokens.read_mask(w * T + 1, T) for w in windows[first : first + context.batch]]
+                targets[~np.stack(masks)] = IGNORED
+            counted = targets[targets != IGNORED]
+            x, y = (torch.from_numpy(np.ascontiguousarray(ids)).to(world.device) for ids in (inputs, targets))
+            loss = context.model(x, y)  # the mean over this batch alone
+            sums[0] += loss.cpu().double() * counted.size
+            sums[1] += 0 if byte_lengths is None else int(byte_lengths[counted].sum())
+            sums[2] += counted.size
     return sums
 
 
 def _byte_lengths(tokens: TokenStream) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]] | None:
     try:
-        return tokens.tokenizer().token_bytes()
+        sizes = tokens.tokenizer().token_bytes()
+        n_added = len(tokens.added)  # a mark, not text
+        return np.concatenate([sizes[: len(sizes) - n_added], np.zeros(n_added, np.int32)]) if n_added else sizes
     except Problem:
         return None

@@ -51,6 +51,8 @@ class ModernConfig(GPTConfig):
     """Logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118; 15 in nanochat); 0 = off."""
     document_mask: bool = False
     """A token attends to its own document only (Llama 3, arXiv:2407.21783, section 3.2)."""
+    end_of_text: int = -1
+    """The id that begins a document, for document_mask; -1 is the last one. Tokens may have been added after it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +68,11 @@ class ModernConfig(GPTConfig):
             )
         if not 0 <= self.softcap < math.inf:
             raise ConfigError(f"model.softcap = {self.softcap} must be 0 (off) or more; 15 is usual.")
+        if not -1 <= self.end_of_text < self.vocab_size:
+            raise ConfigError(
+                f"model.end_of_text = {self.end_of_text} must be an id below model.vocab_size = {self.vocab_size:,}, "
+                "or -1 for the last one."
+            )
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ConfigError(
                 f"model.n_embd / model.n_head = {self.n_embd} / {self.n_head} = {self.n_embd // self.n_head} must be "
@@ -264,7 +271,7 @@ class ModernGPT(LanguageModel):
         mask: DocumentMask | None = seen
         if config.document_mask:
             all_ids = ids if caches is None else caches[0].append_ids(ids)  # (B, S)
-            numbers = document_numbers(all_ids, config.vocab_size - 1)  # (B, S); <|endoftext|> is the last id
+            numbers = document_numbers(all_ids, config.end_of_text % config.vocab_size)  # (B, S); -1 is the last id
             mask = document_mask(numbers, T, seen)
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], rotation, mask)

@@ -81,7 +81,7 @@ def _final(config: RunConfig, source: GPTConfig, shared: SharedVocabulary, name:
         )
     settings: dict[str, Any] = {"vocab_size": n_tokens}
     if n_tokens > n_before and getattr(config.model, "end_of_text", 0) == -1:
-        settings["end_of_text"] = n_before - 1  # the last id, up to now
+        settings["end_of_text"] = shared.tokenizer.eot  # no longer the last id
     return replace(config, model=replace(config.model, **settings))
 
 
@@ -102,4 +102,10 @@ def _check_tokenizer(config: RunConfig, data: Mixture, tokenizer: Tokenizer) -> 
         raise ConfigError(
             f"model.document_mask = true needs an end of text between documents, and {data} is {tokenizer.name} "
             "without one; set --model.no-document-mask."
+        )
+    end_of_text = getattr(config.model, "end_of_text", -1)
+    if "document_mask" in switches_on(config.model) and end_of_text % tokenizer.vocab_size != tokenizer.eot:
+        raise ConfigError(
+            f"model.end_of_text = {end_of_text}, but documents of {data} begin with id {tokenizer.eot}; "
+            f"set --model.end-of-text {tokenizer.eot}, or --model.no-document-mask."
         )

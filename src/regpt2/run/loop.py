@@ -15,7 +15,7 @@ from regpt2.base.ranks.signals import StopSignals
 from regpt2.base.ranks.watchdog import Watchdog
 from regpt2.base.ranks.world import World, start_world
 from regpt2.config.run import RunConfig
-from regpt2.data.loader import MicroBatch
+from regpt2.data.loader import Batch
 from regpt2.run.ending import Summary, ending_recorded, finish
 from regpt2.run.intervals import anything_due, due, observe, observe_early_end, random_seed, why_stop_early
 from regpt2.run.opening import open_records
@@ -75,7 +75,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
     # They close from right to left: reading ahead stops, a problem is recorded, the save under way is awaited.
     with closing(run.saver), ending_recorded(run, log), closing(batches_left) as batches:
         for step, batch in enumerate(batches, start=first + 1):
-            log.add(step, update(run, state, step, batch.micro_batches), batch.digest)
+            log.add(step, update(run, state, step, batch), batch.digest)
             if compiled and step == first + 1:
                 compiled.save()  # not after the rehearsal: the optimizer is compiled in the first update
             if due(step, config.parallel.check_every, last):
@@ -102,7 +102,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
         return finish(run, state, step, stop_signal, early)  # within: a checkpoint that fails here is recorded as well
 
 
-def update(run: TrainingRun, state: RunState, step: int, batch: list[MicroBatch]) -> StepStats:
+def update(run: TrainingRun, state: RunState, step: int, batch: Batch) -> StepStats:
     """Make update `step`: its data, its learning rate and its random numbers are functions of the step alone.
 
     So a resume needs no state of a generator or of a loader, and there is none that could be restored wrongly.
@@ -111,18 +111,21 @@ def update(run: TrainingRun, state: RunState, step: int, batch: list[MicroBatch]
     stats = train_step(
         run.trainable,
         run.optimizer,
-        [(on_device(x, run.world.device), on_device(y, run.world.device)) for x, y in batch],
+        [(on_device(x, run.world.device), on_device(y, run.world.device)) for x, y in batch.micro_batches],
         lr=learning_rate(config.schedule, config.optim.lr, step, config.max_steps),
         grad_clip=config.optim.grad_clip,
         world=run.world,
         ordered=run.ordered,
+        weights=batch.weights,
         scale=state.scale,
         spike_limit=state.guard.spike_limit,
         skip_spikes=state.guard.skips_spikes,
         before_micro_step=lambda micro_step: before_micro_step(run, step, micro_step),
     )
-    # At every update, unread: the next limit may not depend on when a line is logged.
-    state.guard.take_in(stats)
+    # At every update, unread: the next limit may not depend on when a line is logged. But a loss of 0, because no
+    # target counted, says nothing about the next: all after it would be spikes.
+    if batch.teaches:
+        state.guard.take_in(stats)
     return stats
 
 

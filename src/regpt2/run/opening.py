@@ -114,7 +114,7 @@ def _untrained_positions(run: TrainingRun) -> list[str]:
 
 
 def _baselines(run: TrainingRun) -> dict[str, float]:
-    if len(run.data.shares) > 1:
+    if len(run.data.shares) > 1 or run.loader.is_masked:  # they score all of one text
         return {}
     try:
         return baselines(run.data.shares[0].folder, run.tokenizer)

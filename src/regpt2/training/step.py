@@ -17,7 +17,7 @@ class StepStats:
     """What is known of an update. Tensors are scalars still on the device: reading one waits for it."""
 
     loss: Tensor
-    """Nats per token, the mean over every token of the update: all micro-steps, all ranks."""
+    """Nats per token, the mean over every target of the update that counts: all micro-steps, all ranks."""
     grad_norm: Tensor
     """Norm of the whole gradient before clipping."""
     accepted: Tensor
@@ -58,6 +58,7 @@ def train_step(
     grad_clip: float,
     world: World,
     ordered: bool = False,
+    weights: Sequence[float] | None = None,
     scale: LossScale | None = None,
     spike_limit: Tensor | None = None,
     skip_spikes: bool = True,
@@ -70,6 +71,8 @@ def train_step(
         lr: of groups that have no `lr_ratio`; the others' is that times their ratio.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
+        weights: each micro-batch's share of the update's targets that count in the loss, over all ranks, where not
+            all do; those of all ranks add up to 1, or to 0 if none counts. None: all weigh the same.
         scale: for fp16 alone.
         spike_limit: on the device: a loss above it is a spike. None: nothing is.
         skip_spikes: an update whose loss is a spike is skipped.
@@ -79,7 +82,7 @@ def train_step(
     # Two ways to sum. As they come, the exchange is hidden behind the backward pass, but the order of the sum, and so
     # the last bits, follow the number of ranks. A fixed order gives equal bits on 1, 2, 4, ... ranks and hides nothing.
     accumulate = accumulate_in_order if ordered else accumulate_as_they_come
-    loss = accumulate(trainable, batches, world, factor=factor, before_micro_step=before_micro_step)
+    loss = accumulate(trainable, batches, world, weights=weights, factor=factor, before_micro_step=before_micro_step)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
@@ -117,6 +120,7 @@ def accumulate_as_they_come(
     batches: Sequence[tuple[Tensor, Tensor]],
     world: World,
     *,
+    weights: Sequence[float] | None = None,
     factor: float = 1.0,
     before_micro_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -130,9 +134,12 @@ def accumulate_as_they_come(
             loss = trainable(inputs, targets)  # (B, T) -> ()
             # Gradients add up over micro-steps. Divided here, the sum is their mean, before it travels in the last
             # pass, and no pass over all gradients is needed for it. Times the factor, so that fp16 does not underflow.
-            (loss * (factor / len(batches))).backward()
-        loss_sum += loss.detach()  # the plain loss, apart: the one that went backward is scaled
-    return world.mean(loss_sum / len(batches))
+            # By its share of what counts, if not all does; the ranks' exchange averages, so times their number.
+            part = factor / len(batches) if weights is None else factor * (weights[i] * world.size)
+            (loss * part).backward()
+        # The plain loss, apart: the one that went backward is scaled.
+        loss_sum += loss.detach() if weights is None else loss.detach() * (weights[i] * world.size)
+    return world.mean(loss_sum / len(batches) if weights is None else loss_sum)
 
 
 def accumulate_in_order(
@@ -140,6 +147,7 @@ def accumulate_in_order(
     batches: Sequence[tuple[Tensor, Tensor]],
     world: World,
     *,
+    weights: Sequence[float] | None = None,
     factor: float = 1.0,
     before_micro_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -150,8 +158,10 @@ def accumulate_in_order(
     for i, (inputs, targets) in enumerate(batches):
         if before_micro_step is not None:
             before_micro_step(i)
-        # By the micro-batches of all ranks: one divisor, and so one rounding, on any number of ranks.
-        loss = trainable(inputs, targets) / n_micro_batches  # (B, T) -> ()
+        # By the micro-batches of all ranks: one divisor, and so one rounding, on any number of ranks. A weight is
+        # such a number too: it is the same wherever the micro-batch is computed.
+        loss = trainable(inputs, targets)  # (B, T) -> ()
+        loss = loss / n_micro_batches if weights is None else loss * weights[i]
         (loss * factor).backward()
         # The loss is one more leaf: summed in the same order, it has the same bits as well.
         tree.add([*(p.grad.contiguous() for p in parameters if p.grad is not None), loss.detach()])

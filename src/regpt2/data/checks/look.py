@@ -123,6 +123,8 @@ def _facts(folder: OpenFolder) -> dict[str, str]:
         if manifest is not None:
             facts[f"splits.{name}.documents"] = f"{manifest.splits[name].documents:,}"
             facts[f"splits.{name}.text_bytes"] = f"{manifest.splits[name].text_bytes:,}"
+            if (counted := manifest.splits[name].counted) is not None:
+                facts[f"splits.{name}.counted"] = f"{counted:,}"
         facts |= {f"splits.{name}.tokens": f"{stream.n_tokens:,}", f"splits.{name}.shards": f"{len(stream.files):,}"}
     return facts
 

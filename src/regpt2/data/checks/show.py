@@ -32,15 +32,21 @@ def show_folder(folder: OpenFolder) -> None:
     for name, value in {
         "revision": manifest.revision,
         "tokenizer": f"{manifest.tokenizer}, {manifest.vocab_size:,} ids, {manifest.tokenizer_fingerprint}",
+        "added tokens": " ".join(manifest.added),
         "options": ", ".join(f"{name} {value}" for name, value in manifest.options.items()) or "none",
         "skipped": skipped or "nothing",
         "fingerprint": manifest.fingerprint,
     }.items():
-        show_field(name, value)
+        if value:
+            show_field(name, value)
     say(f"\n  {'split':<5} {'documents':>14} {'tokens':>17} {'bytes per token':>17} {'shards':>8}")
     for name, split in manifest.splits.items():
         ratio = split.text_bytes / max(1, split.tokens)
         say(f"  {name:<5} {split.documents:>14,} {split.tokens:>17,} {ratio:>17.3f} {len(split.shards):>8,}")
+    for name, split in manifest.splits.items():
+        if (counted := split.counted) is not None:
+            share = counted / max(1, split.tokens)
+            say(f"  {name:<5} {counted:,} tokens, those of the answers, count in the loss: {share:.1%}")
 
 
 def show_field(name: str, value: str) -> None:

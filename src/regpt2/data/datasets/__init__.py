@@ -4,7 +4,8 @@
 `documents(part, skipped) -> Iterator[Document]` reads one part, in a process of its own. It says in `skipped.file`
 which file it reads, and counts what it leaves out. Files from elsewhere (`InputFile.url`) have been fetched by then.
 `ready` has shards and no text: instead of the two, `shards(source) -> ReadyPlan` (data/preparing/ready_shards.py).
-Own options are in `source.options` and `part.options`.
+Own options are in `source.options` and `part.options`. `FIELD` is the record's field where --field is not given.
+An entry of conversations has `ADDED_TOKENS`, texts added to the vocabulary, and gives documents with `messages`.
 """
 
 from regpt2.base.shelves import Contract
@@ -15,4 +16,5 @@ CONTRACT = Contract(
         {"plan": "(source) -> Plan", "documents": "(part, skipped) -> Iterator[Document]"},
         {"shards": "(source) -> ReadyPlan"},
     ],
+    optional={"FIELD": str, "ADDED_TOKENS": tuple},
 )

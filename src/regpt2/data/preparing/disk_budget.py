@@ -30,6 +30,8 @@ class Space:
     workers: int
     limit_bytes: int | None
     """The most bytes at any time; None: no limit."""
+    token_bytes: int = TOKEN_BYTES
+    """Of a token in a shard, with its mask."""
 
     @cached_property
     def download_bytes(self) -> int:
@@ -45,7 +47,7 @@ class Space:
 
     @property
     def shards_bytes(self) -> int:
-        return self.tokens * TOKEN_BYTES
+        return self.tokens * self.token_bytes
 
     def part_bytes(self, part: Part) -> int:
         """Of a part from its beginning until it is in shards: the file as it comes, and its tokens."""
@@ -54,7 +56,7 @@ class Space:
     @cached_property
     def least_bytes(self) -> int:
         """With one part at a time, and the tokens that wait for a full shard."""
-        waiting = min(self.shards_bytes, 2 * self.shard_tokens * TOKEN_BYTES)
+        waiting = min(self.shards_bytes, 2 * self.shard_tokens * self.token_bytes)
         return self.shards_bytes + waiting + max(map(self.part_bytes, self.plan.parts), default=0)
 
     @cached_property

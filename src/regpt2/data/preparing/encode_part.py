@@ -1,5 +1,6 @@
 """A part becomes tokens: planned slices of text in, `.parts/000042.{train,val}.bin` and `000042.json` out.
 
+Conversations also get `000042.{train,val}.mask`, a byte for each token: whether it counts in the loss.
 The JSON is written last, so a part is complete or does not exist, whenever the process is killed.
 """
 
@@ -20,6 +21,8 @@ from regpt2.base import shelves
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, write_atomic
 from regpt2.base.net.download import fetch
+from regpt2.data.added_tokens import AddedTokens
+from regpt2.data.chat_template import encode
 from regpt2.data.fast_tokenizer import EncoderName, fast_tokenizer
 from regpt2.data.preparing.hold_out import Digests, HoldOut, end_for_validation
 from regpt2.data.preparing.workers import Report
@@ -27,7 +30,8 @@ from regpt2.data.sources.filters import Filters
 from regpt2.data.sources.plan import Document, InputFile, Part, Skipped
 from regpt2.data.sources.text_stream import COMPRESSED
 from regpt2.data.tokenizer import Tokenizer, load_tokenizer, valid_text
-from regpt2.data.tokens.manifest import SPLITS
+from regpt2.data.tokens.manifest import MASK_SUFFIX, SPLITS
+from regpt2.data.tokens.masks import Mask
 from regpt2.data.tokens.writing import Tally
 
 PARTS_NAME = ".parts"
@@ -93,6 +97,8 @@ class PartEncoder:
         self.job, self.tokenizer = job, tokenizer
         self.entry = shelves.load("data.datasets", job.dataset)
         self.options = self.entry.Options(**job.options) if job.options else None
+        self.added = added_tokens(self.entry)
+        self.chat_tokenizer = AddedTokens(tokenizer, self.added) if self.added else None
 
     def __call__(self, task: tuple[int, Part], report: Report) -> None:
         index, planned = task
@@ -100,10 +106,7 @@ class PartEncoder:
         progress = _Progress(planned, report)
         self.tokenizer.new_part()
         with local_copies(planned, folder, index, progress.downloaded) as part, ExitStack() as stack:
-            outputs = {
-                name: _TokenFileWriter(stack.enter_context(atomic_file(part_file(folder, index, name))))
-                for name in SPLITS
-            }
+            outputs = {name: self._open(part_file(folder, index, name), stack) for name in SPLITS}
             rows: list[tuple[int, int, int, bool]] = []
             digests = Digests()
             for document in self.entry.documents(replace(part, options=self.options), skipped):
@@ -115,8 +118,8 @@ class PartEncoder:
                 digest, split = self._digest_and_split(document, data, needs_digest=not has_both)
                 if digest and document.split is None:
                     digests.include(Digests(digest.hex(), digest.hex(), skipped.file))
-                for split, digest, data, ids in self._tokens(text, data, digest, split):
-                    outputs[split].add(self.tokenizer.start_id, ids, len(data))
+                for split, digest, data, ids, counted in self._tokens(document, text, data, digest, split):
+                    outputs[split].add(self.tokenizer.start_id, ids, len(data), counted)
                     progress.encoded(len(data))
                     if self.job.dedup:
                         rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
@@ -129,6 +132,10 @@ class PartEncoder:
         result = PartResult(tallies, counts, self.tokenizer.encoder, skipped.first, digests)
         write_atomic(folder / f"{index:06d}.json", json.dumps(asdict(result), ensure_ascii=False))
         progress.finished()
+
+    def _open(self, path: Path, stack: ExitStack) -> "_TokenFileWriter":
+        masks = stack.enter_context(atomic_file(path.with_suffix(MASK_SUFFIX))) if self.added else None
+        return _TokenFileWriter(stack.enter_context(atomic_file(path)), masks)
 
     def _digest_and_split(self, document: Document, data: bytes, *, needs_digest: bool) -> tuple[bytes, str]:
         val_fraction, held_out = self.job.val_fraction, self.job.hold_out.digest
@@ -144,19 +151,27 @@ class PartEncoder:
         return digest, "train"
 
     def _tokens(
-        self, text: str, data: bytes, digest: bytes, split: str
-    ) -> list[tuple[str, bytes, bytes, npt.NDArray[np.uint16]]]:
-        """The document as its split, digest, text and ids; in two where its end alone is held out."""
+        self, document: Document, text: str, data: bytes, digest: bytes, split: str
+    ) -> list[tuple[str, bytes, bytes, npt.NDArray[np.uint16], Mask | None]]:
+        """The document as its split, digest, text, ids and, of a conversation, which ids count.
+
+        In two where its end alone is held out.
+        """
+        cut = self.job.hold_out.cut and split == "val"
+        if self.chat_tokenizer is not None:
+            if cut:
+                raise DataError("the only conversation cannot be training and validation; add another one.")
+            return [(split, digest, data, *encode(document.messages, self.chat_tokenizer))]
         ids = self.tokenizer.encode_utf8(data)
-        if not (self.job.hold_out.cut and split == "val"):
-            return [(split, digest, data, ids)]
+        if not cut:
+            return [(split, digest, data, ids, None)]
         halves = end_for_validation(text, ids, self.tokenizer, self.job.val_fraction or 0)
         if halves is None:
             raise DataError("the only document is one character, which cannot be training and validation; add text.")
-        found = []
-        for name, half in zip(SPLITS, map(str.encode, halves), strict=True):
-            found.append((name, hashlib.sha256(half).digest(), half, self.tokenizer.encode_utf8(half)))
-        return found
+        return [
+            (name, hashlib.sha256(half).digest(), half, self.tokenizer.encode_utf8(half), None)
+            for name, half in zip(SPLITS, map(str.encode, halves), strict=True)
+        ]
 
 
 @contextmanager
@@ -184,6 +199,11 @@ def forget_copies(folder: Path, is_finished: Callable[[int], bool]) -> None:
 def part_file(folder: Path, index: int, split: str) -> Path:
     """Where the tokens of one split of a part lie: plain uint16, no header."""
     return folder / f"{index:06d}.{split}.bin"
+
+
+def added_tokens(entry: object) -> tuple[str, ...]:
+    """The texts that a data set entry adds to the vocabulary; then it gives conversations, which have masks."""
+    return tuple(getattr(entry, "ADDED_TOKENS", ()))
 
 
 def table_file(folder: Path, index: int) -> Path:
@@ -237,14 +257,17 @@ class _Progress:
 class _TokenFileWriter:
     """Collects documents and writes them in large pieces, so that memory does not grow with the part."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], masks: IO[bytes] | None) -> None:
         self.tally = Tally()
-        self._file = file
+        self._file, self._masks = file, masks
         self._waiting: list[npt.NDArray[np.uint16]] = []
+        self._masks_waiting: list[Mask] = []
         self._n_waiting = 0
 
-    def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int) -> None:
+    def add(self, eot: int, ids: npt.NDArray[np.uint16], text_bytes: int, counted: Mask | None) -> None:
         self._waiting += [np.array([eot], dtype=np.uint16), ids]
+        if counted is not None:
+            self._masks_waiting += [np.zeros(1, dtype=np.bool_), counted]  # nobody writes the end of text in a chat
         self._n_waiting += 1 + len(ids)
         self.tally.add(Tally(1, 1 + len(ids), text_bytes))
         if self._n_waiting > BUFFER_TOKENS:
@@ -254,7 +277,9 @@ class _TokenFileWriter:
     def flush(self) -> None:
         if self._waiting:
             self._file.write(np.concatenate(self._waiting).astype("<u2", copy=False).tobytes())
-        self._waiting, self._n_waiting = [], 0
+        if self._masks is not None and self._masks_waiting:
+            self._masks.write(np.concatenate(self._masks_waiting).astype(np.uint8).tobytes())
+        self._waiting, self._masks_waiting, self._n_waiting = [], [], 0
 
 
 def _stop_if_orphaned() -> None:

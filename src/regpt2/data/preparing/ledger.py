@@ -18,7 +18,7 @@ from regpt2.base.files import write_atomic
 from regpt2.data.preparing.encode_part import PARTS_NAME
 from regpt2.data.preparing.hold_out import Digests, HoldOut
 from regpt2.data.tokenizer import OWN_FILE
-from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, SPLITS, Manifest, Shard
+from regpt2.data.tokens.manifest import IDENTITY, MANIFEST_NAME, MASK_SUFFIX, SPLITS, Manifest, Shard
 from regpt2.data.tokens.shards import LEDGER_NAME
 from regpt2.data.tokens.writing import Tally
 
@@ -180,4 +180,10 @@ def discard(folder: Path, dataset: str) -> None:
 
 
 def _shards(folder: Path, dataset: str) -> list[Path]:
-    return [path for name in SPLITS for path in folder.glob(f"{dataset}_{name}_*.bin")]
+    """The shards in the folder, and their masks."""
+    return [
+        path
+        for name in SPLITS
+        for suffix in (".bin", MASK_SUFFIX)
+        for path in folder.glob(f"{dataset}_{name}_*{suffix}")
+    ]

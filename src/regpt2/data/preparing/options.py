@@ -36,8 +36,8 @@ class PrepareOptions:
     """The folder to write. After an interruption, run the same command again to resume."""
     input: Path | None = None
     """For text_files: your file or folder. For a published data set: a local copy instead of the download."""
-    field: str = "text"
-    """The field or column with the text in .jsonl, .json and .parquet; meta.text is the field text inside meta."""
+    field: str = ""
+    """The field or column of .jsonl, .json and .parquet, default: text (chat: messages); meta.text is text in meta."""
     repo: str = ""
     """For hub: the id of the data set, owner/name."""
     config: str = ""
@@ -76,8 +76,13 @@ class PrepareOptions:
 
     @property
     def source(self) -> Source:
-        asked = (self.input, self.field, self.repo, self.config, self.split, self.revision, self.first)
+        asked = (self.input, self.field_name, self.repo, self.config, self.split, self.revision, self.first)
         return Source(*asked, options=shelves.own_options(self, self.dataset))
+
+    @property
+    def field_name(self) -> str:
+        """The field with the text, also where none was given."""
+        return self.field or str(getattr(shelves.load(SHELF, self.dataset), "FIELD", "text"))
 
     @property
     def own(self) -> dict[str, Any]:
@@ -137,7 +142,7 @@ class PrepareOptions:
         changed = {name: str(value) for name, value in rules.items() if value != defaults[name]}
         changed |= {f"{self.dataset}.{name}": str(value) for name, value in self.own.items()}
         changed |= {f"plugin {name}": one["sha256"] for name, one in shelves.origins((SHELF, self.dataset)).items()}
-        return {"field": self.field, "shard_tokens": str(self.shard_tokens)} | validation | changed
+        return {"field": self.field_name, "shard_tokens": str(self.shard_tokens)} | validation | changed
 
     def settings(self, plan: Plan, tokenizer: Tokenizer) -> dict[str, str]:
         """All that decides what the shards hold. A folder made with other settings is another preparation."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ from regpt2.data.preparing.ledger import Ledger, Progress
 from regpt2.data.sources.filters import Seen
 from regpt2.data.sources.plan import Skipped
 from regpt2.data.tokenizer import Tokenizer
-from regpt2.data.tokens.manifest import SPLITS, TOKEN_BYTES, described
+from regpt2.data.tokens.manifest import MASK_SUFFIX, SPLITS, TOKEN_BYTES, described
+from regpt2.data.tokens.masks import MASK_BYTES, with_mask, write_mask
 from regpt2.data.tokens.shards import shard_name, write_shard
 from regpt2.data.tokens.writing import Piece, Tally
 
@@ -31,11 +33,22 @@ class Packer:
     """Takes parts in the order of the plan and writes a shard as soon as there are tokens for one."""
 
     def __init__(
-        self, folder: Path, ledger: Ledger, tokenizer: Tokenizer, *, shard_tokens: int, val_tokens: int, dedup: bool
+        self,
+        folder: Path,
+        ledger: Ledger,
+        tokenizer: Tokenizer,
+        *,
+        shard_tokens: int,
+        val_tokens: int,
+        dedup: bool,
+        masked: bool = False,
     ) -> None:
-        """`val_tokens`: the first tokens of one stream; 0: the parts have a validation split of their own."""
+        """`val_tokens`: the first tokens of one stream; 0: the parts have a validation split of their own.
+
+        `masked`: the parts say which tokens count in the loss, and each shard gets a mask.
+        """
         self.folder, self.ledger, self.tokenizer = folder, ledger, tokenizer
-        self.shard_tokens, self.val_tokens, self.dedup = shard_tokens, val_tokens, dedup
+        self.shard_tokens, self.val_tokens, self.dedup, self.masked = shard_tokens, val_tokens, dedup, masked
         self.parts_folder = folder / PARTS_NAME
         self._results: dict[int, PartResult] = {}  # parts from `folded` on that have been taken
         self._kept: dict[tuple[int, str], Stretches] = {}
@@ -97,7 +110,7 @@ class Packer:
     @property
     def waiting_bytes(self) -> int:
         """Of tokens that were taken and are in no shard yet."""
-        return TOKEN_BYTES * sum(self._waiting.values())
+        return (TOKEN_BYTES + MASK_BYTES * self.masked) * sum(self._waiting.values())
 
     @property
     def encoders(self) -> str:
@@ -157,18 +170,24 @@ class Packer:
         stream = "train" if self.val_tokens else name
         place, shards = self.ledger.progress[stream], self.ledger.progress[name].shards
         path = self.folder / shard_name(self.ledger.settings["dataset"], name, len(shards))
+        mask = None
+        if self.masked:  # before the tokens, which move the cursor that is kept
+            masks = self._read(stream, Progress(place.part, place.offset), n_tokens, MASK_SUFFIX, "u1")
+            mask = write_mask(path, n_tokens, (piece.astype(np.bool_) for piece in masks))
         cursor, tally = Progress(place.part, place.offset), Tally()
-        pieces = self._tokens(stream, cursor, n_tokens)
+        pieces: Iterator[Piece] = self._read(stream, cursor, n_tokens)
         if name != stream:  # the parts do not say how much of them is for validation
             pieces = tally.counted(pieces, self.tokenizer)
-        shards.append(write_shard(path, n_tokens, pieces))
+        shards.append(with_mask(write_shard(path, n_tokens, pieces), mask))
         self.ledger.tallies[name].add(tally)
         place.part, place.offset = cursor.part, cursor.offset
         self._waiting[stream] -= n_tokens
         self._fold()
 
-    def _tokens(self, stream: str, cursor: Progress, count: int) -> Iterator[Piece]:
-        """The next `count` tokens of a stream; `cursor` moves along."""
+    def _read(
+        self, stream: str, cursor: Progress, count: int, suffix: str = ".bin", dtype: str = "<u2"
+    ) -> Iterator[npt.NDArray[Any]]:
+        """The next `count` tokens of a stream, or what another file has for each of them; `cursor` moves along."""
         while count:
             n_tokens = self._results[cursor.part].splits[stream].tokens
             if cursor.offset == n_tokens:
@@ -177,11 +196,11 @@ class Packer:
             kept = self._kept.get((cursor.part, stream)) or Stretches.whole(n_tokens)
             start, length = kept.at(cursor.offset)
             wanted = min(count, READ_TOKENS, length)
-            path = part_file(self.parts_folder, cursor.part, stream)
-            tokens = np.fromfile(path, dtype="<u2", count=wanted, offset=TOKEN_BYTES * start)
-            if len(tokens) != wanted:
+            path = part_file(self.parts_folder, cursor.part, stream).with_suffix(suffix)
+            values = np.fromfile(path, dtype=dtype, count=wanted, offset=np.dtype(dtype).itemsize * start)
+            if len(values) != wanted:
                 raise DataError(f"{path} is truncated; remove {self.folder} and prepare it again.")
-            yield tokens
+            yield values
             cursor.offset += wanted
             count -= wanted
 

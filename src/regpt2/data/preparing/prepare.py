@@ -14,11 +14,12 @@ from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, count, duration, say, warn
 from regpt2.base.errors import DataError, UsageError
 from regpt2.base.files import folder_lock, write_atomic
+from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.fast_tokenizer import fast_tokenizer
 from regpt2.data.own_vocabulary import read_own
 from regpt2.data.preparing.cluster import encode
 from regpt2.data.preparing.disk_budget import Space
-from regpt2.data.preparing.encode_part import PARTS_NAME, EncodeJob, PartResult, forget_copies
+from regpt2.data.preparing.encode_part import PARTS_NAME, EncodeJob, PartResult, added_tokens, forget_copies
 from regpt2.data.preparing.hold_out import WINDOW_TOKENS
 from regpt2.data.preparing.ledger import (
     ENCODER,
@@ -36,7 +37,8 @@ from regpt2.data.preparing.ready_shards import collect
 from regpt2.data.preparing.workers import run_tasks
 from regpt2.data.sources.plan import Plan
 from regpt2.data.tokenizer import OWN, OWN_FILE, TOKENIZERS, BytePairTokenizer, Tokenizer, find_vocab, load_tokenizer
-from regpt2.data.tokens.manifest import Manifest, Split, described
+from regpt2.data.tokens.manifest import TOKEN_BYTES, Manifest, Split, described
+from regpt2.data.tokens.masks import MASK_BYTES
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -56,6 +58,8 @@ def prepare(options: PrepareOptions) -> Manifest:
         manifest = _collect(entry, options)
     else:
         tokenizer, vocab = _tokenizer(options)
+        if added := added_tokens(entry):
+            tokenizer = AddedTokens(tokenizer, added)
         plan: Plan = entry.plan(options.source)
         with folder_lock(options.out):
             if finished := complete_already(options.out, options.settings(plan, tokenizer)):
@@ -108,14 +112,17 @@ def _encode_and_pack(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, 
     """Have every unfinished part encoded; the packer puts them into the order of the plan."""
     val_tokens, val_fraction = options.validation(plan)
     limit_bytes = None if options.disk_limit is None else int(options.disk_limit * 1e9)
-    space = Space(plan, tokenizer.name, options.shard_tokens, options.workers, limit_bytes)
+    masked = isinstance(tokenizer, AddedTokens)
+    token_bytes = TOKEN_BYTES + MASK_BYTES * masked
+    space = Space(plan, tokenizer.name, options.shard_tokens, options.workers, limit_bytes, token_bytes)
     # A Slurm job of an earlier call may still be writing parts; the engine cleans up when it submits a new one.
     is_slurm = options.engine == "slurm"
     ledger = begin(options.out, options.settings(plan, tokenizer), plan.fingerprint, keep_parts_tmp=is_slurm)
     space.require(options.out)
     _keep_vocabulary(options, tokenizer)
     shard_tokens, dedup = options.shard_tokens, options.dedup
-    packer = Packer(options.out, ledger, tokenizer, shard_tokens=shard_tokens, val_tokens=val_tokens, dedup=dedup)
+    sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
+    packer = Packer(options.out, ledger, tokenizer, **sizes, dedup=dedup, masked=masked)
     job = EncodeJob(
         dataset=options.dataset,
         tokenizer=tokenizer.name,
@@ -177,6 +184,7 @@ def _finish(options: PrepareOptions, plan: Plan, tokenizer: Tokenizer, packer: P
         },
         skipped=dict(sorted(skipped.items())),
         first_skipped=dict(sorted(skipped.first.items())),
+        added=tuple(text for text in getattr(tokenizer, "added", ()) if text),
     )
     manifest.write(options.out)
     clear(options.out)
@@ -201,6 +209,7 @@ def _summarize(manifest: Manifest, options: PrepareOptions, elapsed_s: float) ->
         say(
             f"  {name:5} {split.documents:,} documents, {split.tokens:,} tokens, {count(split.text_bytes)} bytes "
             f"({split.text_bytes / split.tokens:.3f} per token), {len(split.shards)} shard(s){short}"
+            + ("" if split.counted is None else f"; {split.counted:,} tokens, those of the answers, count in the loss")
         )
     for line in described(manifest.skipped, manifest.first_skipped) or ["nothing was skipped"]:
         say(f"  {line}")

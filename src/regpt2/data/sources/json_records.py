@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from regpt2.base.errors import DataError
-from regpt2.data.sources.plan import Document, Skipped, Slice
+from regpt2.data.sources.plan import TEXT, Document, Skipped, Slice, Wanted
 from regpt2.data.sources.text_encoding import TextBlocks
 from regpt2.data.sources.text_stream import decode
 
@@ -28,7 +28,9 @@ def is_array(head: bytes) -> bool:
     return _ARRAY.match(head) is not None
 
 
-def line_documents(file: IO[bytes], piece: Slice, field: str, skipped: Skipped) -> Iterator[Document]:
+def line_documents(
+    file: IO[bytes], piece: Slice, field: str, skipped: Skipped, wanted: Wanted = TEXT
+) -> Iterator[Document]:
     """Of the lines that begin within [start, stop)."""
     position = piece.start
     if position:  # a line that begins before `start` belongs to the slice before
@@ -42,11 +44,13 @@ def line_documents(file: IO[bytes], piece: Slice, field: str, skipped: Skipped) 
         if len(line) == LINE_BYTES and not line.endswith(b"\n"):
             position += _skip_line(file)
             skipped.add(f"lines longer than {LINE_BYTES >> 20} MiB")
-        elif line.strip() and (document := _of_line(line, field, skipped)) is not None:
+        elif line.strip() and (document := _of_line(line, field, skipped, wanted)) is not None:
             yield document
 
 
-def array_documents(file: IO[bytes], path: str, field: str, skipped: Skipped) -> Iterator[Document]:
+def array_documents(
+    file: IO[bytes], path: str, field: str, skipped: Skipped, wanted: Wanted = TEXT
+) -> Iterator[Document]:
     """Of the elements of an array, or of several one after another.
 
     Raises:
@@ -56,7 +60,7 @@ def array_documents(file: IO[bytes], path: str, field: str, skipped: Skipped) ->
     while (character := values.next_character()) == "[":
         values.skip()
         while (character := values.next_character()) != "]":
-            if (document := _of_record(values.read(), "elements", field, skipped)) is not None:
+            if (document := _of_record(values.read(), "elements", field, skipped, wanted)) is not None:
                 yield document
             if (character := values.next_character()) == ",":
                 values.skip()
@@ -79,7 +83,7 @@ def _skip_line(file: IO[bytes]) -> int:
     return count
 
 
-def _of_line(line: bytes, field: str, skipped: Skipped) -> Document | None:
+def _of_line(line: bytes, field: str, skipped: Skipped, wanted: Wanted) -> Document | None:
     try:
         record = json.loads(decode(line, skipped))
     except (ValueError, RecursionError):
@@ -87,16 +91,21 @@ def _of_line(line: bytes, field: str, skipped: Skipped) -> Document | None:
         hint = f"{skipped.file}, an object over several lines: `jq -c .` makes it one" if is_first_line else ""
         skipped.add("lines that are not JSON", hint)
         return None
-    return _of_record(record, "lines", field, skipped)
+    return _of_record(record, "lines", field, skipped, wanted)
 
 
-def _of_record(record: Any, what: str, field: str, skipped: Skipped) -> Document | None:
+def _of_record(record: Any, what: str, field: str, skipped: Skipped, wanted: Wanted) -> Document | None:
     """The document of a record; None if it has none. `what` says in the count what such records are."""
-    text = _value(record, field)
-    if isinstance(text, str):
-        return Document(text)
-    reason = f"{what} without a field {field!r}" if text is _MISSING else f"{what} whose field {field!r} is not text"
-    skipped.add(reason, "" if reason in skipped.first else _place(record, skipped.file))
+    value = _value(record, field)
+    if isinstance(value, wanted.kind):
+        document = wanted.read(value)
+        if isinstance(document, Document):
+            return document
+        skipped.add(f"{what} whose field {field!r} {document}")
+        return None
+    missing = value is _MISSING
+    reason = f"{what} without a field {field!r}" if missing else f"{what} whose field {field!r} is not {wanted.what}"
+    skipped.add(reason, "" if reason in skipped.first else _place(record, skipped.file, wanted.kind))
     return None
 
 
@@ -113,22 +122,22 @@ def _value(record: Any, field: str) -> Any:
     return record
 
 
-def _place(record: Any, file: str) -> str:
-    """The file, and the fields of text that this record of it has."""
-    names = list(_text_fields(record, "", _MOST_LEVELS))
+def _place(record: Any, file: str, kind: type) -> str:
+    """The file, and the fields of the kind that this record of it has."""
+    names = list(_fields(record, "", _MOST_LEVELS, kind))
     if not names:
         return file
     shown = ", ".join(name[:40] for name in names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
     return f"{file}, where --field can be {shown}"
 
 
-def _text_fields(record: Any, within: str, levels: int) -> Iterator[str]:
-    """The names of the strings in a record, as `--field` takes them."""
+def _fields(record: Any, within: str, levels: int, kind: type) -> Iterator[str]:
+    """The names of the values of a kind in a record, as `--field` takes them."""
     for name, value in record.items() if isinstance(record, dict) and levels else ():
-        if isinstance(value, str):
+        if isinstance(value, kind):
             yield f"{within}{name}"
         else:
-            yield from _text_fields(value, f"{within}{name}.", levels - 1)
+            yield from _fields(value, f"{within}{name}.", levels - 1, kind)
 
 
 class _Values:

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from regpt2.base.errors import DataError, did_you_mean
-from regpt2.data.sources.plan import Document, InputFile, Skipped, Slice
+from regpt2.data.sources.plan import TEXT, Document, InputFile, Skipped, Slice, Wanted
 from regpt2.data.sources.text_stream import COMPRESSED, decode, open_input
 
 _BATCH_ROWS = 256
 _MOST_NAMES = 30  # of the columns that a message lists
 
 
-def row_groups(file: InputFile, field: str) -> Iterator[tuple[Slice, int]]:
+def row_groups(file: InputFile, field: str, wanted: Wanted = TEXT) -> Iterator[tuple[Slice, int]]:
     """Each row group with its bytes of text.
 
     Raises:
@@ -21,14 +21,16 @@ def row_groups(file: InputFile, field: str) -> Iterator[tuple[Slice, int]]:
     """
     with open_input(file) as opened:
         parquet = _open(opened, file)
-        _column(parquet.schema_arrow, file, field)
+        _column(parquet.schema_arrow, file, field, wanted)
         metadata = parquet.metadata
-        column = next(n for n in range(metadata.num_columns) if parquet.schema.column(n).path == field)
+        paths = [f"{parquet.schema.column(n).path}." for n in range(metadata.num_columns)]
+        columns = [n for n, path in enumerate(paths) if path.startswith(f"{field}.")]  # of a list, one for each leaf
         for n in range(metadata.num_row_groups):
-            yield Slice(file, n, n + 1), metadata.row_group(n).column(column).total_uncompressed_size
+            group = metadata.row_group(n)
+            yield Slice(file, n, n + 1), sum(group.column(column).total_uncompressed_size for column in columns)
 
 
-def documents(file: IO[bytes], piece: Slice, field: str, skipped: Skipped) -> Iterator[Document]:
+def documents(file: IO[bytes], piece: Slice, field: str, skipped: Skipped, wanted: Wanted = TEXT) -> Iterator[Document]:
     """Of the row groups [start, stop).
 
     Raises:
@@ -41,7 +43,7 @@ def documents(file: IO[bytes], piece: Slice, field: str, skipped: Skipped) -> It
         if is_compressed:
             shutil.copyfileobj(file, seekable)
         parquet = _open(seekable if is_compressed else file, piece.file)
-        names, is_text = _column(parquet.schema_arrow, piece.file, field)
+        names, is_text = _column(parquet.schema_arrow, piece.file, field, wanted)
         stop = parquet.metadata.num_row_groups if piece.stop is None else piece.stop
         batches = (
             batch
@@ -49,6 +51,9 @@ def documents(file: IO[bytes], piece: Slice, field: str, skipped: Skipped) -> It
             for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[field], use_threads=False)
         )
         try:
+            if wanted.kind is list:
+                yield from _of_lists(batches, names, field, skipped, wanted)
+                return
             for data in _values(batches, names):
                 if data is None:
                     skipped.add(f"rows whose {field!r} is null")
@@ -73,14 +78,36 @@ def _open(file: IO[bytes], planned: InputFile) -> Any:
         ) from error
 
 
-def _values(batches: Any, names: list[str]) -> Iterator[bytes | None]:
-    """The bytes of each row; None where it, or what it lies within, is null."""
+def _of_lists(batches: Any, names: list[str], field: str, skipped: Skipped, wanted: Wanted) -> Iterator[Document]:
+    """A document of each row whose list makes one; text that is not UTF-8 makes none."""
+    for batch in batches:
+        for cell in _column_of(batch, names):
+            try:
+                value = cell.as_py()
+            except UnicodeDecodeError:
+                skipped.add(f"rows whose {field!r} is not UTF-8")
+                continue
+            document = "is null" if value is None else wanted.read(value)
+            if isinstance(document, Document):
+                yield document
+            else:
+                skipped.add(f"rows whose {field!r} {document}")
+
+
+def _column_of(batch: Any, names: list[str]) -> Any:
+    """The column of a batch that these names lead to, through structs."""
     import pyarrow.compute  # noqa: PLC0415  (slow to import)
 
+    column = batch.column(batch.schema.names.index(names[0]))
+    return pyarrow.compute.struct_field(column, names[1:]) if names[1:] else column
+
+
+def _values(batches: Any, names: list[str]) -> Iterator[bytes | None]:
+    """The bytes of each row; None where it, or what it lies within, is null."""
+    import pyarrow  # noqa: PLC0415  (slow to import)
+
     for batch in batches:
-        column = batch.column(batch.schema.names.index(names[0]))
-        if names[1:]:
-            column = pyarrow.compute.struct_field(column, names[1:])
+        column = _column_of(batch, names)
         if pyarrow.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         # Text of any layout as bytes, because what is not UTF-8 is repaired and counted.
@@ -88,7 +115,7 @@ def _values(batches: Any, names: list[str]) -> Iterator[bytes | None]:
         yield from column.cast(pyarrow.binary() if is_small else pyarrow.large_binary()).to_pylist()
 
 
-def _column(schema: Any, planned: InputFile, field: str) -> tuple[list[str], bool]:
+def _column(schema: Any, planned: InputFile, field: str, wanted: Wanted = TEXT) -> tuple[list[str], bool]:
     """The names that lead to the text, and whether it is declared as text; otherwise it is bytes."""
     import pyarrow  # noqa: PLC0415  (slow to import)
 
@@ -103,6 +130,10 @@ def _column(schema: Any, planned: InputFile, field: str) -> tuple[list[str], boo
             "with --field."
         )
     kind = leaves[names]
+    if wanted.kind is list:
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            return list(names), False
+        raise DataError(f"{planned.path}: column {field!r} holds {kind}, not {wanted.what}; choose with --field.")
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if value in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         return list(names), True

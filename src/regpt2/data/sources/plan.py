@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from regpt2.base.console import safe_text
 from regpt2.base.files import sha256_bytes
+from regpt2.data.chat_template import Message
 
 PART_BYTES = 2 << 20  # of text, about: a worker's task, 0.1 s of work with tiktoken
 LARGE_BYTES, LARGE_PART_BYTES = 1 << 30, 8 << 20  # so much text makes enough larger tasks, which cost less each
@@ -127,6 +128,8 @@ class Document:
     text: str
     split: str | None = None
     piece: int | None = None
+    messages: tuple[Message, ...] = ()
+    """If it is a conversation: what `text` is rendered from, without the end of text in front."""
 
     def split_for(self, val_fraction: float, digest: bytes) -> str:
         """ "train" or "val": as the data set says, else by the number of the piece, else by the content.
@@ -140,6 +143,20 @@ class Document:
             every = round(1 / val_fraction)
             return "val" if self.piece % every == min(5, every - 1) else "train"
         return "val" if int.from_bytes(digest[:8], "big") / 2**64 < val_fraction else "train"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a record's field should hold: a value of `kind`, of which `read` makes a document."""
+
+    kind: type
+    what: str
+    """The kind in words, to follow "is not"."""
+    read: Callable[[Any], "Document | str"]
+    """Gives a string, to follow "whose field 'x'", where the value makes no document."""
+
+
+TEXT = Wanted(str, "text", Document)
 
 
 def input_file(path: Path, name: str) -> InputFile:

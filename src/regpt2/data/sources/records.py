@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from regpt2.data.sources import json_records, parquet_records
-from regpt2.data.sources.plan import PART_BYTES, Document, InputFile, Part, Skipped, Slice
+from regpt2.data.sources.plan import PART_BYTES, Document, InputFile, Part, Skipped, Slice, Wanted
+from regpt2.data.sources.plan import TEXT as AS_TEXT
 from regpt2.data.sources.text_encoding import HEAD_BYTES, as_utf8, encoding_of
 from regpt2.data.sources.text_stream import (
     COMPRESSED,
@@ -32,17 +33,18 @@ def kind_of(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def documents(part: Part, skipped: Skipped) -> Iterator[Document]:
+def documents(part: Part, skipped: Skipped, wanted: Wanted = AS_TEXT) -> Iterator[Document]:
+    """The documents of a part, each made from what its record has in `part.field`."""
     for piece in part.slices:
         skipped.file = piece.file.name
         if kind_of(piece.file.name) in PARQUET:
             with open_input(piece.file) as file:
-                yield from parquet_records.documents(file, piece, part.field, skipped)
+                yield from parquet_records.documents(file, piece, part.field, skipped, wanted)
         else:
-            yield from _text_or_json(piece, part.field, skipped)
+            yield from _text_or_json(piece, part.field, skipped, wanted)
 
 
-def slices(file: InputFile, field: str) -> Iterator[tuple[Slice, int]]:
+def slices(file: InputFile, field: str, wanted: Wanted = AS_TEXT) -> Iterator[tuple[Slice, int]]:
     """The stretches of a file on this machine that can be read on their own, each with its bytes of text.
 
     Raises:
@@ -52,7 +54,7 @@ def slices(file: InputFile, field: str) -> Iterator[tuple[Slice, int]]:
     if _is_compressed(file.name):
         yield Slice(file), file.n_bytes * COMPRESSED_RATIO
     elif kind in PARQUET:
-        yield from parquet_records.row_groups(file, field)
+        yield from parquet_records.row_groups(file, field, wanted)
     elif _can_be_cut(file) and not (kind in TEXT and file.n_bytes <= WHOLE_BYTES):
         unit = PIECE_BYTES if kind in TEXT else 1
         end = n_pieces(file.n_bytes) if kind in TEXT else file.n_bytes
@@ -82,7 +84,7 @@ def _can_be_cut(file: InputFile) -> bool:
     return encoding_of(head, file.path) == "utf-8" and not is_array
 
 
-def _text_or_json(piece: Slice, field: str, skipped: Skipped) -> Iterator[Document]:
+def _text_or_json(piece: Slice, field: str, skipped: Skipped, wanted: Wanted) -> Iterator[Document]:
     with open_input(piece.file) as file:
         encoding = encoding_of(file.peek(HEAD_BYTES)[:HEAD_BYTES], piece.file.path)
         is_cut = encoding == "utf-8" and not _is_compressed(piece.file.name)
@@ -94,6 +96,6 @@ def _text_or_json(piece: Slice, field: str, skipped: Skipped) -> Iterator[Docume
             else:
                 yield from text_documents(file, skipped)
         elif json_records.is_array(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
-            yield from json_records.array_documents(file, piece.file.path, field, skipped)
+            yield from json_records.array_documents(file, piece.file.path, field, skipped, wanted)
         else:
-            yield from json_records.line_documents(file, piece, field, skipped)
+            yield from json_records.line_documents(file, piece, field, skipped, wanted)

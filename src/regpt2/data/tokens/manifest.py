@@ -1,6 +1,7 @@
 """The record beside the shards, `manifest.json`: what they hold, where it came from, and the SHA-256 of each.
 
 It is the same, byte for byte, for the same input and options: it holds no times and no paths of a machine.
+Conversations have a mask beside each shard (data/tokens/masks.py), and keys for it that other data sets lack.
 """
 
 import json
@@ -18,6 +19,7 @@ SPLITS = ("train", "val")
 IDENTITY = ("dataset", "source", "revision", "tokenizer", "tokenizer_fingerprint")
 HEADER_BYTES = 1024  # 256 little-endian int32 before the tokens of a shard
 TOKEN_BYTES = 2  # uint16
+MASK_SUFFIX = ".mask"  # instead of a shard's suffix, the file of its mask
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Shard:
     tokens: int
     bytes: int
     sha256: str
+    mask_sha256: str | None = None
+    """Of the file of its mask; None: every token counts in the loss, and there is no such file."""
+    counted: int | None = None
+    """How many of its tokens count in the loss, by its mask."""
+
+    @property
+    def mask(self) -> str | None:
+        """The file of its mask, if it has one."""
+        return None if self.mask_sha256 is None else Path(self.file).with_suffix(MASK_SUFFIX).name
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,12 @@ class Split:
     tokens: int
     text_bytes: int
     shards: tuple[Shard, ...]
+
+    @property
+    def counted(self) -> int | None:
+        """Tokens that count in the loss; None where all do."""
+        counted = [shard.counted for shard in self.shards if shard.counted is not None]
+        return sum(counted) if counted else None
 
 
 @dataclass(frozen=True)
@@ -57,12 +74,20 @@ class Manifest:
     """For each reason in `skipped` the first file with it, by its name within the input."""
     characters: str | None = None
     """For the tokenizer "characters" the character of each id, in order."""
+    added: tuple[str, ...] = ()
+    """Special tokens beyond the tokenizer's vocabulary; their ids are the last ones of `vocab_size`."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the shards' SHA-256s and the tokenizer's: equal means the same tokens in the same order."""
-        hashes = [shard.sha256 for name in SPLITS if name in self.splits for shard in self.splits[name].shards]
-        return sha256_bytes("\n".join([*hashes, self.tokenizer_fingerprint]).encode())
+        """SHA-256 over the shards' SHA-256s and the tokenizer's: equal means the same tokens in the same order.
+
+        Of conversations also over the added tokens and the masks.
+        """
+        shards = [shard for name in SPLITS if name in self.splits for shard in self.splits[name].shards]
+        lines = [*(shard.sha256 for shard in shards), self.tokenizer_fingerprint]
+        lines += [f"mask {shard.mask_sha256}" for shard in shards if shard.mask_sha256 is not None]
+        lines += [f"added {json.dumps(text)}" for text in self.added]
+        return sha256_bytes("\n".join(lines).encode())
 
     @property
     def shards(self) -> list[Shard]:
@@ -72,8 +97,12 @@ class Manifest:
         content = {"version": MANIFEST_VERSION, **asdict(self), "fingerprint": self.fingerprint}
         if not self.first_skipped:
             del content["first_skipped"]
-        if self.characters is None:
-            del content["characters"]
+        for name in ("characters", "added"):
+            if not content[name]:
+                del content[name]
+        for shard in [shard for split in content["splits"].values() for shard in split["shards"]]:
+            if shard["mask_sha256"] is None:
+                del shard["mask_sha256"], shard["counted"]
         write_atomic(folder / MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -103,9 +132,10 @@ class Manifest:
         expected: dict[str, type] = dict.fromkeys(("fingerprint", *IDENTITY), str)
         expected |= {"version": int, "vocab_size": int}
         expected |= dict.fromkeys(("options", "splits", "skipped", "first_skipped"), dict)
-        if isinstance(content, dict) and "characters" in content:
-            expected["characters"] = str
+        if isinstance(content, dict):
+            expected |= {name: kind for name, kind in (("characters", str), ("added", list)) if name in content}
         top = reader.fields("manifest", content, expected)
+        top["added"] = reader.texts("added", top.get("added", []))
         top.pop("version")
         stated = top.pop("fingerprint")
         if unknown := set(top["splits"]) - set(SPLITS):
@@ -148,17 +178,29 @@ class _Strict:
                 raise self.wrong(f"{place}.{key}", f"got {value[key]!r:.80}, expected {kind.__name__}")
         return dict(value)
 
+    def texts(self, place: str, value: list[Any]) -> tuple[str, ...]:
+        if not all(isinstance(text, str) and text for text in value):
+            raise self.wrong(place, f"got {value!r:.80}, expected texts")
+        return tuple(value)
+
     def split(self, place: str, value: Any) -> Split:
         found = self.fields(place, value, {"documents": int, "tokens": int, "text_bytes": int, "shards": list})
         shards = [self.shard(f"{place}.shards[{n}]", shard) for n, shard in enumerate(found["shards"])]
+        if len({shard.mask is None for shard in shards}) > 1:
+            raise self.wrong(f"{place}.shards", "some have a mask and some have none")
         if sum(shard.tokens for shard in shards) != found["tokens"]:
             raise self.wrong(f"{place}.tokens", f"got {found['tokens']:,}, not the sum over its shards")
         return Split(**(found | {"shards": tuple(shards)}))
 
     def shard(self, place: str, value: Any) -> Shard:
-        shard = Shard(**self.fields(place, value, {"file": str, "tokens": int, "bytes": int, "sha256": str}))
+        expected: dict[str, type] = {"file": str, "tokens": int, "bytes": int, "sha256": str}
+        if isinstance(value, dict) and "mask_sha256" in value:
+            expected |= {"mask_sha256": str, "counted": int}
+        shard = Shard(**self.fields(place, value, expected))
         if Path(shard.file).name != shard.file or "\\" in shard.file or not shard.file.isprintable():
             raise self.wrong(f"{place}.file", f"got {shard.file!r}, expected a plain file name")
         if shard.bytes != HEADER_BYTES + TOKEN_BYTES * shard.tokens:
             raise self.wrong(f"{place}.bytes", f"got {shard.bytes:,} for {shard.tokens:,} tokens")
+        if (shard.counted or 0) > shard.tokens:
+            raise self.wrong(f"{place}.counted", f"got {shard.counted:,} of {shard.tokens:,} tokens")
         return shard

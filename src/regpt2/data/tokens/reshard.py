@@ -62,6 +62,11 @@ class _OpenSource:
     revision: str
 
     @property
+    def is_masked(self) -> bool:
+        """Whether not every token counts in the loss, or tokens were added to the vocabulary."""
+        return any(stream.masks or stream.added for stream in self.streams.values())
+
+    @property
     def dataset(self) -> str | None:
         return self.streams["train"].dataset
 
@@ -126,6 +131,11 @@ def _check(options: ReshardOptions, entry: ModuleType) -> None:
 
 def _check_holds(entry: ModuleType, options: ReshardOptions, source: _OpenSource) -> None:
     """Most formats hold bare ids; ids of characters without the characters would be read as GPT-2's."""
+    if source.is_masked:
+        raise UsageError(
+            f"{options.data} holds conversations: a mask says which of their tokens count in the loss, and reshard "
+            "cannot write it. For other shards prepare the conversations again, with --shard-tokens."
+        )
     if source.tokenizer.characters is not None and not getattr(entry, "HOLDS_CHARACTERS", False):
         shelf = {name: shelves.load(SHELF, name) for name in shelves.entries(SHELF)}
         able = ", ".join(name for name, format_ in shelf.items() if getattr(format_, "HOLDS_CHARACTERS", False))

@@ -20,11 +20,14 @@ import numpy.typing as npt
 
 from regpt2.base.errors import DataError
 from regpt2.base.files import atomic_file, sha256_bytes, sha256_file
+from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
 from regpt2.data.tokenizer import OWN, OWN_FILE, VOCAB_BYTES, VOCAB_SHA256, Tokenizer, load_tokenizer
 from regpt2.data.tokens.manifest import HEADER_BYTES, MANIFEST_NAME, SPLITS, TOKEN_BYTES, Manifest, Shard
+from regpt2.data.tokens.masks import Mask, as_mask, open_mask, verify_mask
 from regpt2.data.tokens.other_formats import (
     MAGIC,
+    MEND,
     VERSION,
     TokenFile,
     expect_bytes,
@@ -65,8 +68,9 @@ class TokenStream(AbstractContextManager["TokenStream"]):
     """The tokens of one split, as one long row across its files. Many threads may read from it at once.
 
     `vocab_size`, `tokenizer_fingerprint` and `dataset` are what the folder states; `characters` has the character of
-    each id, if ids are characters; `note`, unless empty, is for the user to read. Files are read, never memory-mapped:
-    a mapped file that shrinks kills the process.
+    each id, if ids are characters; `added` the special tokens beyond the tokenizer's vocabulary; `masks` a file of each
+    token file, which says what counts in the loss, or nothing if all does. `note`, unless empty, is for the user to
+    read. Files are read, never memory-mapped: a mapped file that shrinks kills the process.
     """
 
     files: list[TokenFile]
@@ -79,22 +83,25 @@ class TokenStream(AbstractContextManager["TokenStream"]):
     note: str = ""
     vocab: Path | None = None
     """The `vocab.bpe` of a tokenizer of one's own, in the folder."""
+    added: tuple[str, ...] = ()
+    masks: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         self._ends = list(accumulate(file.n_tokens for file in self.files))
         self.n_tokens = self._ends[-1]
-        self._handles: dict[int, IO[bytes]] = {}
+        self._handles: dict[Path, IO[bytes]] = {}
         self._lock = threading.Lock()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of this name. The caller has to compare its fingerprint with the stream's.
+        """The tokenizer of this name, and the added tokens. The caller compares its fingerprint with the stream's.
 
         Raises:
             Problem: no tokenizer has this name, or its vocabulary cannot be found.
         """
         if self.characters is not None:
             return CharacterTokenizer(self.characters)
-        return load_tokenizer(self.tokenizer_name, self.vocab)
+        base = load_tokenizer(self.tokenizer_name, self.vocab)
+        return AddedTokens(base, self.added) if self.added else base
 
     def read(self, start: int, count: int) -> npt.NDArray[np.uint16]:
         """Tokens [start, start + count), across files where need be.
@@ -112,6 +119,26 @@ class TokenStream(AbstractContextManager["TokenStream"]):
             filled += wanted
         return tokens
 
+    def read_mask(self, start: int, count: int) -> Mask:
+        """Which of the tokens [start, start + count) count in the loss.
+
+        Raises:
+            DataError: a mask has become shorter, or is none.
+        """
+        if start < 0 or count < 0 or start + count > self.n_tokens:
+            raise ValueError(f"tokens [{start}, {start + count}) of a stream of {self.n_tokens}")
+        counted, filled = np.ones(count, dtype=np.bool_), 0 if self.masks else count
+        while filled < count:
+            index, first = self.place(start + filled)
+            wanted = min(count - filled, self.files[index].n_tokens - first)
+            path = self.masks[index]
+            data = self._read_bytes(path, first, wanted)
+            if len(data) != wanted:
+                raise DataError(f"{path} ended early, at token {first + len(data):,}: truncated; {MEND}.")
+            counted[filled : filled + wanted] = as_mask(path, data)
+            filled += wanted
+        return counted
+
     def place(self, position: int) -> tuple[int, int]:
         """The number of the file that holds a token, and the token's place in it."""
         index = bisect_right(self._ends, position)
@@ -128,7 +155,7 @@ class TokenStream(AbstractContextManager["TokenStream"]):
 
     def _read_file(self, index: int, first: int, count: int) -> npt.NDArray[np.uint16]:
         file = self.files[index]
-        data = self._read_bytes(index, file.offset + file.width * first, file.width * count)
+        data = self._read_bytes(file.path, file.offset + file.width * first, file.width * count)
         if len(data) != file.width * count:
             raise DataError(
                 f"{file.path} ended {file.width * count - len(data):,} bytes early, at token "
@@ -144,14 +171,14 @@ class TokenStream(AbstractContextManager["TokenStream"]):
             )
         return tokens.astype(np.uint16, copy=False)
 
-    def _read_bytes(self, index: int, offset: int, count: int) -> bytes:
+    def _read_bytes(self, path: Path, offset: int, count: int) -> bytes:
         with self._lock:
-            handle = self._handles.get(index)
+            handle = self._handles.get(path)
             if handle is None and len(self._handles) < MAX_OPEN_FILES:
-                handle = self._handles[index] = open(self.files[index].path, "rb", buffering=0)  # noqa: SIM115
+                handle = self._handles[path] = open(path, "rb", buffering=0)  # noqa: SIM115
         if handle is not None:
             return self._read_at(handle, offset, count)
-        with open(self.files[index].path, "rb", buffering=0) as own:
+        with open(path, "rb", buffering=0) as own:
             return self._read_at(own, offset, count)
 
     def _read_at(self, handle: IO[bytes], offset: int, count: int) -> bytes:
@@ -270,7 +297,7 @@ def check_vocabulary(folder: Path, manifest: Manifest) -> str:
 
 
 def verify_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], object] | None = None) -> None:
-    """Compare one shard with its entry in the manifest.
+    """Compare one shard, and its mask if it has one, with its entry in the manifest.
 
     Raises:
         DataError: it is missing, or differs in size or SHA-256.
@@ -280,6 +307,7 @@ def verify_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], object] |
     got = sha256_file(path, on_bytes)
     if got != shard.sha256:
         raise DataError(f"{path} has SHA-256 {got}, expected {shard.sha256}: damaged; prepare the folder again.")
+    verify_mask(folder, shard, on_bytes)
 
 
 def _open_native(folder: Path, split: str) -> TokenStream:
@@ -288,7 +316,7 @@ def _open_native(folder: Path, split: str) -> TokenStream:
         raise DataError(f"{folder}: no {split} split; it has: {', '.join(manifest.splits) or 'none'}.")
     if manifest.tokenizer == OWN:
         check_vocabulary(folder, manifest)
-    files = []
+    files, masks = [], []
     for shard in manifest.splits[split].shards:
         path = folder / shard.file
         expect_bytes(path, regular_file_bytes(path), HEADER_BYTES, shard.tokens)
@@ -296,6 +324,7 @@ def _open_native(folder: Path, split: str) -> TokenStream:
         if (file.offset, file.n_tokens) != (HEADER_BYTES, shard.tokens):
             raise DataError(f"{path}: its header does not say {shard.tokens:,} tokens; prepare the folder again.")
         files.append(file)
+        masks.append(open_mask(folder, shard))
     return TokenStream(
         files,
         fingerprint=manifest.fingerprint,
@@ -305,4 +334,6 @@ def _open_native(folder: Path, split: str) -> TokenStream:
         dataset=manifest.dataset,
         characters=manifest.characters,
         vocab=folder / OWN_FILE if manifest.tokenizer == OWN else None,
+        added=manifest.added,
+        masks=tuple(path for path in masks if path is not None),
     )
