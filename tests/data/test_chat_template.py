@@ -31,7 +31,8 @@ TOKENIZERS = {name: AddedTokens(load_tokenizer(name), SPECIAL) for name in ("gpt
 GPT2 = TOKENIZERS["gpt2"]
 CONTENTS = (
     "Hello!", " padded \n\n", "", "12345 = x", "'s it", "...", "\"quoted\"", "日本語 🙂", "👩\u200d👧", "e\u0301",
-    "\u00a0\u00a0no break\u3000", "a\n\n  b\n", "\tindented", "<|im_start", "line\r\nend", "\x1cseparator\x1f", "é" * 30, "def f():\n    return 1",
+    "\u00a0\u00a0no break\u3000", "a\n\n  b\n", "\tindented", "<|im_start", "line\r\nend", "\x1cseparator\x1f",
+    "é" * 30, "def f():\n    return 1",
 )  # fmt: skip
 
 
