@@ -40,6 +40,7 @@ from regpt2.commands.train import failures_named
 from regpt2.config.recipe_files import load_recipe, with_options
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import options_of
+from regpt2.data.chat_template import messages_of
 from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.prepare import prepare as prepare_data
 from regpt2.data.sources.filters import Filters
@@ -62,6 +63,7 @@ from regpt2.pages.report.write import heads, records_of, write_report
 from regpt2.run.ending import Summary
 from regpt2.run.loop import train as train_run
 from regpt2.sampling.continue_text import SampleOptions, SampleType, continuations, load_in
+from regpt2.sampling.conversation import Chat, ChatOptions
 from regpt2.sampling.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
@@ -155,6 +157,29 @@ class Model:
         if isinstance(prompt, str):
             return next(texts[prompt])
         return [next(texts[text]) for text in prompt]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_new_tokens: int | None = ChatOptions.max_new_tokens,
+        *,
+        temperature: float = ChatOptions.temperature,
+        top_k: int = ChatOptions.top_k,
+        top_p: float = ChatOptions.top_p,
+        context: int | None = ChatOptions.context,
+        seed: int = ChatOptions.seed,
+    ) -> str:
+        """A chat model's answer to `[{"role": "user", "content": "Hello"}]`, or to a longer conversation.
+
+        Args: as for `generate`. The oldest turns that do not fit into the context are left out.
+
+        Raises:
+            UsageError: it is no chat model, the last message leaves no room, or an option is out of range.
+            DataError: these are no messages of system (or none), user, assistant, user, ... that end with the user's.
+        """
+        options = ChatOptions(self._loaded.source, "", max_new_tokens, context, temperature, top_k, top_p, seed)
+        with self._set_up():
+            return Chat(self._loaded, self.tokenizer, options).answer(messages_of(messages)).text
 
     def logits(self, ids: ArrayLike | Tensor) -> Tensor:
         """Logits of the next token after each position: ids (T,) -> (T, V), (B, T) -> (B, T, V), fp32.

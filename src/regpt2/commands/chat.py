@@ -9,11 +9,12 @@ from regpt2.base.options import parse
 from regpt2.sampling.chat_terminal import ChatTerminal
 from regpt2.sampling.continue_text import load_in
 from regpt2.sampling.conversation import Chat, ChatOptions
+from regpt2.sampling.tokenizer import tokenizer_of
 
 
 def main(argv: list[str]) -> int:
     """The verb `regpt2 chat`."""
     options = parse(ChatOptions, argv, "regpt2 chat")
     loaded = load_in(options.dtype, options.model, pick_device(options.device))
-    ChatTerminal(Chat(loaded, options)).run()
+    ChatTerminal(Chat(loaded, tokenizer_of(loaded), options)).run()
     return 0

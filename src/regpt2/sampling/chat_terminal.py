@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from regpt2.base.console import safe_text, say, show, warn, wrapped
-from regpt2.base.errors import Problem, did_you_mean
+from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
 from regpt2.data.chat_template import ASSISTANT, SYSTEM, USER, Message
 from regpt2.data.tokenizer import valid_text
@@ -95,7 +95,7 @@ class ChatTerminal:
         name, _, rest = line.partition(" ")
         if name not in self.commands:
             known = [*self.commands, "/quit"]
-            raise Problem(f"there is no command {name!r:.80}{did_you_mean(name, known)} /help lists them.")
+            raise UsageError(f"there is no command {name!r:.80}{did_you_mean(name, known)} /help lists them.")
         self.commands[name](rest.strip())
 
     def _answer(self, text: str) -> None:
@@ -138,16 +138,16 @@ class ChatTerminal:
 
     def _undo(self, _: str) -> None:
         if not self.turns:
-            raise Problem("there is nothing to take back.")
+            raise UsageError("there is nothing to take back.")
         del self.turns[-2:]
 
     def _save(self, name: str) -> None:
         """Add the conversation to a file, as one line: {"messages": [{"role": ..., "content": ...}, ...]}."""
         if not name or not self.turns:
-            raise Problem("there is nothing to save yet." if name else "/save needs a file: /save FILE.jsonl.")
+            raise UsageError("there is nothing to save yet." if name else "/save needs a file: /save FILE.jsonl.")
         path = Path(name).expanduser()
         if path.suffix != ".jsonl":
-            raise Problem(f"/save: {name!r:.80} must end in .jsonl, as `regpt2 prepare chat` reads it.")
+            raise UsageError(f"/save: {name!r:.80} must end in .jsonl, as `regpt2 prepare chat` reads it.")
         messages = [{"role": one.role, "content": one.content} for one in self.messages]
         line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         try:

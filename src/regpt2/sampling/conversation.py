@@ -15,11 +15,11 @@ from torch import Tensor
 from regpt2.base.errors import UsageError
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.chat_template import SPECIAL, SYSTEM, USER, Message, check, prompt_ids, special_ids
-from regpt2.data.tokenizer import StreamDecoder
+from regpt2.data.tokenizer import StreamDecoder, Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.continue_text import SampleType
+from regpt2.sampling.cpu import packed_if_faster
 from regpt2.sampling.generate import generate
-from regpt2.sampling.tokenizer import tokenizer_of
 
 MOST_RESERVED = 256  # tokens kept free for an answer if no number is given; at most a quarter of the context
 
@@ -68,13 +68,12 @@ class Chat:
 
     Raises:
         UsageError: it is no chat model, or an option is out of its range.
-        CheckpointError: see `tokenizer_of`.
     """
 
-    def __init__(self, loaded: LoadedModel, options: ChatOptions) -> None:
-        self.model, self.options = loaded.model, options
-        self.tokenizer = chat_tokenizer(loaded)
+    def __init__(self, loaded: LoadedModel, tokenizer: Tokenizer, options: ChatOptions) -> None:
+        self.tokenizer, self.options = _chat_tokenizer(loaded, tokenizer), options
         self.context = _context(loaded, options)
+        self.model = packed_if_faster(loaded.model, self.context, rows=1)  # once, and not for each answer
         self.device = next(loaded.model.parameters()).device
         if not 0 <= options.seed < 2**63:
             raise UsageError(f"seed = {options.seed} must be from 0 to 2**63 - 1.")
@@ -139,14 +138,14 @@ class Chat:
         return kept, ids
 
 
-def chat_tokenizer(loaded: LoadedModel) -> AddedTokens:
-    """The tokenizer of a chat model; a UsageError for any other model."""
-    tokenizer = tokenizer_of(loaded)
+def _chat_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> AddedTokens:
+    """The tokenizer, if it is a chat model's; a UsageError for any other."""
     if not isinstance(tokenizer, AddedTokens) or special_ids(tokenizer) is None:
         raise UsageError(
-            f"{loaded.source} is no chat model: its tokenizer {tokenizer.name!r} has no tokens {' and '.join(SPECIAL)}, "
-            "so it has never seen a conversation. `regpt2 prepare chat` makes data of conversations and `regpt2 train "
-            "chat --init MODEL` trains a model on them; `regpt2 sample` continues a text."
+            f"{loaded.source} is no chat model: its tokenizer {tokenizer.name!r} lacks the tokens "
+            f"{' and '.join(SPECIAL)}, so the model has never seen a conversation. `regpt2 prepare chat` makes data of "
+            "conversations, and `regpt2 train chat --init MODEL` trains a model on them. `regpt2 sample` continues a "
+            "text with any model."
         )
     return tokenizer
 
@@ -160,7 +159,7 @@ class _Writing:
 
     def __init__(self, tokenizer: AddedTokens, on_text: Callable[[str], object]) -> None:
         special = special_ids(tokenizer)
-        assert special is not None, "chat_tokenizer has checked it"
+        assert special is not None, "_chat_tokenizer has checked it"
         self.start, self.end = special
         self.eot, self.on_text, self.decoder = tokenizer.eot, on_text, StreamDecoder(tokenizer)
         self.text, self.finished = "", False

@@ -36,6 +36,10 @@ class Vocabulary(TokenizerRef):
     """The id of <|endoftext|>."""
     merges: bytes | None = None
     """GPT-2's `vocab.bpe`, if the tokenizer is GPT-2's."""
+    chat_template: str | None = None
+    """How a chat model's conversations are rendered, in Jinja."""
+    end_of_turn: int | None = None
+    """The id that ends an answer, if the model is a chat model."""
 
 
 @dataclass(frozen=True)
