@@ -129,9 +129,9 @@ class Chat:
                 break
             kept, ids = longer, longer_ids
         if len(ids) >= self.context:
-            beside = " and the system message" if system else ""
+            what = "the message and the system message have" if system else "the message has"
             raise UsageError(
-                f"the message{beside} have {len(ids):,} tokens with their marks, and the context of {self.context:,} "
+                f"{what} {len(ids):,} tokens with the marks of turns, and the context of {self.context:,} "
                 "must hold an answer too; write less, or give a larger --context, up to the model's block_size, "
                 f"{self.model.config.block_size:,}."
             )
