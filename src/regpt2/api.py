@@ -38,6 +38,7 @@ from regpt2.base.shelves import use_plugins
 from regpt2.commands.train import failures_named
 from regpt2.config.recipe_files import configured
 from regpt2.config.toml_file import options_of
+from regpt2.data.chat_template import messages_of
 from regpt2.data.preparing.options import SHELF, PrepareOptions
 from regpt2.data.preparing.prepare import prepare as prepare_data
 from regpt2.data.sources.filters import Filters
@@ -60,6 +61,7 @@ from regpt2.pages.report.write import heads, records_of, write_report
 from regpt2.run.ending import Summary
 from regpt2.run.loop import train as train_run
 from regpt2.sampling.continue_text import Completion, SampleOptions, SampleType, load_in
+from regpt2.sampling.conversation import Chat, ChatOptions
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.sampling.writer import OF_THE_COMMAND, Writer
 from regpt2.sampling.writing import TokenLogprob
@@ -123,6 +125,29 @@ class Model(Writer):
         if isinstance(values.get("stop"), str):
             values["stop"] = [values["stop"]]
         return options_of(SampleOptions, {**values, "model": self._loaded.source})
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_new_tokens: int | None = ChatOptions.max_new_tokens,
+        *,
+        temperature: float = ChatOptions.temperature,
+        top_k: int = ChatOptions.top_k,
+        top_p: float = ChatOptions.top_p,
+        context: int | None = ChatOptions.context,
+        seed: int = ChatOptions.seed,
+    ) -> str:
+        """A chat model's answer to `[{"role": "user", "content": "Hello"}]`, or to a longer conversation.
+
+        Args: as for `generate`. The oldest turns that do not fit into the context are left out.
+
+        Raises:
+            UsageError: it is no chat model, the last message leaves no room, or an option is out of range.
+            DataError: these are no messages of system (or none), user, assistant, user, ... that end with the user's.
+        """
+        options = ChatOptions(self._loaded.source, "", max_new_tokens, context, temperature, top_k, top_p, seed)
+        with self._set_up():
+            return Chat(self._loaded, self.tokenizer, options).answer(messages_of(messages)).text
 
     def logits(self, ids: ArrayLike | Tensor) -> Tensor:
         """Logits of the next token after each position: ids (T,) -> (T, V), (B, T) -> (B, T, V), fp32.

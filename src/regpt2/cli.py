@@ -29,6 +29,7 @@ VERBS = {
     "evaluate": "score a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table",
     "harness": "score a model on tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",
+    "chat": "talk to a chat model, in the terminal or through a pipe",
     "explore": "look inside a model: tensors, nearest tokens, attention, pictures",
     "convert": "convert weights from and to other formats; verified",
     "report": "write a page, a picture and Markdown about one run or several",
@@ -37,7 +38,7 @@ VERBS = {
 HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
 # These write their results to standard output only, unless one of FILE_OPTIONS is given; the others write files.
-SHOWING = ("doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify")
+SHOWING = ("chat", "doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify")
 FILE_OPTIONS = ("--out", "--json")
 PATIENT = ("evaluate", "harness")  # they run for hours: a disk that is full now may have room for the next results
 

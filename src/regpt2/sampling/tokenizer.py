@@ -1,5 +1,6 @@
 """The tokenizer of a model. In: a loaded model; out: the tokenizer that it was trained with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from regpt2.base.console import warn
@@ -7,6 +8,7 @@ from regpt2.base.errors import CheckpointError, Problem
 from regpt2.base.files import sha256_bytes
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.characters import META_NAME, CharacterTokenizer, read_meta
+from regpt2.data.chat_template import TEMPLATE, special_ids
 from regpt2.data.own_vocabulary import NAME as TOKENIZER_JSON
 from regpt2.data.own_vocabulary import read_own
 from regpt2.data.tokenizer import (
@@ -102,7 +104,9 @@ def vocabulary_of(loaded: LoadedModel, meta: Path | None = None) -> Vocabulary |
     base, added = (tokenizer.base, tokenizer.added) if isinstance(tokenizer, AddedTokens) else (tokenizer, ())
     merges = base.vocab if isinstance(base, BytePairTokenizer) else None
     name, fingerprint, characters = tokenizer.name, tokenizer.fingerprint, tokenizer.characters
-    return Vocabulary(name, fingerprint, tokenizer.eot, merges, added=added, characters=characters)
+    vocabulary = Vocabulary(name, fingerprint, tokenizer.eot, merges, added=added, characters=characters)
+    special = special_ids(tokenizer)
+    return vocabulary if special is None else replace(vocabulary, chat_template=TEMPLATE, end_of_turn=special[1])
 
 
 def _by_size(loaded: LoadedModel) -> TokenizerRef:

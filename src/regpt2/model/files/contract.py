@@ -36,6 +36,10 @@ class Vocabulary(TokenizerRef):
     """The id of <|endoftext|>."""
     merges: bytes | None = None
     """The bytes of its `vocab.bpe`, if the tokenizer is GPT-2's or a byte-pair encoding of one's own ("bpe")."""
+    chat_template: str | None = None
+    """How a chat model's conversations are rendered, in Jinja."""
+    end_of_turn: int | None = None
+    """The id that ends an answer, if the model is a chat model."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,16 @@ def _keys(model: GPT, vocabulary: Vocabulary | None, dtype: str) -> list[bytes]:
         _array(MERGES, _TEXT, merges_of(vocabulary)),
         *(_key(f"tokenizer.ggml.{role}_token_id", _U32, end) for role in ("bos", "eos", "unknown")),
         _key("tokenizer.ggml.add_bos_token", _BOOL, False),
+        *_chat_keys(vocabulary),
     ]
+
+
+def _chat_keys(vocabulary: Vocabulary) -> list[bytes]:
+    """Of a chat model: how llama.cpp renders a conversation, and the token that ends an answer."""
+    if vocabulary.chat_template is None or vocabulary.end_of_turn is None:
+        return []
+    end = _key("tokenizer.ggml.eot_token_id", _U32, vocabulary.end_of_turn)
+    return [_key("tokenizer.chat_template", _TEXT, vocabulary.chat_template), end]
 
 
 def _key(name: str, kind: int, value: Any) -> bytes:

@@ -96,9 +96,7 @@ def write(model: GPT, folder: Path, vocabulary: Vocabulary | None, dtype: str = 
         for name, p in tensors_of(model).items()
     }
     write_atomic(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
-    eot = None if vocabulary is None else vocabulary.eot
-    generation = {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", _generation(vocabulary))
     if vocabulary is not None and token_texts(vocabulary) is not None:
         write_tokenizer(folder, vocabulary, model.config.block_size)
     dtype_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
@@ -115,6 +113,14 @@ def client_logits(folder: Path, ids: Tensor) -> Tensor | None:
     model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     logits: Tensor = model(ids).logits[:, -1]
     return logits
+
+
+def _generation(vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """Where generation ends: of a chat model at the end of an answer too, which config.json has no place for."""
+    eot = None if vocabulary is None else vocabulary.eot
+    if vocabulary is None or vocabulary.end_of_turn is None:
+        return {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
+    return {"bos_token_id": eot, "eos_token_id": [eot, vocabulary.end_of_turn], "pad_token_id": eot}
 
 
 def _their_config(config: GPTConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
