@@ -1,29 +1,75 @@
 """Checkpoints of a run. In: a run at a step; out: a checkpoint on its way to the disk, or a refusal before the run."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
-from regpt2.model.files.contract import TokenizerRef
+from regpt2.base.errors import CheckpointError
+from regpt2.base.files import make_dir, sha256_file, write_atomic
+from regpt2.model.files.contract import CONFIG, WEIGHTS, TokenizerRef
+from regpt2.model.files.tensors import read_tensors
 from regpt2.model.weights import native
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
+from regpt2.training.lora import adapter_files
 from regpt2.training.optimizer import state_tensors
 from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.ranks.strategy import gather
+
+BASE = "base"  # the folder of a run with LoRA that keeps the weights it began with
 
 
 def require_room(run: TrainingRun, first: int) -> None:
     """Refuse to start a run whose checkpoints the disk cannot hold."""
     every, last = run.config.save_every, run.config.max_steps
+    frozen, learning = (
+        sum(p.numel() for p in run.adapted.parameters() if p.requires_grad is wanted) for wanted in (False, True)
+    )
     with run.world.together():
         if run.world.is_main and every:
             checkpoint.require_room(
                 run.folder / "checkpoints",
-                12 * sum(p.numel() for p in run.model.parameters()),  # fp32 weights and AdamW's two moments
+                4 * frozen + 12 * learning,  # fp32 weights and AdamW's two moments
                 keep=run.config.keep_checkpoints,
                 saves_left=-(-last // every) - first // every,
+                once_bytes=0 if first else 4 * frozen,
             )
+
+
+def keep_base(run: TrainingRun, state: RunState, first: int) -> None:
+    """With LoRA: write the frozen weights once, as a model in `base/`. Adapters alone cannot resume without them.
+
+    A checkpoint holds merged weights, from which the bits of the frozen ones cannot be computed.
+    """
+    if first or not (run.config.lora.rank and run.config.save_every):
+        return
+    with run.world.together():
+        if run.world.is_main:
+            make_dir(run.folder / BASE)
+            model, base = run.model, run.folder / BASE
+            write_atomic(base / CONFIG, native.config_json(model.config, _tokenizer(run), model.trained_seq_len))
+            write_atomic(base / WEIGHTS, save_tensors(native.tensors(model)))
+            state.base_sha256 = sha256_file(base / WEIGHTS)
+
+
+def read_base(folder: Path, sha256: str) -> dict[str, Tensor]:
+    """The frozen weights of a run with LoRA.
+
+    Raises:
+        CheckpointError: they are missing, or not those that its checkpoints were trained with.
+    """
+    path = folder / BASE / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: it holds the frozen weights of this run; put it back to resume.")
+    if (got := sha256_file(path)) != sha256:
+        raise CheckpointError(
+            f"{path} has the SHA-256 {got:.16}, expected {sha256:.16} by the checkpoints of this run; put "
+            "that file back."
+        )
+    return read_tensors(path)
 
 
 def save(run: TrainingRun, state: RunState, step: int) -> None:
@@ -37,10 +83,12 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         return
     state.saved_at = step
     if config.parallel.check_every:  # or a rank's flipped bit would be saved, and every resume would spread it
-        check_replicas(run.model, world, step)
+        check_replicas(run.adapted, world, step)
     # Here and not in the thread that writes: shards are gathered by an exchange, for which every rank has to be here.
-    parameters = gather(dict(run.model.named_parameters()), world)
-    moments = gather(state_tensors(run.optimizer, run.model), world)
+    lora = run.config.lora
+    model = run.plain() if lora.rank else run.model
+    parameters = gather(dict(model.named_parameters()), world)
+    moments = gather(state_tensors(run.optimizer, run.adapted), world)
     if not world.is_main:
         return
     facts = {
@@ -58,14 +106,20 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         "world_size": world.size,
         "strategy": config.parallel.strategy,
     }
-    tokenizer = TokenizerRef(run.tokenizer.name, run.tokenizer.fingerprint, characters=run.tokenizer.characters)
+    if lora.rank:
+        facts["base_sha256"] = state.base_sha256
     run.saver.save(
         lambda: checkpoint.snapshot(
             step,
-            native.config_json(run.model.config, tokenizer, run.model.trained_seq_len),
-            native.tensors(run.model, parameters),
+            native.config_json(run.model.config, _tokenizer(run), run.model.trained_seq_len),
+            native.tensors(model, parameters),
             moments,
             facts,
             run.saver.copies,
+            adapter_files(run.adapted, lora) if lora.rank else {},
         )
     )
+
+
+def _tokenizer(run: TrainingRun) -> TokenizerRef:
+    return TokenizerRef(run.tokenizer.name, run.tokenizer.fingerprint, characters=run.tokenizer.characters)

@@ -2,6 +2,7 @@
 
     model.safetensors, config.json    the model in the native format: the folder can be sampled, evaluated, converted
     optimizer.safetensors             the optimizer's state, by parameter name
+    adapter_model.safetensors, adapter_config.json    with LoRA: the adapters, which are merged into the model
     state.json                        step, guard, loss scale, and what defines the run (data, seed, batch)
     manifest.json                     size and SHA-256 of each file above
 
@@ -39,6 +40,7 @@ from regpt2.base.files import (
 from regpt2.model.files.load import load_model, verify_files
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.files.tensors import read_tensors
+from regpt2.training import lora
 from regpt2.training.host_copy import HostCopies
 from regpt2.training.readback import not_as_meant, read_back
 
@@ -59,6 +61,7 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    others: Mapping[str, bytes]  # further files by name
 
 
 def snapshot(
@@ -68,6 +71,7 @@ def snapshot(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     copies: HostCopies | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
     """A copy in main memory: what happens to the weights afterwards does not reach it.
 
@@ -76,7 +80,7 @@ def snapshot(
     taken = (copies or HostCopies()).take({**model, **{_MOMENT + name: t for name, t in optimizer.items()}})
     of_model = {name: taken[name] for name in model}
     of_optimizer = {name: taken[_MOMENT + name] for name in optimizer}
-    return Snapshot(step, config_json, of_model, of_optimizer, json.loads(json.dumps(dict(state))))
+    return Snapshot(step, config_json, of_model, of_optimizer, json.loads(json.dumps(dict(state))), others or {})
 
 
 def write(checkpoints: Path, snap: Snapshot) -> Path:
@@ -88,6 +92,7 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
     """
     _remove_unfinished(checkpoints)  # first: they take room
     tensor_bytes = sum(t.nbytes for t in (*snap.model.values(), *snap.optimizer.values()))
+    tensor_bytes += sum(map(len, snap.others.values()))
     require_free_space(checkpoints, _room_bytes(tensor_bytes), f"the checkpoint of step {snap.step}")
     final = checkpoints / f"step-{snap.step:08d}"
     part = checkpoints / f"tmp-{final.name}-{os.getpid()}"
@@ -97,11 +102,12 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
         hashes = {
             MODEL: _write_tensors(part / MODEL, snap.model),
             OPTIMIZER: _write_tensors(part / OPTIMIZER, snap.optimizer),
-            CONFIG: _write_text(part / CONFIG, snap.config_json),
-            STATE: _write_text(part / STATE, json.dumps(snap.state, indent=1) + "\n"),
+            CONFIG: _write_small(part / CONFIG, snap.config_json.encode()),
+            STATE: _write_small(part / STATE, (json.dumps(snap.state, indent=1) + "\n").encode()),
+            **{name: _write_small(part / name, data) for name, data in snap.others.items()},
         }
-        files = {name: {"bytes": (part / name).stat().st_size, "sha256": hashes[name]} for name in FILES}
-        _write_text(part / MANIFEST, json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
+        files = {name: {"bytes": (part / name).stat().st_size, "sha256": hashes[name]} for name in hashes}
+        _write_small(part / MANIFEST, (json.dumps({"step": snap.step, "files": files}, indent=1) + "\n").encode())
         for name in (MODEL, OPTIMIZER):  # the library makes its files for this user's eyes alone
             shutil.copymode(part / CONFIG, part / name)
         fsync_dir(part)
@@ -126,14 +132,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return read_back(path, tensors)
 
 
-def _write_text(path: Path, text: str) -> str:
+def _write_small(path: Path, data: bytes) -> str:
     """Write a small file to the disk; its SHA-256."""
-    write_atomic(path, text)
+    write_atomic(path, data)
     with open(path, "rb") as file:
         forget_cached(file)
-        if file.read() != text.encode():
+        if file.read() != data:
             raise not_as_meant(path)
-    return sha256_bytes(text.encode())
+    return sha256_bytes(data)
 
 
 def _room_bytes(tensor_bytes: int) -> int:
@@ -141,19 +147,20 @@ def _room_bytes(tensor_bytes: int) -> int:
     return int(1.01 * tensor_bytes) + (1 << 20)
 
 
-def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int) -> None:
+def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int, once_bytes: int = 0) -> None:
     """Refuse a run whose checkpoints will not fit on the disk together. Writes nothing.
 
     Args:
         tensor_bytes: of one checkpoint; with AdamW 12 for each parameter.
         keep: as for `prune`. A new one is written before an old one goes, so there is one more at times.
         saves_left: how many this run will still write.
+        once_bytes: what it will write beside them.
 
     Raises:
         Problem: the checkpoints still to come need more than is free.
     """
     more = min(saves_left, max(1, keep + 1 - len(folders(checkpoints)))) if keep else saves_left
-    need_bytes = more * _room_bytes(tensor_bytes)
+    need_bytes = more * _room_bytes(tensor_bytes) + once_bytes
     unfinished_bytes = sum(path.stat().st_size for path in checkpoints.glob("tmp-step-*/*"))  # the first save frees it
     have_bytes = free_bytes(checkpoints) + unfinished_bytes
     if have_bytes < need_bytes:
@@ -207,6 +214,8 @@ def verify(folder: Path) -> None:
     try:
         verify_manifest(folder)
         verify_files(folder, FILES)
+        listed = read_json(folder / MANIFEST)["files"]
+        verify_files(folder, tuple(name for name in (lora.WEIGHTS, lora.CONFIG) if name in listed))
     except OSError as error:
         if error.errno != errno.EIO:
             raise  # permissions, say: no fault of the checkpoint
@@ -241,7 +250,8 @@ def check_content(folder: Path) -> str:
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{folder / name}: {key} has values that are not finite.")
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    learning = lora.read_adapters(folder) or dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in learning.items()}
     kinds: dict[str, set[str]] = {name: set() for name in shapes}
     for key, tensor in found.optimizer.items():
         name, _, kind = key.rpartition("/")

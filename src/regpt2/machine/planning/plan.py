@@ -8,7 +8,7 @@ import tyro
 
 from regpt2.base.errors import UsageError
 from regpt2.config.run import RunConfig
-from regpt2.machine.planning.disk import DataNeed, checkpoint_bytes, data_need, disk_lacks, most_checkpoints
+from regpt2.machine.planning.disk import DataNeed, data_need, disk_lacks, most_checkpoints, run_bytes
 from regpt2.machine.planning.micro_batch import Choice, best, choices
 from regpt2.machine.planning.run_time import StepEstimate, formula_time, measured_time, run_seconds
 from regpt2.machine.planning.scaling import LARGER, Scaling, Work, scaling_of
@@ -101,7 +101,7 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
         step=step,
         seconds=run_seconds(config, setup, target, step, data.shards_bytes) if step else {},
         data=data,
-        lacks=disk_lacks(config, data, most_checkpoints(config) * checkpoint_bytes(setup)) if target.here else [],
+        lacks=disk_lacks(config, data, run_bytes(config, setup)) if target.here else [],
         choices=choices(config, setup, target, step),
         price=options.price,
         measured=measured,
@@ -147,7 +147,7 @@ def for_json(plan: RunPlan) -> dict[str, Any]:
             "data_bytes": plan.data.shards_bytes,
             "to_prepare_bytes": plan.data.missing_bytes,
             "checkpoints": most_checkpoints(plan.config),
-            "checkpoints_bytes": most_checkpoints(plan.config) * checkpoint_bytes(plan.setup),
+            "checkpoints_bytes": run_bytes(plan.config, plan.setup),
             "lacks": plan.lacks,
         },
         "micro_batch": plan.setup.micro_batch,

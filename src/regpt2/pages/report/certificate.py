@@ -24,6 +24,7 @@ FACTS = {
     "World size": "world_size",
     "Seed": "seed",
     "Parameters": "n_params",
+    "Parameters trained": "trainable_params",
     "Tokenizer": "tokenizer",
     "Tokenizer fingerprint": "tokenizer_fingerprint",
     "Data set": "dataset",
