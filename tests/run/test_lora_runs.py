@@ -99,7 +99,7 @@ def test_the_run_says_what_trains_and_evaluates_what_it_saves(
     straight: Path, recipe: Path, tiny_data: Path, tmp_path: Path, regpt2: Run
 ) -> None:
     done = regpt2("train", recipe, "--data", tiny_data, "--run", tmp_path / "run", "--max-steps", "1")
-    assert "training 4.1K of 34.4K parameters (LoRA, rank 4)" in done.stdout, done.stdout
+    assert "training 4.1k of 34.7k parameters (LoRA, rank 4)" in done.stdout, done.stdout
     assert "begin from a trained one with --init MODEL" in done.stderr
     start, *_ = read_events(straight / "metrics.jsonl")
     assert start["trainable_params"] == 4096
@@ -110,7 +110,9 @@ def test_the_run_says_what_trains_and_evaluates_what_it_saves(
 
 
 def test_verify_notices_damaged_adapters(stopped: Path, regpt2: Run) -> None:
-    assert regpt2("verify", stopped).returncode == 0
+    whole = regpt2("verify", stopped)
+    assert whole.returncode == 0
+    assert "28 frozen weights of LoRA" in whole.stdout
     path = stopped / "checkpoints" / "step-00000004" / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -268,9 +268,9 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 
 def test_what_does_not_go_with_adapters_is_refused() -> None:
     good = RunConfig(lora=LoraConfig(rank=8))
-    with pytest.raises(ConfigError, match="lora.rank = 769 must be at most model.n_embd = 768"):
+    with pytest.raises(ConfigError, match=r"lora\.rank = 769 must be at most model\.n_embd = 768"):
         dataclasses.replace(good, lora=LoraConfig(rank=769))
-    with pytest.raises(ConfigError, match="optim.name = 'muon' is for whole matrices"):
+    with pytest.raises(ConfigError, match=r"optim\.name = 'muon' is for whole matrices"):
         dataclasses.replace(good, optim=OptimConfig(name="muon"))
     with pytest.raises(ConfigError, match="'fsdp' cannot shard a model with adapters"):
         dataclasses.replace(good, parallel=ParallelConfig(strategy="fsdp"))
@@ -285,6 +285,6 @@ def test_adapters_of_another_model_are_refused() -> None:
     tensors = {name: p.detach() + 1 for name, p in adapters(view).items()}
     first = min(tensors)
     for wrong in ({}, {**tensors, "x": tensors[first]}, {**tensors, first: torch.zeros(3, 16)}):
-        with pytest.raises(CheckpointError, match="adapter_model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
             load_adapters(view, wrong)
         assert not any(torch.equal(p, tensors[name]) for name, p in adapters(view).items())

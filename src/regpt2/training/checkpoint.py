@@ -27,22 +27,13 @@ from torch import Tensor
 
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, Problem
-from regpt2.base.files import (
-    describe_os_error,
-    forget_cached,
-    free_bytes,
-    fsync_dir,
-    make_dir,
-    require_free_space,
-    sha256_bytes,
-    write_atomic,
-)
+from regpt2.base.files import describe_os_error, free_bytes, fsync_dir, make_dir, require_free_space
 from regpt2.model.files.load import load_model, verify_files
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.files.tensors import read_tensors
 from regpt2.training import lora
 from regpt2.training.host_copy import HostCopies
-from regpt2.training.readback import not_as_meant, read_back
+from regpt2.training.readback import read_back, write_small
 
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, STATE)
@@ -61,7 +52,8 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-    others: Mapping[str, bytes]  # further files by name
+    others: Mapping[str, bytes]
+    """Further files by name."""
 
 
 def snapshot(
@@ -91,9 +83,10 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
         OSError: it filled up in the middle, or may not be written; nothing is left under the final name.
     """
     _remove_unfinished(checkpoints)  # first: they take room
-    tensor_bytes = sum(t.nbytes for t in (*snap.model.values(), *snap.optimizer.values()))
-    tensor_bytes += sum(map(len, snap.others.values()))
-    require_free_space(checkpoints, _room_bytes(tensor_bytes), f"the checkpoint of step {snap.step}")
+    n_bytes = sum(t.nbytes for t in (*snap.model.values(), *snap.optimizer.values())) + sum(
+        map(len, snap.others.values())
+    )
+    require_free_space(checkpoints, _room_bytes(n_bytes), f"the checkpoint of step {snap.step}")
     final = checkpoints / f"step-{snap.step:08d}"
     part = checkpoints / f"tmp-{final.name}-{os.getpid()}"
     make_dir(checkpoints)
@@ -102,12 +95,12 @@ def write(checkpoints: Path, snap: Snapshot) -> Path:
         hashes = {
             MODEL: _write_tensors(part / MODEL, snap.model),
             OPTIMIZER: _write_tensors(part / OPTIMIZER, snap.optimizer),
-            CONFIG: _write_small(part / CONFIG, snap.config_json.encode()),
-            STATE: _write_small(part / STATE, (json.dumps(snap.state, indent=1) + "\n").encode()),
-            **{name: _write_small(part / name, data) for name, data in snap.others.items()},
+            CONFIG: write_small(part / CONFIG, snap.config_json.encode()),
+            STATE: write_small(part / STATE, (json.dumps(snap.state, indent=1) + "\n").encode()),
+            **{name: write_small(part / name, data) for name, data in snap.others.items()},
         }
         files = {name: {"bytes": (part / name).stat().st_size, "sha256": hashes[name]} for name in hashes}
-        _write_small(part / MANIFEST, (json.dumps({"step": snap.step, "files": files}, indent=1) + "\n").encode())
+        write_small(part / MANIFEST, (json.dumps({"step": snap.step, "files": files}, indent=1) + "\n").encode())
         for name in (MODEL, OPTIMIZER):  # the library makes its files for this user's eyes alone
             shutil.copymode(part / CONFIG, part / name)
         fsync_dir(part)
@@ -130,16 +123,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return read_back(path, tensors)
-
-
-def _write_small(path: Path, data: bytes) -> str:
-    """Write a small file to the disk; its SHA-256."""
-    write_atomic(path, data)
-    with open(path, "rb") as file:
-        forget_cached(file)
-        if file.read() != data:
-            raise not_as_meant(path)
-    return sha256_bytes(data)
 
 
 def _room_bytes(tensor_bytes: int) -> int:
@@ -213,13 +196,17 @@ def verify(folder: Path) -> None:
     """
     try:
         verify_manifest(folder)
-        verify_files(folder, FILES)
-        listed = read_json(folder / MANIFEST)["files"]
-        verify_files(folder, tuple(name for name in (lora.WEIGHTS, lora.CONFIG) if name in listed))
+        verify_files(folder, files_of(folder))
     except OSError as error:
         if error.errno != errno.EIO:
             raise  # permissions, say: no fault of the checkpoint
         raise CheckpointError(f"{folder} cannot be read: {describe_os_error(error)}") from error
+
+
+def files_of(folder: Path) -> tuple[str, ...]:
+    """The names of its files: the adapters' where its manifest lists them."""
+    listed = read_json(folder / MANIFEST).get("files")
+    return (*FILES, *(name for name in (lora.WEIGHTS, lora.CONFIG) if isinstance(listed, dict) and name in listed))
 
 
 def verify_manifest(folder: Path) -> None:
