@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from regpt2.base.errors import CheckpointError, Problem
-from regpt2.training import checkpoint
+from regpt2.training import checkpoint, readback
 from regpt2.training.checkpoint import FILES, Saver, Snapshot
 
 
@@ -164,8 +164,8 @@ def test_what_the_disk_did_not_keep_is_no_checkpoint(
 def test_a_small_file_that_the_disk_did_not_keep_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    write = checkpoint.write_atomic
-    monkeypatch.setattr(checkpoint, "write_atomic", lambda path, text: write(path, text + " " * (path.name == name)))
+    write = readback.write_atomic
+    monkeypatch.setattr(readback, "write_atomic", lambda path, data: write(path, data + b" " * (path.name == name)))
     saver = Saver(tmp_path, keep=1)
     saver.save(lambda: snap(1))
     assert f"{name}: read back, it differs from what was written" in str(saver.wait())
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_costs_the_save_alone(tmp_path: Path, monkeypatch: 
 SAVE_ONCE = """
 import sys, torch
 from pathlib import Path
-from regpt2.training import checkpoint
+from regpt2.training import checkpoint, readback
 t = {"w": torch.ones(3000)}
 checkpoint.write(Path(sys.argv[1]) / "run" / "checkpoints", checkpoint.snapshot(1, "{}", t, t, {"step": 1}))
 """
@@ -282,7 +282,7 @@ def test_every_kind_of_damage_is_found_set_aside_and_told(tmp_path: Path, capsys
 KILLED = """
 import sys, torch
 from pathlib import Path
-from regpt2.training import checkpoint
+from regpt2.training import checkpoint, readback
 print("ready", flush=True)
 for step in range(1, 10_000):
     tensors = {"w": torch.full((2_000_000,), float(step))}

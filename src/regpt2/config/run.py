@@ -16,6 +16,7 @@ from regpt2.data.mixture import read_shares
 from regpt2.model.language_model import GPTConfig
 from regpt2.references.curves import names as curve_names
 from regpt2.training.guard import GuardConfig
+from regpt2.training.lora import LoraConfig
 from regpt2.training.optimizer import OptimConfig
 from regpt2.training.ranks.strategy import ParallelConfig
 from regpt2.training.schedule import ScheduleConfig
@@ -122,6 +123,7 @@ class RunConfig:
     """Use torch.compile for the training step, not for evaluations and samples. auto: on a GPU with Triton."""
     model: GPTConfig = field(default_factory=GPTConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)
@@ -146,6 +148,7 @@ class RunConfig:
                 f"batch.seq_len = {self.batch.seq_len} is longer than model.block_size = {self.model.block_size}; "
                 f"the most is {self.model.block_size}."
             )
+        self.lora.check(self.model, self.optim.name, self.parallel.strategy)
 
     def _check_validations(self) -> None:
         """Refuse to keep or wait for the best of no validations."""

@@ -21,4 +21,5 @@ def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, comp
         strategy=config.parallel.strategy,
         ranks=ranks,
         optim=config.optim,
+        lora=config.lora,
     )

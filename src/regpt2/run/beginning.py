@@ -64,6 +64,12 @@ def _begin(config: RunConfig, data: Mixture, *, with_origin: bool) -> Beginning:
     shared = shared_vocabulary(named_tokenizer(loaded), model.config.vocab_size, loaded.source, tokenizer, str(data))
     config = _final(config, model.config, shared, loaded.source)
     _check_tokenizer(config, data, shared.tokenizer)
+    if shared.new_ids and config.lora.rank:
+        raise ConfigError(
+            f"lora.rank trains adapters and no embeddings, but {data} has {len(shared.new_ids)} tokens that "
+            f"{loaded.source} does not know: they would never be told apart. Train without --lora.rank, or begin from "
+            "a model that knows them."
+        )
     weights = fitted(model, config.model, new_ids=shared.new_ids, textless=shared.textless)
     trained = min(config.model.block_size, max(seq_len, model.context_size))
     return Beginning(config, shared.tokenizer, trained, weights, _origin(config, loaded) if with_origin else {})

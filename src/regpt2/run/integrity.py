@@ -14,8 +14,10 @@ from regpt2.config.toml_file import read_toml
 from regpt2.data.checks.integrity import Findings, check_data
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.data.tokens.manifest import MANIFEST_NAME
+from regpt2.model.files.contract import WEIGHTS
 from regpt2.model.files.load import verify_files
 from regpt2.model.files.safe_json import read_json
+from regpt2.run.saving import BASE, read_base
 from regpt2.training import checkpoint
 from regpt2.training.saving import best
 from regpt2.training.saving.content import check_best, check_content
@@ -56,6 +58,8 @@ def check_run(run: Path, findings: Findings) -> None:
         findings.add(checkpoints, "BAD" if checkpoint.bad_folders(checkpoints) else "note", "no checkpoint here")
     good = [folder for folder in there if check_checkpoint(folder, findings)]
     if good:
+        if sha256 := read_json(good[-1] / checkpoint.STATE).get("base_sha256"):
+            findings.check(run / BASE / WEIGHTS, lambda: f"{len(read_base(run, sha256))} frozen weights of LoRA")
         _check_data_of_run(run, good[-1], findings)
 
 
@@ -95,7 +99,7 @@ def check_checkpoint(folder: Path, findings: Findings) -> bool:
     whole = findings.check(folder / checkpoint.MANIFEST, lambda: verify_manifest(folder))
     megabytes = {path.name: path.stat().st_size / 1e6 for path in folder.iterdir() if path.is_file()}
     with ProgressLine(f"checking {folder.name}", sum(megabytes.values()), "MB") as progress:
-        for name in names:
+        for name in names if is_best or not whole else checkpoint.files_of(folder):
             whole &= findings.check(folder / name, partial(verify_files, folder, (name,)))
             progress.advance(megabytes.get(name, 0.0))
     return whole and findings.check(folder, lambda: content(folder))

@@ -22,7 +22,7 @@ from regpt2.references.verdict import of_record
 from regpt2.run.saving import save, save_best
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.sampling.generate import generate
-from regpt2.training.ranks.strategy import in_compute_type, whole_model
+from regpt2.training.ranks.strategy import in_compute_type
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -59,7 +59,7 @@ def observe(run: TrainingRun, state: RunState, step: int, *, done: Sequence[str]
     sampling = sample_due(config, step) and "sample" not in done
     if not (names or sampling):
         return
-    model = whole_model(run.model, run.world)
+    model = run.plain()
     for name in names:
         evaluate(run, state, model, step, name)
     if sampling and run.world.is_main:

@@ -20,7 +20,7 @@ from regpt2.run.ending import Summary, ending_recorded, finish
 from regpt2.run.intervals import anything_due, due, observe, observe_early_end, random_seed, why_stop_early
 from regpt2.run.opening import open_records
 from regpt2.run.resume import restore, restore_best
-from regpt2.run.saving import require_room
+from regpt2.run.saving import keep_base, require_room
 from regpt2.run.setup import RunState, TrainingRun, build, compiler_cache, open_data
 from regpt2.run.step_log import StepLog
 from regpt2.training.ranks.replicas import check_replicas
@@ -65,7 +65,8 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
     compiled = compiler_cache(run)  # before the rehearsal, which is the first to compile
     rehearse(run, first + 1)
     gc.freeze()  # the 0.3M objects of the imports stay: each full collection would look at them all, for up to 2.4 s
-    check_replicas(run.model, world, first)  # ranks that begin apart would average gradients of different models
+    check_replicas(run.adapted, world, first)  # ranks that begin apart would average gradients of different models
+    keep_base(run, state, first)
     open_records(run, state, first)  # after all that may fail: a start that failed leaves the record as it was
     restore_best(run, state, first)
     observe(run, state, first, done=world.from_main(run.metrics.observed(first)))
@@ -79,7 +80,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
             if compiled and step == first + 1:
                 compiled.save()  # not after the rehearsal: the optimizer is compiled in the first update
             if due(step, config.parallel.check_every, last):
-                check_replicas(run.model, world, step)  # the loss does not show a bit that flipped on one rank
+                check_replicas(run.adapted, world, step)  # the loss does not show a bit that flipped on one rank
             # Reading the losses waits for the device, so not at every step. But a checkpoint holds how many updates in
             # a row were skipped: the guard has to have counted them before it. And ranks agree to stop by an exchange,
             # so they do it only where they wait anyway; one alone can stop at once.

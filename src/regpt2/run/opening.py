@@ -19,7 +19,9 @@ from regpt2.base.shelves import origins
 from regpt2.base.version import commit
 from regpt2.config.toml_file import to_toml
 from regpt2.data.checks.baselines import baselines
+from regpt2.run.saving import BASE
 from regpt2.run.setup import RunState, TrainingRun
+from regpt2.training.lora import adapters
 from regpt2.training.optimizer import unused_options
 
 
@@ -62,11 +64,13 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         **state.origin,
     }
     own = ("model.architectures", config.model.architecture), ("training.optim", config.optim.name)
+    if config.lora.rank:
+        event["trainable_params"] = sum(p.numel() for p in adapters(run.adapted).values())
     if plugins := origins(*own, *(("evals", name) for name in config.evals.names)):
         event["plugins"] = plugins
         notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
-    notes += [*_untrained_positions(run), *unused_options(config.optim, run.model)]
+    notes += [*_untrained_positions(run), *unused_options(config.optim, run.adapted), *_random_base(run)]
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
     for text in [*run.data.notes, *run.data.repeated(n_tokens), *notes]:
         run.metrics.log("note", first, text=text)
@@ -78,6 +82,11 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
+    if config.lora.rank:
+        say(
+            f"training {count(event['trainable_params'])} of {count(run.model.n_params())} parameters (LoRA, rank "
+            f"{config.lora.rank}); the others are frozen and kept in {run.folder / BASE}"
+        )
 
 
 def _changed_plugins(run: TrainingRun, plugins: dict[str, dict[str, str]]) -> list[str]:
@@ -99,6 +108,15 @@ def _cut_back(run: TrainingRun, first: int) -> list[str]:
     if not forgotten:
         return []
     return [f"an earlier start in {run.folder} left no checkpoint: the record of its {forgotten:,} updates is removed"]
+
+
+def _random_base(run: TrainingRun) -> list[str]:
+    if not run.config.lora.rank or run.config.init:
+        return []
+    return [
+        "lora.rank trains adapters of a model whose own frozen weights are random: begin from a trained one with "
+        "--init MODEL."
+    ]
 
 
 def _untrained_positions(run: TrainingRun) -> list[str]:

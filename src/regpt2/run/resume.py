@@ -11,9 +11,10 @@ from regpt2.base.record.best import BestSoFar, best_of
 from regpt2.base.record.metrics import read_events
 from regpt2.config.toml_file import differences, read_toml
 from regpt2.run.intervals import note
-from regpt2.run.saving import save_best
+from regpt2.run.saving import read_base, save_best
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
+from regpt2.training.lora import load_adapters, read_adapters
 from regpt2.training.optimizer import load_state_tensors
 from regpt2.training.ranks.strategy import load_weights
 from regpt2.training.saving.best import kept_step, recover_best
@@ -21,7 +22,7 @@ from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
 _DEFINE_THE_RUN = (
-    "seed", "model.", "optim.name",
+    "seed", "model.", "optim.name", "lora.",
     "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
 )  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
@@ -47,8 +48,13 @@ def restore(run: TrainingRun, state: RunState) -> int:
     with run.world.together():
         found = checkpoint.read(run.folder / "checkpoints" / name)
         _check_same_run(run, found)
-        load_weights(run.model, found.model)
-        load_state_tensors(run.optimizer, run.model, found.optimizer)
+        if run.config.lora.rank:
+            state.base_sha256 = found.state.get("base_sha256", "")
+            load_weights(run.model, read_base(run.folder, state.base_sha256))
+            load_adapters(run.adapted, read_adapters(found.folder))
+        else:
+            load_weights(run.model, found.model)
+        load_state_tensors(run.optimizer, run.adapted, found.optimizer)
     state.guard.load_state(found.state["guard"])
     if state.scale is not None and found.state["loss_scale"] is not None:
         state.scale = LossScale(**found.state["loss_scale"])

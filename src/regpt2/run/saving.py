@@ -4,34 +4,79 @@ The newest are for a resume, each with the optimizer; the best is a model alone,
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
+from regpt2.base.errors import CheckpointError
+from regpt2.base.files import make_dir, sha256_file, write_atomic
 from regpt2.data.added_tokens import AddedTokens
-from regpt2.model.files.contract import Vocabulary
+from regpt2.model.files.contract import CONFIG, WEIGHTS, Vocabulary
+from regpt2.model.files.tensors import read_tensors
 from regpt2.model.weights import native
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
+from regpt2.training.lora import adapter_files
 from regpt2.training.optimizer import state_tensors
 from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.ranks.strategy import gather
 from regpt2.training.saving.best import write_best
 
+BASE = "base"  # the folder of a run with LoRA that keeps the weights it began with
+
 
 def require_room(run: TrainingRun, first: int) -> None:
     """Refuse to start a run whose checkpoints the disk cannot hold."""
     config, every, last = run.config, run.config.save_every, run.config.max_steps
-    n_weights = sum(p.numel() for p in run.model.parameters())
+    frozen, learning = (
+        sum(p.numel() for p in run.adapted.parameters() if p.requires_grad is wanted) for wanted in (False, True)
+    )
     with run.world.together():
         if run.world.is_main and (every or config.keep_best):
             checkpoint.require_room(
                 run.folder / "checkpoints",
-                12 * n_weights,  # fp32 weights and AdamW's two moments
+                4 * frozen + 12 * learning,  # fp32 weights and AdamW's two moments
                 keep=config.keep_checkpoints,
                 saves_left=-(-last // every) - first // every if every else 0,
-                best_bytes=4 * n_weights if config.keep_best else 0,
+                best_bytes=4 * (frozen or learning) if config.keep_best else 0,
+                once_bytes=4 * frozen if every and not first else 0,
             )
+
+
+def keep_base(run: TrainingRun, state: RunState, first: int) -> None:
+    """With LoRA: write the frozen weights once, as a model in `base/`. Adapters alone cannot resume without them.
+
+    A checkpoint holds merged weights, from which the bits of the frozen ones cannot be computed.
+    """
+    if first or not (run.config.lora.rank and run.config.save_every):
+        return
+    with run.world.together():
+        if run.world.is_main:
+            make_dir(run.folder / BASE)
+            model, base = run.model, run.folder / BASE
+            write_atomic(base / CONFIG, native.config_json(model.config, _tokenizer(run), model.trained_seq_len))
+            write_atomic(base / WEIGHTS, save_tensors(native.tensors(model)))
+            state.base_sha256 = sha256_file(base / WEIGHTS)
+
+
+def read_base(folder: Path, sha256: str) -> dict[str, Tensor]:
+    """The frozen weights of a run with LoRA.
+
+    Raises:
+        CheckpointError: they are missing, or not those that its checkpoints were trained with.
+    """
+    path = folder / BASE / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: it holds the frozen weights of this run; put it back to resume.")
+    if (got := sha256_file(path)) != sha256:
+        raise CheckpointError(
+            f"{path} has the SHA-256 {got:.16}, expected {sha256:.16} by the checkpoints of this run; put "
+            "that file back."
+        )
+    return read_tensors(path)
 
 
 def save(run: TrainingRun, state: RunState, step: int) -> None:
@@ -45,10 +90,10 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         return
     state.saved_at = step
     if config.parallel.check_every:  # or a rank's flipped bit would be saved, and every resume would spread it
-        check_replicas(run.model, world, step)
+        check_replicas(run.adapted, world, step)
     # Here and not in the thread that writes: shards are gathered by an exchange, for which every rank has to be here.
-    parameters = gather(dict(run.model.named_parameters()), world)
-    moments = gather(state_tensors(run.optimizer, run.model), world)
+    parameters = _parameters(run)
+    moments = gather(state_tensors(run.optimizer, run.adapted), world)
     if not world.is_main:
         return
     facts = _facts(run, state, step) | {
@@ -60,7 +105,11 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         "world_size": world.size,
         "strategy": config.parallel.strategy,
     }
-    run.saver.save(lambda: _snapshot(run, step, parameters, moments, facts))
+    others = {}
+    if config.lora.rank:
+        facts["base_sha256"] = state.base_sha256
+        others = adapter_files(run.adapted, config.lora)
+    run.saver.save(lambda: _snapshot(run, step, parameters, moments, facts, others))
 
 
 def save_best(run: TrainingRun, state: RunState, step: int) -> None:
@@ -69,12 +118,18 @@ def save_best(run: TrainingRun, state: RunState, step: int) -> None:
     Every rank calls this, rank 0 writes. The ranks' weights are compared as before any save.
     """
     if run.config.parallel.check_every:
-        check_replicas(run.model, run.world, step)
-    parameters = gather(dict(run.model.named_parameters()), run.world)
+        check_replicas(run.adapted, run.world, step)
+    parameters = _parameters(run)
     if not run.world.is_main:
         return
     facts = _facts(run, state, step) | {"val_loss": state.best.loss}
     run.saver.save(lambda: _snapshot(run, step, parameters, None, facts), write_best)
+
+
+def _parameters(run: TrainingRun) -> dict[str, torch.Tensor]:
+    """The weights to save, on rank 0: with LoRA merged ones. Every rank calls this."""
+    model = run.plain() if run.config.lora.rank else run.model
+    return gather(dict(model.named_parameters()), run.world)
 
 
 def _facts(run: TrainingRun, state: RunState, step: int) -> dict[str, Any]:
@@ -96,8 +151,15 @@ def _snapshot(
     parameters: dict[str, torch.Tensor],
     moments: dict[str, torch.Tensor] | None,
     facts: dict[str, Any],
+    others: dict[str, bytes] | None = None,
 ) -> checkpoint.Snapshot:
-    tokenizer = Vocabulary(
+    config_json = native.config_json(run.model.config, _tokenizer(run), run.model.trained_seq_len)
+    tensors = native.tensors(run.model, parameters)
+    return checkpoint.snapshot(step, config_json, tensors, moments, facts, run.saver.copies, others)
+
+
+def _tokenizer(run: TrainingRun) -> Vocabulary:
+    return Vocabulary(
         run.tokenizer.name,
         run.tokenizer.fingerprint,
         run.tokenizer.eot,
@@ -105,6 +167,3 @@ def _snapshot(
         added=run.tokenizer.added if isinstance(run.tokenizer, AddedTokens) else (),
         characters=run.tokenizer.characters,
     )
-    config_json = native.config_json(run.model.config, tokenizer, run.model.trained_seq_len)
-    tensors = native.tensors(run.model, parameters)
-    return checkpoint.snapshot(step, config_json, tensors, moments, facts, run.saver.copies)

@@ -37,9 +37,10 @@ from regpt2.run.beginning import begin
 from regpt2.training import checkpoint
 from regpt2.training.compiler_cache import CompilerCache
 from regpt2.training.guard import Guard
+from regpt2.training.lora import merged, with_adapters
 from regpt2.training.memory import require_memory
 from regpt2.training.optimizer import build_optimizer
-from regpt2.training.ranks.strategy import make_trainable
+from regpt2.training.ranks.strategy import make_trainable, whole_model
 from regpt2.training.step import LossScale
 
 
@@ -55,9 +56,11 @@ class TrainingRun:
     loader: Loader
     tokenizer: Tokenizer
     model: LanguageModel
-    """The plain module with fp32 weights: it is saved, evaluated and sampled."""
+    """The plain module with fp32 weights: it is saved, evaluated and sampled; with LoRA see `plain`."""
+    adapted: LanguageModel
+    """With LoRA a view of `model` with adapters, which share its weights; without it `model` itself."""
     trainable: nn.Module
-    """A view of `model` in the compute type, compiled, over ranks: for `train_step`."""
+    """A view of `adapted` in the compute type, compiled, over ranks: for `train_step`."""
     optimizer: torch.optim.Optimizer
     metrics: MetricsLog
     saver: checkpoint.Saver
@@ -71,6 +74,16 @@ class TrainingRun:
     def ordered(self) -> bool:
         """Are gradients summed in a fixed order?"""
         return self.config.parallel.strategy == "ordered"
+
+    def plain(self) -> LanguageModel:
+        """What training has made so far, as a plain model: `model` itself, or a copy where its weights are elsewhere.
+
+        That is with LoRA, where the adapters are merged into the copy, and where weights lie in shards. All ranks ask.
+        """
+        if self.config.lora.rank:
+            with self.world.together():  # room for it is found on all ranks, or on none
+                return merged(self.adapted)
+        return whole_model(self.model, self.world)
 
 
 @dataclass(kw_only=True)
@@ -95,6 +108,8 @@ class RunState:
     """The lowest validation loss so far; the same on every rank, since all have the same figures."""
     verdict: Verdict | None = None
     """The newest validation loss beside its reference; rank 0 alone has it."""
+    base_sha256: str = ""
+    """With LoRA: of the file that keeps the frozen weights; rank 0 alone needs it."""
 
     @property
     def elapsed_s(self) -> float:
@@ -143,7 +158,8 @@ def build(
             load_into(model, beginning.weights)
 
     compiled = compiles(config.compile, world.device)
-    trainable = make_trainable(model, compute.dtype, world, config.parallel, compiled=compiled)
+    adapted = with_adapters(model, config.lora, seed=config.seed)
+    trainable = make_trainable(adapted, compute.dtype, world, config.parallel, compiled=compiled)
     run = TrainingRun(
         config=config,
         folder=folder,
@@ -153,8 +169,9 @@ def build(
         loader=loader,
         tokenizer=tokenizer,
         model=model,
+        adapted=adapted,
         trainable=trainable,
-        optimizer=build_optimizer(model, config.optim, world, ordered=ordered, compiled=compiled),
+        optimizer=build_optimizer(adapted, config.optim, world, ordered=ordered, compiled=compiled),
         metrics=MetricsLog(folder / "metrics.jsonl" if world.is_main else None, sinks),
         saver=checkpoint.Saver(folder / "checkpoints", config.keep_checkpoints),
         watchdog=watchdog,
@@ -250,6 +267,7 @@ def compiler_cache(run: TrainingRun) -> CompilerCache | None:
             "model": dataclasses.asdict(config.model),
             "batch": [config.batch.micro_batch, config.batch.seq_len],
             "optim": config.optim.name,
+            "lora": [config.lora.rank, config.lora.alpha],
             "precision": run.compute.precision,
             "ranks": [config.parallel.strategy, run.world.size],
             "deterministic": config.deterministic,

@@ -27,7 +27,7 @@ class StepLog:
         self._busy_s = 0.0
         self._training_s = 0.0
         self._spoke_at = 0.0
-        self._flops = flops_per_token(run.config.model, run.config.batch.seq_len)
+        self._flops = flops_per_token(run.config.model, run.config.batch.seq_len, lora_rank=run.config.lora.rank)
 
     def add(self, step: int, stats: StepStats, digest: int) -> None:
         """Remember an update, and the digest of its data, without reading it."""

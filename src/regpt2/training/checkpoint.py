@@ -2,6 +2,7 @@
 
     model.safetensors, config.json    the model in the native format: the folder can be sampled, evaluated, converted
     optimizer.safetensors             the optimizer's state, by parameter name
+    adapter_model.safetensors, adapter_config.json    with LoRA: the adapters, which are merged into the model
     state.json                        step, guard, loss scale, and what defines the run (data, seed, batch)
     manifest.json                     size and SHA-256 of each file above
 
@@ -25,21 +26,13 @@ from torch import Tensor
 
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, Problem
-from regpt2.base.files import (
-    describe_os_error,
-    forget_cached,
-    free_bytes,
-    fsync_dir,
-    make_dir,
-    require_free_space,
-    sha256_bytes,
-    write_atomic,
-)
+from regpt2.base.files import describe_os_error, free_bytes, fsync_dir, make_dir, require_free_space
 from regpt2.model.files.load import verify_files
 from regpt2.model.files.safe_json import read_json
 from regpt2.model.files.tensors import read_tensors
+from regpt2.training import lora
 from regpt2.training.host_copy import HostCopies
-from regpt2.training.readback import not_as_meant, read_back
+from regpt2.training.readback import read_back, write_small
 
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, STATE)
@@ -61,6 +54,8 @@ class Snapshot:
     optimizer: dict[str, Tensor] | None
     """None: a model alone, from which no run resumes."""
     state: dict[str, Any]
+    others: Mapping[str, bytes]
+    """Further files by name."""
 
 
 def snapshot(
@@ -70,6 +65,7 @@ def snapshot(
     optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     copies: HostCopies | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
     """A copy in main memory: what happens to the weights afterwards does not reach it.
 
@@ -78,7 +74,7 @@ def snapshot(
     taken = (copies or HostCopies()).take({**model, **{_MOMENT + name: t for name, t in (optimizer or {}).items()}})
     of_model = {name: taken[name] for name in model}
     of_optimizer = None if optimizer is None else {name: taken[_MOMENT + name] for name in optimizer}
-    return Snapshot(step, config_json, of_model, of_optimizer, json.loads(json.dumps(dict(state))))
+    return Snapshot(step, config_json, of_model, of_optimizer, json.loads(json.dumps(dict(state))), others or {})
 
 
 def write(checkpoints: Path, snap: Snapshot) -> Path:
@@ -103,19 +99,17 @@ def write_as(checkpoints: Path, name: str, snap: Snapshot, put: Callable[[Path],
     """Write all files into a folder of a temporary name, and let `put` give it its own. Errors as of `write`."""
     remove_unfinished(checkpoints)  # first: they take room
     tensors = {MODEL: snap.model} | ({} if snap.optimizer is None else {OPTIMIZER: snap.optimizer})
-    texts = {CONFIG: snap.config_json, STATE: json.dumps(snap.state, indent=1) + "\n"}
-    n_bytes = sum(t.nbytes for held in tensors.values() for t in held.values())
+    small = {CONFIG: snap.config_json.encode(), STATE: (json.dumps(snap.state, indent=1) + "\n").encode(), **snap.others}
+    n_bytes = sum(t.nbytes for held in tensors.values() for t in held.values()) + sum(map(len, small.values()))
     require_free_space(checkpoints, room_bytes(n_bytes), f"the checkpoint of step {snap.step}")
     part = checkpoints / f"tmp-{name}-{os.getpid()}"
     make_dir(checkpoints)
     part.mkdir()
     try:
         hashes = {file: _write_tensors(part / file, held) for file, held in tensors.items()}
-        hashes |= {file: _write_text(part / file, text) for file, text in texts.items()}
-        files = {
-            file: {"bytes": (part / file).stat().st_size, "sha256": hashes[file]} for file in FILES if file in hashes
-        }
-        _write_text(part / MANIFEST, json.dumps({"step": snap.step, "files": files}, indent=1) + "\n")
+        hashes |= {file: write_small(part / file, data) for file, data in small.items()}
+        files = {file: {"bytes": (part / file).stat().st_size, "sha256": sha256} for file, sha256 in hashes.items()}
+        write_small(part / MANIFEST, (json.dumps({"step": snap.step, "files": files}, indent=1) + "\n").encode())
         for file in tensors:  # the library makes its files for this user's eyes alone
             shutil.copymode(part / CONFIG, part / file)
         fsync_dir(part)
@@ -137,22 +131,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return read_back(path, tensors)
 
 
-def _write_text(path: Path, text: str) -> str:
-    """Write a small file to the disk; its SHA-256."""
-    write_atomic(path, text)
-    with open(path, "rb") as file:
-        forget_cached(file)
-        if file.read() != text.encode():
-            raise not_as_meant(path)
-    return sha256_bytes(text.encode())
-
-
 def room_bytes(tensor_bytes: int) -> int:
     """What one checkpoint takes: its tensors, and something for the rest."""
     return int(1.01 * tensor_bytes) + (1 << 20)
 
 
-def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int, best_bytes: int = 0) -> None:
+def require_room(
+    checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left: int, best_bytes: int = 0, once_bytes: int = 0
+) -> None:
     """Refuse a run whose checkpoints will not fit on the disk together. Writes nothing.
 
     Args:
@@ -160,13 +146,14 @@ def require_room(checkpoints: Path, tensor_bytes: int, *, keep: int, saves_left:
         keep: as for `prune`. A new one is written before an old one goes, so there is one more at times.
         saves_left: how many this run will still write.
         best_bytes: of the best checkpoint, of which there are two while a new one is written; 0 = none is kept.
+        once_bytes: what it will write beside them.
 
     Raises:
         Problem: the checkpoints still to come need more than is free.
     """
     more = min(saves_left, max(1, keep + 1 - len(folders(checkpoints)))) if keep else saves_left
     best = bool(best_bytes) * (2 - (checkpoints / BEST).is_dir())
-    need_bytes = more * room_bytes(tensor_bytes) + best * room_bytes(best_bytes)
+    need_bytes = more * room_bytes(tensor_bytes) + best * room_bytes(best_bytes) + once_bytes
     unfinished_bytes = sum(path.stat().st_size for path in checkpoints.glob("tmp-*/*"))  # the first save frees it
     have_bytes = free_bytes(checkpoints) + unfinished_bytes
     if have_bytes < need_bytes:
@@ -220,11 +207,17 @@ def verify(folder: Path) -> None:
     """
     try:
         verify_manifest(folder)
-        verify_files(folder, FILES)
+        verify_files(folder, files_of(folder))
     except OSError as error:
         if error.errno != errno.EIO:
             raise  # permissions, say: no fault of the checkpoint
         raise CheckpointError(f"{folder} cannot be read: {describe_os_error(error)}") from error
+
+
+def files_of(folder: Path) -> tuple[str, ...]:
+    """The names of its files: the adapters' where its manifest lists them."""
+    listed = read_json(folder / MANIFEST).get("files")
+    return (*FILES, *(name for name in (lora.WEIGHTS, lora.CONFIG) if isinstance(listed, dict) and name in listed))
 
 
 def verify_manifest(folder: Path) -> None:

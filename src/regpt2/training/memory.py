@@ -2,7 +2,7 @@
 
 Every term is counted from the code of model/, training/ and the optimizer; tests/training/test_memory.py compares with
 what autograd really keeps. P parameters, N = B * T tokens of a micro-batch, C = n_embd, L = n_layer, H = n_head,
-V = padded_vocab_size, b bytes of a number in the compute type.
+V = padded_vocab_size, b bytes of a number in the compute type, r = LoRA's rank.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,10 +10,11 @@ from typing import Literal
 
 from regpt2.base import shelves
 from regpt2.base.errors import ConfigError
-from regpt2.model.flops import n_weights
+from regpt2.model.flops import adapter_numbers, flops_per_token, n_weights
 from regpt2.model.kernels.loss import chunk_rows
 from regpt2.model.language_model import GPTConfig
 from regpt2.model.modern import ModernConfig
+from regpt2.training.lora import LoraConfig
 from regpt2.training.optimizer import OptimConfig
 
 FP32 = 4
@@ -58,20 +59,36 @@ class Setup:
     strategy: Literal["ddp", "fsdp", "ordered"] = "ddp"
     ranks: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def n_params(self) -> int:
-        """Numbers in all weights, the padding of the vocabulary included."""
+        """Numbers in all weights of the model, the padding of the vocabulary included."""
         return n_weights(self.model)
+
+    @property
+    def n_adapters(self) -> int:
+        """Numbers in LoRA's A and B; 0 without it."""
+        return adapter_numbers(self.model, self.lora.rank)
+
+    @property
+    def n_trained(self) -> int:
+        """Numbers that have gradients and optimizer state: the adapters, or all weights."""
+        return self.n_adapters or self.n_params
+
+    @property
+    def flops_per_token(self) -> float:
+        """Matmul FLOPs of one token, forward and backward."""
+        return flops_per_token(self.model, self.seq_len, lora_rank=self.lora.rank)
 
     @property
     def state_bytes(self) -> int:
         """Of the optimizer's state, over all shards."""
-        n_in_matrices = 12 * self.model.n_layer * self.model.n_embd**2
+        n_in_matrices = self.n_adapters or 12 * self.model.n_layer * self.model.n_embd**2
         of_matrices: int
         of_others: int
         of_matrices, of_others = getattr(shelves.load("training.optim", self.optim.name), "MEANS", (2, 2))
-        return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_params - n_in_matrices))
+        return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_trained - n_in_matrices))
 
     @property
     def width_bytes(self) -> int:
@@ -86,19 +103,21 @@ class Setup:
 
 def step_memory(setup: Setup) -> dict[str, int]:
     """Bytes by part at the peak of an update, for each rank."""
-    head_bytes = FP32 * setup.model.padded_vocab_size * setup.model.n_embd  # of the embedding's weights
+    head_bytes = _head_gradient_bytes(setup)  # the embedding's is as large
     shards = setup.ranks if setup.strategy == "fsdp" else 1
-    weights = FP32 * setup.n_params // shards
+    weights, learning = FP32 * (setup.n_params + setup.n_adapters) // shards, FP32 * setup.n_trained // shards
     held = _gradients_held(setup)
     whole = setup.grad_accum_steps > 1  # FSDP scatters gradients in the last micro-step; before it they are unsharded
-    gradients = FP32 * setup.n_params if whole else weights
+    gradients = FP32 * setup.n_trained if whole else learning
     pass_parts = {"rounded weights": _rounded_bytes(setup), "activations": _kept_bytes(setup)}
     moments = [
         {"gradients": held * gradients, **pass_parts, "head and loss": _head_forward_bytes(setup)},
         {"gradients": held * gradients, **pass_parts, **_backward_parts(setup)},
         # The last gradient of a backward pass is the embedding's, which is added to the head's into a new tensor.
         {"gradients": max(1, held) * gradients, "embedding's gradient": (2 + (held > 0)) * head_bytes},
-        {"gradients": weights, "orthogonalization": _orthogonalization_bytes(setup)},
+        {"gradients": learning, "orthogonalization": _orthogonalization_bytes(setup)},
+        # Between updates: the plain model that is evaluated and saved (training/lora.py, `merged`).
+        {"merged copy": FP32 * setup.n_params * bool(setup.lora.rank)},
     ]
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     parts = {"weights": weights, "optimizer state": setup.state_bytes // shards, **fullest}
@@ -132,7 +151,8 @@ def _rounded_bytes(setup: Setup) -> int:
     if setup.width_bytes == FP32:
         return 0
     C, b = setup.model.n_embd, setup.width_bytes
-    layer = (12 - 4 * _recomputes(setup)) * C * C * b
+    again = _recomputes(setup)
+    layer = (12 - 4 * again) * C * C * b + (16 - 5 * again) * setup.lora.rank * C * b
     if setup.strategy == "fsdp" and setup.ranks > 1:  # gathered in the compute type: one layer, and the next one
         return 2 * layer
     return setup.model.n_layer * layer
@@ -154,6 +174,7 @@ def _kept_bytes(setup: Setup) -> int:
     model, b = setup.model, setup.width_bytes
     widths = KEPT_WIDTHS + 2 * _widens_norms(setup) - GELU_WIDTHS * _recomputes(setup)
     numbers = widths * model.n_embd + KEPT_SUMS
+    numbers += setup.lora.rank * (4 - _recomputes(setup))  # x A^T of each matrix
     bytes_per_token = numbers * b + _attention_bytes(setup)
     if model.dropout:
         bytes_per_token += 2 * model.n_embd  # masks, a byte each
@@ -186,11 +207,16 @@ def _attention_bytes(setup: Setup) -> int:
     return b * model.n_head * (T + BLOCK) // 2 if model.dropout else 0
 
 
+def _head_gradient_bytes(setup: Setup) -> int:
+    """Of the head's weights; 0 where they are frozen."""
+    return 0 if setup.lora.rank else FP32 * setup.model.padded_vocab_size * setup.model.n_embd
+
+
 def _head_kept_bytes(setup: Setup) -> int:
     """Between the passes: the gradients of the head and of its input, and the input of the last norm."""
     C, b = setup.model.n_embd, setup.width_bytes
     last_norm = (FP32 if _widens_norms(setup) else b) if setup.device == "cuda" else 0
-    return FP32 * setup.model.padded_vocab_size * C + setup.n_tokens * C * (b + last_norm)
+    return _head_gradient_bytes(setup) + setup.n_tokens * C * (b + last_norm)
 
 
 def _head_forward_bytes(setup: Setup) -> int:
@@ -202,6 +228,7 @@ def _head_forward_bytes(setup: Setup) -> int:
     if setup.device != "cpu":
         return n_bytes
     part = V * C * (b + FP32 * (b < FP32)) // HEAD_PARTS  # a few rows of the vocabulary are added at a time
+    part = 0 if setup.lora.rank else part
     wide = rows * V * FP32
     log_p = min(wide, 2 * BLOCK_BYTES) + (b < FP32) * min(wide, BLOCK_BYTES)  # a few rows of the chunk at a time
     if isinstance(setup.model, ModernConfig) and setup.model.softcap and not setup.compiled:  # its tanh, and the capped
@@ -211,20 +238,20 @@ def _head_forward_bytes(setup: Setup) -> int:
 
 def _backward_parts(setup: Setup) -> dict[str, int]:
     """At the peak of the backward pass, which is early: temporary gradients, and the head's."""
-    model, V, C, b = setup.model, setup.model.padded_vocab_size, setup.model.n_embd, setup.width_bytes
+    model, C, b, head_bytes = setup.model, setup.model.n_embd, setup.width_bytes, _head_gradient_bytes(setup)
     squared = isinstance(model, ModernConfig) and model.relu_squared
     width = setup.n_tokens * C * b
     if setup.device == "cpu":
         widths = MLP_BACKWARD_WIDTHS + GELU_WIDTHS * _recomputes(setup)
         widths += SQUARE_WIDTHS if squared and not setup.compiled else 0
-        return {"a layer backward": FP32 * V * C + widths * width}
+        return {"a layer backward": head_bytes + widths * width}
     kept = {"head and loss": _head_kept_bytes(setup)}
     if setup.compiled:
         return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width}
-    moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + FP32 * V * C]  # the head's own gradient, scaled
+    moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + head_bytes]  # the head's own gradient, scaled
     if squared:
         untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is already added and freed
-        moments.append(GPU_BACKWARD_WIDTHS["eager, square"] * width - FP32 * V * C * untied)
+        moments.append(GPU_BACKWARD_WIDTHS["eager, square"] * width - head_bytes * untied)
     return {**kept, "a layer backward": max(moments)}
 
 
@@ -266,7 +293,7 @@ def require_memory(setup: Setup, least_tokens: int, free_bytes: int | None) -> s
     if smaller:
         mend = f"--batch.micro-batch {smaller[-1].micro_batch} fits, and the update stays the same"
     else:
-        mend = "no micro-batch fits: use a smaller model, shorter sequences, or --parallel.strategy fsdp on more GPUs"
+        mend = f"no micro-batch fits: use a smaller model, shorter sequences{without_lora(setup)}"
     text = (
         f"micro_batch = {setup.micro_batch} x seq_len = {setup.seq_len} needs about {need_bytes / 1e9:.2f} GB of "
         f"memory and {free_bytes / 1e9:.2f} GB are free; {mend}."
@@ -274,6 +301,11 @@ def require_memory(setup: Setup, least_tokens: int, free_bytes: int | None) -> s
     if cannot_fit(need_bytes, free_bytes):
         raise ConfigError(f"{text} (--no-check-memory tries anyway.)")
     return text
+
+
+def without_lora(setup: Setup) -> str:
+    """The rest of an advice: what else saves memory, and does not go with adapters."""
+    return "" if setup.lora.rank else ", or --parallel.strategy fsdp on more GPUs"
 
 
 def still_needed(setup: Setup) -> int:

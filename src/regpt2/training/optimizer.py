@@ -107,7 +107,7 @@ def build_optimizer(
     ordered: bool = False,
     compiled: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer named in `config`, over all parameters of `model`.
+    """The optimizer named in `config`, over all parameters of `model` that are not frozen.
 
     Args:
         world: ranks with the same weights and gradients, which may share the work of an update.
@@ -120,7 +120,8 @@ def build_optimizer(
     if world is None or ordered:
         world = World(rank=0, local_rank=0, size=1, device=next(model.parameters()).device)
     entry = shelves.load("training.optim", config.name)
-    optimizer: torch.optim.Optimizer = entry.build(list(model.named_parameters()), config, world, compiled)
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = entry.build(learning, config, world, compiled)
     return optimizer
 
 
@@ -158,7 +159,13 @@ def unused_options(config: OptimConfig, model: nn.Module) -> list[str]:
         for name in ignored
         if getattr(config, name) != getattr(OptimConfig(), name)
     ]
-    if config.head_lr and not any(name == "lm_head.weight" for name, _ in model.named_parameters()):
+    names = {name: p.requires_grad for name, p in model.named_parameters()}
+    frozen = "the model's own weights are frozen, its adapters train (lora.rank)."
+    if not names["wte.weight"]:
+        unused += [
+            f"optim.{name} has no effect: {frozen}" for name in ("embedding_lr", "head_lr") if getattr(config, name)
+        ]
+    elif config.head_lr and "lm_head.weight" not in names:
         unused.append("optim.head_lr has no effect: this model's head is its embedding (optim.embedding_lr).")
     return unused
 
@@ -174,7 +181,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Restore what `state_tensors` gave; a CheckpointError if it is of other parameters or shapes."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, kind = key.rsplit("/", 1)

@@ -1,4 +1,4 @@
-"""Does the disk hold what was written? In: a safetensors file, the tensors meant; out: its SHA-256, or a problem."""
+"""Does the disk hold what was written? In: a file, the tensors or bytes meant; out: its SHA-256, or a problem."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regpt2.base.errors import Problem
-from regpt2.base.files import CHUNK_BYTES, forget_cached
+from regpt2.base.files import CHUNK_BYTES, forget_cached, sha256_bytes, write_atomic
 from regpt2.model.files.tensors import MAX_HEADER_BYTES
 
 _DTYPES = {  # as safetensors calls them
@@ -71,3 +71,17 @@ def not_as_meant(path: Path) -> Problem:
         f"{path}: read back, it differs from what was written; the disk or the memory is failing. "
         "Choose a folder on another disk, and check this one."
     )
+
+
+def write_small(path: Path, data: bytes) -> str:
+    """Write a small file to the disk and read it back; its SHA-256.
+
+    Raises:
+        Problem: the disk returns other bytes.
+    """
+    write_atomic(path, data)
+    with open(path, "rb") as file:
+        forget_cached(file)
+        if file.read() != data:
+            raise not_as_meant(path)
+    return sha256_bytes(data)

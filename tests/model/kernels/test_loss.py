@@ -224,14 +224,14 @@ def test_the_operator_keeps_what_it_promises_the_compiler(dtype: torch.dtype, wi
     hidden, weight, targets = inputs(torch.float32, 32)
     rounded, weight = hidden.detach().to(dtype), weight.detach()
     rounded.requires_grad_(with_gradient), weight.requires_grad_(with_gradient)
-    torch.library.opcheck(_opaque_loss, (rounded, weight, targets, VOCAB, 15.0, 10, with_gradient))
+    torch.library.opcheck(_opaque_loss, (rounded, weight, targets, VOCAB, 15.0, 10, with_gradient, with_gradient))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("chunk_tokens", [5, 37])
 def test_the_operators_gradients_are_those_of_the_formula(softcap: float, chunk_tokens: int) -> None:
     hidden, weight, targets = inputs(torch.float64, 32)
-    loss = 3 * _opaque_loss(hidden, weight, targets, VOCAB, softcap, chunk_tokens, True)[0] / N
+    loss = 3 * _opaque_loss(hidden, weight, targets, VOCAB, softcap, chunk_tokens, True, True)[0] / N
     expected = 3 * reference_cross_entropy(hidden, weight, targets, VOCAB, softcap=softcap)
     for ours, plain in zip(
         loss_and_gradients(loss, hidden, weight), loss_and_gradients(expected, hidden, weight), strict=True

@@ -130,7 +130,7 @@ def memory(patient: Patient) -> CheckResult:
     """Memory for what any training needs; `regpt2 plan` adds the activations."""
     have = free_bytes(patient.world.device)
     shares = patient.world.size if patient.config.parallel.strategy == "fsdp" else 1
-    need = 16 * patient.n_params // shares  # fp32 weights, gradients and AdamW's two moments
+    need = (4 * patient.n_params + 12 * patient.n_trained) // shares  # fp32 weights, gradients and AdamW's two moments
     text = f"{count(patient.n_params)} parameters, their gradients and AdamW's moments take {need / 1e9:.3g} GB"
     if have is None:
         return CheckResult("ok", f"{text}; free memory is unknown on this device")
@@ -253,10 +253,10 @@ def copying(patient: Patient) -> CheckResult:
 def all_reduce(patient: Patient) -> CheckResult:
     """The exchange of gradients between ranks: correct sums, and its share of an update."""
     world = patient.world
-    n_bytes = min(4 * patient.n_params, 1 << (30 if world.device.type == "cuda" else 26))
+    n_bytes = min(4 * patient.n_trained, 1 << (30 if world.device.type == "cuda" else 26))
     seconds = rates.exchange_seconds(world, n_bytes)
     bus = 2 * (world.size - 1) / world.size * n_bytes / seconds
-    whole_s = seconds * 4 * patient.n_params / n_bytes
+    whole_s = seconds * 4 * patient.n_trained / n_bytes
     dtype = choose_compute(patient.precision, world.device).dtype
     shapes = rates.model_shapes(patient.config.model, patient.pass_tokens)[:-1]
     flops_per_s = rates.matmul_rate(shapes, dtype, world.device, at_least_s=0.1)

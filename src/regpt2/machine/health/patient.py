@@ -9,7 +9,7 @@ from regpt2.base.device import Precision, choose_compute, compiles, precisions
 from regpt2.base.ranks.world import World
 from regpt2.config.run import RunConfig
 from regpt2.machine.health import agreement
-from regpt2.model.flops import n_weights
+from regpt2.model.flops import adapter_numbers, n_weights
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,14 @@ class Patient:
         return n_weights(self.config.model)
 
     @property
+    def n_trained(self) -> int:
+        """Those that have gradients and moments: with LoRA the adapters alone."""
+        return adapter_numbers(self.config.model, self.config.lora.rank) or self.n_params
+
+    @property
     def saved_bytes(self) -> int:
         """Of a checkpoint: fp32 weights and AdamW's two moments."""
-        return 12 * self.n_params
+        return 4 * self.n_params + 8 * self.n_trained
 
     @property
     def best_bytes(self) -> int:

@@ -15,8 +15,8 @@ from regpt2.training.memory import FP32, Setup
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """Of one checkpoint: fp32 weights and the optimizer's state."""
-    return FP32 * setup.n_params + setup.state_bytes
+    """Of one checkpoint: fp32 weights, LoRA's adapters and the optimizer's state."""
+    return FP32 * (setup.n_params + setup.n_adapters) + setup.state_bytes
 
 
 def n_saves(config: RunConfig) -> int:
@@ -36,8 +36,9 @@ def best_bytes(config: RunConfig, setup: Setup) -> int:
 
 
 def run_bytes(config: RunConfig, setup: Setup) -> int:
-    """Of all checkpoints of a run, at most."""
-    return most_checkpoints(config) * checkpoint_bytes(setup) + best_bytes(config, setup)
+    """Of all checkpoints of a run, at most; with LoRA also of the frozen weights, which are kept once."""
+    frozen = FP32 * setup.n_params * bool(setup.lora.rank and config.save_every)
+    return most_checkpoints(config) * checkpoint_bytes(setup) + best_bytes(config, setup) + frozen
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from regpt2.training.memory import FP32, Setup
 
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; a bucket of this size is sent (the defaults of torch's DDP)
 LAYER = (4, 4, 1, 3)  # matrices of a layer in units of C^2, in backward order: MLP down, up, attention out, QKV
+ADAPTERS = (5, 5, 2, 4)  # of these matrices, in units of r C
 BACKWARD = 2 / 3  # of a micro-step
 HIDDEN = 0.6  # of a micro-step can hide FSDP's gathers and scatters, which share the GPU with its kernels
 
@@ -49,7 +50,7 @@ def exposed_seconds(setup: Setup, wires: Wires, micro_s: float) -> float:
     if wires.ranks == 1:
         return 0.0
     if setup.strategy == "ordered":  # each rank sends its gradient to every other after the backward pass
-        return wires.latency_s + (wires.ranks - 1) * FP32 * setup.n_params / wires.bus
+        return wires.latency_s + (wires.ranks - 1) * FP32 * setup.n_trained / wires.bus
     if setup.strategy == "fsdp":
         # Only in the last micro-step; before it each rank keeps its own gradients unsharded.
         last = _fsdp_exposed_seconds(setup, wires, micro_s, scattered_bytes=wires.gradient_bytes)
@@ -84,6 +85,9 @@ def gradients_of(setup: Setup, backward_s: float) -> list[Gradients]:
     A tied head's weights are the embedding's: their gradient is complete only at the end.
     """
     C, L, V = setup.model.n_embd, setup.model.n_layer, setup.model.padded_vocab_size
+    if setup.lora.rank:
+        sizes = [setup.lora.rank * C * size for size in ADAPTERS * L]
+        return [Gradients(backward_s * (i + 1) / len(sizes), size) for i, size in enumerate(sizes)]
     head = V * C if isinstance(setup.model, ModernConfig) and setup.model.untied_head else 0
     found, done = [Gradients(0.0, head)] if head else [], 0
     for size in LAYER * L:

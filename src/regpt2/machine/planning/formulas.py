@@ -26,9 +26,10 @@ NODE_LATENCY_S, LEVEL_LATENCY_S = 20e-6, 15e-6
 # All ranks wait for the slowest. llm-foundry's runs on 16 to 128 A100s and H100s (125M to 2.7B) lose 0.7 to 2.2 % of
 # their speed with each doubling of the nodes, although the passes could hide their whole exchange.
 WAIT = 0.015
-PASS_BYTES = 20  # per parameter and micro-step: weights rounded 6, gradients added up 14
+ROUNDING_BYTES, ADDING_BYTES = 6, 14  # per micro-step: of a parameter that is rounded, of a gradient that is added up
 UPDATE_BYTES = 40  # per parameter, read and written: norm and clipping 12, AdamW 28
-FORWARD = 1 / 3  # of the FLOPs of training, for an evaluation
+LORA_KERNELS = 20  # of a layer: of each matrix 6 matmuls of the adapter, and no gradient of the frozen weight
+FORWARD = 1 / 3  # of the FLOPs of training all weights, for an evaluation
 # Tokens of one evaluation, counted as evals/ scores it; val_loss has its own setting.
 EVAL_TOKENS = {"hellaswag": 10_042 * 164}
 
@@ -82,7 +83,7 @@ def update_seconds(setup: Setup, bandwidth: float, matmul_rate: float) -> dict[s
     """Seconds of the optimizer by part, at the given bytes/s and FLOP/s."""
     shards = setup.ranks if setup.strategy == "fsdp" else 1
     return {
-        "update": UPDATE_BYTES * setup.n_params / shards / bandwidth,
+        "update": UPDATE_BYTES * setup.n_trained / shards / bandwidth,
         "orthogonalization": update_flops(setup) / matmul_rate,
     }
 
@@ -96,10 +97,10 @@ def update_flops(setup: Setup) -> float:
 
 def micro_step_seconds(setup: Setup, machine: Machine) -> float:
     """One forward and backward pass, on one GPU."""
-    flops = setup.n_tokens * flops_per_token(setup.model, setup.seq_len)
-    busy_s = flops / (machine.peak * share_of_peak(setup, machine))
-    kernels = 28 * setup.model.n_layer + 40
-    return max(busy_s, kernels * KERNEL_S) + PASS_BYTES * setup.n_params / machine.bandwidth
+    busy_s = setup.n_tokens * setup.flops_per_token / (machine.peak * share_of_peak(setup, machine))
+    kernels = (28 + LORA_KERNELS * bool(setup.lora.rank)) * setup.model.n_layer + 40
+    moved = ROUNDING_BYTES * (setup.n_params + setup.n_adapters) + ADDING_BYTES * setup.n_trained
+    return max(busy_s, kernels * KERNEL_S) + moved / machine.bandwidth
 
 
 def share_of_peak(setup: Setup, machine: Machine) -> float:

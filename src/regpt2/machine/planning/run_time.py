@@ -62,7 +62,7 @@ def formula_time(setup: Setup, target: Target) -> StepEstimate | None:
     dtype = torch.bfloat16 if setup.width_bytes == 2 else torch.float32
     rows = min(setup.n_tokens, 1024)
     rate = OF_MATMULS * matmul_rate(model_shapes(setup.model, rows), dtype, target.device, at_least_s=1.0)
-    busy_s = setup.grad_accum_steps * setup.n_tokens * flops_per_token(setup.model, setup.seq_len) / rate
+    busy_s = setup.grad_accum_steps * setup.n_tokens * setup.flops_per_token / rate
     how = f"rough: a step at {OF_MATMULS:.0%} of the matmul rate timed here for a second; --measure times real steps"
     return StepEstimate(
         {"forward and backward": busy_s, **update_seconds(setup, *_update_rates(setup, target))}, 0.5, how
@@ -94,6 +94,7 @@ def measured_time(config: RunConfig, setup: Setup, target: Target) -> tuple[Step
         precision=config.precision,
         compile=config.compile,
         optim=config.optim,
+        lora=config.lora,
         warmup_steps=1 if on_cpu else 3,
         steps=3,
         seconds=MEASURE_S,
@@ -132,13 +133,14 @@ def run_seconds(
     """Of the whole run, by part."""
     tokens = n_evaluations(config) * sum(eval_tokens(config).values())
     pass_s = step.parts["forward and backward"] / (setup.grad_accum_steps * setup.n_tokens)  # per token of one rank
+    forward = FORWARD * flops_per_token(setup.model, setup.seq_len) / setup.flops_per_token
     whole_updates = config.batch.tokens_until(config.max_steps) / config.batch.batch_tokens  # fewer with a batch ramp
     by_tokens = ("forward and backward", "gathering", "slowest rank")  # the others: once per update of any size
     return {
         "training": sum(
             seconds * (whole_updates if part in by_tokens else config.max_steps) for part, seconds in step.parts.items()
         ),
-        "evaluations": tokens * FORWARD * pass_s / target.ranks,
+        "evaluations": tokens * forward * pass_s / target.ranks,
         "checkpoints": (
             n_saves(config) * checkpoint_bytes(setup) + n_evaluations(config) * best_bytes(config, setup) / 2
         )  # at most: as if each validation were the best so far

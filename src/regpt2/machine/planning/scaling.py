@@ -102,7 +102,8 @@ def scaling_of(work: Work, place: Place) -> Scaling:
         more_steps = replace(work.one_gpu, grad_accum_steps=LARGER * work.one_gpu.grad_accum_steps)
         more = replace(work, one_gpu=more_steps, least_tokens=LARGER * work.least_tokens)
         larger = more.row(low.place).per_gpu / more.row(base.place).per_gpu
-    both = ((work.row(where, "fsdp"), work.row(where, "ddp")) for where in places if where.gpus > 1)
+    shardable = places if not work.one_gpu.lora.rank else []
+    both = ((work.row(where, "fsdp"), work.row(where, "ddp")) for where in shardable if where.gpus > 1)
     pays = ((f, d) for f, d in both if f.setup and (d.setup is None or f.step_s < CLEARLY * d.step_s))
     fsdp, ddp = next(pays, (None, None))
     return Scaling(rows, base, low, larger, fsdp, ddp)

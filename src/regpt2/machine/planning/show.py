@@ -3,13 +3,12 @@
 from textwrap import wrap
 
 from regpt2.base.console import count, duration, say
-from regpt2.machine.planning.disk import best_bytes, checkpoint_bytes, most_checkpoints
+from regpt2.machine.planning.disk import best_bytes, checkpoint_bytes, most_checkpoints, run_bytes
 from regpt2.machine.planning.micro_batch import best
 from regpt2.machine.planning.plan import RunPlan
 from regpt2.machine.planning.run_time import StepEstimate, eval_tokens, n_evaluations
 from regpt2.machine.planning.scaling import LARGER, LOW_EFFICIENCY, Scaling
-from regpt2.model.flops import flops_per_token
-from regpt2.training.memory import MARGIN, step_memory
+from regpt2.training.memory import FP32, MARGIN, step_memory, without_lora
 
 COLUMNS = 110
 GB = 1e9
@@ -73,7 +72,7 @@ def _show_time(plan: RunPlan, step: StepEstimate) -> None:
     parts = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in step.parts.items() if seconds)
     _row("an update", f"{1e3 * step.seconds:,.0f} ms", parts)
     tokens_per_s = config.batch.batch_tokens / step.seconds
-    flops = tokens_per_s * flops_per_token(setup.model, setup.seq_len) / plan.target.ranks
+    flops = tokens_per_s * setup.flops_per_token / plan.target.ranks
     used = f", {flops / place.machine.peak:.0%} of its peak of {place.machine.peak / 1e12:,.0f}" if place else ""
     _row("tokens per second", count(tokens_per_s), f"{flops / 1e12:,.3g} TFLOP/s per rank{used}")
 
@@ -90,6 +89,9 @@ def _show_memory(plan: RunPlan) -> None:
     say()
     of_gpu = "of each GPU" if plan.target.ranks > 1 else "of the GPU"
     where = of_gpu if plan.setup.device == "cuda" else "of this process"
+    if plan.setup.lora.rank:
+        learning = f"{count(plan.setup.n_adapters)} of {count(plan.setup.n_params)}"
+        _row("parameters that train", learning, f"LoRA, rank {plan.setup.lora.rank}; the others have no gradient")
     _row(f"memory {where}", f"{total / GB:.2f} GB", f"+-{MARGIN:.0%} by formula; {verdict}")
     for name, n_bytes in plan.memory.items():
         _row(f"  {name}", f"{n_bytes / GB:.2f} GB")
@@ -106,9 +108,12 @@ def _show_disk(plan: RunPlan) -> None:
     if plan.data.missing_bytes:
         _row("  while preparing", f"{plan.data.missing_bytes / GB:.2f} GB", "at most, for files like FineWeb-Edu's")
     each = f"at most {most} of {one_bytes / GB:.2f} GB: {one_bytes / plan.setup.n_params:.3g} bytes per parameter"
-    _row("disk for checkpoints", f"{most * one_bytes / GB:.2f} GB", each)
-    if n_bytes := best_bytes(plan.config, plan.setup):
-        _row("disk for the best", f"{n_bytes / GB:.2f} GB", "weights alone, twice: a new one before the old one goes")
+    if plan.setup.lora.rank and most:
+        each += f"; the frozen weights once, {FP32 * plan.setup.n_params / GB:.2f} GB"
+    n_best = best_bytes(plan.config, plan.setup)
+    _row("disk for checkpoints", f"{(run_bytes(plan.config, plan.setup) - n_best) / GB:.2f} GB", each)
+    if n_best:
+        _row("disk for the best", f"{n_best / GB:.2f} GB", "weights alone, twice: a new one before the old one goes")
     for lack in plan.lacks:
         _row("  TOO LITTLE SPACE", "", lack)
 
@@ -131,7 +136,7 @@ def _show_choices(plan: RunPlan) -> None:
         row = f"  {one.setup.micro_batch:>12} {one.setup.grad_accum_steps:>12} {memory:>10} {time:>10}"
         say(f"{row}   {', '.join(marks)}".rstrip())
     if taken is None:
-        say("\n  no micro-batch fits: use a smaller model, shorter sequences, or --parallel.strategy fsdp on more GPUs")
+        say(f"\n  no micro-batch fits: use a smaller model, shorter sequences{without_lora(plan.setup)}")
     elif taken != wanted or plan.other_micro_batch:
         say(f"\n  train with --batch.micro-batch {taken.setup.micro_batch}; the update stays the same")
 

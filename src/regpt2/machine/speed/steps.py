@@ -39,6 +39,7 @@ from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.architecture import config_class
 from regpt2.model.flops import flops_per_token
 from regpt2.model.language_model import GPTConfig
+from regpt2.training.lora import LoraConfig, with_adapters
 from regpt2.training.optimizer import MuonConfig, OptimConfig, build_optimizer
 from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import LossScale, train_step
@@ -60,6 +61,7 @@ class StepWork:
     precision: Precision = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     as_lecture: tuple[LecturePart, ...] = ()
     """Parts computed as the lecture did at first, for the ladder's lower rungs. Empty: as in `regpt2 train`."""
     warmup_steps: int = 2  # not timed: compilation and first allocations fall into them
@@ -145,7 +147,7 @@ def read_work(table: dict[str, Any]) -> StepWork:
     if kind is not OptimConfig:
         optim[optim["name"]] = load("training.optim", optim["name"]).Options(**optim[optim["name"]])
     model = config_class(table["model"]["architecture"])(**table["model"])
-    parts = {"model": model, "optim": kind(**optim)}
+    parts = {"model": model, "optim": kind(**optim), "lora": LoraConfig(**table["lora"])}
     return StepWork(**{**table, **parts, "as_lecture": tuple(table["as_lecture"])})
 
 
@@ -157,7 +159,9 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
         torch.set_float32_matmul_precision("highest")
     world = World(rank=0, local_rank=0, size=1, device=device)
     compiled = compiles(work.compile, device)
-    model = lecture_model(work.model, parts, compute.dtype, work.seed).to(device)
+    model = with_adapters(
+        lecture_model(work.model, parts, compute.dtype, work.seed).to(device), work.lora, seed=work.seed
+    )
     dtype = torch.float32 if "autocast" in parts else compute.dtype
     trainable = make_trainable(model, dtype, world, compiled=compiled)
     unfused = "unfused_adamw" in parts
@@ -185,7 +189,7 @@ def time_steps(work: StepWork, *, began_at: float, on_step: Callable[[int], None
         losses=losses,
         grad_norms=grad_norms,
         tokens=work.tokens,
-        flops_per_token=flops_per_token(work.model, work.seq_len),
+        flops_per_token=flops_per_token(work.model, work.seq_len, lora_rank=work.lora.rank),
         setup_s=setup_s,
         peak_bytes=peak_bytes(device),
         device=device_name(device),

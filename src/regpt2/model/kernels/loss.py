@@ -81,7 +81,7 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         chunk_tokens = chunk_rows(hidden.shape[0], weight.shape[0], hidden.element_size(), hidden.device.type)
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    settings = (vocab_size, softcap, chunk_tokens, with_gradient)
+    settings = (vocab_size, softcap, chunk_tokens, with_gradient, with_gradient and weight.requires_grad)
     loss_sum: Tensor
     if hidden.device.type == "cuda":
         loss_sum = _opaque_loss(hidden, weight, targets, *settings)[0]
@@ -107,7 +107,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy gives its gradient once; call it again for another backward")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
-        return _scaled(d_hidden, d_sum), d_weight.mul_(d_sum).to(ctx.dtype), None, None, None, None, None
+        of_weight = d_weight.mul_(d_sum).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return _scaled(d_hidden, d_sum), of_weight, None, None, None, None, None, None
 
 
 def _scaled(d_hidden: Tensor, d_sum: Tensor) -> Tensor:
@@ -123,14 +124,18 @@ def _in_chunks(
     softcap: float,
     chunk_tokens: int,
     with_gradient: bool,
+    weight_learns: bool,
 ) -> Gradients:
-    """Summed loss of N tokens, its gradients (N, C) and (V, C); the latter, a sum over tokens, at least in fp32."""
+    """Summed loss of N tokens, its gradients (N, C) and (V, C); the latter, a sum over tokens, at least in fp32.
+
+    A frozen weight has none: neither its matmul nor its memory is spent.
+    """
     N, V = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)  # sums are kept in fp32, or fp64 for fp64 inputs
     loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
     logits_buffer = hidden.new_empty(min(chunk_tokens, N), V)  # one for all chunks
     d_hidden = hidden.new_empty(hidden.shape if with_gradient else (0,))
-    d_weight = hidden.new_zeros(weight.shape if with_gradient else (0,), dtype=wide)
+    d_weight = hidden.new_zeros(weight.shape if weight_learns else (0,), dtype=wide)
     weight = weight.to(hidden.dtype)
     for start in range(0, N, chunk_tokens):
         rows = hidden[start : start + chunk_tokens]  # (n, C)
@@ -138,6 +143,7 @@ def _in_chunks(
         loss_sum += _softmax_loss_(logits, targets[start : start + chunk_tokens], vocab_size, softcap, wide)
         if with_gradient:
             torch.mm(logits, weight, out=d_hidden[start : start + chunk_tokens])
+        if weight_learns:
             _add_product(d_weight, logits, rows)
     return loss_sum, d_hidden, d_weight
 
@@ -148,9 +154,9 @@ _opaque_loss = torch.library.custom_op("regpt2::linear_cross_entropy", _in_chunk
 
 @_opaque_loss.register_fake
 def _shapes(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Gradients:
-    with_gradient = settings[-1]
+    *_, with_gradient, weight_learns = settings
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    d_hidden, d_weight = (hidden.shape, weight.shape) if with_gradient else ((0,), (0,))
+    d_hidden, d_weight = hidden.shape if with_gradient else (0,), weight.shape if weight_learns else (0,)
     return hidden.new_empty((), dtype=wide), hidden.new_empty(d_hidden), hidden.new_empty(d_weight, dtype=wide)
 
 
@@ -163,7 +169,8 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> Non
 
 def _backward(ctx: Any, d_sum: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     d_hidden, d_weight = ctx.saved_tensors
-    return _scaled(d_hidden, d_sum), (d_weight * d_sum).to(ctx.dtype), None, None, None, None, None
+    of_weight = (d_weight * d_sum).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+    return _scaled(d_hidden, d_sum), of_weight, None, None, None, None, None, None
 
 
 _opaque_loss.register_autograd(_backward, setup_context=_keep_gradients)

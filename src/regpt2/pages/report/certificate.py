@@ -24,6 +24,7 @@ FACTS = {
     "World size": "world_size",
     "Seed": "seed",
     "Parameters": "n_params",
+    "Parameters trained": "trainable_params",
     "Began from": "init_source",
     "Began from, weights": "init_sha256",
     "Began from, step": "init_step",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError
 from regpt2.model.files.load import load_model
+from regpt2.training import lora
 from regpt2.training.checkpoint import MODEL, OPTIMIZER, read
 from regpt2.training.saving.best import figures_of
 
@@ -20,7 +21,8 @@ def check_content(folder: Path) -> str:
     model, found = load_model(folder).model, read(folder)
     _require_finite(folder / MODEL, found.model)
     _require_finite(folder / OPTIMIZER, found.optimizer)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    learning = lora.read_adapters(folder) or dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in learning.items()}
     kinds: dict[str, set[str]] = {name: set() for name in shapes}
     for key, tensor in found.optimizer.items():
         name, _, kind = key.rpartition("/")
