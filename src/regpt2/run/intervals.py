@@ -73,7 +73,7 @@ def observe_early_end(run: TrainingRun, state: RunState, step: int) -> None:
         save(run, state, step)
     if not run.config.sample_every or sample_due(run.config, step):  # never, or written already
         return
-    model = whole_model(run.model, run.world)
+    model = run.plain()
     if run.world.is_main:
         sample(run, model, step)
 

@@ -99,7 +99,11 @@ def write_as(checkpoints: Path, name: str, snap: Snapshot, put: Callable[[Path],
     """Write all files into a folder of a temporary name, and let `put` give it its own. Errors as of `write`."""
     remove_unfinished(checkpoints)  # first: they take room
     tensors = {MODEL: snap.model} | ({} if snap.optimizer is None else {OPTIMIZER: snap.optimizer})
-    small = {CONFIG: snap.config_json.encode(), STATE: (json.dumps(snap.state, indent=1) + "\n").encode(), **snap.others}
+    small = {
+        CONFIG: snap.config_json.encode(),
+        STATE: (json.dumps(snap.state, indent=1) + "\n").encode(),
+        **snap.others,
+    }
     n_bytes = sum(t.nbytes for held in tensors.values() for t in held.values()) + sum(map(len, small.values()))
     require_free_space(checkpoints, room_bytes(n_bytes), f"the checkpoint of step {snap.step}")
     part = checkpoints / f"tmp-{name}-{os.getpid()}"

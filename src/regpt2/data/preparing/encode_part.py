@@ -118,11 +118,11 @@ class PartEncoder:
                 digest, split = self._digest_and_split(document, data, needs_digest=not has_both)
                 if digest and document.split is None:
                     digests.include(Digests(digest.hex(), digest.hex(), skipped.file))
-                for split, digest, data, ids, counted in self._tokens(document, text, data, digest, split):
-                    outputs[split].add(self.tokenizer.start_id, ids, len(data), counted)
-                    progress.encoded(len(data))
+                for piece in self._pieces(document, text, data, digest, split):
+                    outputs[piece.split].add(self.tokenizer.start_id, piece.ids, piece.n_bytes, piece.counted)
+                    progress.encoded(piece.n_bytes)
                     if self.job.dedup:
-                        rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
+                        rows.append(piece.row)
             for output in outputs.values():
                 output.flush()
         if self.job.dedup:
@@ -150,28 +150,40 @@ class PartEncoder:
             raise DataError(f"{self.job.dataset} has a validation split of its own; leave out --val-tokens.")
         return digest, "train"
 
-    def _tokens(
-        self, document: Document, text: str, data: bytes, digest: bytes, split: str
-    ) -> list[tuple[str, bytes, bytes, npt.NDArray[np.uint16], Mask | None]]:
-        """The document as its split, digest, text, ids and, of a conversation, which ids count.
-
-        In two where its end alone is held out.
-        """
+    def _pieces(self, document: Document, text: str, data: bytes, digest: bytes, split: str) -> list["_Encoded"]:
+        """The document encoded; in two where its end alone is held out."""
         cut = self.job.hold_out.cut and split == "val"
         if self.chat_tokenizer is not None:
             if cut:
                 raise DataError("the only conversation cannot be training and validation; add another one.")
-            return [(split, digest, data, *encode(document.messages, self.chat_tokenizer))]
+            return [_Encoded(split, digest, len(data), *encode(document.messages, self.chat_tokenizer))]
         ids = self.tokenizer.encode_utf8(data)
         if not cut:
-            return [(split, digest, data, ids, None)]
+            return [_Encoded(split, digest, len(data), ids)]
         halves = end_for_validation(text, ids, self.tokenizer, self.job.val_fraction or 0)
         if halves is None:
             raise DataError("the only document is one character, which cannot be training and validation; add text.")
         return [
-            (name, hashlib.sha256(half).digest(), half, self.tokenizer.encode_utf8(half), None)
+            _Encoded(name, hashlib.sha256(half).digest(), len(half), self.tokenizer.encode_utf8(half))
             for name, half in zip(SPLITS, map(str.encode, halves), strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A document, or a part of the only one, in ids."""
+
+    split: str
+    digest: bytes
+    n_bytes: int
+    ids: npt.NDArray[np.uint16]
+    counted: Mask | None = None
+    """Of a conversation: which ids count in the loss."""
+
+    @property
+    def row(self) -> tuple[int, int, int, bool]:
+        """As DOCUMENT_TABLE has it."""
+        return int.from_bytes(self.digest[:8], "little"), 1 + len(self.ids), self.n_bytes, self.split == "val"
 
 
 @contextmanager
