@@ -95,7 +95,7 @@ def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
 def test_a_small_text_gives_fewer_tokens_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("abab abab")
     command = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "9000", "--out"]
-    assert main([*command, str(tmp_path / "new" / "t.json")]) == 0
+    assert main([*command, str(tmp_path / "new" / "tokenizer.json")]) == 0
     said = capsys.readouterr()
     assert "tokens instead of 9,000; for more, add text" in said.err
     assert "no document was held out" in said.out
@@ -274,7 +274,7 @@ def test_a_lost_or_changed_vocabulary_is_found_and_mended(
 def test_other_formats_keep_the_vocabulary_and_mixtures_compare_it(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["reshard", str(folder), str(tmp_path / "n"), "--to", "nanogpt"]) == 0
+    assert main(["reshard", str(folder), str(tmp_path / "n"), "--to", "llmc"]) == 0
     assert main(["reshard", str(tmp_path / "n"), str(tmp_path / "back"), "--to", "native"]) == 0
     assert "its tokens are those of its vocab.bpe" in capsys.readouterr().err
     assert main(["inspect", str(folder), "--against", str(tmp_path / "back")]) == 0
