@@ -214,7 +214,7 @@ def load(
             a model of the Hugging Face hub such as "hf:gpt2".
         device: auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps.
         dtype: fp32, bf16, or int8 (GPT-2 on a CPU, to generate and score alone).
-        tokenizer: for a model of characters without its vocabulary, as nanoGPT's: the meta.pkl of its data.
+        tokenizer: for a model that does not include its vocabulary, as nanoGPT's: the meta.pkl or tokenizer.json.
 
     Raises:
         UsageError: nothing is at `spec`, or the device is not available.

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from regpt2.base.byte_level.merges import merges_in, vocab_bytes
 from regpt2.base.errors import CheckpointError
 from regpt2.commands.convert import ConvertOptions, convert
-from regpt2.data.tokenizer import find_vocab, load_tokenizer
+from regpt2.data.tokenizer import BytePairTokenizer, Tokenizer, find_vocab, load_tokenizer
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import load_model
@@ -22,10 +23,16 @@ TEXT = "Hello, I'm a language model — naïve 日本語 🙂\n\n  12345"
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
+def known(name: str) -> Tokenizer:
+    """A built-in tokenizer, or for "bpe" one of one's own: GPT-2's first 1,000 merges."""
+    if name != "bpe":
+        return load_tokenizer(name)
+    return BytePairTokenizer(vocab_bytes(merges_in(find_vocab().read_bytes())[:1000]))
+
+
 def vocabulary(name: str) -> Vocabulary:
-    tokenizer = load_tokenizer(name)
-    merges = find_vocab().read_bytes() if name == "gpt2" else None
-    return Vocabulary(name, tokenizer.fingerprint, tokenizer.eot, merges)
+    tokenizer = known(name)
+    return Vocabulary(name, tokenizer.fingerprint, tokenizer.eot, tokenizer.vocab)
 
 
 @torch.no_grad()
@@ -86,11 +93,13 @@ def served(path: Path) -> Any:
     return xllamacpp.Server(params)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("gpt2", "fp32"), ("gpt2", "q8_0"), ("bytes", "bf16"), ("bytes", "fp16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("gpt2", "fp32"), ("gpt2", "q8_0"), ("bytes", "bf16"), ("bytes", "fp16"), ("bpe", "fp32")]
+)
 def test_convert_asks_llamacpp(tmp_path: Path, name: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("xllamacpp")
     (tmp_path / "a").mkdir()
-    native.write(random_model(load_tokenizer(name).vocab_size), tmp_path / "a", vocabulary(name))
+    native.write(random_model(known(name).vocab_size), tmp_path / "a", vocabulary(name))
     convert(ConvertOptions(str(tmp_path / "a"), tmp_path / "a.gguf", to="gguf", dtype=dtype))
     assert "llama.cpp computes the same log probabilities within" in capsys.readouterr().out
 
@@ -106,10 +115,10 @@ def test_convert_asks_llamacpp_of_rows_beyond_gpt2s(
     assert "llama.cpp computes the same log probabilities within" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "bpe"])
 def test_llamacpp_makes_our_ids_of_a_text(tmp_path: Path, name: str) -> None:
     """It has no call for ids alone: it counts them, and text and ids give the same next token."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = known(name)
     our_gguf.write(random_model(tokenizer.vocab_size), tmp_path / "a.gguf", vocabulary(name))
     server = served(tmp_path / "a.gguf")
     text = TEXT[:40]

@@ -33,7 +33,7 @@ class ConvertOptions:
     force: bool = False
     """Replace an earlier export at DESTINATION."""
     tokenizer: Path | None = None
-    """The meta.pkl of the data, for a character model that does not include it, such as nanoGPT's."""
+    """The meta.pkl or tokenizer.json of the data, for a model that does not include it, as nanoGPT's or llm.c's."""
 
 
 def main(argv: list[str]) -> int:

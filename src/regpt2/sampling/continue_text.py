@@ -66,7 +66,7 @@ class SampleOptions:
     deterministic: bool = False
     """On a GPU: use only kernels that give the same bits each time."""
     tokenizer: Path | None = None
-    """The meta.pkl of the data, for a character model that does not include it, such as nanoGPT's."""
+    """The meta.pkl or tokenizer.json of the data, for a model that does not include it, as nanoGPT's or llm.c's."""
     batch: int = 16
     """Most continuations to compute at once; the n of one prompt are always computed together."""
     stream: bool = True

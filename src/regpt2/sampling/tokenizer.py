@@ -13,6 +13,7 @@ from regpt2.data.own_vocabulary import NAME as TOKENIZER_JSON
 from regpt2.data.own_vocabulary import read_own
 from regpt2.data.tokenizer import (
     OWN,
+    OWN_FILE,
     TOKENIZERS,
     VOCAB_SHA256,
     BytePairTokenizer,
@@ -70,8 +71,9 @@ def tokenizer_of(loaded: LoadedModel, meta: Path | None = None) -> Tokenizer:
         return tokenizer
     tokenizer = AddedTokens(tokenizer, ref.added)
     if n := len(tokenizer.textless):
+        whose = "GPT-2's" if ref.name == "gpt2" else "the vocabulary's"
         warn(
-            f"{loaded.source}: {n:,} rows beyond the vocabulary's {loaded.n_text_tokens:,} tokens have no text; "
+            f"{loaded.source}: {n:,} rows beyond {whose} {loaded.n_text_tokens:,} tokens have no text; "
             "they are never sampled."
         )
     return tokenizer
@@ -115,7 +117,8 @@ def _by_size(loaded: LoadedModel) -> TokenizerRef:
     if rows not in (GPT2_TOKENS, GPT2_ROWS):
         raise CheckpointError(
             f"{loaded.source} does not say which tokenizer it was trained with, and its {rows:,} tokens are "
-            f"not GPT-2's {GPT2_TOKENS:,}. {_META_MEND} {_WAYS_OUT}"
+            f"not GPT-2's {GPT2_TOKENS:,}. {_META_MEND} For a byte-pair encoding of your own give its "
+            f"{TOKENIZER_JSON} in the same way. {_WAYS_OUT}"
         )
     warn(f"{loaded.source} does not say which tokenizer it was trained with; using GPT-2's, which has the same size.")
     return TokenizerRef("gpt2", VOCAB_SHA256, added=(None,) * (rows - GPT2_TOKENS))
@@ -123,7 +126,8 @@ def _by_size(loaded: LoadedModel) -> TokenizerRef:
 
 def _given(loaded: LoadedModel, file: Path | None) -> TokenizerRef | None:
     """A byte-pair encoding of one's own from a file that the user names, for a model that does not include it."""
-    if file is None or not (file.suffix in (".json", ".bpe") or (file / TOKENIZER_JSON).is_file()):
+    names = (TOKENIZER_JSON, OWN_FILE)
+    if file is None or not (file.suffix in (".json", ".bpe") or any((file / name).is_file() for name in names)):
         return None
     tokenizer, ref = BytePairTokenizer(read_own(file)), loaded.tokenizer
     if ref is not None and ref.fingerprint != tokenizer.fingerprint:

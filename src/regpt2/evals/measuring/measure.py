@@ -44,7 +44,7 @@ class EvaluateOptions:
     data: Path | None = None
     """The prepared data folder, for val_loss."""
     tokenizer: Path | None = None
-    """The meta.pkl of the data, for a character model that does not include it, such as nanoGPT's."""
+    """The meta.pkl or tokenizer.json of the data, for a model that does not include it, as nanoGPT's or llm.c's."""
     files: tuple[str, ...] = ()
     """Local files, each as NAME=PATH; the others come from the cache or are downloaded and checked."""
     limit: int = 0

@@ -20,7 +20,7 @@ from regpt2.machine.speed.rates import disk_rate
 from regpt2.training import checkpoint
 from regpt2.training.memory import require_memory, still_needed
 
-EXTRAS = ("gigatoken", "tensorboard", "wandb", "ray", "lm_eval", "onnx", "transformers")
+EXTRAS = ("gigatoken", "tensorboard", "wandb", "ray", "lm_eval", "onnx", "tokenizers", "transformers")
 
 
 def run_checks(patient: Patient) -> dict[str, Check]:

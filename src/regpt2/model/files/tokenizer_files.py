@@ -141,7 +141,7 @@ def _other_vocabulary(folder: Path, rows: int, first: _OtherVocabulary) -> Vocab
     files = [folder / name for name in (FAST, IDS) if (folder / name).exists()]
     lists = [_described(folder / FAST).merges] if (folder / FAST).exists() else []
     lists += [_merges_in(_read(folder / MERGES).split("\n"))] if (folder / MERGES).exists() else []
-    if not files or not lists:
+    if not files or not lists or gpt2_tokenizer(lists[0]) is not None:
         raise first
     if lists[0] != lists[-1]:
         raise _Another(folder / MERGES, f"has {len(lists[-1]):,} merges that are not those of {FAST}")
@@ -185,7 +185,7 @@ class _Added:
                 raise _Another(file, f"has a token {text!r:.80} with the id {n!r:.40}")
             if n < self.end or (n < self.rows and self.texts.get(n, text) != text):
                 before = f", which is {self.texts[n]!r:.80} elsewhere" if n in self.texts else ""
-                raise _Another(file, f"makes {text!r:.80} a token with the id {n}{before}")
+                raise _OtherVocabulary(file, f"makes {text!r:.80} a token with the id {n}{before}")
             if n < self.rows:
                 self.texts[n] = text
 
