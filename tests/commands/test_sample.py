@@ -252,13 +252,13 @@ def test_json_lines_hold_all_of_each_continuation(
 ) -> None:
     write_parrot(tmp_path, b"a\x1b\xff; b\n")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"id": n, "prompt": one}) + "\n" for n, one in enumerate(("", "a\n\x1b;"))))
+    prompts.write_text("".join(json.dumps({"id": n, "prompt": one}) + "\n" for n, one in enumerate(("", "a\n\x1b;x"))))
     options = ["--json", "--logprobs", "2", "--temperature", "0", "--batch", str(batch), "--stop", " b", "--stop", "c"]
     assert main([str(tmp_path), "--prompts", str(prompts), "--max-new-tokens", "5", "--n", "2", *options]) == 0
     out, err = capsys.readouterr()
     assert "tokens/s" in err and "\x1b" not in out
     found = lines_of(out)
-    assert [one["prompt"] for one in found] == ["", "", "a\n\x1b;", "a\n\x1b;"]
+    assert [one["prompt"] for one in found] == ["", "", "a\n\x1b;x", "a\n\x1b;x"]
     assert found[0]["text"] == "a\x1b\ufffd; " and found[0]["finish_reason"] == "length"
     assert found[2]["text"] == "" and found[2]["finish_reason"] == "stop" and found[2]["tokens"] == list(b" b")
     for one in found:
