@@ -117,7 +117,7 @@ def test_a_stream_is_the_text_in_pieces_and_can_be_left(model: api.Model) -> Non
     with unchanged():
         pieces = model.stream("the", 20, temperature=0)
         first = next(pieces)
-    assert "the" + first + "".join(pieces) == whole
+    assert "the" + first + "".join(pieces) == whole == model.generate("the", np.int64(20), temperature=np.float32(0))
     for piece in model.stream("the", 20, temperature=0):
         assert whole.startswith("the" + piece)
         break
