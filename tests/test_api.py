@@ -112,6 +112,55 @@ def test_prompts_of_a_list_keep_their_order_and_do_not_depend_on_each_other(mode
     assert [first, second] == model.generate(["the", "the"], 8) and first != second and other.startswith("a")
 
 
+def test_a_stream_is_the_text_in_pieces_and_can_be_left(model: api.Model) -> None:
+    whole = model.generate("the", 20, temperature=0)
+    with unchanged():
+        pieces = model.stream("the", 20, temperature=0)
+        first = next(pieces)
+    assert "the" + first + "".join(pieces) == whole == model.generate("the", np.int64(20), temperature=np.float32(0))
+    for piece in model.stream("the", 20, temperature=0):
+        assert whole.startswith("the" + piece)
+        break
+    left = model.stream("the", 20)
+    next(left)
+    left.close()
+    assert next(left, "") == ""
+    with pytest.raises(api.UsageError, match="a stream has one continuation"):
+        model.stream("the", n=2)
+
+
+def test_completions_hold_what_the_text_is_made_of(model: api.Model) -> None:
+    texts = model.generate(["the", "a cat"], 12, temperature=0, stop="e")
+    found = model.complete(["the", "a cat"], 12, temperature=0, stop="e", logprobs=3, n=2)
+    assert [one.prompt + one.text for one in found] == [texts[0], texts[0], texts[1], texts[1]]
+    for one in found:
+        assert one.logprobs is not None and len(one.logprobs) == len(one.tokens)
+        assert [kept.top[0][0] for kept in one.logprobs] == list(one.tokens), "greedy takes the likeliest"
+        logits = model.logits([*model.tokenizer.encode(one.prompt), *one.tokens])
+        expected = logits.log_softmax(dim=1)[len(one.prompt) - 1, one.tokens[0]]
+        assert one.logprobs[0].logprob == pytest.approx(float(expected), abs=1e-4)
+    (one,) = model.complete("the " * 30, 40, long="crop", temperature=0)
+    assert len(one.tokens) == 40 and one.logprobs is None and one.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_kk": 5}, "top_kk"),
+        ({"device": "cpu"}, "device is an option of the command"),
+        ({"long": "slide"}, "long = 'slide' must be one of 'refuse', 'crop'"),
+        ({"stop": 5}, "stop = 5"),
+        ({"temperature": "hot"}, "temperature = 'hot'"),
+        ({"logprobs": -1}, "logprobs = -1"),
+    ],
+    ids=str,
+)
+def test_what_a_model_cannot_write_by_is_refused_at_once(model: api.Model, options: Any, message: str) -> None:
+    for write in (model.complete, model.stream):
+        with pytest.raises(api.UsageError, match=message):
+            write("a", 3, **options)
+
+
 def test_a_recorded_column_holds_what_the_lines_say(run: Path) -> None:
     columns = api.read_record(str(run))
     assert {len(column) for column in columns.values()} == {13} and columns["step"].tolist() == list(range(13))

@@ -124,7 +124,8 @@ class Model(Writer):
             raise UsageError(f"{given[0]} is an option of the command, not of a model's methods.")
         if isinstance(values.get("stop"), str):
             values["stop"] = [values["stop"]]
-        return options_of(SampleOptions, {**values, "model": self._loaded.source})
+        plain = {name: one.item() if isinstance(one, np.generic) else one for name, one in values.items()}
+        return options_of(SampleOptions, {**plain, "model": self._loaded.source})
 
     def chat(
         self,

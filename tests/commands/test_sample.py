@@ -1,14 +1,18 @@
 """The verb sample: text streams whole and safe, the same for the same seed; what cannot be is refused."""
 
+import io
+import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from regpt2 import cli
-from regpt2.base.errors import CheckpointError, UsageError
+from regpt2.base.errors import CheckpointError, DataError, UsageError
 from regpt2.commands.sample import main, sample
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.model.files.contract import Vocabulary
@@ -172,6 +176,15 @@ def test_control_characters_are_shown_not_obeyed(
         ({"temperature": -0.5}, "temperature = -0.5 must be 0"),
         ({"temperature": float("nan")}, "temperature = nan must be 0"),
         ({"temperature": float("inf")}, "temperature = inf must be 0"),
+        ({"min_p": 2.0}, "min_p = 2.0 must be from 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty = -1.0 must be above 0"),
+        ({"stop": ("x", "")}, "stop = '' is in every text"),
+        ({"batch": 0, "n": 2}, "batch = 0 must be at least 1."),
+        ({"logprobs": 3}, "--logprobs needs --json"),
+        ({"logprobs": -1, "json": True}, "logprobs = -1 must be from 0 to the number of tokens, 257"),
+        ({"logprobs": 258, "json": True}, "logprobs = 258 must be from 0"),
+        ({"max_new_tokens": 10**9, "long": "crop"}, "max_new_tokens = 1,000,000,000 must be at most 1,000,000."),
+        ({"prompts": Path("x.txt")}, "there are a prompt, 'a', and --prompts x.txt"),
         ({"device": "abacus"}, "device 'abacus' is not on this machine"),
         ({"model": "nowhere"}, "MODEL = 'nowhere' does not exist"),
     ],
@@ -206,3 +219,106 @@ def test_a_model_that_names_no_tokenizer_needs_gpt2s_size(tmp_path: Path, capsys
     native.write(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)), tmp_path, None)
     sample(SampleOptions(str(tmp_path), "Hello", max_new_tokens=5))
     assert "warning: " in (err := capsys.readouterr().err) and "using GPT-2's, which has the same size" in err
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def standard_input(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    return give
+
+
+def test_prompts_of_a_file_are_continued_as_each_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path)
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfthe cat\r\n\na\nthe cat\n")
+    command = [str(tmp_path), "--max-new-tokens", "9", "--temperature", "0", "--device", "cpu"]
+    assert cli.main(["sample", *command, "--prompts", str(tmp_path / "prompts.txt"), "--n", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("---")] == [f"--- {n} of 6 ---" for n in range(1, 7)]
+    alone = [sample(SampleOptions(str(tmp_path), one, max_new_tokens=9, temperature=0))[0] for one in ("the cat", "a")]
+    texts = sample(SampleOptions(str(tmp_path), prompts=tmp_path / "prompts.txt", max_new_tokens=9, temperature=0))
+    assert texts == [alone[0], alone[1], alone[0]] and out.count(f"---\n{alone[1]}\n") == 2
+    assert re.fullmatch(r"\d+ tokens in .* tokens/s\n", err)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_json_lines_hold_all_of_each_continuation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], batch: int
+) -> None:
+    write_parrot(tmp_path, b"a\x1b\xff; b\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": n, "prompt": one}) + "\n" for n, one in enumerate(("", "a\n\x1b;x"))))
+    options = ["--json", "--logprobs", "2", "--temperature", "0", "--batch", str(batch), "--stop", " b", "--stop", "c"]
+    assert main([str(tmp_path), "--prompts", str(prompts), "--max-new-tokens", "5", "--n", "2", *options]) == 0
+    out, err = capsys.readouterr()
+    assert "tokens/s" in err and "\x1b" not in out
+    found = lines_of(out)
+    assert [one["prompt"] for one in found] == ["", "", "a\n\x1b;x", "a\n\x1b;x"]
+    assert found[0]["text"] == "a\x1b\ufffd; " and found[0]["finish_reason"] == "length"
+    assert found[2]["text"] == "" and found[2]["finish_reason"] == "stop" and found[2]["tokens"] == list(b" b")
+    for one in found:
+        assert [kept["token"] for kept in one["logprobs"]] == one["tokens"]
+        assert all(kept["logprob"] == kept["top"][0]["logprob"] <= 0 for kept in one["logprobs"])
+        assert all(len(kept["top"]) == 2 and kept["text"] == kept["top"][0]["text"] for kept in one["logprobs"])
+    assert main([str(tmp_path), "", "--json", "--temperature", "0", "--device", "cpu"]) == 0
+    (one,) = lines_of(capsys.readouterr().out)
+    assert one["finish_reason"] == "end_of_text" and "logprobs" not in one and one["tokens"][-1] == 256
+
+
+def test_standard_input_is_a_prompt_or_lines_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], standard_input: Any
+) -> None:
+    write_model(tmp_path)
+    command = [str(tmp_path), "--json", "--max-new-tokens", "2"]
+    standard_input(b"two\nlines\r\n")
+    assert main([*command, "-"]) == 0
+    standard_input(b"two\nlines\r\n")
+    assert main([*command, "--prompts", "-"]) == 0
+    assert main([*command, "--", "-"]) == 0
+    assert [one["prompt"] for one in lines_of(capsys.readouterr().out)] == ["two\nlines", "two", "lines", "-"]
+    standard_input(b"\xff")
+    with pytest.raises(DataError, match="standard input is not UTF-8 text"):
+        main([*command, "-"])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_text_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: bool) -> None:
+    write_parrot(tmp_path, b"so it is")
+    sample(SampleOptions(str(tmp_path), "", temperature=0, max_new_tokens=60, stop=("xx", "t is"), stream=stream))
+    out, err = capsys.readouterr()
+    assert out == "so i\n" and err.startswith("8 tokens in ")
+
+
+def test_a_text_may_be_longer_than_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path)
+    long = sample(SampleOptions(str(tmp_path), "x" * 100, long="crop", max_new_tokens=150, temperature=0))[0]
+    assert long.startswith("x" * 100)
+    end = sample(SampleOptions(str(tmp_path), "x" * 64, long="crop", max_new_tokens=150, temperature=0))[0]
+    assert end == long[36:], "only the last 64 are read"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "message"),
+    [
+        ("none.txt", None, UsageError, "cannot be read"),
+        ("empty.txt", b"\n \n", UsageError, "has no prompt"),
+        ("bad.txt", b"a\xff", DataError, "is not UTF-8 text (byte 1)"),
+        ("bad.jsonl", b'{"prompt": "a"}\n\n{"prompt": 5}', DataError, "bad.jsonl:3 is"),
+        ("bad.jsonl", b'["prompt"]', DataError, "expected an object with the text"),
+        ("bad.jsonl", b"[" * 5000, DataError, "bad.jsonl:1 is"),
+        ("bad.jsonl", b"prompt", DataError, "bad.jsonl:1 is"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_is_refused(
+    tmp_path: Path, name: str, data: bytes | None, error: type[Exception], message: str
+) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(error) as caught:
+        sample(SampleOptions("nowhere", prompts=tmp_path / name))
+    assert message in str(caught.value)

@@ -6,6 +6,7 @@ how many continuations it gets, not on the others: each prompt has a generator o
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -169,11 +170,12 @@ class _Pen:
     def __init__(self, requests: Sequence[Request], prompts: Sequence[Tensor], vocab_size: int, never: Sequence[int]):
         device = prompts[0].device
         self.banned = banned_ids(vocab_size, never, device) if never else None  # (V,)
-        ends = torch.tensor([request.n for request in requests]).cumsum(0).tolist()
+        ends = accumulate(request.n for request in requests)
         self.parts = [
             (slice(end - request.n, end), request.choice, torch.Generator(device).manual_seed(request.seed))
             for request, end in zip(requests, ends, strict=True)
         ]
+        self.are_alike = len({request.choice for request in requests}) == 1
         self.seen: Tensor | None = None  # (B, V), ids of the prompt or drawn, if a penalty asks for them
         if any(request.choice.repetition_penalty != 1 for request in requests):
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
@@ -183,13 +185,12 @@ class _Pen:
     def draw(self, logits: Tensor) -> Tensor:  # (B, V) -> (B,)
         if self.banned is not None:
             logits = logits.masked_fill(self.banned, -torch.inf)
-        choices = {choice for _, choice, _ in self.parts}
-        if len(choices) == 1:  # of all rows at once
-            p, ids = self._candidates(logits, slice(None), *choices)
+        if self.are_alike:  # the candidates of all rows at once
+            p, ids = self._candidates(logits, slice(None), self.parts[0][1])
             new = [drawn(p[rows], None if ids is None else ids[rows], random) for rows, _, random in self.parts]
         else:
             new = [drawn(*self._candidates(logits, rows, choice), random) for rows, choice, random in self.parts]
-        drawn_ids = torch.cat(new)
+        drawn_ids = torch.cat(new) if len(new) > 1 else new[0]
         if self.seen is not None:
             self.seen.scatter_(1, drawn_ids[:, None], True)
         return drawn_ids
