@@ -8,7 +8,7 @@ from typing import Any
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import BatchConfig
 from regpt2.model.files.load import peek_model
-from regpt2.model.initial import require_fit
+from regpt2.model.initial_weights import require_fit
 from regpt2.training import checkpoint
 
 _OF_THE_RECIPE = ("dropout", "vocab_multiple")  # settings of training, which some formats of the same weights lack
