@@ -30,7 +30,7 @@ from regpt2.data.tokens.shards import open_tokens
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.model.initial import weights_sha256
+from regpt2.model.initial_weights import weights_sha256
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.model.weights import gguf, huggingface, llmc, nanogpt, native, safetensors

@@ -14,7 +14,7 @@ from regpt2.base.console import say, wrapped
 from regpt2.base.errors import UsageError
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
-from regpt2.config.initial import require_shape
+from regpt2.config.initial_shape import require_shape
 from regpt2.config.recipe_files import defaults_for, recipe_rows
 from regpt2.machine.planning.plan import PlanOptions, for_json, make_plan
 from regpt2.machine.planning.show import show

@@ -14,7 +14,7 @@ from regpt2.base.console import say, wrapped
 from regpt2.base.device import is_out_of_memory, undetermined_operation
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.options import parse
-from regpt2.config.initial import require_shape
+from regpt2.config.initial_shape import require_shape
 from regpt2.config.recipe_files import defaults_for, find_recipe, recipe_head, recipe_rows
 from regpt2.config.run import RunConfig
 from regpt2.run.loop import train

@@ -8,10 +8,10 @@ from typing import Any
 
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.shelves import words_after
-from regpt2.config.initial import require_shape, with_shape
+from regpt2.config.initial_shape import require_shape, with_shape
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import CHOOSING, class_of, from_table, read_toml
-from regpt2.model.initial import require_fit
+from regpt2.model.initial_weights import require_fit
 
 RECIPES = Path(__file__).parent / "recipes"
 

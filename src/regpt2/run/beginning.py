@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from regpt2.base.errors import ConfigError
-from regpt2.config.initial import resumes
+from regpt2.config.initial_shape import resumes
 from regpt2.config.run import RunConfig
 from regpt2.data.mixture import Mixture
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.architecture import switches_on
 from regpt2.model.files.load import LoadedModel, load_model, peek_model
-from regpt2.model.initial import fitted, require_fit, weights_sha256
+from regpt2.model.initial_weights import fitted, require_fit, weights_sha256
 from regpt2.model.language_model import GPTConfig
 from regpt2.sampling.shared_vocabulary import SharedVocabulary, shared_vocabulary
 from regpt2.sampling.tokenizer import named_tokenizer

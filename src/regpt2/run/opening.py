@@ -122,12 +122,13 @@ def _random_base(run: TrainingRun) -> list[str]:
 def _untrained_positions(run: TrainingRun) -> list[str]:
     config = run.config
     seq_len, block_size = config.batch.seq_len, config.model.block_size
-    if run.model.context_size == block_size:  # by this run, or before it in the model that it began from
+    trained = run.model.context_size  # by this run, or before it in the model that it began from
+    if trained == block_size:
         return []
     return [
-        f"positions {seq_len:,} to {block_size - 1:,} of the model are never trained: batch.seq_len = {seq_len:,} is "
-        f"less than model.block_size = {block_size:,}. Evaluations and samples use the first {seq_len:,} alone. Train "
-        f"all with --batch.seq-len {block_size}, or leave them out with --model.block-size {seq_len}."
+        f"positions {trained:,} to {block_size - 1:,} of the model are never trained: batch.seq_len = {seq_len:,} is "
+        f"less than model.block_size = {block_size:,}. Evaluations and samples use the first {trained:,} alone. Train "
+        f"all with --batch.seq-len {block_size}, or leave them out with --model.block-size {trained}."
     ]
 
 

@@ -83,9 +83,9 @@ def named_tokenizer(loaded: LoadedModel) -> TokenizerRef | None:
     """The tokenizer that the model's files name, or nanoGPT's `meta.pkl` beside them; None if there is neither.
 
     Raises:
-        CheckpointError, DataError: `meta.pkl` is missing or damaged, or of another model.
+        DataError: `meta.pkl` is not as nanoGPT writes it.
     """
-    return _characters(loaded, None) or loaded.tokenizer
+    return loaded.tokenizer or _characters(loaded, None)
 
 
 def vocabulary_of(loaded: LoadedModel, meta: Path | None = None) -> Vocabulary | None:

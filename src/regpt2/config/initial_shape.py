@@ -8,7 +8,7 @@ from typing import Any
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import BatchConfig
 from regpt2.model.files.load import peek_model
-from regpt2.model.initial import require_fit
+from regpt2.model.initial_weights import require_fit
 from regpt2.training import checkpoint
 
 _OF_THE_RECIPE = ("dropout", "vocab_multiple")  # settings of training, which some formats of the same weights lack
@@ -47,7 +47,7 @@ def with_shape(table: dict[str, Any], changed: Mapping[str, Any], run: str) -> d
     if isinstance(stated.get("vocab_size"), int):
         model["vocab_size"] = max(shape["vocab_size"], stated["vocab_size"])
     sizes = [model["block_size"], now["model"].get("block_size")]
-    longest = min(size for size in sizes if isinstance(size, int))
+    longest = min(size for size in sizes if isinstance(size, int) and size > 0)
     if "seq_len" not in batch or "seq_len" in now["batch"]:  # else it is the recipe's word, and is refused if too long
         given = batch.get("seq_len", BatchConfig.seq_len)
         batch = {**batch, "seq_len": min(longest, given) if isinstance(given, int) else given}
