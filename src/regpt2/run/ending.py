@@ -14,7 +14,7 @@ from regpt2.run.saving import save
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.run.step_log import StepLog
 from regpt2.training import checkpoint
-from regpt2.training.saving.best import best_step_of
+from regpt2.training.saving.best_checkpoint import best_step_of
 
 
 @dataclass(frozen=True)

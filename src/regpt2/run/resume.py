@@ -16,7 +16,7 @@ from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
 from regpt2.training.optimizer import load_state_tensors
 from regpt2.training.ranks.strategy import load_weights
-from regpt2.training.saving.best import kept_step, recover_best
+from regpt2.training.saving.best_checkpoint import kept_step, recover_best
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.

@@ -15,7 +15,7 @@ from regpt2.training import checkpoint
 from regpt2.training.optimizer import state_tensors
 from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.ranks.strategy import gather
-from regpt2.training.saving.best import write_best
+from regpt2.training.saving.best_checkpoint import write_best
 
 
 def require_room(run: TrainingRun, first: int) -> None:

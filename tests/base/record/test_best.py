@@ -34,5 +34,8 @@ def test_the_best_is_the_lowest_and_the_worse_ones_since_are_counted(
 def test_a_step_counts_once_and_other_events_do_not() -> None:
     best = BestSoFar().after(10, 2.0).after(10, 1.0).after(5, 1.0).after(20, 2.5).after(20, 2.5)
     assert (best.step, best.loss, best.n_worse) == (10, 2.0, 1)
-    other = [{"event": "eval", "eval": "hellaswag", "step": 40, "loss": 0.1}, {"event": "train", "step": 41, "loss": 0.1}]
+    other = [
+        {"event": "eval", "eval": "hellaswag", "step": 40, "loss": 0.1},
+        {"event": "train", "step": 41, "loss": 0.1},
+    ]
     assert best_of([*events(3.0, 2.0), *other]) == BestSoFar(10, 2.0, 0, 10)
