@@ -74,7 +74,9 @@ def stops_at(run: Path, patience: int) -> int:
 
 
 def best_files(run: Path) -> dict[str, str]:
-    return {k: v["sha256"] for k, v in json.loads((run / "checkpoints/best/manifest.json").read_text())["files"].items()}
+    return {
+        k: v["sha256"] for k, v in json.loads((run / "checkpoints/best/manifest.json").read_text())["files"].items()
+    }
 
 
 def test_the_best_model_is_kept_and_named_in_the_record_and_on_the_page(straight: Path, data: Path) -> None:

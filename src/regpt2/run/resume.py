@@ -25,7 +25,8 @@ _DEFINE_THE_RUN = (
     "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
 )  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
-    "recipe", "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every",
+    "recipe", "run", "data", "mix", "max_epochs", "dropout_by_size",
+    "resume", "log_every", "eval_every", "sample_every", "save_every",
     "keep_checkpoints", "keep_best", "stop_after_worse", "verify_data", "check_memory", "track", "evals.verdict",
     "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip
