@@ -123,10 +123,8 @@ def within(given: Given, tokens: int, evaluations: int) -> RunConfig:
             f"{config.schedule.warmup_steps:,}; give a larger --budget, or a shorter warm-up."
         )
     every = max(1, round(steps / evaluations))
-    whole = {"max_epochs": 0.0, "stop_after_worse": 0, "keep_best": False}  # the budget alone decides where it ends
-    return replace(
-        config, run="", seed=1, resume="auto", max_steps=steps, eval_every=every, keep_checkpoints=1, **whole
-    )
+    config = replace(config, max_epochs=0.0, stop_after_worse=0, keep_best=False)  # the budget alone sets the end
+    return replace(config, run="", seed=1, resume="auto", max_steps=steps, eval_every=every, keep_checkpoints=1)
 
 
 def keep_recipe(folder: Path, label: str, config: RunConfig) -> None:
