@@ -98,7 +98,7 @@ def _say_best(run: TrainingRun, state: RunState, step: int) -> None:
     if run.config.keep_best and best_step_of(folder) == best.step:
         line += f"; regpt2 sample {folder} continues a text with it"
     elif best.step < step:
-        line += ", and its model was not kept (--keep-best keeps it)"
+        line += ", and its model is not on the disk" + ("" if run.config.keep_best else " (--keep-best keeps it)")
     say(line)
 
 
