@@ -1,6 +1,5 @@
 """The arms of a comparison. In: recipes with options, and a budget; out: configurations that may be compared."""
 
-import bisect
 import re
 import shlex
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
 from regpt2.comparing.runs import Arm
 from regpt2.config.initial_shape import require_shape
+from regpt2.config.passes import steps_within
 from regpt2.config.recipe_files import defaults_for
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import differences, read_toml, to_toml
-from regpt2.data.loader import BatchConfig
 
 _LABEL = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
 _BUDGET = re.compile(r"(\d+|\d*\.\d+)(k|M|B|s|min|h)?")
@@ -127,12 +126,8 @@ def within(given: Given, tokens: int, evaluations: int) -> RunConfig:
             f"{config.schedule.warmup_steps:,}; give a larger --budget, or a shorter warm-up."
         )
     every = max(1, round(steps / evaluations))
+    config = replace(config, max_epochs=0.0, stop_after_worse=0, keep_best=False)  # the budget alone sets the end
     return replace(config, run="", seed=1, resume="auto", max_steps=steps, eval_every=every, keep_checkpoints=1)
-
-
-def steps_within(batch: BatchConfig, tokens: int) -> int:
-    """The most updates that take no more than `tokens`."""
-    return bisect.bisect_right(range(1, tokens // batch.seq_len + 2), tokens, key=batch.tokens_until)
 
 
 def keep_recipe(folder: Path, label: str, config: RunConfig) -> None:

@@ -93,6 +93,10 @@ class RunConfig:
     """Determines the initial weights (without --init), the order of the data and dropout."""
     max_steps: int = 19_073
     """Total number of updates."""
+    max_epochs: float = 0.0
+    """At most this many passes over the training data: max_steps is lowered to it before the run. 0 = no limit."""
+    dropout_by_size: bool = False
+    """Where model.dropout is 0, choose it by the training data: 0.2 below 1M tokens, 0.1 below 10M, else 0."""
     log_every: int = 1
     """Updates between entries in the record. Reading the loss waits for the device."""
     eval_every: int = 250
@@ -142,6 +146,8 @@ class RunConfig:
         for name in ("eval_every", "sample_every", "save_every", "keep_checkpoints", "stop_after_worse"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0 (0 = never).")
+        if not 0 <= self.max_epochs < math.inf:
+            raise ConfigError(f"max_epochs = {self.max_epochs} must be a number of at least 0 (0 = no limit).")
         self._check_validations()
         if self.batch.seq_len > self.model.block_size:
             raise ConfigError(

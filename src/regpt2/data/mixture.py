@@ -137,15 +137,6 @@ class Mixture(AbstractContextManager["Mixture"]):
             said.append(f"{one['epochs']:.2f} epochs of {whole}")
         return ", ".join(said)
 
-    def repeated(self, n_tokens: int) -> list[str]:
-        """Warnings for the data sets of a mixture that such a run repeats too often."""
-        return [
-            f"this run goes {one['epochs']:.1f} times through {one['name']}; beyond {WORTHWHILE_EPOCHS} times repeated "
-            "text is worth less and less (arXiv:2305.16264): lower its weight, or add text"
-            for one in self.described(n_tokens)
-            if len(self.shares) > 1 and one["epochs"] > WORTHWHILE_EPOCHS
-        ]
-
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the data.
 

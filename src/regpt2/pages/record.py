@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import sha256_file
+from regpt2.base.record.best import BestSoFar, best_of
 from regpt2.base.record.metrics import read_events
 
 Event = dict[str, Any]
@@ -78,6 +79,11 @@ class Record:
     def validations(self) -> list[Event]:
         """The evaluations of the validation loss, in order."""
         return self.evals_of("val_loss")
+
+    @property
+    def best(self) -> BestSoFar:
+        """The lowest validation loss and its step."""
+        return best_of(self.evals)
 
     def evals_of(self, name: str) -> list[Event]:
         """The evaluations of one name, in order."""

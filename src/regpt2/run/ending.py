@@ -14,7 +14,7 @@ from regpt2.run.saving import save
 from regpt2.run.setup import RunState, TrainingRun
 from regpt2.run.step_log import StepLog
 from regpt2.training import checkpoint
-from regpt2.training.saving.best import best_step_of
+from regpt2.training.saving.best_checkpoint import best_step_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _say_best(run: TrainingRun, state: RunState, step: int) -> None:
     if run.config.keep_best and best_step_of(folder) == best.step:
         line += f"; regpt2 sample {folder} continues a text with it"
     elif best.step < step:
-        line += ", and its model was not kept (--keep-best keeps it)"
+        line += ", and its model is not on the disk" + ("" if run.config.keep_best else " (--keep-best keeps it)")
     say(line)
 
 

@@ -19,7 +19,7 @@ from regpt2.model.files.load import verify_files
 from regpt2.model.files.safe_json import read_json
 from regpt2.run.saving import BASE, read_base
 from regpt2.training import checkpoint
-from regpt2.training.saving import best
+from regpt2.training.saving import best_checkpoint
 from regpt2.training.saving.content import check_best, check_content
 
 
@@ -50,8 +50,10 @@ def check_run(run: Path, findings: Findings) -> None:
         findings.add(folder, "note", "set aside as damaged; never used")
     for folder in checkpoint.unfinished(checkpoints):
         findings.add(folder, "note", "an unfinished save, interrupted or still running; the next save removes it")
-    if (checkpoints / best.OLD).exists():
-        findings.add(checkpoints / best.OLD, "note", "left by an interrupted save; the next start of the run mends it")
+    if (checkpoints / best_checkpoint.OLD).exists():
+        findings.add(
+            checkpoints / best_checkpoint.OLD, "note", "left by an interrupted save; the next start of the run mends it"
+        )
     if (checkpoints / checkpoint.BEST).exists():
         check_checkpoint(checkpoints / checkpoint.BEST, findings)
     if not there:
@@ -92,7 +94,7 @@ def check_checkpoint(folder: Path, findings: Findings) -> bool:
     """Check a checkpoint by itself; True if it is whole."""
     is_best = folder.name == checkpoint.BEST  # without an optimizer
     verify_manifest, names, content = (
-        (best.verify_best_manifest, best.FILES, check_best)
+        (best_checkpoint.verify_best_manifest, best_checkpoint.FILES, check_best)
         if is_best
         else (checkpoint.verify_manifest, checkpoint.FILES, check_content)
     )

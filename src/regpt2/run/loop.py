@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from regpt2.base.console import say
 from regpt2.base.device import pick_device, seed_dropout
 from regpt2.base.errors import UsageError
 from regpt2.base.files import folder_lock
 from regpt2.base.ranks.signals import StopSignals
 from regpt2.base.ranks.watchdog import Watchdog
 from regpt2.base.ranks.world import World, start_world
+from regpt2.config.passes import settle, settled_line
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import Batch
 from regpt2.run.ending import Summary, ending_recorded, finish
@@ -43,6 +45,9 @@ def train(config: RunConfig) -> Summary:
     ):
         with world.together():  # a problem of one rank ends all: the others would wait for it in their next exchange
             data = held.enter_context(open_data(config))
+        asked, config = config, settle(config, data)
+        if world.is_main and (line := settled_line(asked, config, data)):
+            say(line)
         held.callback(gc.unfreeze)
         watchdog = Watchdog(folder / "ranks", world.rank, world.size, hang_s)
         run, state = build(config, world, data, watchdog, stop)

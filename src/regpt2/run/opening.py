@@ -17,6 +17,7 @@ from regpt2.base.files import write_atomic
 from regpt2.base.record.metrics import read_events
 from regpt2.base.shelves import origins
 from regpt2.base.version import commit
+from regpt2.config.passes import repetition_warnings
 from regpt2.config.toml_file import to_toml
 from regpt2.data.checks.baselines import baselines
 from regpt2.run.saving import BASE
@@ -72,7 +73,7 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
     run.metrics.log("run", first, **event)
     notes += [*_untrained_positions(run), *unused_options(config.optim, run.adapted), *_random_base(run)]
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
-    for text in [*run.data.notes, *run.data.repeated(n_tokens), *notes]:
+    for text in [*run.data.notes, *repetition_warnings(config, run.data), *notes]:
         run.metrics.log("note", first, text=text)
         warn(text)
     say(

@@ -17,7 +17,7 @@ from regpt2.training import checkpoint
 from regpt2.training.lora import load_adapters, read_adapters
 from regpt2.training.optimizer import load_state_tensors
 from regpt2.training.ranks.strategy import load_weights
-from regpt2.training.saving.best import kept_step, recover_best
+from regpt2.training.saving.best_checkpoint import kept_step, recover_best
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
@@ -26,7 +26,8 @@ _DEFINE_THE_RUN = (
     "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
 )  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
-    "recipe", "run", "data", "mix", "resume", "log_every", "eval_every", "sample_every", "save_every",
+    "recipe", "run", "data", "mix", "max_epochs", "dropout_by_size",
+    "resume", "log_every", "eval_every", "sample_every", "save_every",
     "keep_checkpoints", "keep_best", "stop_after_worse", "verify_data", "check_memory", "track", "evals.verdict",
     "sample.", "parallel.check_every", "parallel.timeout_s",
 )  # fmt: skip

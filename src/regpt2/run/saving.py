@@ -23,7 +23,7 @@ from regpt2.training.lora import adapter_files
 from regpt2.training.optimizer import state_tensors
 from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.ranks.strategy import gather
-from regpt2.training.saving.best import write_best
+from regpt2.training.saving.best_checkpoint import write_best
 
 BASE = "base"  # the folder of a run with LoRA that keeps the weights it began with
 

@@ -37,7 +37,7 @@ from regpt2.training.readback import read_back, write_small
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, STATE)
 MANIFEST = "manifest.json"
-BEST = "best"  # training/saving/best.py
+BEST = "best"  # training/saving/best_checkpoint.py
 UNFINISHED = ("tmp-step-*", f"tmp-{BEST}-*")
 _MOMENT = "optimizer: "  # before a name that a weight might have too
 _STEP = re.compile(r"step-(\d{8,})")

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from regpt2.base.errors import UsageError
+from regpt2.base.errors import Problem, UsageError
+from regpt2.config.passes import settle
 from regpt2.config.run import RunConfig
+from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.machine.planning.disk import DataNeed, data_need, disk_lacks, most_checkpoints, run_bytes
 from regpt2.machine.planning.micro_batch import Choice, best, choices
 from regpt2.machine.planning.run_time import StepEstimate, formula_time, measured_time, run_seconds
@@ -76,7 +78,7 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
     Raises:
         Problem: an option out of range, an unknown machine, an update that does not divide, a step that does not run.
     """
-    config = options.config
+    config = _settled(options.config)
     if options.price is not None and not 0 <= options.price < float("inf"):
         raise UsageError(f"--price {options.price} must be at least 0.")
     if options.scaling and options.measure:
@@ -107,6 +109,15 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
         measured=measured,
         scaling=scaling,
     )
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """With the length that the data gives, if the data is prepared."""
+    try:
+        with open_mixture(read_shares(config.data, config.mix)) as data:
+            return settle(config, data)
+    except (Problem, OSError):
+        return config
 
 
 def _scaling(config: RunConfig, target: Target, setup: Setup, data_bytes: int) -> Scaling:

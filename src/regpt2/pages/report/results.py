@@ -55,8 +55,7 @@ def results(record: Record) -> Html:
     """The row of numbers at the head of a page."""
     last = record.validations[-1] if record.validations else {}
     training = final_training_loss(record)
-    best = min((number(event.get("loss")) for event in record.validations), default=math.nan)
-    beside = f"best {best:.3f}" if best < number(last.get("loss")) else ""
+    beside = f"best {best_loss(record)}" if record.best.loss < number(last.get("loss")) else ""
     beside = beside or (f"training {training:.3f}" if math.isfinite(training) else "")
     compressor = min(record.baselines.items(), key=lambda pair: pair[1], default=None)
     step_ms, mfu, speed = (record.typical(column) for column in ("step_ms", "mfu", "tokens_per_s"))
@@ -89,6 +88,12 @@ def results(record: Record) -> Html:
     return fill('<dl class="results">\n{cells}\n</dl>', cells=join(shown))
 
 
+def best_loss(record: Record) -> str:
+    """The lowest validation loss and its step; a dash without one."""
+    best = record.best
+    return "–" if best.step is None else f"{figure('loss', best.loss)} at step {best.step:,}"
+
+
 def side_by_side(records: Sequence[Record]) -> list[list[str]]:
     """Rows of a table with a column for each run, without the rows that no run has a value for."""
     columns = [_column(record) for record in records]
@@ -103,6 +108,7 @@ def _column(record: Record) -> dict[str, str]:
     return {
         "Verdict": state_of(record.verdicts[-1]) if record.verdicts else "–",
         "Validation loss": figure("loss", last.get("loss")),
+        "Best validation loss": best_loss(record),
         "Perplexity": figure("perplexity", last.get("perplexity")),
         "Bits per byte": figure("bits_per_byte", last.get("bits_per_byte")),
         "HellaSwag": hellaswag(record),

@@ -9,7 +9,7 @@ from regpt2.base.errors import CheckpointError
 from regpt2.model.files.load import load_model
 from regpt2.training import lora
 from regpt2.training.checkpoint import MODEL, OPTIMIZER, read
-from regpt2.training.saving.best import figures_of
+from regpt2.training.saving.best_checkpoint import figures_of
 
 
 def check_content(folder: Path) -> str:
