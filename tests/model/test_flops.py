@@ -3,8 +3,9 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regpt2.model.flops import flops_per_token, mfu, palm_flops_per_token
+from regpt2.model.flops import adapter_numbers, flops_per_token, mfu, palm_flops_per_token
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.training.lora import LoraConfig, with_adapters
 
 
 def test_the_formula_counts_what_torch_counts() -> None:
@@ -20,6 +21,20 @@ def test_the_formula_counts_what_torch_counts() -> None:
     # The counter's flash attention recomputes the scores in its backward pass: 2.5 times the forward, not 2.
     recomputed = 2 * config.n_embd * T * config.n_layer
     assert counter.get_total_flops() / (2 * T) in (full_square, full_square + recomputed)
+
+
+def test_with_adapters_torch_counts_two_thirds_and_the_adapters() -> None:
+    """The first layer's input needs no gradient; the formula counts one for every matrix."""
+    config, T, r = GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=128, vocab_size=320), 128, 8
+    with torch.device("meta"):
+        model = with_adapters(GPT(config), LoraConfig(rank=r), seed=1)
+        ids = torch.zeros(2, T, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(ids).sum().backward()
+    C, L = config.n_embd, config.n_layer
+    expected = flops_per_token(config, T, lora_rank=r) + 6 * C * T * L - 2 * (3 * C * C + r * C)
+    assert counter.get_total_flops() / (2 * T) in (expected, expected + 2 * C * T * L)
+    assert adapter_numbers(config, r) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_124m_takes_798_mflop_a_token() -> None:

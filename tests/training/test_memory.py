@@ -23,6 +23,7 @@ from regpt2.model.kernels import attention, loss, recompute
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.modern import ModernConfig
 from regpt2.training import memory
+from regpt2.training.lora import LoraConfig, merged, with_adapters
 from regpt2.training.memory import Setup, fits, micro_batches, require_memory, step_memory, still_needed
 from regpt2.training.optimizer import OptimConfig, build_optimizer, state_tensors
 from regpt2.training.ranks.strategy import make_trainable
@@ -123,6 +124,88 @@ def test_activations_are_what_autograd_keeps(shape: GPTConfig, precision: str, s
         return memory._kept_bytes(one) + memory._rounded_bytes(one)
 
     assert predicted(5) - predicted(4) == pytest.approx(kept(5) - kept(4), rel=0.01)  # what is left: vectors
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("kind", "precision", "micro_batch"),
+    [(GPTConfig, "bf16", 16), (GPTConfig, "fp32", 2), (ModernConfig, "bf16", 2), (ModernConfig, "fp32", 16)],
+)  # of 16 sequences GELU is computed again
+def test_with_lora_a_layer_keeps_what_autograd_keeps(
+    kind: type[GPTConfig], precision: str, micro_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recompute, "_WORTH", 1 << 17)
+    monkeypatch.setattr(memory, "RECOMPUTED_NUMBERS", 1 << 17)
+
+    def both(n_layer: int) -> tuple[int, int]:
+        shape = kind(**{**SHAPE, "n_layer": n_layer})
+        one = dataclasses.replace(setup(shape, micro_batch, 128, 1, precision), lora=LoraConfig(rank=16))
+        view = with_adapters(build_model(shape), one.lora, seed=1)
+        own = {p.untyped_storage().data_ptr() for p in view.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = trainable_of(view, one)(*random_batches(one)[0])
+        assert loss.requires_grad
+        assert one.n_adapters == sum(p.numel() for p in view.parameters() if p.requires_grad)
+        return sum(found.values()), memory._kept_bytes(one) + memory._rounded_bytes(one)
+
+    (kept, predicted), (more, more_predicted) = both(4), both(5)
+    assert more_predicted - predicted == pytest.approx(more - kept, rel=0.01)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("kind", "shape", "micro_batch", "seq_len", "accum", "precision"),
+    [
+        (GPTConfig, (4, 4, 64, 257), 9, 512, 2, "fp32"),
+        (ModernConfig, (4, 4, 64, 257), 16, 128, 1, "bf16"),
+        (GPTConfig, (2, 4, 128, 4096), 4, 300, 3, "bf16"),
+        (GPTConfig, (2, 4, 64, 8192), 1, 32, 1, "fp32"),  # the merged copy counts most
+    ],
+)
+def test_the_fullest_moment_with_lora(
+    kind: type[GPTConfig], shape: tuple[int, int, int, int], micro_batch: int, seq_len: int, accum: int, precision: str
+) -> None:
+    n_layer, n_head, n_embd, vocab_size = shape
+    config = kind(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=seq_len, vocab_size=vocab_size)
+    one = dataclasses.replace(setup(config, micro_batch, seq_len, accum, precision), lora=LoraConfig(rank=8))
+    with Alive() as alive:
+        view = with_adapters(build_model(config), one.lora, seed=1)
+        optimizer = build_optimizer(view, OptimConfig())
+        trainable, batches = trainable_of(view, one), random_batches(one)
+        for _ in range(2):
+            alive.peak = 0
+            train_step(trainable, optimizer, batches, lr=1e-3, grad_clip=1.0, world=ALONE)
+        alive.peak = max(alive.peak, alive.now)
+        merged(view)
+    parts = step_memory(one)
+    assert parts["optimizer state"] == 8 * one.n_adapters
+    predicted = sum(parts.values()) - parts["heap"] - parts["process"]
+    assert predicted == pytest.approx(alive.peak, rel=0.05)
+
+
+def test_lora_of_the_1558m_model_fits_on_24_gb() -> None:
+    large = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+    one = Setup(model=large, micro_batch=4, seq_len=1024, grad_accum_steps=8, lora=LoraConfig(rank=16))
+    parts = step_memory(one)
+    assert one.n_adapters == 16 * 16 * 1600 * 48
+    assert parts["weights"] == 4 * (one.n_params + one.n_adapters)
+    assert parts["optimizer state"] == 2 * parts["gradients"] == 8 * one.n_adapters
+    for compiled in (True, False):
+        few = dataclasses.replace(one, micro_batch=4 if compiled else 2, compiled=compiled)
+        assert fits(still_needed(few), MACHINES["4090"].usable_bytes, "cuda")
+        assert not fits(
+            still_needed(dataclasses.replace(few, lora=LoraConfig())), MACHINES["4090"].usable_bytes, "cuda"
+        )
+    with pytest.raises(ConfigError, match=r"use a smaller model, shorter sequences\. "):
+        require_memory(dataclasses.replace(one, grad_accum_steps=1), 4096, 8 << 30)
 
 
 CASES = [

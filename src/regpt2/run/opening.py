@@ -84,10 +84,7 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         + (f"; resuming from step {first:,}" if first else "")
     )
     if config.lora.rank:
-        say(
-            f"training {count(event['trainable_params'])} of {count(run.model.n_params())} parameters (LoRA, rank "
-            f"{config.lora.rank}); the others are frozen and kept in {run.folder / BASE}"
-        )
+        _say_lora(run, event["trainable_params"])
 
 
 def _changed_plugins(run: TrainingRun, plugins: dict[str, dict[str, str]]) -> list[str]:
@@ -109,6 +106,13 @@ def _cut_back(run: TrainingRun, first: int) -> list[str]:
     if not forgotten:
         return []
     return [f"an earlier start in {run.folder} left no checkpoint: the record of its {forgotten:,} updates is removed"]
+
+
+def _say_lora(run: TrainingRun, learning: int) -> None:
+    say(
+        f"training {count(learning)} of {count(run.model.n_params())} parameters (LoRA, rank {run.config.lora.rank}); "
+        f"the others are frozen and kept in {run.folder / BASE}"
+    )
 
 
 def _random_base(run: TrainingRun) -> list[str]:

@@ -75,7 +75,7 @@ class LoraLinear(Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         # Kaiming-uniform with a = sqrt(5), as in the paper's code and peft: the bound is 1 / sqrt(in).
-        a = torch.empty(config.rank, self.in_features)
+        a = torch.empty(config.rank, self.in_features, device="cpu")
         a.uniform_(-1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features), generator=generator)
         self.lora_A = nn.Parameter(a.to(linear.weight.device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, device=linear.weight.device))  # (out, r)
