@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from conftest import write_data
 from regpt2.base.record.metrics import read_events
 from regpt2.cli import main
+from regpt2.config.toml_file import read_toml
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.chat_template import SPECIAL, Message, prompt_ids, special_ids
+from regpt2.data.loader import Loader
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.data.tokens.shards import open_tokens
 from regpt2.model.architecture import build_model
 from regpt2.model.files.load import load_model
 from regpt2.model.language_model import LanguageModel
@@ -191,3 +194,19 @@ def test_a_packed_conversation_sees_only_itself(end_of_text: int, apart: bool) -
     with torch.no_grad():
         first, second = model(ids)[0, 5:], model(other)[0, 5:]
     assert torch.equal(first, second) is apart
+
+
+def test_the_recorded_loss_is_the_mean_over_all_answers_of_an_update(place: Path) -> None:
+    """Micro-batches of one window, with unequal numbers of answers; against torch's cross entropy over all of them."""
+    options = ["--max-steps", "2", "--save-every", "0", "--eval-every", "0", "--log-every", "1"]
+    assert main(train(place, "first", *options, "--batch.micro-batch", "1", "--model.no-zero-init")) == 0
+    recorded = next(event for event in read_events(place / "first" / "metrics.jsonl") if event["event"] == "train")
+    config = read_toml(place / "first" / "config.toml")
+    with open_tokens(place / "data", "train") as tokens:
+        batch = Loader(tokens, config.batch, seed=config.seed).batch(1)
+    inputs, targets = (torch.from_numpy(np.concatenate(each)) for each in zip(*batch.micro_batches, strict=True))
+    logits = build_model(config.model, seed=config.seed)(inputs).flatten(0, 1).float()
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+    counts = (targets >= 0).sum(dim=1)
+    assert len(set(counts.tolist())) > 1 and int(counts.sum()) < targets.numel() // 8
+    assert recorded["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
