@@ -1,4 +1,4 @@
-"""A conversation as one text. In: messages, a tokenizer with two added tokens; out: text, or ids and what is counted.
+"""A conversation as one text. In: messages, and a tokenizer with two added tokens; out: text, or ids and which count.
 
 The form is ChatML's. In ids a conversation is `<|endoftext|>`, and then for each message `<|im_start|>`, the ids of its
 role and a line end, the ids of its content, `<|im_end|>`, and the ids of a line end:
