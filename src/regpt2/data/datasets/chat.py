@@ -72,6 +72,8 @@ def _of_hub(source: Source) -> Plan:
     split = source.split or "train"
     commit = hub.resolve(source.repo, source.revision or "main")
     commit, found = hub_splits.files_of(source.repo, commit, source.config, split)
+    if text := [file.name for file in found if records.kind_of(file.name) not in KINDS]:
+        raise DataError(f"{source.repo} has {text[0]}, which holds no messages; choose a data set of conversations.")
     return Plan(
         parts=whole_files(found[: source.first], source.field),
         source=described(source.repo, source.config, split, first=source.first),
