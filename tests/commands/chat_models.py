@@ -23,7 +23,8 @@ def write_random(folder: Path, name: str = "gpt2", block_size: int = 128, ends_a
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size, vocab_size=rows))
     generator = torch.Generator().manual_seed(1)
     for key, p in model.named_parameters():
-        p.normal_(mean=1.0 if "ln" in key and key.endswith("weight") else 0.0, std=0.15, generator=generator)
+        mean, std = 1.0 if "ln" in key and key.endswith("weight") else 0.0, 0.6 if key.startswith("h.") else 0.15
+        p.normal_(mean=mean, std=std, generator=generator)
     model.wte.weight[rows:] = 0.0
     if ends_at is not None:  # from there on one direction outweighs all others, and the end's row has it
         direction = torch.randn(32, generator=generator).sign()
