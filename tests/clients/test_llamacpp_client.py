@@ -1,15 +1,20 @@
 """What we write as GGUF, in the hands of llama.cpp and of its own Python reader."""
 
+import json
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_models import write_random
 
 from regpt2.base.byte_level.merges import merges_in, vocab_bytes
 from regpt2.base.errors import CheckpointError
 from regpt2.commands.convert import ConvertOptions, convert
+from regpt2.data.added_tokens import AddedTokens
+from regpt2.data.chat_template import Message, prompt_ids, render
 from regpt2.data.tokenizer import BytePairTokenizer, Tokenizer, find_vocab, load_tokenizer
 from regpt2.model.files.contract import Vocabulary
 from regpt2.model.files.fill_model import tensors_of
@@ -17,6 +22,8 @@ from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf as our_gguf
 from regpt2.model.weights import native
+from regpt2.sampling.conversation import Chat, ChatOptions
+from regpt2.sampling.tokenizer import tokenizer_of, vocabulary_of
 
 pytestmark = pytest.mark.clients
 TEXT = "Hello, I'm a language model — naïve 日本語 🙂\n\n  12345"
@@ -86,10 +93,10 @@ def test_we_read_what_the_gguf_package_writes(tmp_path: Path) -> None:
     assert all(map(torch.equal, model.parameters(), load_model(tmp_path / "a.gguf").model.parameters()))
 
 
-def served(path: Path) -> Any:
+def served(path: Path, n_ctx: int = 64) -> Any:
     xllamacpp: Any = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity, params.warmup = str(path), 64, 1, -1, False
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity, params.warmup = str(path), n_ctx, 1, -1, False
     return xllamacpp.Server(params)
 
 
@@ -126,6 +133,37 @@ def test_llamacpp_makes_our_ids_of_a_text(tmp_path: Path, name: str) -> None:
     by_text, by_ids = (server.handle_completions({"prompt": p} | asked) for p in (text, tokenizer.encode(text)))
     assert by_text["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
     assert by_text["choices"][0]["logprobs"]["content"] == by_ids["choices"][0]["logprobs"]["content"]
+
+
+def asked_of(server: Any, path: str, content: dict[str, Any]) -> Any:
+    request = urllib.request.Request(server.listening_address + path, json.dumps(content).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def test_llamacpp_renders_encodes_and_answers_a_conversation_alike(tmp_path: Path) -> None:
+    """Its trim removes ASCII's white space alone, and it parses special tokens in a message: documented."""
+    write_random(tmp_path / "a", ends_at=60)
+    loaded = load_model(str(tmp_path / "a"))
+    tokenizer = tokenizer_of(loaded)
+    assert isinstance(tokenizer, AddedTokens)
+    our_gguf.write(loaded.model, tmp_path / "a.gguf", vocabulary_of(loaded))
+    server, system = served(tmp_path / "a.gguf", n_ctx=128), Message("system", "\tBe brief.\r\n")
+    for content in ("'s 2 + 2?", " naïve 🙂\n\n 1 <|im_en ", "12\n  def f():\n", "日本語", "... e\u0301", ""):
+        turns = [Message("user", content), Message("assistant", "Yes."), Message("user", content or "a")]
+        for messages in ([system, *turns], turns[:1]):
+            dicts = [{"role": one.role, "content": one.content} for one in messages]
+            prompt = asked_of(server, "/apply-template", {"messages": dicts})["prompt"]
+            assert prompt == render(messages, add_generation_prompt=True)
+            found = asked_of(server, "/tokenize", {"content": prompt, "parse_special": True})["tokens"]
+            assert found == prompt_ids(messages, tokenizer)
+    talk = [system, Message("user", "2 + 2?"), Message("assistant", "4"), Message("user", "'s 3 + 3?")]
+    dicts = [{"role": one.role, "content": one.content} for one in talk]
+    said = server.handle_chat_completions({"messages": dicts, "temperature": 0, "max_tokens": 60})["choices"][0]
+    ours = Chat(loaded, tokenizer, ChatOptions("", device="cpu", temperature=0)).answer(talk)
+    assert said["finish_reason"] == "stop" and ours.finished and len(ours.text) > 20
+    assert said["message"]["content"].strip() == ours.text
 
 
 def test_a_file_that_only_llamacpp_finds_wrong_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,21 @@ BYTES = AddedTokens(load_tokenizer("bytes"), SPECIAL)
 START, END, EOT = 257, 258, 256
 
 
-def write_random(folder: Path, name: str = "gpt2", n_layer: int = 2, block_size: int = 128) -> GPT:
-    """Random weights, each tensor another, so that text depends on every one."""
+@torch.no_grad()
+def write_random(folder: Path, name: str = "gpt2", block_size: int = 128, ends_at: int | None = None) -> GPT:
+    """Random weights, each tensor another, so that text depends on every one; an answer ends at the latest there."""
     base = load_tokenizer(name)
     rows = base.vocab_size + len(SPECIAL)
-    model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=32, block_size=block_size, vocab_size=rows))
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size, vocab_size=rows))
     generator = torch.Generator().manual_seed(1)
     for key, p in model.named_parameters():
-        p.data.normal_(mean=1.0 if "ln" in key and key.endswith("weight") else 0.0, std=0.15, generator=generator)
-    model.wte.weight.data[rows:] = 0.0
+        mean, std = 1.0 if "ln" in key and key.endswith("weight") else 0.0, 0.6 if key.startswith("h.") else 0.15
+        p.normal_(mean=mean, std=std, generator=generator)
+    model.wte.weight[rows:] = 0.0
+    if ends_at is not None:  # from there on one direction outweighs all others, and the end's row has it
+        direction = torch.randn(32, generator=generator).sign()
+        model.wpe.weight[ends_at:] = 20.0 * direction
+        model.wte.weight[rows - 1] = direction
     folder.mkdir(exist_ok=True)
     native.write(model, folder, TokenizerRef(base.name, base.fingerprint, added=SPECIAL))
     return model.eval()

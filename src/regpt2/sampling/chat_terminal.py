@@ -24,7 +24,7 @@ HELP = (
     "/new               begin a new conversation",
     "/system TEXT       set the system message; without TEXT, remove it",
     "/undo              take back the last message and its answer",
-    "/save FILE.jsonl   add this conversation to a file that `regpt2 prepare chat` reads",
+    "/save FILE.jsonl   add this conversation to a file, for `regpt2 prepare chat`",
     "/quit              leave; Ctrl-D does too",
     "Ctrl-C stops an answer. Put a space before a message that begins with /.",
 )
@@ -63,32 +63,34 @@ class ChatTerminal:
             with suppress(ImportError):  # where it exists, `input` edits lines and keeps a history
                 importlib.import_module("readline")
             say("A line is a message; /help lists the commands, Ctrl-D leaves.")
-        while (line := self._next_line()) is not None and line.split()[:1] != ["/quit"]:
-            try:
+        try:
+            while (line := self._next_line()) is not None and line.split()[:1] != ["/quit"]:
                 self._take(line)
-            except Problem as problem:
-                if not self.interactive:
-                    raise
-                sys.stderr.write(safe_text(f"{problem}\n"))
+        except KeyboardInterrupt:  # outside of an answer
+            if not self.interactive:
+                raise
+            say()
 
     def _next_line(self) -> str | None:
-        """The next line that is not empty; None at the end of the input, and at Ctrl-C in a terminal."""
-        while True:
-            try:
+        """The next line that is not empty; None at the end of the input."""
+        with suppress(EOFError):
+            while True:
                 line = valid_text(input(PROMPT if self.interactive else ""))
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
-                break
-            if line.strip():
-                return line
+                if line.strip():
+                    return line
         if self.interactive:
             say()
         return None
 
     def _take(self, line: str) -> None:
+        try:
+            self._obey(line)
+        except Problem as problem:
+            if not self.interactive:
+                raise
+            sys.stderr.write(safe_text(f"{problem}\n"))
+
+    def _obey(self, line: str) -> None:
         if not line.startswith("/"):
             self._answer(line.strip())
             return
