@@ -115,11 +115,11 @@ class PartEncoder:
                 digest, split = self._digest_and_split(document, data, needs_digest=not has_both)
                 if digest and document.split is None:
                     digests.include(Digests(digest.hex(), digest.hex(), skipped.file))
-                for split, digest, data, ids in self._tokens(text, data, digest, split):
-                    outputs[split].add(self.tokenizer.start_id, ids, len(data))
-                    progress.encoded(len(data))
+                for name, key, utf8, ids in self._tokens(text, data, digest, split):
+                    outputs[name].add(self.tokenizer.start_id, ids, len(utf8))
+                    progress.encoded(len(utf8))
                     if self.job.dedup:
-                        rows.append((int.from_bytes(digest[:8], "little"), 1 + len(ids), len(data), split == "val"))
+                        rows.append((int.from_bytes(key[:8], "little"), 1 + len(ids), len(utf8), name == "val"))
             for output in outputs.values():
                 output.flush()
         if self.job.dedup:

@@ -136,7 +136,9 @@ class Packer:
             self._kept[index, name] = Stretches.of(rows["tokens"], kept)
             amounts = (rows[column][kept].sum(dtype=np.int64) for column in ("tokens", "text_bytes"))
             tallies[name] = Tally(int(kept.sum()), *map(int, amounts))
-        n_copies = int(np.count_nonzero(~is_new & ~(table["is_val"] & self.ledger.hold_out.cut)))  # a cut one has two rows
+        n_copies = int(
+            np.count_nonzero(~is_new & ~(table["is_val"] & self.ledger.hold_out.cut))
+        )  # a cut one has two rows
         copies = {COPIES: n_copies} if n_copies else {}
         return replace(result, splits=tallies, skipped=result.skipped | copies)
 
