@@ -9,6 +9,7 @@ import codecs
 import importlib
 import importlib.util
 import re
+import warnings
 from typing import IO, Any
 
 from regpt2.data.sources.plan import Skipped
@@ -57,7 +58,9 @@ def html_text(file: IO[bytes], skipped: Skipped) -> str | None:
     text = _decoded(data, skipped)
     soup: Any = importlib.import_module("bs4")
     try:
-        return _visible(soup.BeautifulSoup(text, "lxml"), soup)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pages that look like XML or like an address
+            return _visible(soup.BeautifulSoup(text, "lxml"), soup)
     except (RecursionError, AssertionError, ValueError, soup.ParserRejectedMarkup) as error:
         skipped.add("HTML files that cannot be parsed", f"{skipped.file} ({type(error).__name__})")
         return None
