@@ -20,6 +20,7 @@ from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.data.datasets import python_library, text_files, tiny_shakespeare
 from regpt2.data.sources import json_records, records
 from regpt2.data.sources import plan as documents_module
+from regpt2.data.sources.kinds import html_text, pdf_text
 from regpt2.data.sources.plan import Document, Skipped, Source
 
 INVALID = "documents kept with invalid UTF-8 replaced"
@@ -228,6 +229,66 @@ def test_suffixes_beyond_a_few_are_counted_together(tmp_path: Path) -> None:
     assert "\x1b" not in repr(skipped.first) + repr(list(skipped))
 
 
+def test_every_kind_gives_its_documents(tmp_path: Path) -> None:
+    """Also compressed; a long text within HTML is cut as one in a file of its own."""
+    long = "".join(f"<p>Paragraph {n} &amp; more" for n in range(4000))
+    for name, text in (
+        ("a.rst", "Title\n=====\n"),
+        ("b.tex", "\\section{One}"),
+        ("c.HTML", "<h1>T</h1>a<br>b"),
+        ("d.htm", long),
+        ("e.csv", "n,text\n1,row one\n2,row two\n"),
+        ("f.tsv", "text\tn\nrow\t1\n"),
+        ("g.csv", "n\n1\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    for name in ("c.HTML", "e.csv"):
+        (tmp_path / f"z{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    found, skipped = read_all(text_files, Source(tmp_path))
+    pieces = [document.text for document in found if document.piece is not None]
+    assert len(pieces) > 2 and "".join(pieces).split("\n\n")[1:3] == ["Paragraph 1 & more", "Paragraph 2 & more"]
+    rows, page = ["row one", "row two"], "T\n\na\nb\n"
+    short = [document.text for document in found if document.piece is None]
+    assert short == ["Title\n=====\n", "\\section{One}", page, *rows, "row", page, *rows]
+    assert (skipped, skipped.first) == (
+        {"files without a column 'text'": 1},
+        {"files without a column 'text'": "g.csv, where --field can be n"},
+    )
+
+
+def test_suffixes_choose_what_is_read(tmp_path: Path) -> None:
+    for name in ("a.py", "b.txt", "c.html", "d.F90", "e.py.gz"):
+        data = f"<b>{name}</b>".encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    found, skipped = read_all(text_files, Source(tmp_path, suffixes=(".py", "f90", ".HTML")))
+    assert [document.text for document in found] == ["<b>a.py</b>", "c.html\n", "<b>d.F90</b>", "<b>e.py.gz</b>"]
+    assert skipped == {"files of a kind not read (.txt)": 1}
+    for wrong, message in (
+        (".gz", "as .txt of a.txt.gz"),
+        ("", "expected what a file's name ends with"),
+        (".py,.rst", ""),
+    ):
+        with pytest.raises(UsageError, match=f"--suffixes.*{message}"):
+            text_files.plan(Source(tmp_path, suffixes=(wrong,)))
+
+
+def test_files_whose_library_is_not_installed_are_left_out_with_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.pdf", "c.html"):
+        (tmp_path / name).write_text(name)
+    planned = text_files.plan(Source(tmp_path))
+    for reader in (html_text, pdf_text):
+        monkeypatch.setattr(reader, "is_installed", lambda: False)
+    found, skipped = read_all(text_files, Source(tmp_path))
+    assert [document.text for document in found] == ["a.txt"]
+    assert skipped == {
+        f"files of a kind not read ({kind}; pip install 'regpt2[documents]')": 1 for kind in (".pdf", ".html")
+    }
+    with pytest.raises(DataError, match=r"b\.pdf needs a library that is not installed here: pip install"):
+        list(text_files.documents(planned.parts[0], Skipped()))  # on another machine of a cluster, say
+
+
 def test_many_small_files_share_a_part(tmp_path: Path) -> None:
     for n in range(50):
         (tmp_path / f"{n:02}.txt").write_text("x" * 60_000)
@@ -254,8 +315,10 @@ def test_wrong_inputs_say_what_is_expected(tmp_path: Path) -> None:
         text_files.plan(Source())
     with pytest.raises(UsageError, match="no such file or folder"):
         text_files.plan(Source(tmp_path / "absent"))
-    (tmp_path / "a.pdf").touch()
-    with pytest.raises(DataError, match=r"no \.txt.* files of a kind not read \(\.pdf\): 1, first in a\.pdf"):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(
+        DataError, match=r"one of \.txt .* files of a kind not read \(\.png\): 1, first in a\.png.*--suffixes"
+    ):
         text_files.plan(Source(tmp_path))
     with pytest.raises(UsageError, match="takes no --input"):
         python_library.plan(Source(tmp_path))

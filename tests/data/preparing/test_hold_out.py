@@ -1,6 +1,7 @@
 """Small inputs: whatever 1 to 30 documents there are, both splits get some, and every document is in exactly one."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -45,7 +46,7 @@ def texts_of(out: Path, split: str) -> list[str]:
     files = [path.read_bytes() for path in sorted(out.glob(f"*_{split}_*.bin"))]
     ids = np.concatenate([np.frombuffer(data, "<u2", offset=1024) for data in files])
     starts = [*np.flatnonzero(ids == EOT), len(ids)]
-    return [bytes(ids[a + 1 : b].astype("u1")).decode() for a, b in zip(starts, starts[1:], strict=False)]
+    return [bytes(ids[a + 1 : b].astype("u1")).decode() for a, b in itertools.pairwise(starts)]
 
 
 def expected_splits(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
@@ -61,14 +62,14 @@ WORDS = st.lists(st.sampled_from(["a", "bc", "größer", "\n", "\n\n", "."]), mi
 TEXTS = WORDS.map(lambda words: f"<{' '.join(words)}>")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(TEXTS, min_size=1, max_size=30),
     val_fraction=st.sampled_from([0.01, 0.05, 0.5]),
-    shard_tokens=st.sampled_from([7, 60, 10**8]),
-    part_bytes=st.sampled_from([1, 100, 1 << 21]),
+    shard_tokens=st.sampled_from([60, 10**8]),
+    part_bytes=st.sampled_from([40, 300, 1 << 21]),
     dedup=st.booleans(),
-    kills=st.lists(st.integers(1, 40), max_size=4),
+    kills=st.lists(st.integers(1, 40), max_size=3),
 )
 def test_any_few_documents_give_two_splits_that_hold_each_once_wherever_it_is_killed(
     tmp_path_factory: pytest.TempPathFactory,
@@ -85,6 +86,7 @@ def test_any_few_documents_give_two_splits_that_hold_each_once_wherever_it_is_ki
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "PART_BYTES", part_bytes)
         patch.setattr(records, "PART_BYTES", part_bytes)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # nearly all of the time, on a busy disk
         prepare(options_for(source, folder / "out", **how))
         for kill in kills:
             with pytest.MonkeyPatch.context() as killing:

@@ -48,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "long.txt").write_text("A paragraph of text, and more of it.\n\n" * 80_000)
     (folder / "wide.txt").write_text("Ein Absatz, größer als ein Stück.\n\n" * 10_000, encoding="utf-16")
     (folder / "wide2.txt").write_bytes(b"\xfe\xff" + "Ein \ud800Dokument.\n\n".encode("utf-16-be", "surrogatepass"))
-    (folder / "table.csv").write_text("not read")
+    (folder / "table.xls").write_text("not read")
     return folder
 
 
@@ -115,9 +115,9 @@ def test_manifest_says_what_the_shards_hold(corpus: Path, reference: dict[str, b
     assert len(manifest.splits["train"].shards) > 5
     lines = (line for path in corpus.glob("*.jsonl") for line in path.read_text(encoding="utf-8").split("\n"))
     empty = sum(not json.loads(line)["text"].strip() for line in lines)
-    damaged, unread = "files kept with invalid UTF-16 replaced", "files of a kind not read (.csv)"
+    damaged, unread = "files kept with invalid UTF-16 replaced", "files of a kind not read (.xls)"
     assert manifest.skipped == {"documents empty": empty, damaged: 1, unread: 1}
-    assert manifest.first_skipped == {"documents empty": "0.jsonl", damaged: "wide2.txt", unread: "table.csv"}
+    assert manifest.first_skipped == {"documents empty": "0.jsonl", damaged: "wide2.txt", unread: "table.xls"}
     assert (manifest.source, manifest.tokenizer) == ("corpus", "gpt2")
     assert set(reference) == {"manifest.json", *(shard.file for shard in manifest.shards)}
 
@@ -299,7 +299,7 @@ def test_inputs_that_change_on_the_way_are_refused(
     ("texts", "message"),
     [
         ([""], r"no document in the input \(documents empty: 1, first in 0\.txt\)"),
-        (["one document"], "none of the 1 documents fell to the val split; choose a larger --val-fraction"),
+        (["1"], "the only document is one character"),
     ],
 )
 def test_an_empty_split_says_how_to_mend_and_leaves_the_folder_free(
@@ -386,18 +386,19 @@ def test_what_was_left_out_or_repaired_is_named_in_the_summary_and_in_errors(
 ) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    (source / "one.txt").write_bytes(b"caf\xe9")
-    (source / "table.csv").write_text("text")
+    (source / "one.txt").write_bytes(b" ")
+    (source / "table.xls").write_text("text")
     (source / "loop").symlink_to(source)
     command = ["text_files", "--input", str(source), "--tokenizer", "bytes", "--workers", "1", "--out"]
-    with pytest.raises(DataError, match="none of the 1 documents fell to") as told:
+    with pytest.raises(DataError, match="there is no document in the input") as told:
         main([*command, str(tmp_path / "out")])
+    (source / "one.txt").write_bytes(b"caf\xe9")
     for n in range(40):
         (source / f"two{n}.TXT").write_bytes(b"na\xefve %d" % n)
     main([*command, str(tmp_path / "out")])
     shown = capsys.readouterr().out
     for said in (str(told.value), shown):
-        assert "files of a kind not read (.csv): 1, first in table.csv" in said
+        assert "files of a kind not read (.xls): 1, first in table.xls" in said
         assert "folders behind a link: 1, first in loop" in said
         assert "nothing was skipped" not in said
     assert "documents kept with invalid UTF-8 replaced: 41, first in one.txt" in shown

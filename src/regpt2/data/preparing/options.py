@@ -37,7 +37,9 @@ class PrepareOptions:
     input: Path | None = None
     """For text_files: your file or folder. For a published data set: a local copy instead of the download."""
     field: str = ""
-    """The field or column of .jsonl, .json and .parquet, default: text (chat: messages); meta.text is text in meta."""
+    """The field or column of .jsonl, .json, .parquet and .csv, default: text (chat: messages); meta.text is text in meta."""
+    suffixes: tuple[str, ...] = ()
+    """For text_files: read only files with these suffixes, such as .py .rst .txt; default: those in its line above."""
     repo: str = ""
     """For hub: the id of the data set, owner/name."""
     config: str = ""
@@ -77,7 +79,7 @@ class PrepareOptions:
     @property
     def source(self) -> Source:
         asked = (self.input, self.field_name, self.repo, self.config, self.split, self.revision, self.first)
-        return Source(*asked, options=shelves.own_options(self, self.dataset))
+        return Source(*asked, self.suffixes, options=shelves.own_options(self, self.dataset))
 
     @property
     def field_name(self) -> str:
@@ -105,6 +107,12 @@ class PrepareOptions:
         )
         return val_tokens, None if val_tokens else self.val_fraction or DEFAULT_VAL_FRACTION
 
+    def _check_input(self) -> None:
+        if self.suffixes and self.dataset != "text_files":
+            raise UsageError(f"--suffixes is for text_files; leave it out for {self.dataset}.")
+        if self.input is not None and self.out.resolve().is_relative_to(self.input.resolve()):
+            raise UsageError(f"--out {self.out} must not lie inside --input {self.input}; choose a folder beside it.")
+
     def check(self) -> None:
         """Check everything that needs no data.
 
@@ -124,8 +132,7 @@ class PrepareOptions:
             raise UsageError(
                 f"--shard-tokens {self.shard_tokens} must be from 1 to 2,147,483,647; the default is 100000000."
             )
-        if self.input is not None and self.out.resolve().is_relative_to(self.input.resolve()):
-            raise UsageError(f"--out {self.out} must not lie inside --input {self.input}; choose a folder beside it.")
+        self._check_input()
         if self.engine != "processes":
             check_options(self.engine, self.engine_settings)
             if self.disk_limit is not None:
@@ -140,6 +147,7 @@ class PrepareOptions:
         rules = dataclasses.asdict(self.filters) | {"dedup": self.dedup}
         defaults = dataclasses.asdict(Filters()) | {"dedup": False}
         changed = {name: str(value) for name, value in rules.items() if value != defaults[name]}
+        changed |= {"suffixes": " ".join(self.suffixes)} if self.suffixes else {}
         changed |= {f"{self.dataset}.{name}": str(value) for name, value in self.own.items()}
         changed |= {f"plugin {name}": one["sha256"] for name, one in shelves.origins((SHELF, self.dataset)).items()}
         return {"field": self.field_name, "shard_tokens": str(self.shard_tokens)} | validation | changed

@@ -27,6 +27,8 @@ class Source:
     split: str = ""
     revision: str = ""
     first: int | None = None
+    suffixes: tuple[str, ...] = ()
+    """Which files of a folder of one's own to read, as ".py"; empty: those that text_files reads by default."""
     options: Any = None
     """The entry's own `Options`, if it has any."""
 

@@ -1,0 +1,1 @@
+"""Files that hold text in a form of their own: HTML, PDF, CSV."""
