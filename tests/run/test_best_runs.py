@@ -167,7 +167,9 @@ def test_a_best_model_that_is_lost_is_named(
     run_train(recipe, data, run, keep_best=True)
     shown = capsys.readouterr()
     assert f"the model of the best validation so far, of step {step}, is not on the disk" in shown.err
-    assert f"best: step {step}, validation loss {lowest(straight)[1]:.4f}, and its model is not on the disk" in shown.out
+    assert (
+        f"best: step {step}, validation loss {lowest(straight)[1]:.4f}, and its model is not on the disk" in shown.out
+    )
 
 
 @pytest.mark.process
