@@ -17,7 +17,7 @@ from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf, huggingface, native
-from regpt2.sampling.conversation import Chat, ChatOptions
+from regpt2.sampling.chat.conversation import Chat, ChatOptions
 from regpt2.sampling.tokenizer import tokenizer_of
 
 TALK = [

@@ -60,8 +60,8 @@ from regpt2.pages.record import read_record as open_record
 from regpt2.pages.report.write import heads, records_of, write_report
 from regpt2.run.ending import Summary
 from regpt2.run.loop import train as train_run
+from regpt2.sampling.chat.conversation import Chat, ChatOptions
 from regpt2.sampling.continue_text import Completion, SampleOptions, SampleType, load_in
-from regpt2.sampling.conversation import Chat, ChatOptions
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.sampling.writer import OF_THE_COMMAND, Writer
 from regpt2.sampling.writing import TokenLogprob

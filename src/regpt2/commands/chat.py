@@ -6,9 +6,9 @@ echo "What is the capital of France?" | regpt2 chat runs/chat --temperature 0
 
 from regpt2.base.device import pick_device
 from regpt2.base.options import parse
-from regpt2.sampling.chat_terminal import ChatTerminal
+from regpt2.sampling.chat.conversation import Chat, ChatOptions
+from regpt2.sampling.chat.terminal import ChatTerminal
 from regpt2.sampling.continue_text import load_in
-from regpt2.sampling.conversation import Chat, ChatOptions
 from regpt2.sampling.tokenizer import tokenizer_of
 
 

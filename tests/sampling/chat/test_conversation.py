@@ -15,7 +15,7 @@ from regpt2.model.files.contract import TokenizerRef
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
-from regpt2.sampling.conversation import Answer, Chat, ChatOptions
+from regpt2.sampling.chat.conversation import Answer, Chat, ChatOptions
 from regpt2.sampling.tokenizer import tokenizer_of
 
 
@@ -64,7 +64,7 @@ def test_the_oldest_turns_leave_a_full_context_and_the_system_message_stays(
         prompts.append(ids[0].tolist())
         return ids
 
-    monkeypatch.setattr("regpt2.sampling.conversation.generate", spy)
+    monkeypatch.setattr("regpt2.sampling.chat.conversation.generate", spy)
     system, turns = Message("system", "s"), user("1" * 9, "2" * 9, "3" * 9, "4" * 9, "5" * 9)
     answer = chat.answer([system, *turns])
     # 128 tokens, of which a quarter stays free: one, and not two, of the earlier turns fits

@@ -14,8 +14,8 @@ from regpt2.base.errors import Problem, UsageError
 from regpt2.commands.chat import main
 from regpt2.data.chat_template import Message, messages_of
 from regpt2.model.files.load import load_model
-from regpt2.sampling.chat_terminal import ChatTerminal
-from regpt2.sampling.conversation import Answer, Chat, ChatOptions
+from regpt2.sampling.chat.conversation import Answer, Chat, ChatOptions
+from regpt2.sampling.chat.terminal import ChatTerminal
 from regpt2.sampling.tokenizer import tokenizer_of
 
 Give = Callable[[str | bytes], None]

@@ -17,7 +17,7 @@ from regpt2.base.errors import Problem, UsageError, did_you_mean
 from regpt2.base.files import describe_os_error
 from regpt2.data.chat_template import ASSISTANT, SYSTEM, USER, Message
 from regpt2.data.tokenizer import valid_text
-from regpt2.sampling.conversation import Answer, Chat
+from regpt2.sampling.chat.conversation import Answer, Chat
 
 PROMPT = "> "
 HELP = (

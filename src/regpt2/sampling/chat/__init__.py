@@ -1,0 +1,1 @@
+"""A conversation with a chat model. In: messages; out: answers, in the terminal or to a program."""
