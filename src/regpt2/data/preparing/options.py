@@ -37,7 +37,7 @@ class PrepareOptions:
     input: Path | None = None
     """For text_files: your file or folder. For a published data set: a local copy instead of the download."""
     field: str = ""
-    """The field or column of .jsonl, .json, .parquet, .csv; default: text (chat: messages). meta.text is text in meta."""
+    """Field or column of .jsonl, .json, .parquet, .csv; default: text (chat: messages). meta.text is text in meta."""
     suffixes: tuple[str, ...] = ()
     """For text_files: read only files with these suffixes, such as .py .rst .txt; default: those in its line above."""
     repo: str = ""
