@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from regpt2.config.run import RunConfig
+from regpt2.config.run import TO_BE_NAMED, RunConfig
 from regpt2.data.loader import BatchConfig
 from regpt2.model.files.load import peek_model
 from regpt2.model.initial_weights import require_fit
@@ -34,7 +34,7 @@ def with_shape(table: dict[str, Any], changed: Mapping[str, Any], run: str) -> d
     init, stated = changed.get("init", table.get("init")), table.get("model", {})
     batch, run = table.get("batch", {}), changed.get("run") or table.get("run") or run
     places, sections = (init, run), (stated, batch)
-    if not init or not all(isinstance(one, str | Path) for one in places):
+    if init in ("", None, TO_BE_NAMED) or not all(isinstance(one, str | Path) for one in places):
         return table  # a wrong type is refused where the table is read
     if not all(isinstance(one, dict) for one in sections):
         return table
@@ -60,7 +60,7 @@ def require_shape(default: RunConfig, config: RunConfig) -> None:
     Raises:
         ConfigError: it names both values.
     """
-    if config.init:
+    if config.init and config.init != TO_BE_NAMED:
         source = config.run if resumes(config.run) else config.init
         require_fit(default.model, _compared(asdict(config.model), config.run), source)
 

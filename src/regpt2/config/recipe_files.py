@@ -9,7 +9,7 @@ from typing import Any
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.shelves import words_after
 from regpt2.config.initial_shape import require_shape, with_shape
-from regpt2.config.run import RunConfig
+from regpt2.config.run import TO_BE_NAMED, RunConfig
 from regpt2.config.toml_file import CHOOSING, class_of, from_table, read_toml
 from regpt2.model.initial_weights import require_fit
 
@@ -129,7 +129,7 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _open_to(given: Collection[str], config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
     """`chosen`: by section, the entries that replace the recipe's."""
-    if config.init and "model" in chosen:
+    if config.init not in ("", TO_BE_NAMED) and "model" in chosen:
         require_fit(config.model, {"architecture": class_of("model", chosen["model"]).architecture}, config.init)
     rebuilt = {key: _rebuilt(getattr(config, key), class_of(key, names)) for key, names in chosen.items()}
     config = dataclasses.replace(config, **rebuilt)

@@ -22,6 +22,9 @@ from regpt2.training.ranks.strategy import ParallelConfig
 from regpt2.training.schedule import ScheduleConfig
 
 
+TO_BE_NAMED = "?"  # as `init` of a recipe that trains a model further: the command says which
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """What is evaluated during training."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regpt2.base.errors import ConfigError
 from regpt2.config.initial_shape import resumes
-from regpt2.config.run import RunConfig
+from regpt2.config.run import TO_BE_NAMED, RunConfig
 from regpt2.data.mixture import Mixture
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.architecture import switches_on
@@ -50,6 +50,11 @@ def begin(config: RunConfig, data: Mixture, *, is_main: bool) -> Beginning:
 
 def _begin(config: RunConfig, data: Mixture, *, with_origin: bool) -> Beginning:
     tokenizer, seq_len = data.tokenizer(), config.batch.seq_len
+    if config.init == TO_BE_NAMED:
+        raise ConfigError(
+            f"the recipe {config.recipe} trains a model further and does not say which: give --init MODEL, as in "
+            "--init hf:gpt2 or --init runs/mine."
+        )
     if not config.init:
         _check_tokenizer(config, data, tokenizer)
         return Beginning(config, tokenizer, seq_len)
