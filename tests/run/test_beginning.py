@@ -192,7 +192,7 @@ def test_a_run_or_a_checkpoint_of_it_is_a_source_whose_step_is_recorded(
 def test_an_interrupted_run_equals_an_uninterrupted_one_though_the_source_is_gone(
     source: Path, tmp_path: Path, trained: Callable[..., Path], regpt2: Run
 ) -> None:
-    options: dict[str, Any] = {"model": {"block_size": 16, "dropout": 0.1}}
+    options: dict[str, Any] = {"model": {"block_size": 24, "dropout": 0.1}}
     whole = trained(source, max_steps=4, **options)
     moved = tmp_path / "moved"
     shutil.copytree(source, moved)
