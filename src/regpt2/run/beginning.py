@@ -91,8 +91,9 @@ def _final(config: RunConfig, source: GPTConfig, shared: SharedVocabulary, name:
             + ". Leave it out."
         )
     settings: dict[str, Any] = {"vocab_size": n_tokens}
-    if n_tokens > n_before and getattr(config.model, "end_of_text", 0) == -1:
-        settings["end_of_text"] = shared.tokenizer.eot  # no longer the last id
+    eot = shared.tokenizer.eot
+    if getattr(config.model, "end_of_text", 0) == -1 and eot not in (None, n_tokens - 1):
+        settings["end_of_text"] = eot  # -1 would be the last id, which is an added token
     return replace(config, model=replace(config.model, **settings))
 
 
