@@ -155,7 +155,8 @@ class PartEncoder:
             raise DataError("the only document is one character, which cannot be training and validation; add text.")
         found = []
         for name, half in zip(SPLITS, map(str.encode, halves), strict=True):
-            found.append((name, hashlib.sha256(half).digest(), half, self.tokenizer.encode_utf8(half)))
+            key = hashlib.sha256(name.encode() + half).digest()  # so that equal halves are no copies
+            found.append((name, key, half, self.tokenizer.encode_utf8(half)))
         return found
 
 
