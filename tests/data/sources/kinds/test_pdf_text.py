@@ -80,6 +80,12 @@ def test_a_circle_of_pages_ends() -> None:
     assert text == "Once." or (text is None and sum(skipped.values()) == 1)
 
 
+def test_a_group_of_pages_that_lies_in_itself_is_damaged() -> None:
+    data = pdf([drawn("x")]).replace(b"/Type /Pages", b"/Type /Pages /Parent 2 0 R")
+    data = data.replace(b"/Resources << /Font << /F1 3 0 R >> >>", b"")
+    assert read(data) == (None, {"PDF files damaged": 1})
+
+
 def test_a_page_that_unpacks_to_too_much_is_left_out() -> None:
     bomb = zlib.compress(b"0 0 m\n" * 2_000_000)
     text, skipped = read(pdf([bomb], filtered="/Filter /FlateDecode"))

@@ -20,6 +20,7 @@ MOST_PAGE_BYTES = 8 << 20  # of a page's drawing commands, a form's each time it
 MOST_CHARACTERS = 64 << 20
 
 
+_MOST_LEVELS = 100  # of groups of pages within each other
 _DRAWS = re.compile(rb"/([^\s/\[\]<>(){}%]+)\s+Do\b")  # a form by its name
 
 
@@ -79,11 +80,11 @@ def _commands(node: Any, data: bytes, known: dict[int, int]) -> int:
 
     `known` has those of forms by their number in the file. One that draws itself counts as too much.
     """
-    holder = node
-    while (
-        "/Resources" not in holder and "/Parent" in holder
-    ):  # pages inherit them; a circle has ended in an error by now
-        holder = holder["/Parent"]
+    holder, n_above = node, 0
+    while "/Resources" not in holder and "/Parent" in holder:  # pages inherit them
+        holder, n_above = holder["/Parent"], n_above + 1
+        if n_above > _MOST_LEVELS:
+            raise ValueError("its pages lie in a circle")  # in which pypdf would search without end
     costs: dict[bytes, int] = {}
     forms = holder["/Resources"].get("/XObject", {}) if "/Resources" in holder else {}
     for name, reference in getattr(forms, "get_object", dict)().items():
