@@ -27,6 +27,7 @@ import pytest
 from regpt2.base.errors import Problem, UsageError
 from regpt2.data.preparing import cluster
 from regpt2.data.preparing.encode_part import EncodeJob
+from regpt2.data.preparing.hold_out import HoldOut
 from regpt2.data.preparing.ledger import Ledger
 from regpt2.data.preparing.options import PrepareOptions
 from regpt2.data.preparing.prepare import prepare
@@ -250,9 +251,11 @@ def test_a_task_that_runs_again_leaves_alone_what_is_in_shards(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     Path(".parts").mkdir()
     Ledger({}, "plan", folded=2).write(tmp_path)
-    job = SimpleNamespace(folder=Path(".parts"), start=lambda: lambda task, report: made.append(task[0]))
+    start = lambda: lambda task, report: made.append(task[0])  # noqa: E731
     parts = [(index, None) for index in range(6)]
-    cluster.SharedWork(job, parts, n_tasks=2, at_once=1, start_folder=str(tmp_path)).encode(1)  # type: ignore
+    for hold_out in (HoldOut("ab"), HoldOut()):  # of another rule than the ledger's, which is done with; of the same
+        job = SimpleNamespace(folder=Path(".parts"), hold_out=hold_out, start=start)
+        cluster.SharedWork(job, parts, n_tasks=2, at_once=1, start_folder=str(tmp_path)).encode(1)  # type: ignore
     assert made == [3, 5]
 
 

@@ -204,6 +204,13 @@ def test_what_was_held_out_and_a_split_shorter_than_a_window_are_reported(
     assert "warning" not in capsys.readouterr().err
 
 
+def test_equal_halves_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", ["abab", "abab"])
+    manifest = prepare(options_for(source, tmp_path / "out", dedup=True))
+    assert texts_of(tmp_path / "out", "train") == texts_of(tmp_path / "out", "val") == ["ab"]
+    assert manifest.skipped == {"documents left out as copies of earlier ones": 1}
+
+
 def test_filters_come_before_the_choice(tmp_path: Path) -> None:
     from regpt2.data.sources.filters import Filters
 

@@ -164,7 +164,8 @@ class PartEncoder:
         if halves is None:
             raise DataError("the only document is one character, which cannot be training and validation; add text.")
         return [
-            _Encoded(name, hashlib.sha256(half).digest(), len(half), self.tokenizer.encode_utf8(half))
+            # The name of the split in the digest, so that equal halves are no copies of each other.
+            _Encoded(name, hashlib.sha256(name.encode() + half).digest(), len(half), self.tokenizer.encode_utf8(half))
             for name, half in zip(SPLITS, map(str.encode, halves), strict=True)
         ]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pypdf
 import pytest
+from pypdf.generic import DictionaryObject, NameObject, StreamObject
 
 from regpt2.data.sources.kinds import pdf_text as module
 from regpt2.data.sources.kinds.pdf_text import pdf_text
@@ -79,11 +80,51 @@ def test_a_circle_of_pages_ends() -> None:
     assert text == "Once." or (text is None and sum(skipped.values()) == 1)
 
 
+def test_a_group_of_pages_that_lies_in_itself_is_damaged() -> None:
+    data = pdf([drawn("x")]).replace(b"/Type /Pages", b"/Type /Pages /Parent 2 0 R")
+    data = data.replace(b"/Resources << /Font << /F1 3 0 R >> >>", b"")
+    assert read(data) == (None, {"PDF files damaged": 1})
+
+
 def test_a_page_that_unpacks_to_too_much_is_left_out() -> None:
     bomb = zlib.compress(b"0 0 m\n" * 2_000_000)
     text, skipped = read(pdf([bomb], filtered="/Filter /FlateDecode"))
     assert text is None and skipped.pop("PDF pages with more than 8 MiB of drawing commands") == 1
     assert skipped == {"PDF files without text (scanned?)": 1}
+
+
+def with_forms(*, first: str, last: str) -> bytes:
+    """A page that draws form /A, which draws /B ten times, and so on to /H, which draws `last`."""
+    writer = pypdf.PdfWriter(clone_from=io.BytesIO(pdf([drawn("Page.")])))
+    names, forms = [f"/{letter}" for letter in "ABCDEFGH"], []
+    for name in names:
+        form = StreamObject()
+        form.update({NameObject("/Type"): NameObject("/XObject"), NameObject("/Subtype"): NameObject("/Form")})
+        following = names[names.index(name) + 1] if name != "/H" else last
+        form.set_data(f"{following} Do ".encode() * 10)
+        forms.append(writer._add_object(form))
+    named = DictionaryObject({NameObject(name): form for name, form in zip(names, forms, strict=True)})
+    resources = DictionaryObject({NameObject("/XObject"): named})
+    for holder in (writer.pages[0], *(form.get_object() for form in forms)):
+        holder[NameObject("/Resources")] = resources
+    contents = StreamObject()
+    contents.set_data(first.encode())
+    writer.pages[0][NameObject("/Contents")] = writer._add_object(contents)
+    file = io.BytesIO()
+    writer.write(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [("/A Do", "/none"), ("/A\0Do", "/none"), ("/H Do", "/H")], ids=["many", "hidden", "circle"]
+)
+def test_forms_that_multiply_or_draw_themselves_are_left_out(first: str, last: str) -> None:
+    _, skipped = read(with_forms(first=first, last=last))
+    assert skipped["PDF pages with more than 8 MiB of drawing commands"] == 1
+
+
+def test_a_form_that_is_drawn_a_few_times_does_no_harm() -> None:
+    assert read(with_forms(first="/G Do", last="/none"))[1] == {"PDF files without text (scanned?)": 1}
 
 
 def test_large_files_and_many_pages_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
