@@ -87,6 +87,7 @@ class Model(Writer):
 
     def __init__(self, loaded: LoadedModel, dtype: SampleType = "fp32", tokenizer: Path | None = None) -> None:
         self._loaded, self._dtype, self._meta = loaded, dtype, tokenizer
+        self._matmuls: str | None = None  # their precision in torch, once it is chosen
 
     def __repr__(self) -> str:
         return f"<regpt2.Model {self._loaded.source}, {self._dtype} on {self.device}>"
@@ -201,7 +202,11 @@ class Model(Writer):
     def _set_up(self) -> Iterator[None]:
         """Inside this context torch computes as it does for the command."""
         with settings_kept():
-            choose_compute("bf16" if self._dtype == "bf16" else "fp32", self.device, keep_freed_memory=False)
+            if self._matmuls is None:
+                choose_compute("bf16" if self._dtype == "bf16" else "fp32", self.device, keep_freed_memory=False)
+                self._matmuls = torch.get_float32_matmul_precision()
+            else:  # a stream comes here for each token, and choosing takes milliseconds
+                torch.set_float32_matmul_precision(self._matmuls)
             yield
 
 
