@@ -35,7 +35,7 @@ def look(
             raise UsageError(f"--at {at} is outside the {name} split of {size:,} tokens: give 0 to {size - 1}.")
     found: dict[str, Any] = {"folder": str(folder.path), "manifest": None, "counts": {}, "excerpts": []}
     if folder.manifest is not None:
-        found["manifest"] = asdict(folder.manifest) | {"fingerprint": folder.manifest.fingerprint}
+        found["manifest"] = folder.manifest.content()
     show_folder(folder)
     for name in () if positions else folder.splits:
         counts = _count(name, folder, n_stretches, count_all)

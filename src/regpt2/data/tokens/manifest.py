@@ -93,16 +93,21 @@ class Manifest:
     def shards(self) -> list[Shard]:
         return [shard for split in self.splits.values() for shard in split.shards]
 
+    def content(self) -> dict[str, Any]:
+        """All fields and the fingerprint, for JSON; a shard without a mask has no keys for one."""
+        content = asdict(self) | {"fingerprint": self.fingerprint}
+        for shard in [shard for split in content["splits"].values() for shard in split["shards"]]:
+            if shard["mask_sha256"] is None:
+                del shard["mask_sha256"], shard["counted"]
+        return content
+
     def write(self, folder: Path) -> None:
-        content = {"version": MANIFEST_VERSION, **asdict(self), "fingerprint": self.fingerprint}
+        content = {"version": MANIFEST_VERSION, **self.content()}
         if not self.first_skipped:
             del content["first_skipped"]
         for name in ("characters", "added"):
             if not content[name]:
                 del content[name]
-        for shard in [shard for split in content["splits"].values() for shard in split["shards"]]:
-            if shard["mask_sha256"] is None:
-                del shard["mask_sha256"], shard["counted"]
         write_atomic(folder / MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
