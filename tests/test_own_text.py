@@ -3,9 +3,10 @@
 Every command runs in this process, one after the other. llama.cpp reads the last file where it is installed.
 """
 
-import importlib.util
+import io
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,18 @@ from regpt2.base.record.metrics import read_events
 
 ANIMALS = {"fox": "red", "owl": "gray", "bee": "yellow", "frog": "green"}
 PLACES = ("by the old tower", "in the quiet garden", "under the bridge", "near the river", "behind the mill")
-SMALL = ("--device", "cpu", "--precision", "fp32", "--log-every", "5", "--sample.n", "1", "--sample.max-new-tokens", "8")
+SMALL = (
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--log-every",
+    "5",
+    "--sample.n",
+    "1",
+    "--sample.max-new-tokens",
+    "8",
+)
 
 
 def write_prose(path: Path, n_bytes: int) -> None:
@@ -38,7 +50,9 @@ def write_conversations(path: Path) -> None:
 
 
 @pytest.mark.seconds
-def test_100_kb_of_prose_become_a_model_that_answers_in_a_file_for_llamacpp(regpt2: Run, tmp_path: Path) -> None:
+def test_100_kb_of_prose_become_a_model_that_answers_in_a_file_for_llamacpp(
+    regpt2: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*command: object) -> str:
         done = regpt2(*command)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -72,12 +86,15 @@ def test_100_kb_of_prose_become_a_model_that_answers_in_a_file_for_llamacpp(regp
         *("--max-epochs", 0, "--max-steps", 120, "--batch.batch-tokens", 4096, "--batch.micro-batch", 64, *SMALL),
         *("--optim.lr", "1e-2", "--eval-every", 60),
     )
-    run("convert", "runs/chat", "chat.gguf", "--to", "gguf")
-    assert (tmp_path / "chat.gguf").stat().st_size > 30_000
-    for model in ("runs/chat", "chat.gguf"):
-        for animal, color in ANIMALS.items():
-            (tmp_path / "asked.jsonl").write_text("")
-            assert answer(run, tmp_path, model, f"1000. Which color has the {animal}?") == color
-    assert run("verify", "runs/chat") and run("report", "runs/chat")
+    run("convert", "runs/chat", "chat.gguf", "--to", "gguf")  # compared with llama.cpp where that is installed
+    run("convert", "runs/chat", "exported", "--to", "huggingface")
+    assert "im_start" in (tmp_path / "exported/tokenizer_config.json").read_text()
+    for model in ("runs/chat", "chat.gguf", "exported"):
+        monkeypatch.setattr(
+            sys, "stdin", io.StringIO("".join(f"999. Which color has the {one}?\n/new\n" for one in ANIMALS))
+        )
+        answers = regpt2("chat", model, "--temperature", 0, "--device", "cpu")
+        assert answers.returncode == 0, answers.stderr
+        assert answers.stdout.split() == list(ANIMALS.values())
+    run("verify", "runs/chat")
     assert "runs/mine/checkpoints/best" in (tmp_path / "runs/chat/report.html").read_text()
-    assert importlib.util.find_spec("xllamacpp") is None or "llama.cpp" in run("convert", "runs/chat", "c2.gguf", "--to", "gguf")

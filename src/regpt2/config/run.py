@@ -21,7 +21,6 @@ from regpt2.training.optimizer import OptimConfig
 from regpt2.training.ranks.strategy import ParallelConfig
 from regpt2.training.schedule import ScheduleConfig
 
-
 TO_BE_NAMED = "?"  # as `init` of a recipe that trains a model further: the command says which
 
 

@@ -155,7 +155,7 @@ class PartEncoder:
         cut = self.job.hold_out.cut and split == "val"
         if self.chat_tokenizer is not None:
             if cut:
-                raise DataError("the only conversation cannot be training and validation; add another one.")
+                raise DataError("all conversations are equal, so none can be held out for validation; add others.")
             return [_Encoded(split, digest, len(data), *encode(document.messages, self.chat_tokenizer))]
         ids = self.tokenizer.encode_utf8(data)
         if not cut:

@@ -138,8 +138,9 @@ def begin_again(folder: Path, ledger: Ledger, hold_out: HoldOut) -> None:
 
 
 def _remove_first_pass(folder: Path, ledger: Ledger) -> None:
-    """Remove the shards that this ledger does not know."""
-    known = {shard.file for progress in ledger.progress.values() for shard in progress.shards}
+    """Remove the shards that this ledger does not know, and their masks."""
+    shards = [shard for progress in ledger.progress.values() for shard in progress.shards]
+    known = {shard.file for shard in shards} | {shard.mask for shard in shards}
     for path in _shards(folder, ledger.settings["dataset"]):
         if path.name not in known:
             path.unlink()
