@@ -118,7 +118,19 @@ def test_a_run_stops_early_and_trains_no_further_until_it_is_told_to(
 ) -> None:
     run, at = tmp_path / "run", stops_at(straight, 2)
     assert lowest(straight)[0] + 8 <= at < LAST
-    arguments = ("train", recipe, "--data", data, "--run", run, "--keep-best", "--stop-after-worse", 2)
+    only_at_its_end = ("--save-every", 100)
+    arguments = (
+        "train",
+        recipe,
+        "--data",
+        data,
+        "--run",
+        run,
+        *only_at_its_end,
+        "--keep-best",
+        "--stop-after-worse",
+        2,
+    )
     first = regpt2(*arguments)
     assert first.returncode == 0
     best = f"best: step {end_of(run)['best_step']}, validation loss"
