@@ -172,6 +172,8 @@ def test_a_short_text_is_cut_in_the_middle_and_a_line_without_spaces_anywhere() 
     assert cut("ab") == ("a", "b") and cut(" \n a b \n") == (" \n a", " b \n")
     assert cut("x" * 100_000, 0.1) == ("x" * 90_000, "x" * 10_000)
     assert cut("ü" * 9) == ("ü" * 4, "ü" * 5)
+    spaces = " " * 100
+    assert cut(f"ab{spaces}") == ("a", f"b{spaces}") and cut(f"{spaces}ab") == (f"{spaces}a", "b")
     assert cut("a") is None and cut("\n a \n") is None and cut(" \n ") is None
 
 

@@ -9,7 +9,7 @@ from regpt2.data.sources.kinds import csv_records
 from regpt2.data.sources.kinds.csv_records import row_documents
 from regpt2.data.sources.plan import Skipped
 
-TEXTS = ["plain", 'a "quoted", one', "two\nlines", "line\u2028separator and \x0b", "ü€", ""]
+TEXTS = ["plain", "with a\r\nreturn", 'a "quoted", one', "two\nlines", "line\u2028separator and \x0b", "ü€", ""]
 
 
 def read(data: bytes, field: str = "text", encoding: str = "utf-8") -> tuple[list[str], Skipped]:
