@@ -75,7 +75,7 @@ def test_transformers_renders_and_encodes_the_exported_template_alike(folders: d
         ids = theirs.apply_chat_template(dicts(messages), add_generation_prompt=asked, return_dict=False)
         assert ids == [50256, *encode(messages, ours, add_generation_prompt=asked)[0].tolist()]
     settings = json.loads((folders["huggingface"] / "tokenizer_config.json").read_text())
-    assert settings["chat_template"] == TEMPLATE  # where older versions look for it too
+    assert settings["chat_template"] == TEMPLATE
 
 
 def test_transformers_generates_our_answer_and_stops_at_its_end(folders: dict[str, Path]) -> None:

@@ -36,11 +36,13 @@ def write_random(folder: Path, name: str = "gpt2", block_size: int = 128, ends_a
 
 
 @torch.no_grad()
-def write_parrot(folder: Path, *answers: tuple[str, str], block_size: int = 128, ends: int = END) -> None:
+def write_parrot(
+    folder: Path, *answers: tuple[str, str], block_size: int = 128, ends: int = END, after: str = ""
+) -> None:
     """A model of bytes that answers each of these messages with these words, if they come in this order.
 
     Each position shouts the id that comes next: those of the answer from where the prompt ends. All others
-    shout `ends`.
+    shout `ends`, but for those that shout `after` once an answer has ended.
     """
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=259, block_size=block_size, vocab_size=259))
     for p in model.parameters():
@@ -52,7 +54,7 @@ def write_parrot(folder: Path, *answers: tuple[str, str], block_size: int = 128,
     for question, answer in answers:
         messages.append(Message("user", question))
         at = len(prompt_ids(messages, BYTES)) - 1
-        for place, token in enumerate(answer.encode(), start=at):
+        for place, token in enumerate([*answer.encode(), ends, *after.encode()], start=at):
             model.wpe.weight[place] = 0.0
             model.wpe.weight[place, token] = 100.0
         messages.append(Message("assistant", answer))

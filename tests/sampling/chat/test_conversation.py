@@ -37,7 +37,7 @@ def test_an_answer_ends_at_its_mark_and_arrives_in_whole_characters(tmp_path: Pa
 
 
 def test_the_end_of_text_ends_an_answer_too(tmp_path: Path) -> None:
-    write_parrot(tmp_path, ("hi", "yes"), ends=EOT)
+    write_parrot(tmp_path, ("hi", "yes"), ends=EOT, after="and no")
     assert chat_of(tmp_path, temperature=0).answer(user("hi")) == Answer("yes", 0, finished=True)
 
 

@@ -112,7 +112,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, block_size: int) -> No
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         "added_tokens_decoder": {str(n): flags for n, flags in specials.items()},
     }
-    if vocabulary.chat_template is not None:  # here every version of transformers finds it
+    if vocabulary.chat_template is not None:
         settings["chat_template"] = vocabulary.chat_template
     write_json(folder / SETTINGS, settings)
 
