@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -279,7 +280,8 @@ def test_other_formats_keep_the_vocabulary_and_mixtures_compare_it(
     assert "its tokens are those of its vocab.bpe" in capsys.readouterr().err
     assert main(["inspect", str(folder), "--against", str(tmp_path / "back")]) == 0
     assert main(["reshard", str(tmp_path / "n"), str(tmp_path / "x"), "--to", "native", "--tokenizer", "gpt2"]) == 2
-    (tmp_path / "other.json").write_text(tokenizer_json(vocab_bytes([f"a {chr(97 + n)}" for n in range(26)])))
+    pairs = [f"{a} {b}" for a in ascii_lowercase for b in ascii_lowercase][: N - 257]  # as many tokens, others
+    (tmp_path / "other.json").write_text(tokenizer_json(vocab_bytes(pairs)))
     regpt2.prepare(DOCS, tmp_path / "o", tokenizer=str(tmp_path / "other.json"), workers=1)
     two = ["--mix", f"{folder}=1", f"{tmp_path / 'o'}=1", "--run", str(tmp_path / "run")]
     assert main(["train", "demo", *two, "--model.vocab-size", str(N)]) == 1
