@@ -224,7 +224,7 @@ def test_gpt2s_own_file_and_wrong_options_are_named(
     (tmp_path / "gpt2.json").write_text(tokenizer_json(find_vocab().read_bytes()))
     command = ["prepare", "text_files", "--input", str(DOCS), "--out", str(tmp_path / "d"), "--tokenizer"]
     for arguments, code, message in [
-        ([str(tmp_path / "gpt2.json")], 1, "choose --tokenizer gpt2"),
+        ([str(tmp_path / "gpt2.json")], 1, "choose --tokenizer gpt2 instead"),
         (["gtp2"], 2, "did you mean 'gpt2'?"),
         ([str(tmp_path / "no.json")], 2, "no such file"),
         ([str(DOCS)], 2, "there is no tokenizer.json in this folder"),

@@ -89,7 +89,7 @@ def _vocabulary(found: Described) -> bytes:
     ids, merges = found.ids, found.merges
     vocab = vocab_bytes(merges)
     if sha256_bytes(vocab) == VOCAB_SHA256:
-        raise Fault("is GPT-2's own; choose --tokenizer gpt2")
+        raise DataError("this tokenizer.json is GPT-2's own; choose --tokenizer gpt2 instead.")
     if why := layout_fault(ids, merges) or fault_of(merges):
         raise Fault(why)
     end = 256 + len(merges)
