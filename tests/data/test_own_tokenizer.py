@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from regpt2.data.tokenizer import OWN_FILE, BytePairTokenizer, BytesTokenizer, f
 from regpt2.data.tokens.shards import open_tokens, verify
 from regpt2.data.train_tokenizer import TrainTokenizerOptions, _Texts
 from regpt2.model.files.contract import Vocabulary
-from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import gguf, huggingface, llmc, nanogpt, native, safetensors
 
@@ -146,7 +146,7 @@ WORDS = st.sampled_from(["the ", " tokens", "don't", "\n\n", "  ", " 'S", "naïv
 TEXTS = st.lists(st.one_of(st.text(KNOWN, max_size=6), WORDS), max_size=12).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=TEXTS.filter(lambda text: END_OF_TEXT not in text))
 def test_ids_are_those_of_the_package_and_give_the_text_back(
     ours: BytePairTokenizer, theirs: Tokenizer, text: str
@@ -224,7 +224,7 @@ def test_gpt2s_own_file_and_wrong_options_are_named(
     (tmp_path / "gpt2.json").write_text(tokenizer_json(find_vocab().read_bytes()))
     command = ["prepare", "text_files", "--input", str(DOCS), "--out", str(tmp_path / "d"), "--tokenizer"]
     for arguments, code, message in [
-        ([str(tmp_path / "gpt2.json")], 1, "choose --tokenizer gpt2"),
+        ([str(tmp_path / "gpt2.json")], 1, "choose --tokenizer gpt2 instead"),
         (["gtp2"], 2, "did you mean 'gpt2'?"),
         ([str(tmp_path / "no.json")], 2, "no such file"),
         ([str(DOCS)], 2, "there is no tokenizer.json in this folder"),
@@ -279,7 +279,8 @@ def test_other_formats_keep_the_vocabulary_and_mixtures_compare_it(
     assert "its tokens are those of its vocab.bpe" in capsys.readouterr().err
     assert main(["inspect", str(folder), "--against", str(tmp_path / "back")]) == 0
     assert main(["reshard", str(tmp_path / "n"), str(tmp_path / "x"), "--to", "native", "--tokenizer", "gpt2"]) == 2
-    (tmp_path / "other.json").write_text(tokenizer_json(vocab_bytes([f"a {chr(97 + n)}" for n in range(26)])))
+    pairs = [f"{a} {b}" for a in ascii_lowercase for b in ascii_lowercase][: N - 257]  # as many tokens, others
+    (tmp_path / "other.json").write_text(tokenizer_json(vocab_bytes(pairs)))
     regpt2.prepare(DOCS, tmp_path / "o", tokenizer=str(tmp_path / "other.json"), workers=1)
     two = ["--mix", f"{folder}=1", f"{tmp_path / 'o'}=1", "--run", str(tmp_path / "run")]
     assert main(["train", "demo", *two, "--model.vocab-size", str(N)]) == 1
@@ -308,11 +309,6 @@ def test_a_run_keeps_it_in_its_checkpoints_and_resumes_bit_for_bit(
     assert loaded.tokenizer.fingerprint == ours.fingerprint
     assert loaded.tokenizer.encode("The tokens") == ours.encode("The tokens")
     assert ours.fingerprint in (tmp_path / "run" / "metrics.jsonl").read_text()
-    config = json.loads((last / "config.json").read_text())
-    config["tokenizer"]["merges"] = config["tokenizer"]["merges"].replace("e", "f")
-    (last / "config.json").write_text(json.dumps(config))
-    with pytest.raises(regpt2.CheckpointError):
-        load_model(str(tmp_path / "run" / "checkpoints" / "step-00000004"))
 
 
 # --- exports ---
@@ -365,6 +361,15 @@ def test_llmc_holds_the_tokens_and_takes_the_file_beside(file: Path, ours: ByteP
     with pytest.raises(regpt2.CheckpointError, match=r"give its tokenizer\.json in the same way"):
         _ = regpt2.load(tmp_path).tokenizer
     assert regpt2.load(tmp_path, tokenizer=file).tokenizer.fingerprint == ours.fingerprint
+
+
+def test_merges_that_were_changed_in_a_model_are_refused(ours: BytePairTokenizer, tmp_path: Path) -> None:
+    native.write(tiny(N), tmp_path, vocabulary("bpe", ours))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tokenizer"]["merges"] += "a b\n"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(regpt2.CheckpointError, match="the tokenizer's merges have SHA-256"):
+        regpt2.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "gpt2"])

@@ -87,6 +87,9 @@ def _object(text: str) -> Mapping[str, Any]:
 def _vocabulary(found: Described) -> bytes:
     """The `vocab.bpe`, if ids and merges are GPT-2's layout and nothing else is a token."""
     ids, merges = found.ids, found.merges
+    vocab = vocab_bytes(merges)
+    if sha256_bytes(vocab) == VOCAB_SHA256:
+        raise DataError("this tokenizer.json is GPT-2's own; choose --tokenizer gpt2 instead.")
     if why := layout_fault(ids, merges) or fault_of(merges):
         raise Fault(why)
     end = 256 + len(merges)
@@ -97,7 +100,4 @@ def _vocabulary(found: Described) -> bytes:
     for text, n in tokens:
         if (text, n) != (END_OF_TEXT, end):
             raise Fault(f"has the token {text!r:.80} with the id {n!r:.40}, expected none but {END_OF_TEXT} ({LAYOUT})")
-    vocab = vocab_bytes(merges)
-    if sha256_bytes(vocab) == VOCAB_SHA256:
-        raise Fault("is GPT-2's own; choose --tokenizer gpt2")
     return vocab
