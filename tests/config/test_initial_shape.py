@@ -9,7 +9,7 @@ import pytest
 
 from conftest import TINY_RECIPE, Run
 from regpt2.base.errors import ConfigError
-from regpt2.config.recipe_files import configured, load_recipe
+from regpt2.config.recipe_files import configured, defaults_for, load_recipe
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import to_toml
 from regpt2.model.files import load
@@ -145,3 +145,10 @@ def test_a_look_at_the_shape_does_not_read_the_weights(source: Path, monkeypatch
     found = load.peek_model(f"{source}:gelu")
     assert found.config == dataclasses.replace(SHAPE, activation="gelu")
     assert RunConfig().init == ""
+
+
+def test_an_option_replaces_a_word_of_the_recipe_that_disagrees(source: Path, bare: Path) -> None:
+    bare.write_text(WITHOUT_MODEL + "\n[model]\nblock_size = 1024\n")
+    assert configured(str(bare), {"init": source, "model": {"block_size": 40}}).model.block_size == 40
+    options = ["--init", str(source), "--model.block-size", "40"]
+    assert defaults_for(str(bare), options).model.block_size == 48  # the parser then sets 40
