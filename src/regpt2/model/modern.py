@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from regpt2.base.errors import ConfigError
-from regpt2.model.gpt import LayerNorm, Linear
+from regpt2.model.gpt import Embedding, LayerNorm, Linear
 from regpt2.model.kernels.attention import DocumentMask, causal_attention, document_mask, document_numbers
 from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
 from regpt2.model.kernels.norm import RMS_EPS, reciprocal_rms, rms_norm, widened
@@ -211,9 +211,9 @@ class ModernGPT(LanguageModel):
     def __init__(self, config: ModernConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config: ModernConfig = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rotary:
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.wpe = Embedding(config.block_size, config.n_embd)
         if config.rms_norm:
             self.ln_emb = RMSNorm(config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
