@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from regpt2.base.byte_level.merges import END_OF_TEXT
 from regpt2.base.errors import DataError, did_you_mean
 from regpt2.data.added_tokens import AddedTokens
-from regpt2.data.tokenizer import END_OF_TEXT, Tokenizer
+from regpt2.data.tokenizer import Tokenizer
 
 START, END = SPECIAL = ("<|im_start|>", "<|im_end|>")
 ROLES = SYSTEM, USER, ASSISTANT = ("system", "user", "assistant")

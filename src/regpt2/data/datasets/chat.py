@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from regpt2.base.byte_level.merges import END_OF_TEXT
 from regpt2.base.errors import DataError, UsageError
 from regpt2.data.chat_template import ASSISTANT, SPECIAL, SYSTEM, USER, Message, check, render
 from regpt2.data.sources import hub, hub_splits, records
 from regpt2.data.sources.plan import Document, Part, Plan, Skipped, Source, Wanted, group, input_file, revision_of
 from regpt2.data.sources.published import described, refuse, whole_files
-from regpt2.data.tokenizer import END_OF_TEXT
 
 DESCRIPTION = "conversations: --input FILE or folder of .jsonl .json .parquet, or --repo OWNER/NAME; trains the answers"
 FIELD = "messages"
