@@ -32,7 +32,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that draws no numbers: `init_weights` does, or a file has them. On "meta" it saves 3 s of imports."""
+    """nn.Embedding that draws no numbers: `init_weights` does, or a file has them. On "meta" that spares 3 s."""
 
     def reset_parameters(self) -> None:
         pass
