@@ -259,13 +259,13 @@ def test_what_a_model_writes_never_drives_the_terminal(
 ) -> None:
     ids = [*range(256), *HOSTILE.encode("utf-8", "replace")]
 
-    def writes(model: GPT, prompt: torch.Tensor, *_: object, on_token: object = None, **__: object) -> torch.Tensor:
-        for token in ids if callable(on_token) else []:
-            on_token(torch.tensor([token]))  # type: ignore[operator]
-        return torch.cat([prompt, torch.tensor([ids] * n)], dim=1)
+    given = iter(ids)
 
-    monkeypatch.setattr("regpt2.sampling.continue_text.generate", writes)
-    texts = sample(SampleOptions(str(bytes_model), HOSTILE, n=n))
+    def draw(_: object, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(logits),), next(given))
+
+    monkeypatch.setattr("regpt2.sampling.writing._Pen.draw", draw)
+    texts = sample(SampleOptions(str(bytes_model), HOSTILE, max_new_tokens=len(ids), n=n))
     shown = capsys.readouterr()
     assert unsafe(texts[0]) and not unsafe(shown.out) and not unsafe(shown.err)
     assert "\\x1b]52;c;aGk=\\x07" in shown.out

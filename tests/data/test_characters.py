@@ -194,7 +194,7 @@ def test_a_mixture_of_other_characters_is_refused(tmp_path: Path) -> None:
     with open_mixture(read_shares("", [f"{first}=1", f"{same}=1"])) as mixture:
         assert mixture.tokenizer().characters == "\nabc"
     with pytest.raises(
-        DataError, match=r"c was made with the tokenizer 'characters' of 4 tokens, .*a with other 'chara"
+        DataError, match=r"c was made with the tokenizer 'characters' of 4 tokens, .*a with another 'chara"
     ):
         open_mixture(read_shares("", [f"{first}=1", f"{other}=1"]))
 

@@ -109,7 +109,7 @@ def test_a_small_text_gives_fewer_tokens_and_says_so(tmp_path: Path, capsys: pyt
         (["train", "--input", "{docs}", "--vocab-size", "65536", "--out", "{tmp}/t"], 2, "to 65,535: ids are kept"),
         (["train", "--input", "{docs}", "--vocab-size", "300", "--out", "{docs}/data.md"], 2, "exists; name another"),
         (["train", "--input", "{tmp}/no", "--vocab-size", "300", "--out", "{tmp}/t"], 2, "no such file or folder"),
-        (["train", "--input", "{tmp}", "--vocab-size", "300", "--out", "{tmp}/t"], 1, "no .txt"),
+        (["train", "--input", "{tmp}", "--vocab-size", "300", "--out", "{tmp}/t"], 1, "no file to read"),
         (["train", "--vocab-size", "300", "--out", "{tmp}/t"], 2, "--input PATH is missing"),
         (["trian"], 2, "did you mean 'train'?"),
         ([], 2, "Available: train"),

@@ -226,12 +226,17 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def feed(name: str, data: bytes) -> None:
-    """Run a target on one input; a slow one is a fault too."""
+    """Run a target on one input; a slow one is a fault too, if it is slow again: the first may be slowed by imports."""
+    took_s = _took_s(name, data)
+    took_s = took_s if took_s <= MOST_S else min(took_s, _took_s(name, data))
+    assert took_s <= MOST_S, f"{name}: {len(data):,} bytes took {took_s:.1f} s"
+
+
+def _took_s(name: str, data: bytes) -> float:
     before = time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         TARGETS[name](data)
-    took_s = time.process_time() - before
-    assert took_s <= MOST_S, f"{name}: {len(data):,} bytes took {took_s:.1f} s"
+    return time.process_time() - before
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def test_the_record_says_what_the_run_saw(straight: Path, folders: tuple[Path, P
     assert start["dataset"].startswith("mixture ")
     assert facts_of(events).dataset is None, "a mixture is not held against the curve of one of its data sets"
     (note,) = [event["text"] for event in events if event["event"] == "note"]
-    assert note.startswith("this run goes 4.6 times through code; beyond 4 times")
+    assert note.startswith("this run reads the 200 tokens of code 4.6 times. Beyond 4 times repeated text")
     assert read_toml(straight / "config.toml").mix == mix(folders, 0.7, 0.3)
     assert certificate(read_record(straight))["Mixture"] == "0.7 of fineweb_edu, 0.3 of code"
 

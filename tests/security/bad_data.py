@@ -95,6 +95,11 @@ def arrays() -> dict[str, Content]:
     }
 
 
+def known(shard: Shard) -> dict[str, Any]:
+    """A shard as the manifest has it: without what it has not."""
+    return {name: value for name, value in vars(shard).items() if value is not None}
+
+
 def manifest(**changed: Any) -> dict[str, Content]:
     """A true folder of one shard of bytes, its manifest changed."""
     data = shard(4, 4)
@@ -109,7 +114,7 @@ def manifest(**changed: Any) -> dict[str, Content]:
         "tokenizer_fingerprint": "f" * 64,
         "vocab_size": 257,
         "options": {},
-        "splits": {"train": {"documents": 1, "tokens": 4, "text_bytes": 4, "shards": [vars(record)]}},
+        "splits": {"train": {"documents": 1, "tokens": 4, "text_bytes": 4, "shards": [known(record)]}},
         "skipped": {},
         "fingerprint": true.fingerprint,
     }

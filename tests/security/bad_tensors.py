@@ -48,7 +48,7 @@ def headers() -> dict[str, bytes]:
         "a header of 2**63": safetensors(one(), n_bytes=2**63),
         "a header of 2**64 - 1": safetensors(one(), n_bytes=2**64 - 1),
         "a header of 99 MB": safetensors(one(), n_bytes=99_000_000),
-        "a header of 2 MB": safetensors(json.dumps(one()) + " " * (2 << 20)),
+        "a header of 5 MB": safetensors(json.dumps(one()) + " " * (5 << 20)),
         "a header beyond the file": safetensors(one(), n_bytes=10_000),
         "an empty header": safetensors(""),
         "7 bytes": b"\0" * 7,

@@ -123,7 +123,7 @@ class Retention(RuleBasedStateMachine):
 
         saver = checkpoint.Saver(self.checkpoints, self.keep)
         with on_disk(disk), patch.object(checkpoint, "write", write), patch.object(checkpoint, "prune", prune):
-            saver._write(snap(self.step))
+            saver._write(snap(self.step), saver._put_newest)
         died = isinstance(saver._error, Killed)
         assert died or saver._error is None, saver._error
         if died:

@@ -41,4 +41,5 @@ def _entry(name: object) -> Any:
 def switches_on(config: GPTConfig) -> list[str]:
     """The settings that a model has switched on and GPT-2 does not have."""
     common = {field.name for field in fields(GPTConfig)}
-    return [field.name for field in fields(config) if field.name not in common and getattr(config, field.name)]
+    own = [field for field in fields(config) if field.name not in common and type(field.default) is not int]
+    return [field.name for field in own if getattr(config, field.name)]  # a whole number, as an id, is no switch

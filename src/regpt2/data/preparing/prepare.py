@@ -218,8 +218,9 @@ def _summarize(manifest: Manifest, options: PrepareOptions, elapsed_s: float) ->
     say(f"  fingerprint {manifest.fingerprint[:16]}, in {options.out}")
     n_tokens, name = min((split.tokens, name) for name, split in manifest.splits.items())
     if n_tokens < WINDOW_TOKENS:
-        fits = 1 << ((n_tokens - 1).bit_length() - 1)  # a power of two divides the tokens of an update
+        fits = (1 << (n_tokens - 1).bit_length()) // 2  # a power of two divides the tokens of an update
+        shorter = f"Give train --batch.seq-len {fits} or less, or prepare" if fits else "Prepare"
         warn(
-            f"the {name} split has {n_tokens:,} tokens, fewer than the {WINDOW_TOKENS:,} of one window of GPT-2. Give "
-            f"train --batch.seq-len {fits} or less, or prepare more text or with another --val-fraction."
+            f"the {name} split has {n_tokens:,} tokens, fewer than the {WINDOW_TOKENS:,} of one window of GPT-2. "
+            f"{shorter} more text or with another --val-fraction."
         )

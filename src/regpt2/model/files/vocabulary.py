@@ -17,6 +17,7 @@ from regpt2.base.files import sha256_bytes
 from regpt2.model.files.contract import GPT2_TOKENS, Vocabulary
 
 OWN = "bpe"  # the name of a byte-pair encoding of the user's own
+BYTES_SHA256 = sha256_bytes(BYTES_TOKENIZER)  # the fingerprint of the tokenizer "bytes"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
 GPT2_TEXTS_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"  # of `token_texts`, one a line
 
@@ -25,7 +26,7 @@ def token_texts(vocabulary: Vocabulary | None) -> list[str] | None:
     """Every token in the order of ids, in GPT-2's printable form; None if the vocabulary is not available."""
     if vocabulary is not None and vocabulary.merges is not None:
         return tokens_of(merges_of(vocabulary))
-    if vocabulary is not None and vocabulary.name == "bytes" and vocabulary.eot == 256:
+    if vocabulary is not None and vocabulary.fingerprint == BYTES_SHA256:
         return bytes_texts()
     return None
 
@@ -65,7 +66,7 @@ def other_vocabulary(ids: Mapping[str, Any], merges: Sequence[str]) -> Vocabular
     """
     texts = bytes_texts()
     if not merges and all(ids.get(text) == n for n, text in enumerate(texts[:-1])) and ids.get(END_OF_TEXT, 256) == 256:
-        return Vocabulary("bytes", sha256_bytes(BYTES_TOKENIZER), len(texts) - 1)
+        return Vocabulary("bytes", BYTES_SHA256, len(texts) - 1)
     if why := layout_fault(ids, merges):
         return why
     if why := fault_of(merges):
