@@ -50,6 +50,7 @@ def test_every_malicious_file_is_refused_and_none_is_run(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # of the corpus, which seldom changes
 def test_the_code_in_the_corpus_does_run_where_nothing_guards_it(tmp_path: Path) -> None:
     """Else its being refused would prove nothing."""
     script = """if True:

@@ -28,6 +28,7 @@ def inject(folder: Path, *options: object) -> tuple[int, dict[int, dict[str, Any
     return done.returncode, {row["number"]: row for row in json.loads(result.read_text())["faults"]}
 
 
+@pytest.mark.slow  # as `make faults`, which CI runs too
 def test_without_a_bug_the_faults_are_met(tmp_path: Path) -> None:
     numbers = ",".join(str(number) for number, _ in RED.values())
     code, rows = inject(tmp_path, "--only", numbers, "--count", 3)
@@ -35,7 +36,9 @@ def test_without_a_bug_the_faults_are_met(tmp_path: Path) -> None:
     assert len(rows) == len(RED)
 
 
-@pytest.mark.parametrize("plant", RED)
+@pytest.mark.parametrize(
+    "plant", ["naive_save", *(pytest.param(name, marks=pytest.mark.slow) for name in list(RED)[1:])]
+)
 def test_a_planted_bug_turns_its_fault_red(tmp_path: Path, plant: str) -> None:
     number, count = RED[plant]
     code, rows = inject(tmp_path, "--only", number, "--count", count, "--plant", plant)

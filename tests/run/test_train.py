@@ -186,7 +186,7 @@ def test_kill_9_at_random_moments_changes_no_bit(tmp_path: Path, tiny_data: Path
     assert evals(killed) == evals(reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_and_sigterm_save_and_leave_and_the_same_command_goes_on(
     tmp_path: Path, tiny_data: Path, number: signal.Signals
 ) -> None:

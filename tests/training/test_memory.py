@@ -166,7 +166,7 @@ def test_with_lora_a_layer_keeps_what_autograd_keeps(
     [
         (GPTConfig, (4, 4, 64, 257), 9, 512, 2, "fp32"),
         (ModernConfig, (4, 4, 64, 257), 16, 128, 1, "bf16"),
-        (GPTConfig, (2, 4, 128, 4096), 4, 300, 3, "bf16"),
+        pytest.param(GPTConfig, (2, 4, 128, 4096), 4, 300, 3, "bf16", marks=pytest.mark.slow),
         (GPTConfig, (2, 4, 64, 8192), 1, 32, 1, "fp32"),  # the merged copy counts most
     ],
 )
@@ -213,15 +213,19 @@ CASES = [
     ((4, 4, 64, 257), 9, 512, 2, "fp32"),  # GELU is computed again
     ((2, 4, 64, 8192), 4, 512, 1, "bf16"),  # the head counts most
     ((2, 4, 64, 8192), 1, 32, 2, "fp32"),  # the embedding's gradient does
-    ((2, 4, 128, 4096), 4, 300, 3, "bf16"),
 ]
+LONG = ((2, 4, 128, 4096), 4, 300, 3, "bf16")
 SQUARE = ((1, 4, 128, 257), 9, 512, 1, "fp32")  # the backward pass through relu(x)^2 counts most
 
 
 @pytest.mark.seconds
 @pytest.mark.parametrize(
     ("kind", "shape", "micro_batch", "seq_len", "accum", "precision"),
-    [*((kind, *case) for kind in (GPTConfig, ModernConfig) for case in CASES), (ModernConfig, *SQUARE)],
+    [
+        *((kind, *case) for kind in (GPTConfig, ModernConfig) for case in CASES),
+        (ModernConfig, *SQUARE),
+        *(pytest.param(kind, *LONG, marks=pytest.mark.slow) for kind in (GPTConfig, ModernConfig)),
+    ],
 )
 def test_the_fullest_moment_is_what_is_alive_in_a_real_step(
     kind: type[GPTConfig], shape: tuple[int, int, int, int], micro_batch: int, seq_len: int, accum: int, precision: str

@@ -130,6 +130,7 @@ def test_two_workers_write_the_same_bytes_as_one(corpus: Path, reference: dict[s
     assert str(tmp_path) not in reference["manifest.json"].decode()
 
 
+@pytest.mark.slow  # `make faults` kills it too
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     corpus: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -48,8 +48,15 @@ print(json.dumps("".join(names.get(event.name, "") for event in events)))
 """
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("model", ["gpt2", "modern"])
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        ("gpt2", "eager"),
+        ("gpt2", "compiled"),
+        pytest.param("modern", "eager", marks=pytest.mark.slow),
+        pytest.param("modern", "compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_most_buckets_are_sent_before_the_last_products(model: str, mode: str) -> None:
     done = subprocess.run([sys.executable, "-c", CODE, model, mode], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
