@@ -140,16 +140,21 @@ def test_two_workers_hold_out_what_one_does(tmp_path: Path, monkeypatch: pytest.
     assert len(texts_of(tmp_path / "1", "val")) == 1
 
 
-def test_a_text_of_a_few_pieces_holds_out_one_of_them(tmp_path: Path) -> None:
+def test_a_text_of_a_few_pieces_holds_out_the_end_of_one_of_them(tmp_path: Path) -> None:
     """100 kB in a file are four pieces, of which by number none falls to validation."""
     text = "".join(f"Paragraph {n} of a text.\n\n" for n in range(4000))
     (tmp_path / "text.txt").write_text(text)
     manifest = prepare(options_for(tmp_path / "text.txt", tmp_path / "out"))
-    assert [manifest.splits[name].documents for name in ("train", "val")] == [3, 1]
-    pieces = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
-    assert Counter("".join(pieces).split("\n\n")) == Counter(text.split("\n\n"))
-    lowest = min(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest())
-    assert texts_of(tmp_path / "out", "val") == [lowest]
+    assert [manifest.splits[name].documents for name in ("train", "val")] == [4, 1]
+    assert manifest.splits["val"].tokens >= WINDOW_TOKENS, "a run with GPT-2's windows can be validated"
+    assert manifest.splits["val"].tokens < 2 * WINDOW_TOKENS, "and the most of little text is for training"
+    assert manifest.options["held_out"].startswith("the end of the piece with the lowest SHA-256")
+    others, (end,) = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
+    assert Counter("".join([*others, end]).split("\n\n")) == Counter(text.split("\n\n"))
+    pieces = [piece + end if piece + end in text else piece for piece in others]
+    assert "".join(pieces) == text, "each piece begins where the one before ends"
+    long = [piece for piece in pieces if len(piece) >= 8192]
+    assert min(long, key=lambda piece: hashlib.sha256(piece.encode()).digest()).endswith(end)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])

@@ -117,7 +117,7 @@ class PartEncoder:
                 has_both = all(output.tally.documents for output in outputs.values())
                 digest, split = self._digest_and_split(document, data, needs_digest=not has_both)
                 if digest and document.split is None:
-                    digests.include(Digests(digest.hex(), digest.hex(), skipped.file))
+                    digests.include(Digests.of(document, digest, len(data), skipped.file))
                 for piece in self._pieces(document, text, data, digest, split):
                     outputs[piece.split].add(self.tokenizer.start_id, piece.ids, piece.n_bytes, piece.counted)
                     progress.encoded(piece.n_bytes)

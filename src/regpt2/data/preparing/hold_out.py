@@ -1,8 +1,8 @@
 """What small inputs hold out for validation. In: the SHA-256 of every document; out: a rule that leaves no split empty.
 
 By `--val-fraction` few documents can all fall to one split. Then the document with the lowest SHA-256 is the
-validation split, and all others are for training. If there is one text alone, its end is the validation split. The
-rule depends on the texts alone, so workers, engines and interruptions do not change it.
+validation split, and all others are for training. Of a long text, which is cut into pieces, and of a text that is alone,
+only an end is held out. The rule depends on the texts alone, so workers, engines and interruptions do not change it.
 """
 
 from dataclasses import dataclass
@@ -10,42 +10,61 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from regpt2.data.sources.plan import Document
 from regpt2.data.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 1025  # of GPT-2: 1,024 and the one after them
+_SMALL_BYTES = 8192  # the last piece of a text may be too short for a window
 _ROOM_TOKENS = 16  # the end is encoded anew, which can give a few tokens less
 _LOOK_BACK = 2000  # characters, for a place to cut
 
 
 @dataclass
 class Digests:
-    """The lowest and the highest SHA-256 (hex) of documents, and the first file with the lowest; empty without any."""
+    """The lowest and the highest SHA-256 (hex) of documents, and the first file with the lowest; empty without any.
+
+    Each has a digit in front, 1 for a short piece of a longer text, so that it is the lowest only among its like.
+    """
 
     lowest: str = ""
     highest: str = ""
     file: str = ""
+    is_piece: bool = False
+    """The lowest is a piece of a longer text."""
+
+    @classmethod
+    def of(cls, document: Document, digest: bytes, n_bytes: int, file: str) -> "Digests":
+        """Of a single document."""
+        is_piece = document.piece is not None
+        key = f"{int(is_piece and n_bytes < _SMALL_BYTES)}{digest.hex()}"
+        return cls(key, key, file, is_piece)
 
     def include(self, other: "Digests") -> None:
         """Of these documents and of later ones."""
         if other.lowest and (not self.lowest or other.lowest < self.lowest):
-            self.lowest, self.file = other.lowest, other.file
+            self.lowest, self.file, self.is_piece = other.lowest, other.file, other.is_piece
         self.highest = max(self.highest, other.highest)
 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """The document to hold out, by the SHA-256 (hex) of its text; `cut`: only its end, because all texts are equal."""
+    """The document to hold out, by the SHA-256 (hex) of its text."""
 
     digest: str = ""
     """Empty: the split of a document is decided by --val-fraction."""
     cut: bool = False
+    """Hold out only its end: it is a piece of a longer text, or all texts are equal."""
     file: str = ""
+    is_piece: bool = False
 
     @classmethod
     def of(cls, digests: Digests) -> "HoldOut":
-        return cls(digests.lowest, digests.lowest == digests.highest, digests.file)
+        is_piece = digests.is_piece and digests.lowest != digests.highest
+        return cls(digests.lowest[1:], is_piece or digests.lowest == digests.highest, digests.file, is_piece)
 
     def __str__(self) -> str:
+        if self.is_piece:
+            return f"the end of the piece with the lowest SHA-256, {self.digest[:16]} ({self.file})"
         if self.cut:
             return f"the end of the only document ({self.file})"
         return f"the document with the lowest SHA-256, {self.digest[:16]} ({self.file})"
