@@ -1,7 +1,7 @@
 """What small inputs hold out for validation. In: the SHA-256 of every document; out: a rule that leaves no split empty.
 
 By `--val-fraction` few documents can all fall to one split. Then the document with the lowest SHA-256 is the
-validation split, and all others are for training. Of a long text, which is cut into pieces, and of a text that is alone,
+validation split, and all others are for training. Of a long text, which comes in pieces, and of one text alone,
 only an end is held out. The rule depends on the texts alone, so workers, engines and interruptions do not change it.
 """
 
