@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
 CLIENTS := $(VENV)/.clients-installed
-# One worker runs all tests of a file, so that what they share is made once.
-TWO := -n 2 --dist worksteal
+# Three workers for two cores: a test that waits for a process of its own leaves its core to others.
+WORKERS := -n 3 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help setup demo test check quick format gpu-check gpu-carry faults faults-full mutants clients fuzz clean
@@ -51,13 +51,13 @@ test: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(TWO)
+	$(BIN)/pytest $(WORKERS)
 
 # make quick  format, lint, and the fast tests that start no process; takes a minute or two
 quick: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pytest $(TWO) --quick
+	$(BIN)/pytest $(WORKERS) --quick
 
 format: $(TOOLS)
 	$(BIN)/ruff format .
@@ -94,7 +94,7 @@ mutants: $(TOOLS)
 
 # make clients  runs our exports in llama.cpp, onnxruntime, CTranslate2, transformers; compares scores with lm-evaluation-harness
 clients: $(CLIENTS)
-	$(BIN)/pytest -m clients -rs $(TWO)
+	$(BIN)/pytest -m clients -rs $(WORKERS)
 
 $(CLIENTS): $(TOOLS)
 	$(PIP) -e '.[test,clients]'
