@@ -19,6 +19,7 @@ from regpt2.data.tokenizer import StreamDecoder, Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.continue_text import SampleType
 from regpt2.sampling.cpu import packed_if_faster
+from regpt2.sampling.draw import Choice
 from regpt2.sampling.generate import generate
 
 MOST_RESERVED = 256  # tokens kept free for an answer if no number is given; at most a quarter of the context
@@ -73,6 +74,7 @@ class Chat:
     def __init__(self, loaded: LoadedModel, tokenizer: Tokenizer, options: ChatOptions) -> None:
         self.tokenizer, self.options = _chat_tokenizer(loaded, tokenizer), options
         self.context = _context(loaded, options)
+        Choice(options.temperature, options.top_k, options.top_p)  # refuses what `answer` would
         self.model = packed_if_faster(loaded.model, self.context, rows=1)  # once, and not for each answer
         self.device = next(loaded.model.parameters()).device
         if not 0 <= options.seed < 2**63:
