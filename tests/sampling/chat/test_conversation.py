@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_what_was_written(tmp_path: Path) -> None:
 def test_an_option_out_of_range_is_refused(tmp_path: Path, options: dict[str, Any], why: str) -> None:
     write_parrot(tmp_path)
     with pytest.raises(UsageError, match=why):
-        chat_of(tmp_path, **options).answer(user("hi"))
+        chat_of(tmp_path, **options)
 
 
 def test_python_answers_as_the_class_does_and_checks_the_messages(tmp_path: Path) -> None:
