@@ -31,7 +31,7 @@ SMALL = (
 
 
 def write_prose(path: Path, n_bytes: int) -> None:
-    """So many bytes of sentences about few things, in paragraphs."""
+    """Write `n_bytes` of sentences about a few animals, in paragraphs."""
     draw, text = random.Random(7), ""
     while len(text) < n_bytes:
         animal = draw.choice(list(ANIMALS))

@@ -64,7 +64,7 @@ def lowest(run: Path) -> tuple[int, float]:
 
 
 def stops_at(run: Path, patience: int) -> int:
-    """By the validations alone: the step of the last of so many in a row that are not below the lowest before them."""
+    """Where a run has to stop: at the last of `patience` validations in a row that are not below the best."""
     best, worse = float("inf"), 0
     for step, loss in evals(run).items():
         best, worse = (loss, 0) if loss < best else (best, worse + 1)

@@ -85,6 +85,23 @@ def random_batches(one: Setup) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(row, row) for row in ids]
 
 
+def kept_by_autograd(model: LanguageModel, one: Setup) -> int:
+    """Bytes that one forward pass keeps for its backward pass, weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainable_of(model, one)(*random_batches(one)[0])
+    assert loss.requires_grad
+    return sum(found.values())
+
+
 @pytest.mark.seconds
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("seq_len", [128, 512])
@@ -104,20 +121,7 @@ def test_activations_are_what_autograd_keeps(shape: GPTConfig, precision: str, s
 
     def kept(n_layer: int) -> int:
         one = setup(dataclasses.replace(shape, n_layer=n_layer), 2, seq_len, 1, precision)
-        model = build_model(one.model)
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        found: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = trainable_of(model, one)(*random_batches(one)[0])
-        assert loss.requires_grad
-        return sum(found.values())
+        return kept_by_autograd(build_model(one.model), one)
 
     def predicted(n_layer: int) -> int:
         one = setup(dataclasses.replace(shape, n_layer=n_layer), 2, seq_len, 1, precision)
@@ -141,20 +145,8 @@ def test_with_lora_a_layer_keeps_what_autograd_keeps(
         shape = kind(**{**SHAPE, "n_layer": n_layer})
         one = dataclasses.replace(setup(shape, micro_batch, 128, 1, precision), lora=LoraConfig(rank=16))
         view = with_adapters(build_model(shape), one.lora, seed=1)
-        own = {p.untyped_storage().data_ptr() for p in view.parameters()}
-        found: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = trainable_of(view, one)(*random_batches(one)[0])
-        assert loss.requires_grad
         assert one.n_adapters == sum(p.numel() for p in view.parameters() if p.requires_grad)
-        return sum(found.values()), memory._kept_bytes(one) + memory._rounded_bytes(one)
+        return kept_by_autograd(view, one), memory._kept_bytes(one) + memory._rounded_bytes(one)
 
     (kept, predicted), (more, more_predicted) = both(4), both(5)
     assert more_predicted - predicted == pytest.approx(more - kept, rel=0.01)

@@ -13,7 +13,7 @@ from regpt2.data.loader import BatchConfig
 from regpt2.data.mixture import WORTHWHILE_EPOCHS, Mixture
 
 DROPOUT_BELOW = ((1_000_000, 0.2), (10_000_000, 0.1))
-"""Up to so many tokens of training data, this dropout; above, none. docs/decisions.md has what it was compared with."""
+"""Pairs of a number of tokens and the dropout for less training data than that; more data gets none."""
 
 
 def settle(config: RunConfig, data: Mixture) -> RunConfig:

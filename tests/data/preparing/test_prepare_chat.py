@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stopped_often import stops_until_done
 
 from conftest import folder_bytes, shard_tokens
 from hub_server import FakeHub
@@ -105,10 +106,6 @@ def test_any_stretch_of_the_mask_can_be_read(corpus: Path, tmp_path: Path) -> No
             stream.read_mask(1, stream.n_tokens)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process at one exact place."""
-
-
 @pytest.mark.parametrize("choice", [{"val_fraction": 0.3}, {"dedup": True, "val_tokens": 4_000}])
 def test_stopped_at_every_write_it_ends_with_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, object]
@@ -116,29 +113,10 @@ def test_stopped_at_every_write_it_ends_with_the_same_bytes(
     manifest = prepare(options_for(corpus, tmp_path / "reference", **choice))
     reasons = "documents left out as copies of earlier ones"
     assert manifest.skipped.get(reasons, 0) == ("dedup" in choice)
-    rng, stops, out = random.Random(5), 0, tmp_path / "out"
-    places = [(pack_shards, "write_shard"), (pack_shards, "write_mask"), (encode_part, "write_atomic")]
-    places += [(pack_shards.Ledger, "write")]  # type: ignore[list-item]
-
-    def stop_after(real: object) -> object:
-        def act(*args: object, **named: object) -> object:
-            result = real(*args, **named)  # type: ignore[operator]
-            if rng.random() < 0.2:
-                raise Killed
-            return result
-
-        return act
-
-    for _ in range(200):
-        with monkeypatch.context() as patch:
-            for holder, name in places:
-                patch.setattr(holder, name, stop_after(getattr(holder, name)))
-            try:
-                prepare(options_for(corpus, out, **choice))
-                break
-            except Killed:
-                stops += 1
-    assert stops > 5
+    out = tmp_path / "out"
+    writes = [(pack_shards, "write_shard"), (pack_shards, "write_mask"), (encode_part, "write_atomic")]
+    places = [*writes, (pack_shards.Ledger, "write")]
+    assert stops_until_done(lambda: prepare(options_for(corpus, out, **choice)), places, monkeypatch) > 5
     prepare(options_for(corpus, out, **choice))
     assert folder_bytes(out) == folder_bytes(tmp_path / "reference")
     pairs = [by_hand(conversation) for conversation in conversations()]

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from stopped_often import stops_until_done
 
 from conftest import folder_bytes, shard_tokens
 from regpt2.base.errors import DataError, UsageError
@@ -101,39 +102,15 @@ def _documents(tokens: list[int]) -> list[tuple[int, ...]]:
     return [tuple(tokens[a:b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
 
-class Killed(BaseException):
-    """Stands for the end of the process at one exact place."""
-
-
 @pytest.mark.seconds
 @pytest.mark.parametrize("choice", [{"val_tokens": 45_000}, {"dedup": True}, {"dedup": True, "val_tokens": 45_000}])
 def test_stopped_at_every_write_it_ends_with_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, object]
 ) -> None:
     prepare(options_for(corpus, tmp_path / "reference", **choice))
-    rng, stops, out = random.Random(5), 0, tmp_path / "out"
-    real_shard, real_ledger, real_part = pack_shards.write_shard, pack_shards.Ledger.write, encode_part.write_atomic
-
-    def stop_after(real: object) -> object:
-        def act(*args: object, **named: object) -> object:
-            result = real(*args, **named)  # type: ignore[operator]
-            if rng.random() < 0.2:
-                raise Killed
-            return result
-
-        return act
-
-    for _ in range(200):
-        with monkeypatch.context() as patch:
-            patch.setattr(pack_shards, "write_shard", stop_after(real_shard))
-            patch.setattr(pack_shards.Ledger, "write", stop_after(real_ledger))
-            patch.setattr(encode_part, "write_atomic", stop_after(real_part))
-            try:
-                prepare(options_for(corpus, out, **choice))
-                break
-            except Killed:
-                stops += 1
-    assert stops > 5
+    out = tmp_path / "out"
+    places = [(pack_shards, "write_shard"), (pack_shards.Ledger, "write"), (encode_part, "write_atomic")]
+    assert stops_until_done(lambda: prepare(options_for(corpus, out, **choice)), places, monkeypatch) > 5
     prepare(options_for(corpus, out, **choice))
     assert folder_bytes(out) == folder_bytes(tmp_path / "reference")
 

@@ -100,7 +100,7 @@ class Plan:
     n_tokens: int = 0
     """GPT-2 tokens by the publisher's own count; 0 if unknown."""
     val_tokens: int = 0
-    """So many first tokens are the validation split, where the user says nothing; 0: a share of the documents."""
+    """The first N tokens are the validation split, unless the user chooses one; 0: a share of the documents."""
 
     @property
     def n_bytes(self) -> int:

@@ -62,7 +62,7 @@ def is_gpt2_order(texts: list[str]) -> bool:
 def other_vocabulary(ids: Mapping[str, Any], merges: Sequence[str]) -> Vocabulary | str:
     """The vocabulary with these ids and merges that is not GPT-2's: our bytes, or an own one; or why it is neither.
 
-    An own one must have GPT-2's layout of ids. Ids behind its end of text are added tokens, of which nothing is said.
+    An own one must have GPT-2's layout of ids. Ids after its end of text are added tokens, which are not checked here.
     """
     texts = bytes_texts()
     if not merges and all(ids.get(text) == n for n, text in enumerate(texts[:-1])) and ids.get(END_OF_TEXT, 256) == 256:
