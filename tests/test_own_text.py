@@ -82,6 +82,7 @@ def test_100_kb_of_prose_become_a_model_that_answers_in_a_file_for_llamacpp(
             *SMALL,
         ),
     )
+    assert "untrained model" not in said, "its first loss is that of the model that it began from"
     assert "reads the" in said and "times. Beyond 4 times repeated text" in said  # before the first update
     losses = [event["loss"] for event in read_events(tmp_path / "runs/mine/metrics.jsonl") if event["event"] == "eval"]
     assert losses[0] > min(losses) + 0.3, "step 0 is the model that it began from"

@@ -84,7 +84,7 @@ class StepLog:
 
     def _remark(self, step: int, row: list[float], scale: float) -> None:
         run, (loss, grad_norm, accepted, spike_limit) = self.run, row
-        if step == 1 and not is_near_uniform(loss, run.config.model.vocab_size):
+        if step == 1 and not run.config.init and not is_near_uniform(loss, run.config.model.vocab_size):
             expected = math.log(run.config.model.vocab_size)
             note(run, step, f"the first loss is {loss:.3f}; an untrained model should have ln(V) = {expected:.3f}")
         for remark in self.guard.observe(
