@@ -22,8 +22,8 @@ ROOMS = {
     "evals": {"base", "data", "model", "references", "sampling", "training"},
     "config": {"base", "data", "model", "references", "training"},
     "machine": {"base", "config", "data", "model", "pages", "training"},
-    "comparing": {"base", "config", "data", "pages"},
     "run": {"base", "config", "data", "evals", "model", "pages", "references", "sampling", "training"},
+    "serving": {"base", "data", "exploring", "model", "pages", "references", "sampling"},
 }
 ROOMS["commands"] = set(ROOMS)
 ROOMS["api"] = set(ROOMS)  # what `import regpt2` gives

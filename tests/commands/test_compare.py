@@ -19,11 +19,11 @@ from regpt2.base.errors import UsageError
 from regpt2.base.ranks.processes import Command, Place
 from regpt2.commands import compare
 from regpt2.commands.compare import main
-from regpt2.comparing import train_arms
-from regpt2.comparing.arms import read_arms, read_budget, steps_within, within
 from regpt2.config.recipe_files import load_recipe
 from regpt2.data.loader import BatchConfig
 from regpt2.pages.record import read_record
+from regpt2.run.comparing import train_arms
+from regpt2.run.comparing.arms import read_arms, read_budget, steps_within, within
 
 
 def told(folder: Path) -> Any:

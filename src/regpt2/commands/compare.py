@@ -20,11 +20,11 @@ from regpt2.base.files import folder_lock
 from regpt2.base.options import parse
 from regpt2.base.ranks.processes import places
 from regpt2.base.shelves import plugin_options
-from regpt2.comparing.arms import keep_recipe, read_arms, read_budget, with_baseline, within
-from regpt2.comparing.runs import Arm, Comparison, read_plan
-from regpt2.comparing.train_arms import budgets, in_words, train_all
-from regpt2.comparing.write import show
 from regpt2.data.mixture import open_mixture, read_shares
+from regpt2.run.comparing.arms import keep_recipe, read_arms, read_budget, with_baseline, within
+from regpt2.run.comparing.runs import Arm, Comparison, read_plan
+from regpt2.run.comparing.train_arms import budgets, in_words, train_all
+from regpt2.run.comparing.write import show
 
 ARMS = (
     'Recipes, each with its own options in quotes: "demo --optim.lr 2e-3" or "NAME=demo --optim.lr 2e-3". The first is '

@@ -11,12 +11,12 @@ from regpt2.base.console import ProgressLine, count, duration, say
 from regpt2.base.errors import Problem, UsageError
 from regpt2.base.files import folder_lock, write_atomic
 from regpt2.base.ranks.processes import Command, Place, run_commands
-from regpt2.comparing.arms import Budget, Given
-from regpt2.comparing.runs import Arm, Comparison, last_step, read_run
-from regpt2.comparing.write import write_json
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import to_toml
 from regpt2.pages.record import read_record
+from regpt2.run.comparing.arms import Budget, Given
+from regpt2.run.comparing.runs import Arm, Comparison, last_step, read_run
+from regpt2.run.comparing.write import write_json
 
 TIMED_STEPS = 30  # the first third warms up
 LEAVING_S = 60.0  # a run whose comparison was killed may need this long to write its last checkpoint

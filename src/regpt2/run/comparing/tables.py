@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from regpt2.base.console import count, duration
-from regpt2.comparing.outcomes import MATTERS, Outcome
-from regpt2.comparing.runs import Comparison, Run
+from regpt2.run.comparing.outcomes import MATTERS, Outcome
+from regpt2.run.comparing.runs import Comparison, Run
 
 NOTHING = "–"
 

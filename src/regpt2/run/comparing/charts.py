@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from regpt2.comparing.outcomes import Outcome
-from regpt2.comparing.runs import Comparison, Run, on_common_steps
 from regpt2.pages.charts.draw import PRINT, heading, plain, png, print_panel, settings
 from regpt2.pages.charts.panels import MOST_RUNS, Across, Panel, Trace, look_of
 from regpt2.pages.record import Column
+from regpt2.run.comparing.outcomes import Outcome
+from regpt2.run.comparing.runs import Comparison, Run, on_common_steps
 
 FIRST_SHOWN = 0.15  # of the run: before that all curves fall steeply; the differences are at the end
 _UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from regpt2.comparing.runs import NOT_BEGUN, Comparison, Run, first_reached
-from regpt2.comparing.significance import ALPHA, Paired, holm, paired
+from regpt2.run.comparing.runs import NOT_BEGUN, Comparison, Run, first_reached
+from regpt2.run.comparing.significance import ALPHA, Paired, holm, paired
 
 MATTERS = 0.004
 """Nats. Seeds of one recipe at 124M differ by 0.0013 to 0.004; the records of the speedruns claim at least that."""

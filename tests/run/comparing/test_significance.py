@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from regpt2.comparing.significance import holm, paired, sign_flip_p, student_t_p, student_t_quantile
+from regpt2.run.comparing.significance import holm, paired, sign_flip_p, student_t_p, student_t_quantile
 
 # Hours of sleep won by one drug over another, ten patients: Student, The probable error of a mean, 1908.
 SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]

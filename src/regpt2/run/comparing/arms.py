@@ -9,12 +9,12 @@ from pathlib import Path
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import write_atomic
 from regpt2.base.options import parse
-from regpt2.comparing.runs import Arm
 from regpt2.config.initial_shape import require_shape
 from regpt2.config.passes import steps_within
 from regpt2.config.recipe_files import defaults_for
 from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import differences, read_toml, to_toml
+from regpt2.run.comparing.runs import Arm
 
 _LABEL = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
 _BUDGET = re.compile(r"(\d+|\d*\.\d+)(k|M|B|s|min|h)?")

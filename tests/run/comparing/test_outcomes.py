@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regpt2.comparing.outcomes import Outcome, outcomes, remarks
-from regpt2.comparing.runs import Arm, Comparison, first_reached, last_step, read_plan, read_run, read_runs
-from regpt2.comparing.tables import NOTHING, arms_table, chance, costs_table, for_screen, results_table, seeds_table
+from regpt2.run.comparing.outcomes import Outcome, outcomes, remarks
+from regpt2.run.comparing.runs import Arm, Comparison, first_reached, last_step, read_plan, read_run, read_runs
+from regpt2.run.comparing.tables import NOTHING, arms_table, chance, costs_table, for_screen, results_table, seeds_table
 
 STEPS = 100
 

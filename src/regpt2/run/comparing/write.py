@@ -14,11 +14,11 @@ from regpt2 import __version__
 from regpt2.base.console import say
 from regpt2.base.files import write_atomic
 from regpt2.base.version import commit
-from regpt2.comparing.charts import picture
-from regpt2.comparing.outcomes import outcomes, remarks
-from regpt2.comparing.page import page, subtitle, text, title
-from regpt2.comparing.runs import Comparison, read_runs
-from regpt2.comparing.tables import costs_table, for_screen, results_table
+from regpt2.run.comparing.charts import picture
+from regpt2.run.comparing.outcomes import outcomes, remarks
+from regpt2.run.comparing.page import page, subtitle, text, title
+from regpt2.run.comparing.runs import Comparison, read_runs
+from regpt2.run.comparing.tables import costs_table, for_screen, results_table
 
 
 def show(folder: Path, plan: Comparison) -> None:

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from regpt2.comparing.charts import panels
-from regpt2.comparing.outcomes import Outcome
-from regpt2.comparing.runs import Comparison, Run
-from regpt2.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
 from regpt2.pages import tables
 from regpt2.pages.published import Sources
 from regpt2.pages.report import markdown
 from regpt2.pages.report.certificate import FACTS
 from regpt2.pages.report.page import chart, document, section
 from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
+from regpt2.run.comparing.charts import panels
+from regpt2.run.comparing.outcomes import Outcome
+from regpt2.run.comparing.runs import Comparison, Run
+from regpt2.run.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
 
 _SHOWN = (
     "Data set", "Data fingerprint", "Tokenizer", "Validation tokens", "Device", "Precision", "Threads", "Commit",
