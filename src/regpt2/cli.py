@@ -30,6 +30,7 @@ VERBS = {
     "harness": "score a model on tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",
     "chat": "talk to a chat model, in the terminal or through a pipe",
+    "serve": "models over HTTP: OpenAI's API, a page to write with, runs to watch",
     "explore": "look inside a model: tensors, nearest tokens, attention, pictures",
     "convert": "convert weights from and to other formats; verified",
     "report": "write a page, a picture and Markdown about one run or several",

@@ -6,12 +6,16 @@ A seam for now: one request at a time. The rows of several requests are to share
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 from regpt2.base.errors import Problem
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.language_model import LanguageModel
 from regpt2.sampling.writing import FinishReason, Request, TokenLogprob, write
+
+T = TypeVar("T")
 
 
 class QueueFull(Problem):
@@ -106,6 +110,15 @@ class Engine:
         except queue.Full:
             raise QueueFull(f"{self._queue.maxsize} requests wait already.") from None
         return ticket
+
+    def between_steps(self, work: Callable[[], T]) -> "Future[T]":
+        """Run something else with the model, in the engine's thread, while no step runs."""
+        done: Future[T] = Future()
+        try:
+            done.set_result(work())  # to be handed to the thread
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
     def load(self) -> Load:
         """How busy it is."""

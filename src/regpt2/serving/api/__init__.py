@@ -1,0 +1,1 @@
+"""The API of OpenAI: requests in, answers in its form out."""

@@ -1,0 +1,1 @@
+"""The runs folder live: its pages and their events."""
