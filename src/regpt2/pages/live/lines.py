@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from regpt2.base.console import count, duration
-from regpt2.pages.live.status import FINISHED, RUNNING, Status
+from regpt2.pages.live.status import RUNNING, Status
 from regpt2.pages.live.view import steps_of
 from regpt2.pages.record import Event, Record, number
 from regpt2.pages.tables import figure
@@ -42,12 +42,13 @@ class Lines:
 
 def last_line(status: Status) -> str:
     """How the run ended."""
-    why = f": {_one_line(status.reason)}" if status.reason else ""
+    reason = _one_line(status.reason)
+    lead = reason if reason.startswith(status.state) else f"{status.state}{reason and ': '}{reason}"
     took = f" after {duration(status.elapsed_s)}" if math.isfinite(status.elapsed_s) else ""
     best = ""
     if math.isfinite(status.best_loss):
         best = f"; best validation loss {status.best_loss:.4f} at step {status.best_step:,.0f}"
-    return f"{status.state}{'' if status.state == FINISHED else why} at step {steps_of(status)}{took}{best}"
+    return f"{lead} at step {steps_of(status)}{took}{best}"
 
 
 def _update(status: Status) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from regpt2.base.console import LEAST_COLUMNS, say
 from regpt2.base.errors import UsageError, did_you_mean
@@ -20,7 +21,7 @@ from regpt2.pages.live.follow import Follower
 from regpt2.pages.live.lines import Lines, last_line
 from regpt2.pages.live.status import Status, status_of
 from regpt2.pages.live.table import table_of
-from regpt2.pages.live.view import view_of
+from regpt2.pages.live.view import FAINT, view_of
 
 LOOK_S = 1.0
 RESIZE_S = 0.2
@@ -36,33 +37,38 @@ def watch(folder: Path, *, once: bool) -> None:
     Raises:
         UsageError: it is neither.
     """
-    _require_runs(folder)
+    waiting = _require_runs(folder, once=once)
     try:
         if (folder / "metrics.jsonl").exists() or not find_runs(folder):
-            _watch_run(folder, once=once)
+            _watch_run(folder, waiting, once=once)
         else:
             _watch_folder(folder, once=once)
     except KeyboardInterrupt:  # what is shown goes away; the run goes on
-        say("No longer watched; that ends no run.")
+        say("Stopped watching. The run itself continues.")
 
 
-def _require_runs(folder: Path) -> None:
-    """Refuse what cannot become a run."""
+def _require_runs(folder: Path, *, once: bool) -> str:
+    """Refuse what cannot become a run; what to show until it begins."""
     mend = "give the folder of a run, as `regpt2 train` writes it, or a folder of runs"
-    if not folder.exists():
-        beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UsageError(f"{folder} does not exist; {mend}{did_you_mean(folder.name, beside)}")
-    if not folder.is_dir():
+    hint = did_you_mean(folder.name, find_runs(folder.parent))
+    if folder.is_file():
         raise UsageError(f"{folder} is a file; {mend}.")
+    if not folder.exists():
+        if once:
+            raise UsageError(f"{folder} does not exist; {mend}{hint}")
+        return f"{folder} does not exist yet: waiting for its run to begin{hint}"
     begins = (folder / LOCK).exists() or not any(folder.iterdir())
     if not (begins or (folder / "metrics.jsonl").exists() or find_runs(folder)):
-        raise UsageError(f"{folder} holds no run; {mend}.")
+        raise UsageError(f"{folder} holds no run; {mend}{hint}")
+    return f"{folder} has no record yet: waiting for its run to begin."
 
 
-def _watch_run(folder: Path, *, once: bool) -> None:
+def _watch_run(folder: Path, waiting: str, *, once: bool) -> None:
     follower, name = Follower(folder), folder.resolve().name
 
     def shown(columns: int, rows: int) -> RenderableType:
+        if not follower.exists:
+            return Text(waiting, style=FAINT)
         return view_of(follower.record, status_of(follower), name, (columns, rows))
 
     def look() -> bool:
@@ -70,7 +76,7 @@ def _watch_run(folder: Path, *, once: bool) -> None:
         return status_of(follower).has_ended
 
     if not sys.stdout.isatty() and not once:
-        _as_lines(follower)
+        _as_lines(follower, waiting)
     else:
         _show(shown, look, once=once)
 
@@ -113,17 +119,17 @@ def _wait(console: Console) -> None:
         time.sleep(RESIZE_S)
 
 
-def _as_lines(follower: Follower) -> None:
-    lines, waits = Lines(), False
+def _as_lines(follower: Follower, waiting: str) -> None:
+    lines, told = Lines(), False
     while True:
         follower.look()
         status = status_of(follower)
         if follower.exists:
             for line in lines.of(follower.record, status, time.monotonic()):
                 say(line)
-        elif not waits:
-            waits = True
-            say(f"{follower.run} has no record yet; waiting for its run to begin.")
+        elif not told:
+            told = True
+            say(waiting)
         if status.has_ended:
             say(last_line(status))
             return

@@ -54,9 +54,9 @@ function onEvent(kind, data) {
 
 function showStatus(data) {
   status = data;
-  const ended = data.state === "running" || data.state === "waiting" ? "" : data.reason && `: ${data.reason}`;
+  const ended = data.reason.replace(new RegExp(`^${data.state} ?`), "");
   const state = at("state");
-  state.replaceChildren(element("span", `state ${data.state}`, data.state), ended || "");
+  state.replaceChildren(element("span", `state ${data.state}`, data.state), ended && ` ${ended}`);
   document.title = `${titleOf(data)}${name} · regpt2`;
   const steps = data.max_steps ? `${whole(data.step)} of ${whole(data.max_steps)} steps` : `${whole(data.step)} steps`;
   const parts = [
