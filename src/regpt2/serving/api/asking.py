@@ -100,7 +100,7 @@ def stops_of(fields: Fields) -> tuple[str, ...]:
 def n_of(fields: Fields, served: Served) -> int:
     """Continuations of each prompt."""
     slots = served.engine.slots
-    return fields.whole("n", 1, slots, f", as many as the server writes at once") or 1
+    return fields.whole("n", 1, slots, ", as many as the server writes at once") or 1
 
 
 def seed_of(fields: Fields) -> int:

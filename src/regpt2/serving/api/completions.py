@@ -37,7 +37,7 @@ Choice = dict[str, object]
 class Completions:
     """One request to write, and the form of its answer."""
 
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, ask: Ask, prompts: list[str], *, echo: bool) -> None:
         self.ask, self.prompts, self.echo = ask, prompts, echo
@@ -112,7 +112,7 @@ async def read_completions(body: dict[str, object], models: Models) -> Completio
         n_new = min(DEFAULT_NEW, max(1, served.context - len(ids))) if asked is None else asked
         require_fit(served, len(ids), n_new)
         kept = None if n_top is None else min(n_top, served.tokenizer.vocab_size)
-        one = Request(ids, max(1, n_new), n, choice, (seed + times[ids]) % 2**63, stop, logprobs=kept)
+        one = Request(ids, max(1, n_new), n, choice, (seed + times[ids] * n) % 2**63, stop, logprobs=kept)
         requests.append(one)
         times[ids] += 1  # a prompt that comes twice is drawn twice
     ask = Ask(
