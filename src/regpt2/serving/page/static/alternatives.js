@@ -1,6 +1,6 @@
 // What a token might have been. In: a piece and its element; out: a small list beside it, and the choice made there.
 
-import { asLabel, element, percent } from "./visible.js";
+import { asLabel, bar, element, percent } from "./visible.js";
 
 const HIDE_MS = 250; // time to move the pointer from a token into the list
 
@@ -52,21 +52,19 @@ export class Alternatives {
 
   #content(piece, whatIf) {
     const { mark } = piece;
-    const head = element("p", "alternatives-head");
-    head.append(element("b", "", asLabel(mark.n > 1 ? mark.first : piece.text)), ` ${percent(Math.exp(mark.logprob))}`);
-    if (mark.n > 1) head.append(element("span", "faint", `, with ${mark.n - 1} more to “${asLabel(piece.text)}”`));
     const list = element("ol");
     for (const [text, logprob] of mark.top) list.append(this.#row(text, Math.exp(logprob), text === mark.first, whatIf));
-    const hint = whatIf ? "Choose one to write on from there." : "";
-    return hint ? [head, list, element("p", "faint", hint)] : [head, list];
+    const hints = [];
+    if (mark.n > 1) hints.push(`The first of the ${mark.n} tokens of “${asLabel(piece.text)}”.`);
+    if (whatIf) hints.push("Choose one to write on from there.");
+    return hints.length ? [list, element("p", "faint", hints.join(" "))] : [list];
   }
 
   #row(text, p, isDrawn, whatIf) {
     const row = element("li");
     const name = nameOf(text);
     const button = element("button", isDrawn ? "drawn" : "", "", { type: "button" });
-    const bar = element("meter", "", "", { min: 0, max: 1, value: p, "aria-hidden": "true" });
-    button.append(element("span", "name", name), bar, element("span", "p", percent(p)));
+    button.append(element("span", "name", name), bar(p), element("span", "p", percent(p)));
     button.disabled = !whatIf || isDrawn || name !== asLabel(text);
     button.addEventListener("click", () => this.on.choose(text, Math.log(p)));
     row.append(button);

@@ -1,12 +1,13 @@
 // What every head looks at from one token. In: a model and a text that ends with it; out: a panel.
 
 import { attentionOf } from "./generation.js";
-import { asLabel, element, inPlace, percent } from "./visible.js";
+import { asLabel, bar, element, inPlace, percent } from "./visible.js";
 import { drawMap, drawStrip, rootsOf, rowsOf, scale } from "./weights.js";
 
 const N_TOP = 6; // tokens that are listed
 const MOST_MAP_PX = 460;
 const STRIP_HEIGHT = 16;
+const MOST_TALL = 6; // layers for which there is room for taller strips
 
 export class Attention {
   /** `on`: closed(), needsKey(message, signal). */
@@ -129,6 +130,7 @@ export class Attention {
   #grid(color) {
     const grid = element("div", "heads", "", { role: "group", "aria-label": "Heads: arrow keys move, Enter chooses" });
     grid.style.setProperty("--heads", this.found.heads);
+    grid.classList.toggle("few", this.found.layers <= MOST_TALL);
     this.rows.forEach((heads, layer) => {
       grid.append(element("span", "layer-name", String(layer), { "aria-hidden": "true" }));
       heads.forEach((row, head) => grid.append(this.#cell(row, layer, head, color)));
@@ -161,11 +163,13 @@ export class Attention {
 
   #habits() {
     const list = element("ul", "habits");
+    list.append(element("li", "faint", "The head that looks most at"));
     for (const habit of this.found.habits) {
       const row = element("li");
       const where = element("button", "plain", `layer ${habit.layer}, head ${habit.head}`, { type: "button" });
       where.addEventListener("click", () => this.choose(habit.layer, habit.head));
-      row.append(`Most on ${habit.what}: `, where, ` ${percent(habit.share)}, evenly spread ${percent(habit.even)}`);
+      row.append(`${habit.what}: `, where, ` ${percent(habit.share)}`);
+      row.title = `Over all tokens so far. A head that looks evenly at all earlier tokens: ${percent(habit.even)}`;
       list.append(row);
     }
     return list;
@@ -181,8 +185,7 @@ export class Attention {
       const where = back === 0 ? "itself" : back === 1 ? "just before" : `${back} before`;
       const item = element("li", "", "", { "data-at": String(at), "data-weight": row[at].toFixed(5) });
       item.append(element("span", "token-name", asLabel(this.found.tokens[at])));
-      item.append(element("meter", "", "", { min: 0, max: 1, value: row[at], "aria-hidden": "true" }));
-      item.append(element("span", "p", percent(row[at])), element("span", "faint", where));
+      item.append(bar(row[at]), element("span", "p", percent(row[at])), element("span", "faint", where));
       list.append(item);
     }
     return list;

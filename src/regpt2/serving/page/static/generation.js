@@ -10,7 +10,7 @@ const LEAST_WAIT_S = 0.5;
 /**
  * Yields [text, tokens, finish_reason] for each event of /v1/completions or, with messages, /v1/chat/completions.
  * Tokens are {text, logprob, top}. A server that is busy is asked again; `say` gets what happens meanwhile.
- * A prompt longer than the model's context is cut at its beginning: `cut` gets how much is left.
+ * A prompt longer than the model's context is cut at its beginning: `cut` gets what is left of it.
  */
 export async function* generated(body, { signal, context, say, cut, needsKey }) {
   const path = body.messages ? "/v1/chat/completions" : "/v1/completions";
@@ -19,7 +19,7 @@ export async function* generated(body, { signal, context, say, cut, needsKey }) 
     try {
       for await (const event of stream(path, asked, signal)) {
         say("");
-        if (asked.prompt !== body.prompt) cut(asked.prompt.length, body.prompt.length);
+        if (asked.prompt !== body.prompt) cut(asked.prompt);
         for (const choice of event.choices) yield read(choice);
       }
       return;

@@ -58,13 +58,16 @@ export class Pane {
     this.control = control;
     this.say("");
     this.facts.replaceChildren();
-    const run = { n: 0, startedAt: 0, seed: body.seed, read: "", reason: null };
+    const run = { n: 0, startedAt: 0, seed: body.seed, body, read: "", reason: null };
     const drawing = new Drawing(add, this.sheet.layer);
     const ways = {
       signal: control.signal,
       context: this.model.context_length,
       say: (message) => this.say(message, { calm: true }),
-      cut: (left, whole) => (run.read = `reads the last ${left.toLocaleString()} of ${whole.toLocaleString()} characters`),
+      cut: (prompt) => {
+        run.body = { ...body, prompt };
+        run.read = `read the last ${prompt.length.toLocaleString()} of ${body.prompt.length.toLocaleString()} characters`;
+      },
       needsKey: (message, signal) => this.on.needsKey(message, signal),
     };
     this.on.changed();

@@ -95,8 +95,7 @@ export function asCurl(path, body, hasKey) {
 }
 
 /** And without a server: the model's path is the user's to fill in, an answer never names it. */
-export function asSample(model, prompt, fields) {
-  const { max_tokens: most, stop = [], ...others } = fields;
+export function asSample({ model, prompt, max_tokens: most, stop = [], ...others }) {
   const options = most === undefined ? [] : [`--max-new-tokens ${most}`];
   for (const [name, value] of Object.entries({ top_k: 0, ...others })) {
     options.push(`--${name.replaceAll("_", "-")} ${value}`);

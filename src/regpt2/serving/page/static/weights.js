@@ -72,11 +72,13 @@ export function drawMap(canvas, roots, tokens, color, roomPx) {
   canvas.width = canvas.height = Math.round(size * ratio);
   canvas.style.setProperty("width", `${size}px`);
   context.scale(ratio, ratio);
+  const at = Array.from({ length: T + 1 }, (_, n) => Math.round((edge + n * cell) * ratio) / ratio); // whole pixels
+  context.fillStyle = style.getPropertyValue("--future");
+  context.fillRect(at[0], at[0], at[T] - at[0], at[T] - at[0]);
   for (let row = 0; row < T; row++) {
-    for (let column = 0; column < T; column++) {
-      const future = column > row;
-      context.fillStyle = future ? style.getPropertyValue("--future") : `rgb(${color(roots[row * T + column])})`;
-      context.fillRect(edge + column * cell, edge + row * cell, cell + 0.5, cell + 0.5);
+    for (let column = 0; column <= row; column++) {
+      context.fillStyle = `rgb(${color(roots[row * T + column])})`;
+      context.fillRect(at[column], at[row], at[column + 1] - at[column], at[row + 1] - at[row]);
     }
   }
   if (isLabeled) drawLabels(context, labels, { font, edge, cell, ink: style.getPropertyValue("--text") });

@@ -21,7 +21,7 @@ const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 class Page {
   constructor() {
     this.models = [];
-    this.seed = null; // of the last text
+    this.last = null; // what the first model was asked for, and the text that became of it
     this.settings = new Settings(byId("settings-form"));
     this.initial = new Map([...byId("settings-form").elements].map((field) => [field.name, field.defaultValue]));
     const on = this.#reactions();
@@ -138,12 +138,13 @@ class Page {
   }
 
   async run(panes, seed) {
-    this.seed = seed;
     this.alternatives.hide();
     this.say("Writing.");
     const fields = this.settings.fields(seed);
     const runs = await Promise.all(panes.map((pane) => pane.write(fields, { logprobs: N_ALTERNATIVES })));
+    if (panes[0] === this.first) this.last = { body: runs[0].body, text: this.first.paper.text };
     this.wrote(runs);
+    this.changed();
   }
 
   wrote(runs) {
@@ -251,16 +252,23 @@ class Page {
     }
   }
 
+  /** What made the text that is here, so that it can be made again; of another text, what Write would ask for. */
   #drawCommands() {
     if (!byId("commands").open || !this.first.model) return;
-    const seed = this.settings.seed || (this.seed ?? 42);
-    const fields = this.settings.fields(seed);
+    const fields = this.settings.fields(this.settings.seed || (this.last?.body.seed ?? 42));
     const model = this.first.model.id;
-    const [path, body] = this.isTalk
-      ? ["/v1/chat/completions", { model, messages: this.talk.messages, ...fields }]
-      : ["/v1/completions", { model, prompt: this.first.paper.text, ...fields }];
-    byId("curl").textContent = asCurl(path, body, hasKey());
-    byId("sample").textContent = this.isTalk ? `regpt2 chat ${model}` : asSample(model, this.first.paper.text, fields);
+    if (this.isTalk) {
+      const body = { model, messages: this.talk.messages, ...fields };
+      byId("curl").textContent = asCurl("/v1/chat/completions", body, hasKey());
+      byId("sample").textContent = `regpt2 chat ${model}`;
+      return;
+    }
+    const text = this.first.paper.text;
+    const isMade = this.last?.text === text && this.last.body.model === model;
+    const { logprobs: _, ...body } = isMade ? this.last.body : { model, prompt: text, ...fields };
+    byId("curl").textContent = asCurl("/v1/completions", body, hasKey());
+    byId("sample").textContent = asSample(body);
+    byId("commands-of").textContent = isMade ? "They write this text again." : "They do what Write would do.";
   }
 
   #drawLegend() {
