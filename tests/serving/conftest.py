@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running, server_of, write_tiny
 
 from regpt2.data.chat_template import SPECIAL
+from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running, server_of, write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     folder = tmp_path_factory.mktemp("served")
     text, chat = folder / TEXT_MODEL, folder / CHAT_MODEL
     write_tiny(text)
-    write_tiny(chat, added=SPECIAL, ends_at=120)
+    write_tiny(chat, added=SPECIAL, ends_at=200)
     return text, chat
 
 

@@ -1,4 +1,4 @@
-"""A server for tests. In: model folders; out: the real application behind a real socket, in a thread of this process."""
+"""A server for tests. In: model folders; out: the real application, on a real socket, in a thread."""
 
 import threading
 import time
@@ -75,7 +75,7 @@ def write_tiny(folder: Path, *, added: tuple[str, ...] = (), block_size: int = 2
     ids[127:256] *= 0.6  # mostly ASCII, and now and then bytes that are no character
     if ends_at is not None:
         direction = torch.randn(32, generator=generator).sign()
-        ids[256 + len(added)] = 0.15 * direction
-        model.wpe.weight[ends_at:] = 20.0 * direction
+        ids[256 + len(added)] = 0.2 * direction
+        model.wpe.weight[ends_at:] = 60.0 * direction
     folder.mkdir(exist_ok=True)
     native.write(model, folder, TokenizerRef("bytes", load_tokenizer("bytes").fingerprint, added=added))

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from regpt2.base.errors import Problem
+from regpt2.data.tokenizer import valid_text
 from regpt2.sampling.batching.engine import Event, Piece, Prompt
 from regpt2.sampling.writing import Request
 from regpt2.serving.api.asking import (
@@ -135,14 +136,14 @@ async def _prompts(fields: Fields, served: Served) -> list[tuple[str, tuple[int,
     if not 0 < len(found) <= MOST_PROMPTS:
         fields.refuse("prompt", PROMPT_FORMS)
     if all(isinstance(one, str) for one in found):
-        return await asyncio.to_thread(_of_texts, [str(one) for one in found], served)
+        return await asyncio.to_thread(_of_texts, [valid_text(str(one)) for one in found], served)
     return [_of_ids(one, fields, served) for one in found]
 
 
 def _of_texts(texts: list[str], served: Served) -> list[tuple[str, tuple[int, ...]]]:
     found = []
     for text in texts:
-        require_short(served, [text])
+        require_short(served, text)
         try:
             ids = served.tokenizer.encode(text) or [served.tokenizer.start_id]
         except Problem as problem:  # characters that the model does not know
