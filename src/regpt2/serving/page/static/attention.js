@@ -37,12 +37,11 @@ export class Attention {
     this.on.closed();
   }
 
-  /** Ask and show. `text` ends with the token that looks. */
-  async open(model, text, label) {
+  /** Ask and show. The text of `body` ends with the token that looks; `label` is that. */
+  async open(body, label) {
     this.control?.abort();
     const control = (this.control = new AbortController());
-    this.model = model;
-    this.body = { model: model.id, text };
+    this.body = body;
     this.title = `Attention from “${asLabel(label)}”`;
     this.root.hidden = false;
     if (!this.found) this.#frame([element("p", "faint", "Looking …")]);
@@ -102,7 +101,7 @@ export class Attention {
     const head = element("div", "attention-head");
     const close = element("button", "plain", "Close", { type: "button" });
     close.addEventListener("click", () => this.close());
-    head.append(element("h2", "", this.title ?? "Attention"), element("span", "faint", this.model?.id ?? ""), close);
+    head.append(element("h2", "", this.title ?? "Attention"), element("span", "faint", this.body?.model ?? ""), close);
     this.root.replaceChildren(head, ...content);
   }
 

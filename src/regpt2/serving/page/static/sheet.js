@@ -18,6 +18,7 @@ export class Sheet {
     this.layer = box.querySelector(".layer"); // has the tokens
     this.on = on;
     this.pieces = [];
+    this.before = {}; // fields of a request for attention: what came before the text
     this.focused = null; // the token that Tab reaches
     this.layer.addEventListener("keydown", (event) => this.#key(event));
     this.layer.addEventListener("focusin", (event) => this.#focus(event.target));

@@ -36,6 +36,7 @@ class Page {
       choose: (text, logprob) => this.#whatIf(text, logprob),
       back: () => this.#backToToken(),
     });
+    this.marked = null; // the sheet with the token whose attention is shown
     this.looked = null; // {pane, sheet, index}: the token whose alternatives are shown
     this.#wire();
     this.#drawLegend();
@@ -137,11 +138,12 @@ class Page {
     await this.run(jobs, seed);
   }
 
-  async run(panes, seed) {
+  async run(panes, seed, wasChanged = false) {
     this.alternatives.hide();
     this.say("Writing.");
     const fields = this.settings.fields(seed);
-    const runs = await Promise.all(panes.map((pane) => pane.write(fields, { logprobs: N_ALTERNATIVES })));
+    const options = { logprobs: N_ALTERNATIVES, wasChanged };
+    const runs = await Promise.all(panes.map((pane) => pane.write(fields, options)));
     if (panes[0] === this.first) this.last = { body: runs[0].body, text: this.first.paper.text };
     this.wrote(runs);
     this.changed();
@@ -176,7 +178,7 @@ class Page {
     pane.paper.set([...pane.paper.pieces.slice(0, index), { text, mark }], "model");
     pane.sheet.focusToken(index);
     this.alternatives.hide();
-    void this.run([pane], this.settings.seed || newSeed());
+    void this.run([pane], this.settings.seed || newSeed(), true);
   }
 
   // ---- looking at tokens
@@ -212,11 +214,12 @@ class Page {
   }
 
   #attend(pane, sheet, index) {
-    for (const one of [this.first.sheet, this.second.sheet]) one.mark(null);
+    this.marked?.mark(null);
+    this.marked = sheet;
     sheet.mark(index);
     this.looked = { pane, sheet, index };
-    const text = (sheet.before ?? "") + textOf(sheet.pieces.slice(0, index + 1));
-    void this.attention.open(pane.model, text, sheet.pieces[index].text);
+    const text = textOf(sheet.pieces.slice(0, index + 1));
+    void this.attention.open({ model: pane.model.id, text, ...sheet.before }, sheet.pieces[index].text);
   }
 
   #backToToken() {
@@ -225,7 +228,7 @@ class Page {
 
   /** The attention panel was closed. */
   #back() {
-    for (const one of [this.first.sheet, this.second.sheet]) one.mark(null);
+    this.marked?.mark(null);
     if (this.looked && document.activeElement === document.body) this.#backToToken();
   }
 
