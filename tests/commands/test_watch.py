@@ -1,12 +1,9 @@
 """`regpt2 watch`: one view, plain lines where there is no terminal, and a real run watched to its end."""
 
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pages"))
 from growing import append, events_until, loss_at
 
 from conftest import Run
