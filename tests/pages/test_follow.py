@@ -20,11 +20,15 @@ from regpt2.pages.record import Record, read_record
 TEXTS = st.one_of(st.text(max_size=30), st.just(HOSTILE))
 FIGURES = st.one_of(st.floats(), st.integers(-5, 5), st.none(), st.booleans(), TEXTS)
 EVENTS = st.one_of(
-    st.builds(lambda step, loss, skip: train_event(step, loss=loss, skipped=skip), st.integers(0, 50), FIGURES, st.booleans()),
+    st.builds(
+        lambda step, loss, skip: train_event(step, loss=loss, skipped=skip), st.integers(0, 50), FIGURES, st.booleans()
+    ),
     st.builds(lambda step, loss: val_event(step, loss=loss), st.integers(0, 50), FIGURES),
     st.builds(lambda step, text: {"event": "sample", "step": step, "texts": [text]}, st.integers(0, 50), TEXTS),
     st.builds(lambda text: {"event": "note", "step": 3, "text": text}, TEXTS),
-    st.builds(lambda kind: {"event": kind, "step": 5, "reason": "finished"}, st.sampled_from(["end", "run", "verdict", "?"])),
+    st.builds(
+        lambda kind: {"event": kind, "step": 5, "reason": "finished"}, st.sampled_from(["end", "run", "verdict", "?"])
+    ),
 )
 
 
@@ -77,7 +81,9 @@ def test_a_line_that_was_taken_back_and_written_again_is_read_once(tmp_path: Pat
     path, follower = tmp_path / "metrics.jsonl", Follower(tmp_path)
     path.write_bytes(whole[: end_of_first + 20])
     follower.look()
-    path.write_bytes(whole[:end_of_first] + b'{"event":"note","step":1,"text":"the disk was full"}\n' + whole[end_of_first:])
+    path.write_bytes(
+        whole[:end_of_first] + b'{"event":"note","step":1,"text":"the disk was full"}\n' + whole[end_of_first:]
+    )
     follower.look()
     assert same(follower.record, read_record(tmp_path))
 

@@ -29,7 +29,13 @@ def rendered(run: Path, columns: int, rows: int = 40) -> list[str]:
 @pytest.mark.parametrize("columns", [24, 40, 80, 100, 200])
 @pytest.mark.parametrize("rows", [12, 40])
 def test_the_view_fits_the_terminal(tmp_path: Path, columns: int, rows: int) -> None:
-    verdict = {"event": "verdict", "step": 90, "state": "above", "text": "above by 0.1: " + 40 * "long ", "checks": ["lr"]}
+    verdict = {
+        "event": "verdict",
+        "step": 90,
+        "state": "above",
+        "text": "above by 0.1: " + 40 * "long ",
+        "checks": ["lr"],
+    }
     append(tmp_path / "a_run_with_a_long_name", [*events_until(95), verdict])
     lines = rendered(tmp_path / "a_run_with_a_long_name", columns, rows)
     assert max(map(cell_len, lines)) <= columns
@@ -101,7 +107,10 @@ def test_lines_of_a_log_give_each_event_once_and_updates_seldom(tmp_path: Path) 
     assert [line.split(" |")[0] for line in new(11.0)] == ["step 21/100"]
     append(tmp_path, [{"event": "end", "step": 21, "reason": "finished", "elapsed_s": 65.0}])
     new(12.0)
-    assert last_line(status_of(follower)) == f"finished at step 21/100 after 1m05s; best validation loss {loss_at(21) + 0.1:.4f} at step 21"
+    assert (
+        last_line(status_of(follower))
+        == f"finished at step 21/100 after 1m05s; best validation loss {loss_at(21) + 0.1:.4f} at step 21"
+    )
 
 
 def test_lines_report_a_record_that_was_cut_back(tmp_path: Path) -> None:

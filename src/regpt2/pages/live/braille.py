@@ -56,7 +56,11 @@ def _dots(
             before = None
             continue
         at = (_place(x, x_range) * wide, (1 - _place(y, y_range)) * high)
-        n_dots = 1 if before is None else min(4 * (wide + high), math.ceil(max(abs(at[0] - before[0]), abs(at[1] - before[1]))))
+        n_dots = (
+            1
+            if before is None
+            else min(4 * (wide + high), math.ceil(max(abs(at[0] - before[0]), abs(at[1] - before[1]))))
+        )
         start = before or at
         for k in range(1, n_dots + 1):
             share = k / n_dots

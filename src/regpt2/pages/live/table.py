@@ -12,7 +12,16 @@ from regpt2.pages.live.view import FAINT, state_text, steps_of
 
 DASH = "–"
 # Each column: its name, from how many columns of the terminal on it is shown.
-COLUMNS = (("Run", 0), ("State", 0), ("Step", 60), ("Loss", 0), ("Best", 72), ("Tokens/s", 84), ("Left", 60), ("Verdict", 100))
+COLUMNS = (
+    ("Run", 0),
+    ("State", 0),
+    ("Step", 60),
+    ("Loss", 0),
+    ("Best", 72),
+    ("Tokens/s", 84),
+    ("Left", 60),
+    ("Verdict", 100),
+)
 
 
 def table_of(statuses: Mapping[str, Status], columns: int) -> Table:
