@@ -162,7 +162,8 @@ def test_modules_do_nothing_when_imported(file: Path) -> None:
 
 
 def test_importing_the_package_loads_no_torch_and_opens_nothing() -> None:
-    code = "import sys, regpt2, regpt2.cli, regpt2.commands.prepare, regpt2.commands.watch; print(*{'torch', 'matplotlib'} & {*sys.modules})"
+    code = "import sys, regpt2, regpt2.cli, regpt2.commands.prepare, regpt2.commands.watch; "
+    code += "print(*{'torch', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

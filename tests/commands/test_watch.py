@@ -59,7 +59,7 @@ def test_ctrl_c_ends_the_view_and_is_no_failure(regpt2: Run, runs: Path, monkeyp
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(watching.time, "sleep", interrupted)
+    monkeypatch.setattr("regpt2.pages.live.watching.time.sleep", interrupted)
     done = regpt2("watch", runs / "not_begun")
     assert done.returncode == 0
     assert "waiting for its run to begin" in done.stdout and "The run itself continues" in done.stdout

@@ -29,7 +29,8 @@ def train_event(step: int, **changes: Any) -> dict[str, Any]:
     """One update."""
     event = {
         "event": "train", "step": step, "loss": loss_at(step), "grad_norm": 0.5, "lr": 6e-4, "step_ms": 100.0,
-        "tokens_per_s": 10_000.0, "mfu": None, "tokens": step * BATCH_TOKENS, "skipped": False, "data": "60d12d6e6a65a5a1",
+        "tokens_per_s": 10_000.0, "mfu": None, "tokens": step * BATCH_TOKENS, "skipped": False,
+        "data": "60d12d6e6a65a5a1",
     }  # fmt: skip
     return event | changes
 

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_any_split_of_the_bytes_gives_the_record_that_is_read_whole(
     path, follower = run / "metrics.jsonl", Follower(run)
     places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
     path.write_bytes(b"")
-    for first, stop in zip(places, places[1:], strict=False):
+    for first, stop in pairwise(places):
         with open(path, "ab") as file:
             file.write(whole[first:stop])
         follower.look()
@@ -115,11 +116,15 @@ def test_a_file_written_over_in_place_is_read_anew_though_it_is_longer(tmp_path:
 def test_a_missing_file_is_waited_for_and_a_removed_one_forgotten(tmp_path: Path) -> None:
     run = tmp_path / "later"
     follower = Follower(run)
-    assert not follower.look() and not follower.exists and follower.record.runs == []
+
+    def state() -> tuple[bool, bool, int]:
+        return follower.look(), follower.exists, len(follower.record.runs)
+
+    assert state() == (False, False, 0)
     append(run, events_until(3))
-    assert follower.look() and follower.exists
+    assert state() == (True, True, 1)
     (run / "metrics.jsonl").unlink()
-    assert follower.look() and not follower.exists and follower.record.runs == []
+    assert state() == (True, False, 0)
 
 
 def test_a_fifo_in_the_place_of_the_record_does_not_hold_the_reader(tmp_path: Path) -> None:

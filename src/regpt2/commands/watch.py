@@ -1,4 +1,4 @@
-"""Runs while they train, in the terminal. In: a run folder, or a folder of runs; out: charts and figures that follow it.
+"""Runs while they train, in the terminal. In: a run folder, or a folder of runs; out: charts and figures that follow.
 
 regpt2 watch runs/demo            until the run has ended, or Ctrl-C
 regpt2 watch runs                 a table of all

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,20 @@ def test_pages_exist_for_the_runs_that_exist(runs: Path) -> None:
 
 @pytest.mark.parametrize("below", ["", "/events", "/panels", "/report"])
 @pytest.mark.parametrize(
-    "name", ["nope", "../secret", "demo/../../secret", "..", ".", "demo/metrics.jsonl", "/etc", "demo\x00", "a" * 5000, "compare"]
-)  # fmt: skip
+    "name",
+    [
+        "nope",
+        "../secret",
+        "demo/../../secret",
+        "..",
+        ".",
+        "demo/metrics.jsonl",
+        "/etc",
+        "demo\x00",
+        5000 * "a",
+        "compare",
+    ],
+)
 def test_other_names_get_404_and_no_path(runs: Path, name: str, below: str) -> None:
     answer = get(runs, f"/runs/{name}{below}")
     assert answer.status == 404
@@ -80,6 +92,14 @@ def test_the_report_is_made_on_request_and_may_run_nothing(runs: Path) -> None:
     assert answer.status == 200 and b"<svg" in answer.body and b"Validation loss" in answer.body
     assert "script-src" not in (answer.header("content-security-policy") or "")
     assert (answer.header("content-security-policy") or "").startswith("default-src 'none'")
+
+
+def test_a_damaged_record_has_no_report_but_is_no_mistake_of_the_server(runs: Path) -> None:
+    with open(runs / "demo" / "metrics.jsonl", "a") as file:
+        file.write("damaged\n")
+    answer = get(runs, "/runs/demo/report")
+    assert answer.status == 422 and str(runs) not in answer.error["message"]
+    assert get(runs, "/runs/demo/panels").status == 200
 
 
 def test_the_charts_are_those_of_the_report(runs: Path) -> None:
@@ -187,7 +207,7 @@ def test_a_stream_ends_when_the_client_leaves_or_the_server_stops(ends_by: str) 
             if message["type"] == "http.response.body":
                 sent.set()
 
-        answer = asyncio.create_task(EventStream(watched)({}, receive, send))  # type: ignore[arg-type]
+        answer = asyncio.create_task(EventStream(watched)({}, receive, send))
         await asyncio.wait_for(sent.wait(), 5)
         assert watched.n_clients == 1
         left.set() if ends_by == "client" else answer.cancel()
@@ -238,7 +258,7 @@ def test_charts_wait_when_there_is_no_time_for_them_but_the_status_does_not(
 
 def test_a_budget_is_a_tenth_of_the_time_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(channel_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("regpt2.serving.runs.channel.time.monotonic", lambda: now[0])
     budget, spent_s = Budget(0.1), 0.0
     for _ in range(10_000):
         now[0] += 0.1
@@ -259,7 +279,7 @@ def test_watching_a_long_run_costs_less_than_a_tenth_of_a_core(tmp_path: Path) -
     costs = []
     for step in range(20_001, 20_006):
         append(tmp_path / "long", [train_event(step)])
-        shown._charted_at = -1000.0  # noqa: SLF001  (charts are due)
+        shown._charted_at = -1000.0  # charts are due
         began_s = time.thread_time()
         shown.look(spend=True)
         costs.append(time.thread_time() - began_s)
@@ -273,4 +293,4 @@ def test_runs_that_nobody_watches_are_forgotten_in_the_end(runs: Path, monkeypat
     assert channels.run(runs / "0") is first
     for number in range(1, 10):
         channels.run(runs / str(number))
-    assert len(channels._runs) == 3 and channels.run(runs / "0") is not first  # noqa: SLF001
+    assert len(channels._runs) == 3 and channels.run(runs / "0") is not first

@@ -3,7 +3,6 @@
 Where standard output is no terminal, a run gives plain lines as they come, for logs and pipes, and a folder one table.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
