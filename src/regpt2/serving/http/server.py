@@ -29,6 +29,9 @@ from regpt2.serving.options import ServeOptions
 
 KEEP_ALIVE_S = 15
 BACKLOG = 256
+# What the kernel keeps for a client that reads slowly. By default it grows to megabytes, and whether the client reads
+# at all is seen only when a third of that is free again.
+SEND_BUFFER_BYTES = 256 * 1024
 
 
 def serve(options: ServeOptions) -> int:
@@ -144,6 +147,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         with _naming_address(host, port):
             if os.name == "posix":  # elsewhere it would share the port with another program
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
             listener.bind(address)
         yield listener
 
