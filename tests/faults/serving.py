@@ -308,8 +308,9 @@ def load(bench: Bench) -> Outcome:
         for client in clients:
             client.start()
         warm = bench.ask(lambda: _hammer(server.port, min(1000, bench.planned)))
-        before = server.memory_bytes()
+        before, (ran_before_s, waited_before_s) = server.memory_bytes(), server.processor_s()
         found = bench.ask(lambda: _hammer(server.port, bench.planned))
+        ran_s, waited_s = server.processor_s()
         growth = server.memory_bytes() - before
         stop.set()
         for client in clients:
@@ -318,7 +319,10 @@ def load(bench: Bench) -> Outcome:
     for got in found["codes"]:
         outcome.fired(got == 200, f"/health was answered by {got}")
     p99_s, alone_s = _calmest(found["times"]), _calmest(alone["times"])
-    if p99_s > max(GOAL_S, 4 * alone_s):  # alone it may miss the goal too, on a machine that others use
+    # On a machine that others use, the thread that answers waits for a core, and then for the thread that has the
+    # interpreter's lock and waits for a core itself: hence the square. With cores for both it is 1.
+    busy = 1 + (waited_s - waited_before_s) / max(1e-3, ran_s - ran_before_s)
+    if p99_s > GOAL_S * busy**2:
         outcome.failures.append(f"p99 of /health is {p99_s * 1000:.0f} ms; alone {alone_s * 1000:.0f} ms")
     if growth > MOST_GROWTH_BYTES:
         outcome.failures.append(f"memory grew by {growth / 1e6:.0f} MB in {bench.planned} requests")
@@ -327,7 +331,7 @@ def load(bench: Bench) -> Outcome:
     if left["active"] or left["waiting"] or set(warm["codes"]) != {200}:
         outcome.failures.append(f"afterwards the load is {left}")
     outcome.remark = (
-        f"p99 {p99_s * 1000:.0f} ms ({alone_s * 1000:.0f} alone), +{growth / 1e6:.1f} MB, "
+        f"p99 {p99_s * 1000:.0f} ms ({alone_s * 1000:.0f} alone; {busy:.1f} x slowed by others), +{growth / 1e6:.1f} MB, "
         f"{codes.count(200)} written, {codes.count(429)} x 429"
     )
     return outcome

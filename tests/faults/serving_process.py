@@ -70,6 +70,11 @@ class Server:
         pages = int(Path(f"/proc/{self.trial.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGESIZE")
 
+    def processor_s(self) -> tuple[float, float]:
+        """How long its threads have run, and how long they waited for a core while they could have run."""
+        counts = [path.read_text().split() for path in Path(f"/proc/{self.trial.pid}/task").glob("*/schedstat")]
+        return sum(int(each[0]) for each in counts) / 1e9, sum(int(each[1]) for each in counts) / 1e9
+
 
 class Stream:
     """The events of one completion, read one by one."""
