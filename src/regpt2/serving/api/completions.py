@@ -113,7 +113,7 @@ async def read_completions(body: dict[str, object], models: Models) -> Completio
         n_new = min(DEFAULT_NEW, max(1, served.context - len(ids))) if asked is None else asked
         require_fit(served, len(ids), n_new)
         kept = None if n_top is None else min(n_top, served.tokenizer.vocab_size)
-        one = Request(ids, max(1, n_new), n, choice, (seed + times[ids] * n) % 2**63, stop, logprobs=kept)
+        one = Request(ids, max(1, n_new), n, choice, seed + times[ids] * n, stop, logprobs=kept)
         requests.append(one)
         times[ids] += 1  # a prompt that comes twice is drawn twice
     ask = Ask(
