@@ -131,7 +131,7 @@ async def _prompts(fields: Fields, served: Served) -> list[tuple[str, tuple[int,
     """Text and ids of each prompt; an empty text has the id that a text begins with."""
     value = fields.get("prompt")
     found = [""] if value is None else value if isinstance(value, list) else [value]
-    if found and all(type(one) is int for one in found):
+    if isinstance(value, list) and value and all(type(one) is int for one in value):
         found = [found]
     if not 0 < len(found) <= MOST_PROMPTS:
         fields.refuse("prompt", PROMPT_FORMS)
