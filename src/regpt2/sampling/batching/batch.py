@@ -159,7 +159,7 @@ class Batch:
             row = self.full.popleft()
             return Preparation(self._tensor(row.last_ids(kept_of(self.slots.window))), row, None)
         while self.n_active < self.slots.n:
-            if self.job is None or self.job.n_left == 0:
+            if self.job is None or self.job.n_left == 0 or self.job.ticket.is_over:
                 self.job = self.take_job()
             job = self.job
             if job is None:
