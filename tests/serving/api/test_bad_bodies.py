@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running
 
 from regpt2.serving.api.asking import SHARED
+from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""How a request ends before its time: the client leaves, reads nothing, waits too long; the model fails, the server stops.
+"""Requests that end before their time: the client leaves or does not read, the model fails, the server stops.
 
 `held` stops an engine between two of its steps, so that nothing here depends on how fast it writes.
 """
@@ -17,15 +17,15 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving.tiny_server import TEXT_MODEL, Running, server_of, write_tiny
 
 from regpt2.model.files.load import load_model
 from regpt2.model.weights import native
 from regpt2.sampling.batching.engine import Engine, Piece
 from regpt2.sampling.writing import Request
 from regpt2.serving.api import writing
-from regpt2.serving.api.errors import ApiError
+from regpt2.serving.api.errors import ApiError, as_api_error
 from regpt2.serving.api.writing import Writing
+from serving.tiny_server import TEXT_MODEL, Running, server_of, write_tiny
 
 WAIT_S = 20
 LONG: dict[str, Any] = {"model": TEXT_MODEL, "prompt": "a", "max_tokens": 250, "temperature": 0}
@@ -135,19 +135,33 @@ def test_a_failing_model_is_an_error_of_the_server_without_its_inside(tmp_path: 
     whole = broken(tmp_path / "whole", lambda model: model.wte.weight.fill_(torch.nan))
     later = broken(tmp_path / "later", lambda model: model.wpe.weight[20:].fill_(torch.nan))
     with server_of(whole, later) as server, server.client() as client:
-        for stream in (False, True):
-            if not stream:
-                with pytest.raises(openai.InternalServerError) as caught:
-                    client.completions.create(model="whole", prompt="a")
-                assert caught.value.status_code == 500 and "hold NaN or infinity" in caught.value.message
-                assert str(tmp_path) not in str(caught.value.body)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="whole", prompt="a")
+        assert caught.value.status_code == 500 and "hold NaN or infinity" in caught.value.message
+        assert str(tmp_path) not in str(caught.value.body) and caught.value.type == "server_error"
         parts = []
-        with client.completions.create(model="later", prompt="a", max_tokens=50, stream=True) as stream_:
-            with pytest.raises(openai.APIError, match="The model failed") as midway:
-                parts.extend(part.choices[0].text for part in stream_)
+        stream = client.completions.create(model="later", prompt="a", max_tokens=50, stream=True)
+        with stream, pytest.raises(openai.APIError, match="hold NaN or infinity") as midway:
+            parts.extend(part.choices[0].text for part in stream)
         assert 15 <= len(parts) <= 20 and midway.value.type == "server_error"
-        assert client.completions.create(model="later", prompt="a", max_tokens=5).choices  # it serves on
+        assert client.completions.create(model="later", prompt="a", max_tokens=5).choices  # it still serves
     assert "a request failed" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_is_not_shown(capsys: Any) -> None:
+    found = as_api_error(RuntimeError("out of memory in /home/someone"))
+    assert (found.status, found.body()) == (
+        500,
+        {
+            "error": {
+                "message": "The model failed. The server's log has the details.",
+                "type": "server_error",
+                "param": None,
+                "code": "internal_error",
+            }
+        },
+    )
+    assert "RuntimeError: out of memory in /home/someone" in capsys.readouterr().err
 
 
 def test_what_a_client_does_not_read_is_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
