@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_models import END, EOT, START, write_parrot
+from chat_models import BYTES, END, EOT, START, write_parrot
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regpt2.data.chat_template import Message, prompt_ids
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.sampling.writing import TokenLogprob
 from regpt2.serving.api import answering
@@ -45,6 +46,17 @@ def test_an_answer_ends_with_its_turn_and_has_no_white_space_around_it(
     assert bytes(byte for one in choice.logprobs.content for byte in one.bytes or []) == says.encode()
     assert found.usage is not None and found.usage.completion_tokens == len(says.encode()) + 1  # with the end
     assert stopped.choices[0].message.content == ("" if "naïve" in says else text)
+
+
+def test_the_end_of_text_stops_a_text_and_is_among_its_tokens(tmp_path: Path) -> None:
+    write_parrot(tmp_path / "parrot", ("hi", "yes"), ends=EOT, after="and no")
+    at = len(prompt_ids([Message("user", "hi")], BYTES))  # where the parrot speaks
+    with server_of(tmp_path / "parrot") as server, server.client() as client:
+        found = client.completions.create(model="parrot", prompt="x" * at, temperature=0, logprobs=0, max_tokens=9)
+    choice = found.choices[0]
+    assert (choice.text, choice.finish_reason) == ("yes", "stop")
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == ["y", "e", "s", "<|endoftext|>"] and choice.logprobs.text_offset == [0, 1, 2, 3]
 
 
 def test_an_answer_cannot_begin_another_message_but_a_continued_text_can(tmp_path: Path) -> None:
