@@ -96,6 +96,7 @@ export class Alternatives {
 /** A part of a character and an id without text cannot be put into a text. */
 function nameOf(text) {
   if (text.startsWith("bytes:\\x")) return text.slice(6);
-  if (text.startsWith("token_id:")) return "end of text";
+  if (text.startsWith("token_id:") || text === "<|endoftext|>") return "end of text";
+  if (/^<\|\w+\|>$/.test(text)) return `mark ${text}`; // of a turn
   return asLabel(text);
 }
