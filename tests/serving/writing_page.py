@@ -48,7 +48,8 @@ def write_page(
 
 
 def set_all(page: Any, **settings: object) -> None:
-    """Fill the form of settings."""
+    """Fill the form of settings, which is closed on a narrow screen."""
+    page.evaluate("document.querySelector('#settings').open = true")
     for name, value in settings.items():
         page.fill(f"#settings-form [name={name}]", str(value))
 
