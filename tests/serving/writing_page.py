@@ -17,7 +17,7 @@ from regpt2.sampling.batching.batch import Batch
 from serving.browser import Opened, Scheme, opened
 from serving.tiny_server import TEXT_MODEL, Running, server_of
 
-UNTIL_S = 15
+UNTIL_S = 30
 
 
 @pytest.fixture(scope="module")

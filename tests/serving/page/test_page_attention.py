@@ -11,7 +11,6 @@ from serving.browser import overflow_px
 from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running
 from serving.writing_page import (
     asked_of,
-    peaked,  # noqa: F401
     set_all,
     wait_until_done,
     write,
@@ -31,10 +30,10 @@ def chosen_head(page: Any) -> dict[int, float]:
 
 def wait_for_map(page: Any) -> None:
     """The map of the chosen head comes with an answer of its own."""
-    page.wait_for_selector("canvas.map[width]")
+    page.wait_for_selector("canvas.map[data-head]")
 
 
-def test_enter_on_a_token_shows_the_weights_of_every_head(chromium: Any, peaked: Running) -> None:  # noqa: F811
+def test_enter_on_a_token_shows_the_weights_of_every_head(chromium: Any, peaked: Running) -> None:
     with write_page(chromium, peaked) as seen:
         page = seen.page
         text = write(page, "to be ", max_tokens=20, seed=0)
@@ -61,7 +60,7 @@ def test_enter_on_a_token_shows_the_weights_of_every_head(chromium: Any, peaked:
         assert not page.is_visible("#attention") and not seen.refused
 
 
-def test_the_map_has_the_colors_of_the_weights(chromium: Any, peaked: Running) -> None:  # noqa: F811
+def test_the_map_has_the_colors_of_the_weights(chromium: Any, peaked: Running) -> None:
     with write_page(chromium, peaked) as seen:
         page = seen.page
         text = write(page, "to be ", max_tokens=6, seed=0)
@@ -69,7 +68,7 @@ def test_the_map_has_the_colors_of_the_weights(chromium: Any, peaked: Running) -
         page.keyboard.press("Enter")
         wait_for_map(page)
         page.click(".head-cell >> nth=0")
-        page.wait_for_timeout(300)
+        page.wait_for_selector("canvas.map[data-head='0 0']")
         # The map is at the right lower end of the canvas, T cells wide; labels are left of it and above.
         pixels = page.evaluate(
             """T => {
@@ -94,7 +93,7 @@ def test_the_map_has_the_colors_of_the_weights(chromium: Any, peaked: Running) -
             assert color == pytest.approx(expected, abs=2), (row, column)
 
 
-def test_a_click_on_a_token_looks_from_there_unless_it_is_switched_off(chromium: Any, peaked: Running) -> None:  # noqa: F811
+def test_a_click_on_a_token_looks_from_there_unless_it_is_switched_off(chromium: Any, peaked: Running) -> None:
     with write_page(chromium, peaked) as seen:
         page = seen.page
         text = write(page, "to be ", max_tokens=20, seed=0)
@@ -118,7 +117,7 @@ def click(page: Any, n: int) -> None:
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
 
 
-def test_attention_of_an_answer_follows_its_conversation(chromium: Any, peaked: Running) -> None:  # noqa: F811
+def test_attention_of_an_answer_follows_its_conversation(chromium: Any, peaked: Running) -> None:
     with write_page(chromium, peaked) as seen:
         page = seen.page
         page.select_option("#model", CHAT_MODEL)
@@ -135,7 +134,7 @@ def test_attention_of_an_answer_follows_its_conversation(chromium: Any, peaked: 
 
 def test_a_model_with_other_attention_is_told_so(
     chromium: Any,
-    peaked: Running,  # noqa: F811
+    peaked: Running,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Other(CausalSelfAttention):

@@ -1,7 +1,7 @@
 """How the page looks, and that what a model writes or is called never becomes more than text."""
 
 import re
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from regpt2.pages import PAGE_CSS
 from serving.browser import overflow_px
 from serving.tiny_server import CHAT_MODEL, Running, server_of
 from serving.writing_page import (
-    peaked,  # noqa: F401
     pieces,
     set_all,
     shown,
@@ -58,7 +57,7 @@ PAINTED = """kind => {
 
 def test_dark_and_light_have_the_report_s_colors_and_text_can_be_read_on_every_shade(
     chromium: Any,
-    peaked: Running,  # noqa: F811
+    peaked: Running,
 ) -> None:
     pictures, distances = [], {}
     for number, scheme in enumerate(("light", "dark")):
@@ -74,14 +73,14 @@ def test_dark_and_light_have_the_report_s_colors_and_text_can_be_read_on_every_s
                 low, high = sorted((luminance(shade), luminance(letters)))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, f"WCAG AA, {scheme}, step {step}"
                 lights.append(luminance(shade))
-            distances[scheme] = [abs(a - b) for a, b in zip(lights, lights[1:], strict=False)]
+            distances[scheme] = [abs(a - b) for a, b in pairwise(lights)]
             assert lights == sorted(lights, reverse=scheme == "light"), "each step is further from the paper"
     assert pictures[0] != pictures[1]
     assert all(min(steps) > 0.003 for steps in distances.values()), distances
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_scrolls_sideways_at_390_pixels(chromium: Any, peaked: Running, scheme: Any) -> None:  # noqa: F811
+def test_nothing_scrolls_sideways_at_390_pixels(chromium: Any, peaked: Running, scheme: Any) -> None:
     with write_page(chromium, peaked, scheme=scheme, width=390, height=800) as seen:
         page = seen.page
         assert overflow_px(page) == 0
@@ -93,14 +92,14 @@ def test_nothing_scrolls_sideways_at_390_pixels(chromium: Any, peaked: Running, 
         page.locator("#first .token").nth(30).focus()
         assert page.is_visible("#alternatives") and overflow_px(page) == 0
         page.keyboard.press("Enter")
-        page.wait_for_selector("canvas.map[width]")
+        page.wait_for_selector("canvas.map[data-head]")
         assert overflow_px(page) == 0
         box = page.locator("canvas.map").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
 
 
 @pytest.mark.parametrize("width", [390, 700, 1280])
-def test_letters_are_where_the_text_area_has_them(chromium: Any, peaked: Running, width: int) -> None:  # noqa: F811
+def test_letters_are_where_the_text_area_has_them(chromium: Any, peaked: Running, width: int) -> None:
     """The text area takes clicks and the sheet below draws the letters: both must break lines at the same places."""
     with write_page(chromium, peaked, width=width) as seen:
         page = seen.page
@@ -139,7 +138,7 @@ def test_what_a_model_writes_is_never_markup(chromium: Any, hostile: Running) ->
         assert page.locator(".talk .assistant .layer").evaluate("one => one.textContent") == shown(HOSTILE)
         page.locator(".talk .token").nth(5).focus()
         page.keyboard.press("Enter")
-        page.wait_for_selector("canvas.map[width]")
+        page.wait_for_selector("canvas.map[data-head]")
         page.click("#as-text")
         prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         page.fill("#text", prompt + HOSTILE.replace("\r", ""))  # a text area has no carriage return
@@ -150,12 +149,12 @@ def test_what_a_model_writes_is_never_markup(chromium: Any, hostile: Running) ->
         tags = page.evaluate("[...new Set([...document.querySelectorAll('body *')].map(one => one.tagName))]")
         assert not {"IMG", "SCRIPT", "B"} & (set(tags) - {"B"}), tags
         assert page.locator("b").all_inner_texts() == ["curl", "regpt2 sample"]
-        assert page.inner_text("#first .pane-name") in ("", '<img src=x onerror=alert(2)>"')
+        assert page.inner_text("#first .pane-name") .startswith('<img src=x onerror=alert(2)>"')
 
 
 def test_everything_has_a_name_and_the_text_is_not_announced_token_by_token(
     chromium: Any,
-    peaked: Running,  # noqa: F811
+    peaked: Running,
 ) -> None:
     with write_page(chromium, peaked) as seen:
         page = seen.page

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import tiny_server
 
 from regpt2.sampling.batching.events import Event, Piece
 from regpt2.sampling.writing import Request
 from regpt2.serving.app import build_app
 from regpt2.serving.http.access import Access
+from serving import tiny_server
 from serving.tiny_server import TEXT_MODEL, Running, server_of
-from serving.writing_page import set_all, shown, slow_steps, until, wait_until_done, write, write_page  # noqa: F401
+from serving.writing_page import set_all, shown, until, wait_until_done, write, write_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.seconds, pytest.mark.process]
 
@@ -60,7 +60,7 @@ def test_a_server_with_a_key_is_given_it(
         assert write(page, "a", max_tokens=5, seed=1) != "a"
         page.locator("#first .token").first.focus()
         page.keyboard.press("Enter")
-        page.wait_for_selector("canvas.map[width]")
+        page.wait_for_selector("canvas.map[data-head]")
         kept = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
         assert KEY not in kept[0] and KEY in kept[1], "the key is gone with the tab"
         page.click("#commands summary")
