@@ -149,7 +149,7 @@ def test_what_a_model_writes_is_never_markup(chromium: Any, hostile: Running) ->
         tags = page.evaluate("[...new Set([...document.querySelectorAll('body *')].map(one => one.tagName))]")
         assert not {"IMG", "SCRIPT", "B"} & (set(tags) - {"B"}), tags
         assert page.locator("b").all_inner_texts() == ["curl", "regpt2 sample"]
-        assert page.inner_text("#first .pane-name") .startswith('<img src=x onerror=alert(2)>"')
+        assert page.inner_text("#first .pane-name").startswith('<img src=x onerror=alert(2)>"')
 
 
 def test_everything_has_a_name_and_the_text_is_not_announced_token_by_token(

@@ -1,20 +1,24 @@
 """What the page asks for besides the API: its files, and attention, whose weights are those of `explore`."""
 
+import asyncio
 import base64
 import http.client
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from starlette.requests import Request
 
 from regpt2.exploring.measure import all_attention_weights, habits_of
 from regpt2.model.gpt import CausalSelfAttention
 from regpt2.pages import PAGE_CSS
 from regpt2.serving.page import attention
 from regpt2.serving.page.routes import FILES
+from regpt2.serving.page.static_files import files_in, static_route
 from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running
 
 TEXT = "To be, or naïve 🙂"
@@ -71,6 +75,18 @@ def test_every_file_has_its_type_and_is_sent_again_only_if_it_changed(server: Ru
         assert (again.status, again.content) == (304, b"")
     assert request(server, "/static/main.html").status == 404
     assert request(server, "/static/..%2froutes.py").status == 404
+
+
+def test_the_etag_is_of_the_content(tmp_path: Path) -> None:
+    """Else a browser would run the script of another version."""
+    etags = set()
+    for text in ("one", "two"):
+        (tmp_path / "a.js").write_text(text)
+        send = static_route("/static", files_in(tmp_path)).endpoint
+        answer = asyncio.run(send(Request({"type": "http", "headers": [], "path_params": {"name": "a.js"}})))
+        assert answer.body == text.encode()
+        etags.add(answer.headers["etag"])
+    assert len(etags) == 2
 
 
 def test_the_page_names_no_other_site_and_has_no_inline_script_or_style(server: Running) -> None:
