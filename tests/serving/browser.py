@@ -55,7 +55,7 @@ def opened(
     context = chromium.new_context(
         color_scheme=scheme, viewport={"width": width, "height": height}, reduced_motion="reduce", **options
     )
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)  # on a busy machine
     try:
         seen = Opened(context.new_page())
         watch(seen.page, seen)

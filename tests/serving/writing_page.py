@@ -17,7 +17,7 @@ from regpt2.sampling.batching.batch import Batch
 from serving.browser import Opened, Scheme, opened
 from serving.tiny_server import TEXT_MODEL, Running, server_of
 
-UNTIL_S = 15
+UNTIL_S = 30
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def write_page(
 
 
 def set_all(page: Any, **settings: object) -> None:
-    """Fill the form of settings."""
+    """Fill the form of settings, which is closed on a narrow screen."""
+    page.evaluate("document.querySelector('#settings').open = true")
     for name, value in settings.items():
         page.fill(f"#settings-form [name={name}]", str(value))
 

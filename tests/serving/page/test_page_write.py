@@ -11,11 +11,9 @@ from serving.browser import Opened, opened
 from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running
 from serving.writing_page import (
     asked_of,
-    peaked,  # noqa: F401
     pieces,
     set_all,
     shown,
-    slow_steps,  # noqa: F401
     until,
     wait_until_done,
     write,
@@ -66,7 +64,7 @@ def test_the_text_is_that_of_the_api_and_each_token_has_its_probability_as_shade
 def test_escape_stops_the_server_within_a_token_and_the_text_stays(
     chromium: Any,
     peaked: Running,
-    slow_steps: None,  # noqa: F811
+    slow_steps: None,
 ) -> None:
     engine = peaked.models[TEXT_MODEL].engine
     with write_page(chromium, peaked) as seen:
@@ -144,6 +142,7 @@ def test_the_command_shown_writes_the_same_text_again(chromium: Any, peaked: Run
         page = seen.page
         text = write(page, "it's\n", max_tokens=20, top_p=0.9)
         page.click("#commands summary")
+        page.wait_for_selector("#sample:not(:empty)")
         curl, sample = page.inner_text("#curl"), page.inner_text("#sample")
     assert curl.startswith(f"curl {peaked.url}/v1/completions \\\n  -H 'Content-Type: application/json' \\\n  -d '")
     body = json.loads(curl.split("-d '")[1][:-1].replace("'\\''", "'"))

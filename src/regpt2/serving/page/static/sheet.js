@@ -76,7 +76,7 @@ export class Sheet {
     const { mark } = piece;
     if (mark === null) return element("span", "mine", inPlace(piece.text));
     if (mark === STALE) return element("span", "stale", inPlace(piece.text));
-    const kind = `token s${shadeOf(mark.logprob)}${mark.swapped ? " swapped" : ""}`;
+    const kind = `token s${shadeOf(mark.logprob)}${mark.swapped ? " swapped" : ""}${/[\r\n]/.test(piece.text) ? " ends-line" : ""}`;
     return element("span", kind, inPlace(piece.text), { tabindex: "-1", role: "button" });
   }
 

@@ -15,6 +15,7 @@ const MOST_NEW = 128; // suggested, or half of the context
 const MOST_TEXT_KEPT = 200_000; // characters of a text that outlives a reload
 const DRAFT = "regpt2 draft";
 
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const byId = (id) => document.getElementById(id);
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 
@@ -99,7 +100,11 @@ class Page {
     this.second.model = named("other");
     this.second.root.hidden = this.second.model === null;
     document.body.classList.toggle("two", !this.second.root.hidden);
-    for (const pane of this.panes) pane.root.querySelector(".pane-name").textContent = pane.model.id;
+    for (const pane of this.panes) {
+      const about = element("span", "faint", aboutModel(pane.model));
+      pane.root.querySelector(".pane-name").replaceChildren(pane.model.id, " ", about);
+    }
+    byId("about").textContent = this.second.model ? "" : aboutModel(this.first.model);
     this.talk.offer(this.panes.every((pane) => pane.model.chat));
   }
 
@@ -370,6 +375,14 @@ class Page {
       else this.alternatives.hide();
     }
   }
+}
+
+/** Its size and its context, as far as the server tells them. */
+function aboutModel({ parameters, context_length: context }) {
+  const known = [];
+  if (parameters) known.push(`${compact.format(parameters)} parameters`);
+  if (context) known.push(`${context.toLocaleString()} tokens of context`);
+  return known.join(", ");
 }
 
 const page = new Page();
