@@ -47,7 +47,8 @@ def written(folder: Path, events: list[dict[str, Any]]) -> bytes:
     return (folder / "metrics.jsonl").read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.seconds
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(EVENTS, max_size=8), cuts=st.lists(st.integers(0, 3000), max_size=12))
 def test_any_split_of_the_bytes_gives_the_record_that_is_read_whole(
     tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, Any]], cuts: list[int]

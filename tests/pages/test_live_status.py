@@ -105,6 +105,7 @@ def test_a_name_never_leads_out_of_the_folder(tmp_path: Path) -> None:
     (runs / "linked_record").mkdir()
     (runs / "linked_record" / "metrics.jsonl").symlink_to(tmp_path / "secret" / "metrics.jsonl")
     (runs / "within").symlink_to(runs / "demo")
+    append(runs / os.fsdecode(b"no_utf8_\xff"), [start_event()])
     assert [*find_runs(runs)] == ["demo", "within"]
     for name in (
         "../secret", "demo/../../secret", "link", "linked_record", "/etc", str(tmp_path / "secret"), "", ".", "..",
