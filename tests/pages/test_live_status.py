@@ -10,6 +10,7 @@ from growing import append, events_until, start_event, train_event
 
 from regpt2.base.errors import UsageError
 from regpt2.base.files import folder_lock, is_locked, try_lock
+from regpt2.pages.live import folders
 from regpt2.pages.live.folders import find_run, find_runs
 from regpt2.pages.live.follow import Follower
 from regpt2.pages.live.status import Status, status_of
@@ -95,6 +96,16 @@ def test_runs_are_found_down_to_the_seeds_of_a_comparison(tmp_path: Path) -> Non
     (tmp_path / "no_run").mkdir()
     assert [*find_runs(tmp_path)] == ["compare/adamw/seed-1", "compare/muon/seed-1", "demo"]
     assert find_run(tmp_path, "compare/muon/seed-1") == (tmp_path / "compare/muon/seed-1").resolve()
+
+
+def test_a_whole_disk_is_not_searched_for_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "MOST_SEEN", 20)
+    append(tmp_path / "0_first", [start_event()])
+    for number in range(30):
+        (tmp_path / f"{number:02}").mkdir()
+    append(tmp_path / "last", [start_event()])
+    assert [*find_runs(tmp_path)] == ["0_first"]
+    assert find_run(tmp_path, "last")
 
 
 def test_a_name_never_leads_out_of_the_folder(tmp_path: Path) -> None:

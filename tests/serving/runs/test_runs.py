@@ -247,6 +247,7 @@ def look_at(channel: Channel, kind: str, *, spend: bool = True) -> list[Any]:
 
 def test_the_list_has_a_row_for_each_run_and_follows_the_folder(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regpt2.serving.runs.channels.LIST_EVERY_S", 0.0)
+    monkeypatch.setattr("regpt2.serving.runs.channels.FIND_SHARE", math.inf)
     shown = ListChannel(runs, ThreadPoolExecutor(1), Budget())
     with folder_lock(runs / "demo"):
         rows = {row["name"]: row for row in look_at(shown, "run")}

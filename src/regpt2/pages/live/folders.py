@@ -3,22 +3,19 @@
 import os
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 DEEPEST = 3  # comparisons/ARM/seed-N
-MOST_FOUND = 5000
+MOST_SEEN = 5000
+"""Folders that are looked into: the folder of runs could be a whole disk by mistake."""
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
     """The folders with a record below `folder`, by name: "demo", or "compare/adamw/seed-1"; links out are left out."""
     root = Path(os.path.realpath(folder))
-    found: dict[str, Path] = {}
-    for name, place in _walk(root, "", 1):
-        if len(found) == MOST_FOUND:
-            break
-        if _is_inside(root, place / "metrics.jsonl"):
-            found[name] = place
-    return found
+    walked = islice(_walk(root, "", 1), MOST_SEEN)
+    return {name: place for name, place in walked if _is_inside(root, place / "metrics.jsonl")}
 
 
 def find_run(folder: Path, name: str) -> Path | None:
@@ -35,11 +32,11 @@ def find_run(folder: Path, name: str) -> Path | None:
 
 
 def _walk(place: Path, above: str, depth: int) -> Iterator[tuple[str, Path]]:
+    """All folders, by name; none below a run."""
     for entry in sorted(_folders(place), key=lambda one: one.name):
         name, below = f"{above}{entry.name}", place / entry.name
-        if (below / "metrics.jsonl").is_file():
-            yield name, below
-        elif depth < DEEPEST:
+        yield name, below
+        if depth < DEEPEST and not (below / "metrics.jsonl").is_file():
             yield from _walk(below, f"{name}/", depth + 1)
 
 

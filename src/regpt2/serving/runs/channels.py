@@ -1,6 +1,7 @@
 """The channels of runs. In: the runs folder; out: one channel for the list, and one for each run that is watched."""
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +19,8 @@ CHARTS_EVERY_S = 2.0
 LIST_EVERY_S = 2.0
 SLICE_S = 0.1
 """The list of many long runs comes in pieces, each after so much reading."""
+FIND_SHARE = 0.05
+"""Most of the time that goes into looking for new runs, where there are thousands of folders."""
 ROW_UPDATES = 256
 """Updates that a row of the list looks at."""
 MOST_KEPT = 16
@@ -75,19 +78,21 @@ class ListChannel(Channel):
         self._followers: dict[str, Follower] = {}
         self._rows: dict[str, str] = {}
         self._ended: set[str] = set()
-        self._listed_at = -LIST_EVERY_S
+        self._find_s = 0.0
+        self._found_at = self._listed_at = -math.inf
 
     def look(self, *, spend: bool) -> dict[Part, str]:
         """A row for each run, in pieces if they are many; a run that is not read yet has its name alone."""
         now = time.monotonic()
-        unread = [name for name, follower in self._followers.items() if not follower.exists]
-        if unread or now - self._listed_at >= LIST_EVERY_S:
+        if now - self._found_at >= max(LIST_EVERY_S, self._find_s / FIND_SHARE):
             self._find()
+            self._found_at, self._find_s = now, time.monotonic() - now
+        if self._followers.keys() - self._rows.keys() or now - self._listed_at >= LIST_EVERY_S:
             names = [*(name for name in self._followers if name not in self._rows), *self._rows]
-            self._listed_at = now
+            self._listed_at, began_s = now, time.monotonic()
             for name in names:
                 self._update(name)
-                if time.monotonic() - now > SLICE_S:
+                if time.monotonic() - began_s > SLICE_S:
                     break
         whole = {"n_runs": len(self._followers), "n_read": len(self._rows)}
         rows: dict[Part, str] = {("run", name): row for name, row in self._rows.items()}
@@ -101,8 +106,10 @@ class ListChannel(Channel):
         self._rows = {name: row for name, row in self._rows.items() if name in found}
 
     def _update(self, name: str) -> None:
-        follower = self._followers[name]
-        if not follower.look() and name in self._ended and name in self._rows:
+        follower, before = self._followers[name], self._rows.pop(name, None)
+        if before is not None:
+            self._rows[name] = before  # now the last: if time runs out, the next look begins with others
+        if not follower.look() and name in self._ended and before is not None:
             return
         status = status_of(follower)
         (self._ended.add if status.has_ended else self._ended.discard)(name)

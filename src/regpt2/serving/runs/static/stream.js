@@ -32,7 +32,10 @@ export function follow(address, onEvent, onState) {
     try {
       const response = await fetch(address, { headers: headers(), signal: mine.signal, cache: "no-store" });
       if (response.status === 401) return onState("key", "");
-      if (response.status === 404) return onState("gone", "");
+      if (response.status === 404) {
+        timer = setTimeout(connect, LONGEST_WAIT_MS);
+        return onState("gone", "");
+      }
       if (response.ok) {
         waitMs = FIRST_WAIT_MS;
         onState("on", "");
@@ -123,6 +126,7 @@ export function showState(state, text, again) {
   form.hidden = state !== "key";
   document.body.classList.toggle("offline", state === "off");
   if (state !== "key") return;
+  form.querySelector("label").textContent = hasKey() ? "This API key is wrong." : "This server needs its API key.";
   form.onsubmit = (event) => {
     event.preventDefault();
     sessionStorage.setItem(KEY, form.elements.key.value.trim());
