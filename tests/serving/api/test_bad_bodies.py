@@ -183,11 +183,17 @@ def test_a_body_without_a_field_is_a_whole_request(asker: Asker) -> None:
         ({"top_p": 0}, "top_p", None, "top_p is 0; expected a number above 0, at most 1."),
         ({"prompt": [300]}, "prompt", None, "prompt has the token id 300; expected ids from 0 to 256."),
         ({"best_of": 3, "n": 2}, "best_of", None, "best_of is supported only where it equals n, 2."),
+        (
+            {"prompt": [""] * 256, "n": 4, "max_tokens": 200, "logprobs": 2},
+            None,
+            "answer_too_large",
+            "The answer may have 204,800 tokens with 3 values each; one answer has at most 500,000.",
+        ),
         ({"suffix": "b"}, "suffix", None, "suffix is not supported: the model writes what follows a prompt"),
     ],
 )
 def test_a_message_names_the_field_what_it_got_and_what_it_expected(
-    asker: Asker, body: dict[str, Any], param: str, code: str | None, message: str
+    asker: Asker, body: dict[str, Any], param: str | None, code: str | None, message: str
 ) -> None:
     error = asker.refused(COMPLETIONS, json.dumps(body).encode())
     assert (error["param"], error["code"]) == (param, code) and message in error["message"]

@@ -18,6 +18,7 @@ from regpt2.serving.api.asking import (
     choice_of,
     n_of,
     require_short,
+    require_small,
     seed_of,
     served_by,
     stops_of,
@@ -157,7 +158,7 @@ async def read_chat(body: dict[str, object], models: Models) -> ChatCompletions:
         never=(start,),  # a message cannot begin within an answer
         logprobs=None if n_top is None else min(n_top, tokenizer.vocab_size),
     )
-    return ChatCompletions(Ask(served, (request,), stream, include_usage))
+    return ChatCompletions(require_small(Ask(served, (request,), stream, include_usage)))
 
 
 def _chat_tokenizer(served: Served) -> AddedTokens:

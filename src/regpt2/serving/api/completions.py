@@ -17,6 +17,7 @@ from regpt2.serving.api.asking import (
     n_of,
     require_fit,
     require_short,
+    require_small,
     seed_of,
     served_by,
     stops_of,
@@ -124,7 +125,7 @@ async def read_completions(body: dict[str, object], models: Models) -> Completio
         score_prompts=echo and n_top is not None,
         only_score=asked == 0,
     )
-    return Completions(ask, [text for text, _ in prompts], echo=echo)
+    return Completions(require_small(ask), [text for text, _ in prompts], echo=echo)
 
 
 async def _prompts(fields: Fields, served: Served) -> list[tuple[str, tuple[int, ...]]]:
