@@ -1,12 +1,12 @@
-"""`regpt2 serve` under load. In: a model; out: what many clients get, beside a batch in `sample` and llama.cpp's server.
+"""`regpt2 serve` under load. In: a model; out: what clients get, beside a batch in `sample` and llama.cpp's server.
 
     python benchmarks/serving.py --model runs/demo --out benchmarks/results/DATE_cpu_serving.json
     python benchmarks/serving.py --quick
     python benchmarks/serving.py --table benchmarks/results/DATE_cpu_serving.json
 
-`load`: 64 clients for two minutes with random requests, of which some leave and some are nonsense. Exit code 1 if a text
-is wrong, something leaks, a client starves, or a slot stays taken. `batch`: eight clients beside eight prompts in
-`regpt2 sample`. `llama.cpp`: first tokens beside its server, with the same weights; needs the package xllamacpp. Linux.
+`load`: 64 clients for two minutes with random requests; some leave, some send nonsense. Exit code 1 if a text is wrong,
+something leaks, a client starves, or a slot stays taken. `batch`: eight clients beside a batch in `regpt2 sample`.
+`llama.cpp`: first tokens beside its server, with the same weights; needs the package xllamacpp. Needs Linux.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
+from crowd import servers, tables
+from crowd.http_client import ask
+from crowd.known import known_texts
+from crowd.load import Traffic
+from crowd.steady import NotServed, Steady, for_rounds, for_seconds, prompts
+from crowd.verdict import Watch, result_of
 from regpt2.sampling.continue_text import load_in
 from regpt2.sampling.tokenizer import tokenizer_of
 from run import export, version
 from sides import SETTLE_S, Side, SideFailed, keep
-from traffic import servers, tables
-from traffic.http_client import ask
-from traffic.known import known_texts
-from traffic.load import Traffic
-from traffic.steady import NotServed, Steady, for_rounds, for_seconds, prompts
-from traffic.verdict import Watch, result_of
 from works import GPT2, PLACES, Comparison, GenerationWork, Shape, SideSpec
 
 HERE = Path(__file__).parent
@@ -110,7 +110,7 @@ def measure_batch(model: str, dtype: str, new_tokens: int, size: Size, options: 
 
         rounds = max(1, round(size.turn_s * served(1, stream=True) / (SLOTS * new_tokens)))
         job = {"model": model, "dtype": dtype, "prompts": texts, "new_tokens": new_tokens, "rounds": rounds}
-        side = Side([sys.executable, str(HERE / "traffic" / "batch.py"), json.dumps(job)])
+        side = Side([sys.executable, str(HERE / "crowd" / "batch.py"), json.dumps(job)])
         held.callback(side.end)
         side.turn(1)  # warm up
         rows = []

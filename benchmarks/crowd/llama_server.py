@@ -1,6 +1,6 @@
 """llama.cpp's server by its Python package. In: a GGUF file, port, slots, context of a slot, threads; out: it serves.
 
-    python benchmarks/traffic/llama_server.py MODEL.gguf 8080 8 256 2
+    python benchmarks/crowd/llama_server.py MODEL.gguf 8080 8 256 2
 
 The same as `llama-server -m MODEL.gguf --port 8080 -np 8 -c 2048 -t 2` of its own program.
 """

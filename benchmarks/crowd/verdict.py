@@ -1,4 +1,4 @@
-"""What is promised under load, and whether it held. In: what clients saw, and what the server's process held; out: a result."""
+"""Whether promises held under load. In: what clients saw, what the server's process held; out: a result."""
 
 import asyncio
 import statistics
@@ -6,8 +6,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
 
-from traffic.load import Seen, fairness, percentile, until_idle
-from traffic.servers import Held
+from crowd.load import Seen, fairness, percentile, until_idle
+from crowd.servers import Held
 
 MOST_GROWTH_BYTES = 20 << 20  # after the warm-up
 MOST_UNFAIR = 3.0  # a client's mean wait, or its number of requests, beside the median client's

@@ -1,4 +1,4 @@
-"""Many clients at once, well-behaved and not. In: a port and known texts; out: what was served, how fast, what was wrong.
+"""Many clients at once, well-behaved and not. In: a port, known texts; out: what was served, how fast, what was wrong.
 
 A client sends one request after the other: streams and whole answers, greedy and drawn, with stop texts and
 log-probabilities. Some leave in mid stream or while they wait, some send nonsense. A client that is refused with 429
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from traffic.http_client import DONE, NO_ANSWER, Answer, ask
-from traffic.known import Known
+from crowd.http_client import DONE, NO_ANSWER, Answer, ask
+from crowd.known import Known
 
 COMPLETIONS = "/v1/completions"
 BUSY = 429

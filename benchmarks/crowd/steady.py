@@ -8,11 +8,12 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from traffic.http_client import ask
-from traffic.known import prose
-from traffic.load import BUSY, COMPLETIONS, percentile, read_stream
+from crowd.http_client import ask
+from crowd.known import prose
+from crowd.load import BUSY, COMPLETIONS, percentile, read_stream
 
 
 class NotServed(Exception):
@@ -124,4 +125,4 @@ async def _whole(port: int, body: dict[str, Any]) -> int:
 
 
 def _gaps(times: list[list[float]]) -> tuple[float, ...]:
-    return tuple(b - a for each in times for a, b in zip(each, each[1:], strict=False))
+    return tuple(b - a for each in times for a, b in pairwise(each))
