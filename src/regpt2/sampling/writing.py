@@ -150,7 +150,7 @@ def write(
             if n == 0:
                 require_finite(logits)
             new = pen.draw(logits)  # (B,)
-            kept = [None] * len(written) if most is None else _logprobs(logits, new, most)
+            kept = [None] * len(written) if most is None else logprobs_of(logits, new, most)
             rows.append(new)
             for number, (row, token, logprob) in enumerate(zip(written, new.tolist(), kept, strict=True)):
                 was_on = row.finish_reason is None
@@ -202,7 +202,7 @@ class _Pen:
         return candidates(logits, choice)
 
 
-def _logprobs(logits: Tensor, new: Tensor, most: int) -> list[TokenLogprob | None]:
+def logprobs_of(logits: Tensor, new: Tensor, most: int) -> list[TokenLogprob]:
     """What each row keeps of its new id: from logits (B, V) and ids (B,)."""
     log_p = logits.float().log_softmax(dim=1)  # (B, V)
     top = log_p.topk(most, dim=1)  # two of (B, N)
