@@ -23,7 +23,7 @@ class Watch:
         self.held = held
         self.before = held()
         self.warm = self.before
-        self.peak_rss_bytes = self.before.rss_bytes
+        self.rss_bytes = [self.before.rss_bytes]
 
     async def during(self, work: Coroutine[Any, Any, Any], *, warm_s: float) -> None:
         """Look until the work is done; what is held after `warm_s` is the reference for growth."""
@@ -33,7 +33,7 @@ class Watch:
             await asyncio.wait([done], timeout=LOOK_EVERY_S)
             elapsed_s += LOOK_EVERY_S
             now = self.held()
-            self.peak_rss_bytes = max(self.peak_rss_bytes, now.rss_bytes)
+            self.rss_bytes.append(now.rss_bytes)
             if elapsed_s <= warm_s:
                 self.warm = now
         await done
@@ -62,7 +62,8 @@ async def result_of(seen: Seen, watch: Watch, port: int, clients: int) -> dict[s
         "fairness": share,
         "idle_after_s": idle_after_s,
         "rss_growth_bytes": growth_bytes,
-        "peak_rss_bytes": watch.peak_rss_bytes,
+        "peak_rss_bytes": max(watch.rss_bytes),
+        "rss_mb_every_half_second": [n // 1_000_000 for n in watch.rss_bytes],
         "held": {"before": asdict(watch.before), "warm": asdict(watch.warm), "after": asdict(after)},
         "health": health,
     }
