@@ -78,8 +78,8 @@ class _LayerView:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, length + T, D)
         start, T = self.cache.length, k.shape[2]
         if self.cache.places is not None:
-            self.k[self.cache.rows, :, self.cache.places] = k[:, :, 0]
-            self.v[self.cache.rows, :, self.cache.places] = v[:, :, 0]
+            self.k[self.cache.rows, :, self.cache.places] = k[:, :, 0].to(self.k.dtype)
+            self.v[self.cache.rows, :, self.cache.places] = v[:, :, 0].to(self.v.dtype)
             return self.k.narrow(2, 0, start), self.v.narrow(2, 0, start)
         self.k.narrow(2, start, T).copy_(k)
         self.v.narrow(2, start, T).copy_(v)

@@ -30,8 +30,9 @@ class Form(Protocol):
 
     ask: Ask
     prefix: str
-    object: str
-    chunk_object: str
+    whole_object: str
+    part_object: str
+    """Of a stream."""
 
     def first(self) -> Iterable[Choice]:
         """Parts of choices that come before all tokens."""
@@ -54,7 +55,7 @@ class Answer:
         self.form, self.ask = form, form.ask
         self.head = {
             "id": f"{form.prefix}-{secrets.token_hex(12)}",
-            "object": form.chunk_object if self.ask.stream else form.object,
+            "object": form.part_object if self.ask.stream else form.whole_object,
             "created": int(time.time()),
             "model": self.ask.served.name,
             "system_fingerprint": self.ask.served.fingerprint,

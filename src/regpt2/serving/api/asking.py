@@ -1,7 +1,6 @@
 """What both APIs ask for. In: the fields of a body; out: which model, how to draw, when to stop."""
 
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from regpt2.base.errors import did_you_mean
@@ -100,7 +99,7 @@ def stops_of(fields: Fields) -> tuple[str, ...]:
 def n_of(fields: Fields, served: Served) -> int:
     """Continuations of each prompt."""
     slots = served.engine.slots
-    return fields.whole("n", 1, slots, f", as many as the server writes at once") or 1
+    return fields.whole("n", 1, slots, ", as many as the server writes at once") or 1
 
 
 def seed_of(fields: Fields) -> int:
@@ -128,18 +127,18 @@ def require_fit(served: Served, n_prompt: int, n_new: int) -> None:
         )
 
 
-def too_long(served: Served, what: str) -> ApiError:
+def too_long(served: Served, what: str, param: str = "prompt") -> ApiError:
     """The error of a prompt that does not fit."""
     message = (
         f"This model's maximum context length is {served.context:,} tokens, however {what}. "
         "Please reduce your prompt; or completion length."
     )
-    return ApiError(400, message, code="context_length_exceeded")
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
-def require_short(served: Served, texts: Iterable[str]) -> None:
-    """An ApiError for texts that cannot fit, whatever their tokens: to tokenize them might take long."""
-    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+def require_short(served: Served, text: str) -> None:
+    """An ApiError for a text that cannot fit, whatever its tokens: to tokenize it might take long."""
+    n_bytes = len(text.encode())
     longest = served.longest_token
     if n_bytes > served.context * longest:
         least = -(-n_bytes // longest)

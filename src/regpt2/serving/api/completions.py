@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from regpt2.base.errors import Problem
+from regpt2.data.tokenizer import valid_text
 from regpt2.sampling.batching.engine import Event, Piece, Prompt
 from regpt2.sampling.writing import Request
 from regpt2.serving.api.asking import (
@@ -37,7 +38,7 @@ Choice = dict[str, object]
 class Completions:
     """One request to write, and the form of its answer."""
 
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, ask: Ask, prompts: list[str], *, echo: bool) -> None:
         self.ask, self.prompts, self.echo = ask, prompts, echo
@@ -112,7 +113,7 @@ async def read_completions(body: dict[str, object], models: Models) -> Completio
         n_new = min(DEFAULT_NEW, max(1, served.context - len(ids))) if asked is None else asked
         require_fit(served, len(ids), n_new)
         kept = None if n_top is None else min(n_top, served.tokenizer.vocab_size)
-        one = Request(ids, max(1, n_new), n, choice, (seed + times[ids]) % 2**63, stop, logprobs=kept)
+        one = Request(ids, max(1, n_new), n, choice, (seed + times[ids] * n) % 2**63, stop, logprobs=kept)
         requests.append(one)
         times[ids] += 1  # a prompt that comes twice is drawn twice
     ask = Ask(
@@ -135,14 +136,14 @@ async def _prompts(fields: Fields, served: Served) -> list[tuple[str, tuple[int,
     if not 0 < len(found) <= MOST_PROMPTS:
         fields.refuse("prompt", PROMPT_FORMS)
     if all(isinstance(one, str) for one in found):
-        return await asyncio.to_thread(_of_texts, [str(one) for one in found], served)
+        return await asyncio.to_thread(_of_texts, [valid_text(str(one)) for one in found], served)
     return [_of_ids(one, fields, served) for one in found]
 
 
 def _of_texts(texts: list[str], served: Served) -> list[tuple[str, tuple[int, ...]]]:
     found = []
     for text in texts:
-        require_short(served, [text])
+        require_short(served, text)
         try:
             ids = served.tokenizer.encode(text) or [served.tokenizer.start_id]
         except Problem as problem:  # characters that the model does not know

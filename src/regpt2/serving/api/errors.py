@@ -1,4 +1,4 @@
-"""Errors over HTTP. In: what went wrong; out: an answer in OpenAI's form, with the right status, no path, no traceback."""
+"""Errors over HTTP. In: what went wrong; out: an answer in OpenAI's form, without path and traceback."""
 
 import json
 from collections.abc import Mapping

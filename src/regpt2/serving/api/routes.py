@@ -2,12 +2,13 @@
 
 from collections.abc import Awaitable, Callable
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from regpt2.serving.api.answering import Stream, WholeAnswer
 from regpt2.serving.api.asking import model_named
+from regpt2.serving.api.chat import read_chat
 from regpt2.serving.api.completions import read_completions
 from regpt2.serving.api.errors import JSON, ApiError, as_api_error, error_answer
 from regpt2.serving.api.fields import read_body
@@ -29,6 +30,10 @@ def api_routes(models: Models) -> list[Route]:
         form = await read_completions(read_body(await request.body()), models)
         return Stream(form) if form.ask.stream else WholeAnswer(form)
 
+    async def chat(request: Request) -> Response:
+        form = await read_chat(read_body(await request.body()), models)
+        return Stream(form) if form.ask.stream else WholeAnswer(form)
+
     async def nothing(request: Request) -> Response:
         raise ApiError(404, f"There is no {request.method} {request.url.path!r:.80}.", code="unknown_url")
 
@@ -36,6 +41,7 @@ def api_routes(models: Models) -> list[Route]:
         Route("/v1/models", _answering(list_models), methods=["GET"]),
         Route("/v1/models/{name:path}", _answering(one_model), methods=["GET"]),
         Route("/v1/completions", _answering(completions), methods=["POST"]),
+        Route("/v1/chat/completions", _answering(chat), methods=["POST"]),
         Route("/v1/{rest:path}", _answering(nothing)),
     ]
 

@@ -17,7 +17,7 @@ RETRY_S = 0.05
 
 
 class Writing:
-    """Requests that are written for one client. Made in the event loop; `close` it when the client has its answer or left.
+    """Requests that are written for one client. Made in the event loop; `close` it at the end.
 
     The first is submitted at once, others as slots of ours end: one client takes no more slots than there are.
 
