@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).parent
 START_S, STOP_S = 120.0, 20.0
@@ -39,6 +40,12 @@ class Server:
 
     port: int
     process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def lines(self) -> list[str]:
+        """What it has written so far."""
+        size = self.output.seek(0, os.SEEK_END)
+        return os.pread(self.output.fileno(), size, 0).decode(errors="replace").splitlines()
 
     def held(self) -> Held:
         """What it holds now (Linux)."""
@@ -90,14 +97,12 @@ def started(command: Sequence[str], port: int) -> Iterator[Server]:
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        server = Server(port, process)
+        server = Server(port, process, output)
         try:
             try:
                 _wait_until_it_answers(server)
             except ServerFailed:
-                output.seek(0)
-                lines = output.read().decode(errors="replace").strip().splitlines()
-                raise ServerFailed(lines[-1] if lines else "it wrote nothing") from None
+                raise ServerFailed((server.lines() or ["it wrote nothing"])[-1]) from None
             yield server
         finally:
             process.send_signal(signal.SIGTERM)

@@ -1,11 +1,11 @@
-"""Results as Markdown. In: JSON files of serving.py; out: the tables of docs/serving.md, between its markers."""
+"""Results as Markdown. In: JSON files of serve.py; out: the tables of docs/serving.md, between its markers."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- made by serving.py --table: begin -->", "<!-- made by serving.py --table: end -->"
+BEGIN, END = "<!-- made by serve.py --table: begin -->", "<!-- made by serve.py --table: end -->"
 Entry = dict[str, Any]
 
 

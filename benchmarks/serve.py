@@ -1,8 +1,8 @@
 """`regpt2 serve` under load. In: a model; out: what clients get, beside a batch in `sample` and llama.cpp's server.
 
-    python benchmarks/serving.py --model runs/demo --out benchmarks/results/DATE_cpu_serving.json
-    python benchmarks/serving.py --quick
-    python benchmarks/serving.py --table benchmarks/results/DATE_cpu_serving.json
+    python benchmarks/serve.py --model runs/demo --out benchmarks/results/DATE_cpu_serving.json
+    python benchmarks/serve.py --quick
+    python benchmarks/serve.py --table benchmarks/results/DATE_cpu_serving.json
 
 `load`: 64 clients for two minutes with random requests; some leave, some send nonsense. Exit code 1 if a text is wrong,
 something leaks, a client starves, or a slot stays taken. `batch`: eight clients beside a batch in `regpt2 sample`.
@@ -84,6 +84,7 @@ def measure_load(model: str, size: Size, options: argparse.Namespace) -> bool:
     known = known_texts(loaded, tokenizer_of(loaded), size.n_known, seed=options.seed)
     command, port = serving(model)
     with servers.started(command, port) as server:
+        n_lines = len(server.lines())
 
         async def whole() -> dict[str, Any]:
             traffic = Traffic(port, await served_name(port), known, seed=options.seed)
@@ -92,7 +93,8 @@ def measure_load(model: str, size: Size, options: argparse.Namespace) -> bool:
             return await result_of(traffic.seen, watch, port, size.clients)
 
         result = asyncio.run(whole())
-    record({"model": model, **result}, "load", options)
+        written = server.lines()[n_lines:]
+    record({"model": model, **result, "server_wrote": [len(written), *written[-5:]]}, "load", options)
     return bool(result["passed"])
 
 
