@@ -42,7 +42,7 @@ async def _in_openai_s_form(_: Request, error: Exception) -> Response:
     """What the router finds: no such path, or not by this method."""
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
-    refused = Refusal(error.status_code, f"{error.detail}.", codes.get(error.status_code, "http_error"))
+    refused = Refusal(error.status_code, error.detail.rstrip(".") + ".", codes.get(error.status_code, "http_error"))
     headers = {"Content-Type": "application/json", **(error.headers or {})}
     return Response(refused.json(), error.status_code, headers)
 

@@ -17,7 +17,7 @@ from regpt2.pages.report.samples import MOST_CHARACTERS, MOST_TEXTS
 MOST_SAMPLES, MOST_NOTES = 24, 100
 DIGITS = 6
 """Significant digits of a curve: more than a screen shows."""
-TOKEN_POINTS = 300
+TOKEN_POINTS, SPARK_POINTS = 300, 60
 
 Json = dict[str, Any]
 
@@ -46,6 +46,11 @@ def facts_data(record: Record) -> Json:
             "time": str(start.get("time") or "")[:40],
         }
     )
+
+
+def validations_data(record: Record) -> list[float | None]:
+    """The validation losses, thinned for a small drawing."""
+    return _column(numbers(spread(record.validations, SPARK_POINTS), "loss"), 5)
 
 
 def charts_data(record: Record) -> Json:

@@ -19,7 +19,8 @@ MOST_HEADERS = 100
 MOST_HEADER_BYTES = 16 * 1024
 OPEN_PATHS = ("/", "/health", "/runs", "/favicon.ico")
 """They compute nothing and show no run: a browser can send no key when it opens a page."""
-OPEN_FOLDERS = ("/static/",)
+RUN_DATA = ("/events", "/panels", "/report")
+"""Below /runs/NAME, which itself is a page without data: its script asks for these with the key."""
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?")
 
 
@@ -58,7 +59,8 @@ def allowed_origin(access: Access, scope: Scope) -> bytes | None:
 
 def needs_key(path: str) -> bool:
     """Does this path compute something or show a run?"""
-    return path not in OPEN_PATHS and not path.startswith(OPEN_FOLDERS)
+    is_page_of_a_run = path.startswith("/runs/") and not path.endswith(RUN_DATA)
+    return not (path in OPEN_PATHS or path.startswith("/static/") or is_page_of_a_run)
 
 
 def _head(_: Access, scope: Scope) -> Refusal | None:
@@ -68,9 +70,12 @@ def _head(_: Access, scope: Scope) -> Refusal | None:
         return Refusal(431, "the request has too many headers, or too long ones.", "headers_too_large")
     if not scope["path"].startswith("/"):
         return Refusal(400, "the request must name a path, not a whole URL.", "bad_target")
-    if values(scope, b"transfer-encoding") and values(scope, b"content-length"):
+    if scope["http_version"] not in ("1.0", "1.1"):
+        return Refusal(400, "this server speaks HTTP/1.1.", "bad_version")
+    in_chunks = bool(values(scope, b"transfer-encoding"))
+    if in_chunks and (values(scope, b"content-length") or scope["http_version"] == "1.0"):
         # Two servers may read two different requests in the same bytes: request smuggling.
-        return Refusal(400, "a request has Content-Length or Transfer-Encoding, not both.", "bad_framing")
+        return Refusal(400, "the length of the body is ambiguous.", "bad_framing")
     return None
 
 

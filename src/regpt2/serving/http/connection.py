@@ -80,6 +80,11 @@ class Connection(H11Protocol):
         reading = self.conn.their_state is h11.SEND_BODY
         self._body_at = (self._body_at or self.loop.time()) if reading else None
 
+    def resume_writing(self) -> None:
+        """The client has read some of what waited."""
+        self._waiting = (0, 0.0)
+        super().resume_writing()
+
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls for bytes that are no HTTP."""
         too_long = len(self.conn.trailing_data[0]) >= MOST_HEADER_BYTES

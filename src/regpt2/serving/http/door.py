@@ -16,6 +16,7 @@ from regpt2.serving.http.exchange import (
     STOPPING,
     TIMED_OUT,
     Exchange,
+    Incoming,
     Limits,
     Traffic,
     again,
@@ -52,14 +53,14 @@ class Door:
 
         exchange = Exchange(scope, send_safely)
         try:
-            await self._answer(exchange, scope, receive)
+            await self._answer(exchange, scope, Incoming(receive))
         except Exception:
             sys.stderr.write(safe_text(traceback.format_exc()))
             await exchange.end(BROKEN)
         if self.log is not None:
             self.log(_line(scope, exchange, time.monotonic() - started_at))
 
-    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Incoming) -> None:
         why = refusal(self.access, scope)
         if why is None and self.traffic.draining and scope["path"] != "/health":
             why = STOPPING
@@ -72,7 +73,7 @@ class Door:
         else:
             await self._pass_on(exchange, scope, receive)
 
-    async def _pass_on(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+    async def _pass_on(self, exchange: Exchange, scope: Scope, receive: Incoming) -> None:
         """Let the application answer within its time, or until the server stops."""
         self.traffic.under_way.add(exchange)
         try:

@@ -29,9 +29,9 @@ class Refusal:
         return b"data: " + self.json() + b"\n\n"
 
     def head(self, *, closing: bool = False) -> list[tuple[bytes, bytes]]:
-        """The headers of the answer; `closing` ends the connection after it."""
+        """The headers of the answer. It ends the connection if it is `closing`, or the request made no sense."""
         ours = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.json()))]
-        return [*ours, *self.headers, *([(b"connection", b"close")] if closing else [])]
+        return [*ours, *self.headers, *([(b"connection", b"close")] if closing or self.status == 400 else [])]
 
 
 async def refuse(send: Send, refusal: Refusal) -> None:

@@ -105,7 +105,21 @@ class Traffic:
             exchange.stop(STOPPING)
 
 
-async def read_body(limits: Limits, scope: Scope, receive: Receive) -> bytes | Refusal | None:
+class Incoming:
+    """What a client sends, for one request."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.whole = False
+        """Has all of the body come?"""
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self.whole = not message.get("more_body", False)
+        return message
+
+
+async def read_body(limits: Limits, scope: Scope, receive: Incoming) -> bytes | Refusal | None:
     """The whole body, or why it is refused; None: the client has left. Chunks are counted as they arrive."""
     too_large = Refusal(413, f"the body is larger than {limits.body_bytes // 1024} KiB.", "body_too_large")
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
@@ -121,7 +135,7 @@ async def read_body(limits: Limits, scope: Scope, receive: Receive) -> bytes | R
                 body += message.get("body", b"")
                 if len(body) > limits.body_bytes:
                     return too_large
-                if not message.get("more_body", False):
+                if receive.whole:
                     return bytes(body)
     except TimeoutError:
         return Refusal(408, f"the body did not arrive within {limits.body_s:.0f} s.", "body_timeout")
@@ -137,7 +151,7 @@ def again(body: bytes, receive: Receive) -> Receive:
     return next_part
 
 
-async def refuse_unread(exchange: Exchange, receive: Receive, why: Refusal) -> None:
+async def refuse_unread(exchange: Exchange, receive: Incoming, why: Refusal) -> None:
     """Refuse a request whose body was not read, and close its connection a little later.
 
     A connection that is closed while data arrives is reset, and the client may lose the answer: read on for a moment.
@@ -148,11 +162,8 @@ async def refuse_unread(exchange: Exchange, receive: Receive, why: Refusal) -> N
     n_bytes = 0
     try:
         async with asyncio.timeout(LINGER_S):
-            while n_bytes < LINGER_BYTES:
-                message = await receive()
-                n_bytes += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    break
+            while n_bytes < LINGER_BYTES and not receive.whole:
+                n_bytes += len((await receive()).get("body", b""))
     except TimeoutError:
         pass
     await exchange.send({"type": "http.response.body", "body": b""})

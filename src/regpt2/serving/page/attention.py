@@ -1,122 +1,126 @@
-"""What every head looks at from one token. In: a served model and a text; out: weights as compact JSON."""
+"""What every head looks at from one token. In: a served model and a request's body; out: weights as compact JSON."""
 
 import base64
-import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from regpt2.base.errors import UsageError
+from regpt2.base.errors import Problem, UsageError
 from regpt2.exploring.measure import Habit, habits_of, layer_by_layer
+from regpt2.serving.api.errors import ApiError
+from regpt2.serving.api.fields import Fields
 from regpt2.serving.models import Served
 
 # L layers, H heads, T tokens
 
-# The engine waits while this runs, and with it all who are being answered: with 256 tokens 0.2 s in GPT-2's 124M
-# model on two cores, with 1,024 of them 2 s.
+# The engine waits while this runs, and with it all who are being answered: about as long as for a prompt of as many
+# tokens. In GPT-2's 124M model on two cores that is 0.4 s for 256 tokens, 7 s for 1,024.
 MOST_TOKENS = 256
-MOST_CHARACTERS = 32_768  # to be encoded at all
-
-Found = dict[str, Any]
+MOST_CHARACTERS = MOST_IDS = 65_536
+KNOWN = ("model", "text", "ids", "position", "head")
 
 
 @dataclass(frozen=True)
 class Question:
-    """From which token, and which head's whole map besides."""
+    """What is asked, checked."""
 
-    text: str | None
     ids: tuple[int, ...]
-    """Instead of a text."""
-    position: int | None
-    """The token that looks; None: the last."""
+    """The tokens, the last one looks; at most MOST_TOKENS."""
+    skipped: int
+    """Tokens before them, left out."""
     head: tuple[int, int] | None
-    """Layer and head."""
+    """Layer and head whose whole map is wanted besides."""
 
 
-def read_question(body: Found) -> Question:
-    """The body of a request, checked but for what depends on the model.
+def read_question(fields: Fields, served: Served) -> Question:
+    """What a body asks.
 
     Raises:
-        UsageError: a field is missing, unknown, or not of its type.
+        ApiError: a field is wrong, or names what the model does not have.
     """
-    if unknown := sorted(body.keys() - {"model", "text", "ids", "position", "head"}):
-        raise UsageError(f"{unknown[0]!r:.80} is not a field; expected model, text or ids, position, head.")
-    text, ids, position, head = (body.get(key) for key in ("text", "ids", "position", "head"))
+    ids = _ids(fields, served)
+    position = fields.whole("position", 0, len(ids) - 1, f": the text has {len(ids):,} tokens")
+    ids = ids if position is None else ids[: position + 1]
+    seen = ids[-min(MOST_TOKENS, served.context) :]
+    return Question(tuple(seen), len(ids) - len(seen), _head(fields, served))
+
+
+def _ids(fields: Fields, served: Served) -> list[int]:
+    text, ids = fields.text("text"), fields.get("ids")
     if (text is None) == (ids is None):
-        raise UsageError("give either text or ids, the tokens that come before and the one that looks.")
-    if text is not None and not (isinstance(text, str) and 0 < len(text) <= MOST_CHARACTERS):
-        raise UsageError(f"text must be a string of 1 to {MOST_CHARACTERS:,} characters.")
-    if ids is not None and not (_are_whole(ids) and 0 < len(ids) <= MOST_CHARACTERS):
-        raise UsageError(f"ids must be a list of 1 to {MOST_CHARACTERS:,} token ids.")
-    if position is not None and not _are_whole([position]):
-        raise UsageError(f"position = {position!r:.80} must be the index of a token; leave it out for the last.")
-    if head is not None and not (_are_whole(head) and len(head) == 2):
-        raise UsageError(f"head = {head!r:.80} must be [layer, head].")
-    return Question(text, tuple(ids or ()), position, None if head is None else (head[0], head[1]))
+        raise ApiError(400, "Give either text or ids: the tokens up to the one that looks.", param="text")
+    if text is not None:
+        if not text:
+            fields.refuse("text", "at least one character")
+        if len(text) > MOST_CHARACTERS:  # to be tokenized at all
+            raise ApiError(
+                400, f"text has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}.", param="text"
+            )
+        try:
+            return served.tokenizer.encode(text)
+        except Problem as problem:  # characters that the model does not know
+            raise ApiError(400, str(problem), param="text") from None
+    rows = served.tokenizer.vocab_size
+    if not isinstance(ids, list) or not 0 < len(ids) <= MOST_IDS or not _all_whole(ids, rows):
+        fields.refuse("ids", f"1 to {MOST_IDS:,} token ids from 0 to {rows - 1:,}")
+    return ids
 
 
-def _are_whole(values: object) -> bool:
-    """Is it a list of whole numbers, 0 or more?"""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _head(fields: Fields, served: Served) -> tuple[int, int] | None:
+    value, config = fields.get("head"), served.loaded.model.config
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not (_all_whole(value[:1], config.n_layer) and _all_whole(value[1:], config.n_head))
+    ):
+        fields.refuse("head", f"[layer, head], counted from 0: {config.n_layer} layers of {config.n_head} heads")
+    return value[0], value[1]
 
 
-def look(served: Served, question: Question) -> Found:
+def _all_whole(values: list[object], below: int) -> bool:
+    return all(type(value) is int and 0 <= value < below for value in values)
+
+
+def look(served: Served, question: Question) -> dict[str, object]:
     """The answer. To be called in the engine's thread: a hook on the model must not meet a running step.
 
-    Only the last tokens up to the one that looks are computed, as many as fit: the model's context, or MOST_TOKENS.
-
     Raises:
-        UsageError: the model has no such token, position or head, or its attention is not this package's.
+        ApiError: the model's attention is not this package's.
     """
-    model, config = served.loaded.model, served.loaded.model.config
-    ids = _ids(served, question)
-    seen = ids[-min(MOST_TOKENS, served.context) :]
-    if question.head is not None and not (question.head[0] < config.n_layer and question.head[1] < config.n_head):
-        raise UsageError(
-            f"head = {list(question.head)} is not in this model of {config.n_layer} layers with {config.n_head} heads."
-        )
-    device = next(model.parameters()).device
+    model, head = served.loaded.model, question.head
+    ids = torch.tensor(question.ids, device=next(model.parameters()).device)
 
     def keep(weights: Tensor) -> tuple[Tensor, Tensor | None, list[Habit]]:  # (H, T, T)
         weights = weights.float().cpu()
-        whole = None if question.head is None else weights[question.head[1]]
-        return weights[:, -1], whole, habits_of(weights[None], seen)
+        return weights[:, -1], None if head is None else weights[head[1]], habits_of(weights[None], question.ids)
 
-    layers = layer_by_layer(model, torch.tensor(seen, device=device), keep)
+    try:
+        layers = layer_by_layer(model, ids, keep)
+    except UsageError as error:
+        raise ApiError(400, f"This model: {error}", code="no_attention_maps") from None
     rows = torch.stack([row for row, _, _ in layers])  # (L, H, T)
     found = {
-        "tokens": [served.tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace") for token in seen],
-        "skipped": len(ids) - len(seen),
-        "layers": config.n_layer,
-        "heads": config.n_head,
-        "weights": _packed((rows * 65535).round().to(torch.int32), "<u2"),
+        "tokens": [served.tokenizer.decode_bytes([one]).decode("utf-8", "backslashreplace") for one in question.ids],
+        "skipped": question.skipped,
+        "layers": rows.shape[0],
+        "heads": rows.shape[1],
+        "weights": _packed(rows * 65535, "<u2"),
         "habits": _habits([habits for _, _, habits in layers]),
     }
-    if question.head is not None and (whole := layers[question.head[0]][1]) is not None:
-        found["map"] = _packed((whole.sqrt() * 255).round().to(torch.int32), "u1")
+    if head is not None and (whole := layers[head[0]][1]) is not None:
+        found["map"] = _packed(whole.sqrt() * 255, "u1")
     return found
 
 
-def _ids(served: Served, question: Question) -> list[int]:
-    """The tokens up to the one that looks."""
-    ids = list(question.ids) if question.text is None else served.tokenizer.encode(question.text)
-    vocab_size = served.loaded.model.config.vocab_size
-    if (largest := max(ids)) >= vocab_size:
-        raise UsageError(f"ids: {largest:,} is not below {vocab_size:,}, the size of the model's vocabulary.")
-    position = len(ids) - 1 if question.position is None else question.position
-    if position >= len(ids):
-        raise UsageError(f"position = {position:,} must be below {len(ids):,}, the number of tokens of the text.")
-    return ids[: position + 1]
-
-
 def _packed(values: Tensor, kind: str) -> str:
-    """Small whole numbers as base64, in order."""
-    return base64.b64encode(values.numpy().astype(kind).tobytes()).decode()
+    """Numbers, rounded to small whole ones, as base64 in order."""
+    return base64.b64encode(values.round().numpy().astype(kind).tobytes()).decode()
 
 
-def _habits(layers: list[list[Habit]]) -> list[Found]:
+def _habits(layers: list[list[Habit]]) -> list[dict[str, object]]:
     """For each habit the head of all layers that has it most."""
     best: dict[str, Habit] = {}
     for layer, habits in enumerate(layers):
@@ -127,18 +131,3 @@ def _habits(layers: list[list[Habit]]) -> list[Found]:
         {"what": each.what, "layer": each.layer, "head": each.head, "share": each.share, "even": each.even_share}
         for each in best.values()
     ]
-
-
-def parsed(data: bytes) -> Found:
-    """A body as an object.
-
-    Raises:
-        UsageError: it is not JSON, or not an object.
-    """
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        raise UsageError("the body is not JSON; expected an object with model and text.") from None
-    if not isinstance(body, dict):
-        raise UsageError(f"the body is a JSON {type(body).__name__}, expected an object with model and text.")
-    return body

@@ -35,3 +35,12 @@ export function element(tag, kind = "", text = "", attributes = {}) {
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
+
+/** A bar as long as a probability. The number stands beside it, so it says nothing to a screen reader. */
+export function bar(p) {
+  const made = element("span", "bar", "", { "aria-hidden": "true" });
+  const filled = element("i");
+  filled.style.setProperty("width", `${100 * p}%`);
+  made.append(filled);
+  return made;
+}
