@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -73,6 +74,11 @@ def serving(model: str, dtype: str = "fp32") -> tuple[list[str], int]:
     return servers.regpt2_command(model, port, *options), port
 
 
+def label(model: str) -> str:
+    """A name for a table: the path, or the shape of random weights."""
+    return f"random weights, {Path(model).parent.name}" if Path(model).name == PLACES["native"] else model
+
+
 async def served_name(port: int) -> str:
     """The name of the first model."""
     return str((await ask(port, "/v1/models")).json["data"][0]["id"])
@@ -94,7 +100,7 @@ def measure_load(model: str, size: Size, options: argparse.Namespace) -> bool:
 
         result = asyncio.run(whole())
         written = server.lines()[n_lines:]
-    record({"model": model, **result, "server_wrote": [len(written), *written[-5:]]}, "load", options)
+    record({"model": label(model), **result, "server_wrote": [len(written), *written[-5:]]}, "load", options)
     return bool(result["passed"])
 
 
@@ -131,7 +137,7 @@ def measure_batch(model: str, dtype: str, new_tokens: int, size: Size, options: 
         "ratio_spread": {name: [min(found), max(found)] for name, found in ratios.items()},
         "turns_tokens_per_s": rows,
     }
-    record({"model": Path(model).parent.name if Path(model).name == "native" else model, **result}, "batch", options)
+    record({"model": label(model), **result}, "batch", options)
 
 
 def measure_llama_cpp(folder: Path, dtype: str, size: Size, options: argparse.Namespace) -> None:
@@ -169,7 +175,7 @@ def beside(dtype: str, clients: int, size: Size, turns: list[dict[str, Steady]])
     joined = {side: Steady.joined([turn[side] for turn in turns]).figures() for side in (OURS, THEIRS)}
     figures = [{side: turn[side].figures() for side in turn} for turn in turns]
     ratios = {
-        name: statistics.median(each[OURS][name] / each[THEIRS][name] for each in figures)
+        name: statistics.median(each[OURS][name] / (each[THEIRS][name] or math.nan) for each in figures)
         for name in ("tokens_per_s", "first_token_p50_s", "first_token_p95_s")
     }
     work = f"{size.shape.name}, prompts of {size.prompt_characters} characters, {size.new_tokens} new tokens"

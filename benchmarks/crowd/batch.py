@@ -7,10 +7,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from regpt2.base.threads import spin_briefly
 from sides import serve
 
 
 def main() -> None:
+    spin_briefly()  # as the command does
     import torch
 
     from regpt2.sampling.continue_text import SampleOptions, completions, load_in

@@ -132,7 +132,7 @@ def _dechunked(raw: bytes, at: int) -> tuple[bytes, list[tuple[int, int]], bool]
         size = int(raw[at:line_end].partition(b";")[0], 16)
         at = line_end + 2
         if size == 0:
-            return bytes(content), spans, True
+            return bytes(content), spans, raw.startswith(b"\r\n", at)
         shift = at - len(content)
         content += raw[at : at + size]
         spans.append((len(content), shift))
