@@ -210,6 +210,7 @@ JSON_VALUES = st.recursive(
 NAMES = sorted({*BAD_FIELDS, *BAD_COMPLETIONS, *BAD_CHAT} - {"stream"})
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_no_body_is_an_error_of_the_server(server: Running, path: str) -> None:
     asker = Asker(server)

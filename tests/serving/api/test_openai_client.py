@@ -167,7 +167,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("most", [None, 12])
+@pytest.mark.parametrize("most", [None, 12, 1000])
 def test_an_answer_is_what_the_command_chat_writes(server: Running, name: str, most: int | None) -> None:
     messages = CONVERSATIONS[name]
     answer = chat_of(server, max_new_tokens=most).answer([Message(**one) for one in messages])

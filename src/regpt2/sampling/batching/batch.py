@@ -39,6 +39,11 @@ class Job:
         self.n_left = request.n if writes else 0  # continuations that are yet to begin
         self.logits: Tensor | None = None  # (1, V) after the prompt, once it is computed
 
+    @property
+    def is_begun(self) -> bool:
+        """Nothing of it is left to begin."""
+        return self.n_left == 0 or self.ticket.is_over
+
 
 class Growing:
     """A continuation while it is written."""
@@ -102,7 +107,7 @@ class Batch:
     @property
     def is_busy(self) -> bool:
         """Is there anything to compute, but for what waits in the queue?"""
-        return self.n_active > 0 or (self.job is not None and self.job.n_left > 0)
+        return self.n_active > 0 or (self.job is not None and not self.job.is_begun)
 
     def turn(self) -> None:
         """Compute prompts, then one token of each row."""
@@ -125,7 +130,7 @@ class Batch:
         self.full = deque(row for row in self.full if not row.is_over)
         if self.preparation is not None and self.preparation.ticket.is_over:
             self.preparation = None
-        if self.job is not None and (self.job.ticket.is_over or self.job.n_left == 0):
+        if self.job is not None and self.job.is_begun:
             self.job = None
         for slot in reversed(range(len(self.rows))):
             if self.rows[slot].is_over:
@@ -159,7 +164,7 @@ class Batch:
             row = self.full.popleft()
             return Preparation(self._tensor(row.last_ids(kept_of(self.slots.window))), row, None)
         while self.n_active < self.slots.n:
-            if self.job is None or self.job.n_left == 0 or self.job.ticket.is_over:
+            if self.job is None or self.job.is_begun:
                 self.job = self.take_job()
             job = self.job
             if job is None:

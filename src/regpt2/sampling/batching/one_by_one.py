@@ -15,7 +15,6 @@ from regpt2.sampling.batching.events import Piece, Prompt
 from regpt2.sampling.generate import require_finite
 from regpt2.sampling.writing import Row, TokenLogprob, logprobs_of, write
 
-
 _CHUNK = 128  # tokens whose logits exist at once
 
 

@@ -95,7 +95,7 @@ class _Inbox:
         self._when_full = when_full
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._events = deque[tuple[int, Event]]()
-        self._full = False
+        self._full, self._is_called = False, False
 
     def put(self, number: int, event: Event) -> None:
         """From any thread."""
@@ -106,10 +106,17 @@ class _Inbox:
             self._when_full()
             event = Failed(ApiError(408, f"The client reads too slowly: {MOST_UNREAD:,} tokens wait.", code="too_slow"))
         self._events.append((number, event))
+        if self._is_called:  # the loop is busy; it will find this event too
+            return
+        self._is_called = True
         try:
-            self._loop.call_soon_threadsafe(self._ready.set)
+            self._loop.call_soon_threadsafe(self._called)
         except RuntimeError:  # the loop is closed: nobody listens
             self._full = True
+
+    def _called(self) -> None:
+        self._is_called = False
+        self._ready.set()
 
     async def get(self) -> tuple[int, Event]:
         while not self._events:
