@@ -26,7 +26,7 @@ import torch
 
 from crowd import servers, tables
 from crowd.http_client import ask
-from crowd.known import known_texts
+from crowd.known import Known, known_texts
 from crowd.load import Traffic
 from crowd.steady import NotServed, Steady, for_rounds, for_seconds, prompts
 from crowd.verdict import Watch, result_of
@@ -48,8 +48,8 @@ OURS, THEIRS = "regpt2", "llama.cpp"
 class Size:
     """How much is measured."""
 
-    clients: int = 64
-    load_s: float = 120.0
+    loads: tuple[tuple[int, float], ...] = ((64, 120.0), (96, 30.0))
+    """Clients and seconds; 96 are more than may wait, so some are refused with 429."""
     n_known: int = 96
     turns: int = 5
     """Of each side beside `sample`."""
@@ -64,7 +64,7 @@ class Size:
     new_tokens: int = 64
 
 
-QUICK = Size(16, 5.0, 24, 1, 0.5, Shape("2 layers, 64 wide", 2, 2, 64, 256), (1, 8), 1.0, 1, 64, 16)
+QUICK = Size(((16, 5.0),), 24, 1, 0.5, Shape("2 layers, 64 wide", 2, 2, 64, 256), (1, 8), 1.0, 1, 64, 16)
 
 
 def serving(model: str, dtype: str = "fp32") -> tuple[list[str], int]:
@@ -85,9 +85,14 @@ async def served_name(port: int) -> str:
 
 
 def measure_load(model: str, size: Size, options: argparse.Namespace) -> bool:
-    """Many clients at once. True if nothing was wrong."""
+    """Many clients at once, and then more than may wait, each time at a new server. True if nothing was wrong."""
     loaded = load_in("fp32", model, torch.device("cpu"))
     known = known_texts(loaded, tokenizer_of(loaded), size.n_known, seed=options.seed)
+    return all([crowded(model, known, clients, seconds, options) for clients, seconds in size.loads])
+
+
+def crowded(model: str, known: list[Known], clients: int, seconds: float, options: argparse.Namespace) -> bool:
+    """So many clients at once. True if nothing was wrong."""
     command, port = serving(model)
     with servers.started(command, port) as server:
         n_lines = len(server.lines())
@@ -95,8 +100,8 @@ def measure_load(model: str, size: Size, options: argparse.Namespace) -> bool:
         async def whole() -> dict[str, Any]:
             traffic = Traffic(port, await served_name(port), known, seed=options.seed)
             watch = Watch(server.held)
-            await watch.during(traffic.run(size.clients, size.load_s), warm_s=size.load_s / 6)
-            return await result_of(traffic.seen, watch, port, size.clients)
+            await watch.during(traffic.run(clients, seconds), warm_s=seconds / 6)
+            return await result_of(traffic.seen, watch, port, clients)
 
         result = asyncio.run(whole())
         written = server.lines()[n_lines:]
@@ -206,8 +211,8 @@ def main() -> None:
     parser.add_argument("--model", default="runs/demo", help="what is served in `load` and `batch`")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="these parts alone")
     parser.add_argument("--dtype", choices=list(GGUF), nargs="+", default=["fp32", "int8"], help="beside llama.cpp")
-    parser.add_argument("--clients", type=int, help="at once, in `load` (64)")
-    parser.add_argument("--seconds", type=float, help="of `load` (120)")
+    parser.add_argument("--clients", type=int, help="at once, in `load` (64, then 96)")
+    parser.add_argument("--seconds", type=float, help="of `load` (120, then 30)")
     parser.add_argument("--seed", type=int, default=0, help="of all that clients choose")
     parser.add_argument("--quick", action="store_true", help="half a minute, with a tiny model")
     parser.add_argument("--out", type=Path, help="the JSON file to add to")
@@ -219,7 +224,8 @@ def main() -> None:
         tables.update(DOCS, options.table)
         return
     size = QUICK if options.quick else Size()
-    size = dataclasses.replace(size, clients=options.clients or size.clients, load_s=options.seconds or size.load_s)
+    if options.clients or options.seconds:
+        size = dataclasses.replace(size, loads=((options.clients or 64, options.seconds or 120.0),))
     with tempfile.TemporaryDirectory() as folder:
         try:
             passed = measure(size, options, Path(folder))

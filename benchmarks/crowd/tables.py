@@ -36,7 +36,7 @@ def block(files: list[Path]) -> str:
 
 def load(entries: list[Entry]) -> str:
     """What many clients got, and what held."""
-    return "\n\n".join(_load(entry) for entry in entries[-1:])
+    return "\n\n".join(_load(entry) for entry in _last_of_each(entries, "model", "clients"))
 
 
 def _load(entry: Entry) -> str:
