@@ -144,7 +144,15 @@ def test_every_module_says_what_it_is(file: Path) -> None:
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
 def test_modules_do_nothing_when_imported(file: Path) -> None:
     """At the top level stand imports, definitions, constants; a call only to make a constant, or to register."""
-    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    harmless = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
     for node in ast.parse(file.read_text()).body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_guard = isinstance(node, ast.If) and any(word in ast.dump(node.test) for word in GUARDS)
@@ -154,7 +162,8 @@ def test_modules_do_nothing_when_imported(file: Path) -> None:
 
 
 def test_importing_the_package_loads_no_torch_and_opens_nothing() -> None:
-    code = "import sys, regpt2, regpt2.cli, regpt2.commands.prepare; print(*{'torch', 'matplotlib'} & {*sys.modules})"
+    code = "import sys, regpt2, regpt2.cli, regpt2.commands.prepare, regpt2.commands.watch; "
+    code += "print(*{'torch', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

@@ -24,6 +24,7 @@ VERBS = {
     "inspect": "look inside a data folder: counts, lengths, text; or compare two",
     "reshard": "convert tokens from and to llm.c, nanoGPT, Megatron, datatrove; verified",
     "train": "train a model from a recipe, or resume a run",
+    "watch": "follow runs while they train: charts in the terminal, or a table of all",
     "ladder": "measure the lecture's speed-ups on this machine, one by one, then ours",
     "compare": "compare recipes over several seeds: is one better, and is it significant",
     "evaluate": "score a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table",
@@ -39,7 +40,7 @@ VERBS = {
 HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 MODULES = {"inspect": "inspect_data"}  # where a file of the verb's own name would hide the standard library's
 # These write their results to standard output only, unless one of FILE_OPTIONS is given; the others write files.
-SHOWING = ("chat", "doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify")
+SHOWING = ("chat", "doctor", "evaluate", "explore", "harness", "inspect", "plan", "sample", "verify", "watch")
 FILE_OPTIONS = ("--out", "--json")
 PATIENT = ("evaluate", "harness")  # they run for hours: a disk that is full now may have room for the next results
 

@@ -275,15 +275,6 @@ def _refused(url: str, path: Path, former: bytes | None = None) -> str:
 
 FAULTS = [
     Fault(23, "replay of fuzzing", (200, 200), fuzz_replay),
-    *(
-        Fault(number, name, (0, 0), None, "no server yet")
-        for number, name in (
-            (24, "requests to a server"),
-            (25, "slow clients"),
-            (26, "load"),
-            (27, "SIGTERM to a server"),
-        )
-    ),
     Fault(28, "hostile output", (len(HOSTILE), len(HOSTILE)), hostile_output),
     Fault(29, "malicious files", (500, 500), malicious_files),
     Fault(30, "poisoned downloads", (len(WAYS), len(WAYS)), poisoned_download),

@@ -17,6 +17,8 @@ from regpt2 import cli
 from regpt2.base.files import sha256_file
 from regpt2.data.loader import Batch, Loader
 from regpt2.run import loop
+from regpt2.sampling.batching import engine
+from regpt2.serving.http import access, connection, exchange
 from regpt2.training import checkpoint, guard, step
 
 
@@ -106,9 +108,42 @@ def nan_in_window() -> None:
     guard.Guard.take_in = take_in  # type: ignore[method-assign]
 
 
+def any_host_is_ours() -> None:
+    """The server answers whatever Host is: a web page reaches it by DNS rebinding (ollama, llama.cpp)."""
+    access._host = lambda *_: None
+
+
+def slow_clients_are_kept() -> None:
+    """No time limit for the head of a request, as in uvicorn."""
+    connection.Connection._check = lambda self: None  # type: ignore[method-assign]
+
+
+def queue_without_bound() -> None:
+    """Every request is taken, however many wait (nanochat)."""
+    plain = engine.Engine.__init__
+
+    def begin(self: engine.Engine, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
+        self.most_waiting = sys.maxsize
+
+    engine.Engine.__init__ = begin  # type: ignore[method-assign]
+
+
+def streams_are_cut() -> None:
+    """A stream that does not finish in time just ends: its client cannot know that the text is not whole."""
+
+    async def end(self: exchange.Exchange, why: object) -> None:
+        await self.send({"type": "http.response.body", "body": b'data: {"choices": [{"te'})
+
+    exchange.Exchange.end = end  # type: ignore[method-assign]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     plant.__name__: plant
-    for plant in (naive_save, rng_not_restored, per_rank_shard_boundary, mean_of_means, nan_in_window)
+    for plant in (
+        *(naive_save, rng_not_restored, per_rank_shard_boundary, mean_of_means, nan_in_window),
+        *(any_host_is_ours, slow_clients_are_kept, queue_without_bound, streams_are_cut),
+    )
 }
 
 

@@ -36,9 +36,10 @@ import streams
 import zygote
 from suite import LANES, Bench, Fault, NotHere, Outcome
 
+import serving
 from regpt2.base.console import safe_text
 
-GROUPS = (kills, stops, disks, damage, guards, preparing, memory, outputs, streams, ranks, screens)
+GROUPS = (kills, stops, disks, damage, guards, preparing, memory, outputs, streams, ranks, screens, serving)
 FAULTS = sorted((fault for group in GROUPS for fault in group.FAULTS), key=lambda fault: fault.number)
 HEAD = f"{'#':>2}  {'fault':<38} {'injected':>11} {'detected':>9} {'mismatches':>11} {'seconds':>8}"
 

@@ -16,6 +16,10 @@ RED = {
     "per_rank_shard_boundary": (31, 3),
     "mean_of_means": (32, 3),
     "nan_in_window": (13, 3),
+    "any_host_is_ours": (24, 20),
+    "slow_clients_are_kept": (25, 4),
+    "queue_without_bound": (26, 100),
+    "streams_are_cut": (27, 2),
 }
 
 

@@ -41,8 +41,10 @@ class Opened:
     page: Any
     hosts: set[str] = field(default_factory=set)
     """Every host and port that it asked for something."""
+    refused: list[str] = field(default_factory=list)
+    """Answers with a status of 400 or more: "404 /favicon.ico"."""
     complaints: list[str] = field(default_factory=list)
-    """Errors in its console (with those of the content security policy), uncaught exceptions, dialogs."""
+    """Other errors in its console (with those of the content security policy), uncaught exceptions, dialogs."""
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def opened(
     context = chromium.new_context(
         color_scheme=scheme, viewport={"width": width, "height": height}, reduced_motion="reduce", **options
     )
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)  # on a busy machine
     try:
         seen = Opened(context.new_page())
         watch(seen.page, seen)
@@ -73,8 +75,17 @@ def watch(page: Any, seen: Opened) -> None:
         seen.complaints.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
+    def answered(response: Any) -> None:
+        if response.status >= 400:
+            seen.refused.append(f"{response.status} {urlsplit(response.url).path}")
+
+    def said(message: Any) -> None:
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):  # they are in `refused`
+            seen.complaints.append(message.text)
+
     page.on("request", lambda request: seen.hosts.add(urlsplit(request.url).netloc))
-    page.on("console", lambda said: seen.complaints.append(said.text) if said.type == "error" else None)
+    page.on("response", answered)
+    page.on("console", said)
     page.on("pageerror", lambda error: seen.complaints.append(f"exception: {error}"))
     page.on("dialog", dismissed)
 

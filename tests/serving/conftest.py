@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from regpt2.data.chat_template import SPECIAL
+from serving.browser import chromium  # noqa: F401  (a fixture for all tests of the server, as those below)
 from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running, server_of, write_tiny
+from serving.writing_page import peaked, slow_steps  # noqa: F401
 
 
 @pytest.fixture(scope="session")

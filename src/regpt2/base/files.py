@@ -18,7 +18,7 @@ from regpt2.base.errors import Problem, UsageError
 
 CHUNK_BYTES = 1 << 20
 LOCK = ".lock"
-LOOK_S = 0.02  # far longer than `is_locked` holds a lock that it finds free
+LOOKS, LOOK_S = 5, 0.02  # `is_locked` holds a lock that it finds free, but far shorter
 SMALL_BYTES = 16 << 20  # JSON can take thirty times its size in memory
 
 
@@ -120,11 +120,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     make_dir(folder)
     with open(folder / LOCK, "a+b") as file:
-        locked = try_lock(file)
-        if not locked:
-            time.sleep(LOOK_S)
-            locked = try_lock(file)
-        if not locked:
+        if not _lock_soon(file):
             file.seek(1)
             owner = file.read(400).decode(errors="replace").strip() or "another process"
             raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
@@ -134,6 +130,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(f" process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
         file.flush()
         yield
+
+
+def _lock_soon(file: IO[bytes]) -> bool:
+    """Lock `file`, though somebody may look at its lock right now."""
+    for _ in range(LOOKS):
+        if try_lock(file):
+            return True
+        time.sleep(LOOK_S)
+    return False
 
 
 def is_locked(folder: Path) -> bool:

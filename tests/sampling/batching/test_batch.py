@@ -322,7 +322,7 @@ def test_a_step_that_fails_ends_the_rows_in_it_and_no_other(monkeypatch: pytest.
 def test_a_row_whose_logits_are_not_finite_ends_alone_and_leaves_nothing_behind() -> None:
     """NaN times zero is NaN, so what a broken row left in its slot would reach the next one through a mask."""
     model = model_of("gpt2")
-    heard = [Heard(Request(ids, n, choice=GREEDY)) for ids, n in zip(some_prompts(30, 8, 5), (9, 25, 20), strict=True)]
+    heard = [Heard(Request(ids, n, choice=GREEDY)) for ids, n in zip(some_prompts(30, 5, 20), (9, 25, 20), strict=True)]
     batch = batch_of(model, *heard, slots=2)
     turns(batch, 2)
     batch.slots.cache.v[1, 0] = float("nan")

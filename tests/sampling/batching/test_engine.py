@@ -136,6 +136,15 @@ def test_the_memory_is_taken_at_once_and_its_size_is_known(engine_of: Any) -> No
         Engine(model_of("gpt2"), Endless(), window=64, slots=10**12)
 
 
+def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system would give it, and end the process when it is written."""
+    monkeypatch.setattr("regpt2.sampling.batching.slots.free_bytes", lambda device: 131_071)
+    with pytest.raises(UsageError, match=r"there is no memory for their keys and values: 0\.00 GB, 0\.00 GB are free"):
+        Engine(model_of("gpt2"), Endless(), window=64, slots=4)
+    monkeypatch.setattr("regpt2.sampling.batching.slots.free_bytes", lambda device: 131_072)
+    assert Engine(model_of("gpt2"), Endless(), window=64, slots=4).close(0)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -48,6 +48,16 @@ def test_an_answer_ends_with_its_turn_and_has_no_white_space_around_it(
     assert stopped.choices[0].message.content == ("" if "naïve" in says else text)
 
 
+def test_an_answer_ends_with_the_context(tmp_path: Path) -> None:
+    write_parrot(tmp_path / "parrot", ("hi", "x" * 42), block_size=64)  # the prompt has 22 tokens
+    told: dict[str, Any] = {"model": "parrot", "messages": HI, "temperature": 0}
+    with server_of(tmp_path / "parrot") as server, server.client() as client:
+        for limit in ({}, {"max_tokens": 1000}, {"max_completion_tokens": 42}):
+            found = client.chat.completions.create(**told, **limit)
+            assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("x" * 42, "length")
+            assert found.usage is not None and found.usage.total_tokens == 64
+
+
 def test_the_end_of_text_stops_a_text_and_is_among_its_tokens(tmp_path: Path) -> None:
     write_parrot(tmp_path / "parrot", ("hi", "yes"), ends=EOT, after="and no")
     at = len(prompt_ids([Message("user", "hi")], BYTES))  # where the parrot speaks

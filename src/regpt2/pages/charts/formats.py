@@ -1,4 +1,4 @@
-"""How a chart writes its values. In: a number; out: text. A format is data, so that a page can write values likewise."""
+"""How a chart writes its values. In: a number; out: text. A format is data: a page writes values likewise."""
 
 import math
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from regpt2.pages.record import LIMIT, Column, Record, number, numbers, smooth, 
 from regpt2.references import curves as reference_curves
 
 MOST_RUNS = 8
-PERCENT = Format("percent")
+GENERAL, PERCENT = Format("general", 6), Format("percent")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MARKERS = "os^Dv*PX"
 
@@ -72,7 +72,7 @@ class Panel:
     across: Across
     traces: list[Trace]
     rules: list[Rule] = field(default_factory=list)
-    tick: Format = Format("general", 6)
+    tick: Format = GENERAL
     from_zero: bool = False
     log: bool = False
     note: str = ""

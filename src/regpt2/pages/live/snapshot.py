@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ DIGITS = 6
 TOKEN_POINTS, SPARK_POINTS = 300, 60
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 def to_json(value: object) -> str:
@@ -116,13 +117,16 @@ def _column(values: Column, digits: int = DIGITS) -> list[float | None]:
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _safe(value: Any) -> Any:
+def _safe(value: T) -> T:
     """The same value; every control character in its texts is an escape."""
+    made: Any = value
     if isinstance(value, str):
-        return safe_text(value)
-    if isinstance(value, dict):
-        return {key: _safe(item) for key, item in value.items()}
-    return [_safe(item) for item in value] if isinstance(value, list | tuple) else value
+        made = safe_text(value)
+    elif isinstance(value, dict):
+        made = {key: _safe(item) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        made = [_safe(item) for item in value]
+    return cast(T, made)
 
 
 def _plain(value: Any) -> Any:

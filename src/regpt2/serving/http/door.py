@@ -48,7 +48,7 @@ class Door:
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": with_safety(message.get("headers", []), origin)}
+                message = {**message, "headers": with_safety(message.get("headers", []), origin)}
             await send(message)
 
         exchange = Exchange(scope, send_safely)

@@ -56,14 +56,15 @@ def serve(options: ServeOptions) -> int:
         log = say if options.log_requests else None
         app = build_app(models, options.runs, access=access, limits=limits, traffic=traffic, log=log)
         server = Server(app, traffic, drain_s=options.drain_s, patience=Patience(most_connections=options.connections))
+        gc.collect()
+        gc.freeze()  # what models and libraries hold is for good: a full collection would stop all requests for it
         with _naming(options):
             listener.listen(BACKLOG)  # from here on a client can connect
-        announce(models, options, url, needs_key=access.key is not None)
-        if options.open:
-            open_browser(f"{url}/")
-        gc.collect()
-        gc.freeze()  # what the models and libraries hold is for good: a full collection would stop all requests for it
-        server.run(sockets=[listener])
+        with server.capture_signals():  # whoever reads that it is ready may stop it at once
+            announce(models, options, url, needs_key=access.key is not None)
+            if options.open:
+                open_browser(f"{url}/")
+            server.run(sockets=[listener])
         say("Stopped.")
     return 130 if server.hurried else 0
 

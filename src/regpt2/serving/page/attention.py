@@ -1,5 +1,6 @@
 """What every head looks at from one token. In: a served model and a request's body; out: weights as compact JSON."""
 
+import asyncio
 import base64
 from dataclasses import dataclass, replace
 
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from regpt2.base.errors import Problem, UsageError
 from regpt2.exploring.measure import Habit, habits_of, layer_by_layer
+from regpt2.serving.api.chat import read_chat
 from regpt2.serving.api.errors import ApiError
 from regpt2.serving.api.fields import Fields
-from regpt2.serving.models import Served
+from regpt2.serving.models import Models, Served
 
 # L layers, H heads, T tokens
 
@@ -18,7 +20,7 @@ from regpt2.serving.models import Served
 # tokens. In GPT-2's 124M model on two cores that is 0.4 s for 256 tokens, 7 s for 1,024.
 MOST_TOKENS = 256
 MOST_CHARACTERS = MOST_IDS = 65_536
-KNOWN = ("model", "text", "ids", "position", "head")
+KNOWN = ("model", "text", "ids", "position", "head", "messages", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,40 @@ class Question:
     """Layer and head whose whole map is wanted besides."""
 
 
-def read_question(fields: Fields, served: Served) -> Question:
+async def read_question(fields: Fields, served: Served, models: Models) -> Question:
     """What a body asks.
 
     Raises:
         ApiError: a field is wrong, or names what the model does not have.
     """
-    ids = _ids(fields, served)
+    ids = await _ids(fields, served, models)
     position = fields.whole("position", 0, len(ids) - 1, f": the text has {len(ids):,} tokens")
     ids = ids if position is None else ids[: position + 1]
     seen = ids[-min(MOST_TOKENS, served.context) :]
     return Question(tuple(seen), len(ids) - len(seen), _head(fields, served))
 
 
-def _ids(fields: Fields, served: Served) -> list[int]:
+async def _ids(fields: Fields, served: Served, models: Models) -> list[int]:
+    """Those of the text; after `messages`, which a chat model read before it wrote the text."""
     text, ids = fields.text("text"), fields.get("ids")
     if (text is None) == (ids is None):
         raise ApiError(400, "Give either text or ids: the tokens up to the one that looks.", param="text")
-    if text is not None:
-        if not text:
-            fields.refuse("text", "at least one character")
-        if len(text) > MOST_CHARACTERS:  # to be tokenized at all
-            raise ApiError(
-                400, f"text has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}.", param="text"
-            )
-        try:
-            return served.tokenizer.encode(text)
-        except Problem as problem:  # characters that the model does not know
-            raise ApiError(400, str(problem), param="text") from None
-    rows = served.tokenizer.vocab_size
-    if not isinstance(ids, list) or not 0 < len(ids) <= MOST_IDS or not _all_whole(ids, rows):
-        fields.refuse("ids", f"1 to {MOST_IDS:,} token ids from 0 to {rows - 1:,}")
-    return ids
+    if text is None:
+        rows = served.tokenizer.vocab_size
+        if not isinstance(ids, list) or not 0 < len(ids) <= MOST_IDS or not _all_whole(ids, rows):
+            fields.refuse("ids", f"1 to {MOST_IDS:,} token ids from 0 to {rows - 1:,}")
+        return ids
+    if not 0 < len(text) <= MOST_CHARACTERS:  # to be tokenized at all
+        message = f"text has {len(text):,} characters; expected 1 to {MOST_CHARACTERS:,}."
+        raise ApiError(400, message, param="text")
+    before: tuple[int, ...] = ()
+    if fields.get("messages") is not None:
+        asked = {name: fields.get(name) for name in ("model", "messages", "max_tokens")}
+        before = (await read_chat(asked, models)).ask.requests[0].ids
+    try:
+        return [*before, *await asyncio.to_thread(served.tokenizer.encode, text)]
+    except Problem as problem:  # characters that the model does not know
+        raise ApiError(400, str(problem), param="text") from None
 
 
 def _head(fields: Fields, served: Served) -> tuple[int, int] | None:

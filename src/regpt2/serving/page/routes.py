@@ -33,7 +33,7 @@ def page_routes(models: Models) -> list[Route]:
         try:
             fields = Fields(read_body(body), KNOWN)
             served = served_by(fields, models)
-            question = await asyncio.to_thread(read_question, fields, served)
+            question = await read_question(fields, served, models)
             found = await asyncio.wrap_future(served.engine.between_steps(lambda: look(served, question)))
             return JSON(found)
         except Exception as error:

@@ -27,7 +27,7 @@ def static_route(prefix: str, paths: Mapping[str, Path]) -> Route:
     async def send(request: Request) -> Response:
         file = files.get(request.path_params["name"])
         if file is None:
-            raise HTTPException(404, "There is no such file.")
+            raise HTTPException(404, "there is no such file")
         # no-cache: the browser asks each time, so a page never meets the script of another version.
         headers = {"etag": file.etag, "cache-control": "no-cache"}
         if file.etag in request.headers.get("if-none-match", ""):

@@ -7,20 +7,19 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from regpt2.base.errors import Problem
 from regpt2.pages.live.folders import find_run
 from regpt2.pages.record import read_record
-from regpt2.pages.report.page import page
+from regpt2.pages.report.page import page as report_page
 from regpt2.pages.safe_html import Html, fill
 from regpt2.serving.page.document import page_document
 from regpt2.serving.page.static_files import files_in, static_route
-from regpt2.serving.runs.channel import EventStream
+from regpt2.serving.runs.channel import Channel, EventStream
 from regpt2.serving.runs.channels import MOST_CLIENTS, Channels
 
 FILES = Path(__file__).with_name("static")
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 """Of the report, which has its style within and no script."""
-RUN_DATA = ("events", "panels", "report")
-"""What is below the page of a run."""
 NO_RUN = Html(
     '<main><h1>No such run</h1>\n<p class="faint">The <a href="/runs">list</a> shows all there are.</p></main>'
 )
@@ -31,53 +30,69 @@ def runs_routes(folder: Path, *, names_are_open: bool = True) -> list[Route]:
 
     Without `names_are_open` the page of a run, which has no data, does not reveal whether there is one.
     """
-    channels = Channels(folder)
-    mains = {name: Html((FILES / f"{name}.html").read_text(encoding="utf-8")) for name in ("list", "run")}
+    runs = _Runs(folder, names_are_open=names_are_open)
+    return [
+        Route("/runs", runs.list_page),
+        Route("/runs-events", runs.list_events),
+        Route("/runs/{name:path}/events", runs.events),
+        Route("/runs/{name:path}/panels", runs.panels),
+        Route("/runs/{name:path}/report", runs.report),
+        Route("/runs/{name:path}", runs.page),
+        static_route("/static/runs", files_in(FILES)),
+    ]
 
-    def found(request: Request) -> Path:
-        run = find_run(folder, request.path_params["name"])
+
+class _Runs:
+    """What answers for a folder of runs."""
+
+    def __init__(self, folder: Path, *, names_are_open: bool) -> None:
+        self._folder, self._names_are_open = folder, names_are_open
+        self._channels = Channels(folder)
+        self._mains = {name: Html((FILES / f"{name}.html").read_text(encoding="utf-8")) for name in ("list", "run")}
+
+    async def list_page(self, _: Request) -> Response:
+        """The page of the list, without data."""
+        return _page("regpt2: runs", self._mains["list"], "list.js")
+
+    async def page(self, request: Request) -> Response:
+        """The page of a run, without data."""
+        name = request.path_params["name"]
+        if self._names_are_open and find_run(self._folder, name) is None:
+            return _page("regpt2: no such run", NO_RUN, None, 404)
+        return _page(f"{name} · regpt2", self._mains["run"], "run.js")
+
+    async def list_events(self, _: Request) -> Response:
+        """The rows of the list, as they change."""
+        return self._stream(self._channels.list())
+
+    async def events(self, request: Request) -> Response:
+        """Status, charts and texts of a run, as they change."""
+        return self._stream(self._channels.run(self._found(request)))
+
+    async def panels(self, request: Request) -> Response:
+        """The charts of a run, once."""
+        content = await self._channels.in_thread(self._channels.run(self._found(request)).panels)
+        return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
+
+    async def report(self, request: Request) -> Response:
+        """The report of a run as it is now; the file of a report is never served."""
+        run = self._found(request)
+        try:
+            content = await self._channels.in_thread(lambda: report_page([read_record(run)]))
+        except Problem:  # its message has the path
+            raise HTTPException(422, "the record of this run is damaged, so there is no report") from None
+        return HTMLResponse(content, headers={"content-security-policy": REPORT_POLICY, "cache-control": "no-store"})
+
+    def _found(self, request: Request) -> Path:
+        run = find_run(self._folder, request.path_params["name"])
         if run is None:
             raise HTTPException(404, "there is no run of this name")
         return run
 
-    def stream(channel: object) -> Response:
-        if channels.n_clients >= MOST_CLIENTS:
+    def _stream(self, channel: Channel) -> Response:
+        if self._channels.n_clients >= MOST_CLIENTS:
             raise HTTPException(429, f"{MOST_CLIENTS} pages already watch runs; close one")
-        return EventStream(channel)  # type: ignore[arg-type]
-
-    async def list_page(_: Request) -> Response:
-        return _page("regpt2: runs", mains["list"], "list.js")
-
-    async def run_page(request: Request) -> Response:
-        name = request.path_params["name"]
-        if names_are_open and find_run(folder, name) is None:
-            return _page("regpt2: no such run", NO_RUN, None, 404)
-        return _page(f"{name} · regpt2", mains["run"], "run.js")
-
-    async def list_events(_: Request) -> Response:
-        return stream(channels.list())
-
-    async def run_events(request: Request) -> Response:
-        return stream(channels.run(found(request)))
-
-    async def panels(request: Request) -> Response:
-        content = await channels.in_thread(channels.run(found(request)).panels)
-        return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
-
-    async def report(request: Request) -> Response:
-        run = found(request)
-        content = await channels.in_thread(lambda: page([read_record(run)]))
-        return HTMLResponse(content, headers={"content-security-policy": REPORT_POLICY, "cache-control": "no-store"})
-
-    return [
-        Route("/runs", list_page),
-        Route("/runs-events", list_events),
-        Route("/runs/{name:path}/events", run_events),
-        Route("/runs/{name:path}/panels", panels),
-        Route("/runs/{name:path}/report", report),
-        Route("/runs/{name:path}", run_page),
-        static_route("/static/runs", files_in(FILES)),
-    ]
+        return EventStream(channel)
 
 
 def _page(title: str, main: Html, script: str | None, status: int = 200) -> Response:

@@ -26,7 +26,9 @@ export class Alternatives {
     clearTimeout(this.timer);
     this.pinned = pinned;
     if (this.anchor === anchor && this.shown) return;
+    this.anchor?.classList.remove("looked");
     this.anchor = anchor;
+    anchor.classList.add("looked");
     this.box.replaceChildren(...this.#content(piece, whatIf));
     this.box.hidden = false;
     this.#place();
@@ -41,6 +43,7 @@ export class Alternatives {
   hide() {
     clearTimeout(this.timer);
     this.box.hidden = true;
+    this.anchor?.classList.remove("looked");
     this.anchor = null;
     this.pinned = false;
   }
@@ -96,6 +99,7 @@ export class Alternatives {
 /** A part of a character and an id without text cannot be put into a text. */
 function nameOf(text) {
   if (text.startsWith("bytes:\\x")) return text.slice(6);
-  if (text.startsWith("token_id:")) return "end of text";
+  if (text.startsWith("token_id:") || text === "<|endoftext|>") return "end of text";
+  if (/^<\|\w+\|>$/.test(text)) return `mark ${text}`; // of a turn
   return asLabel(text);
 }

@@ -9,6 +9,8 @@ const MOST_MAP_PX = 460;
 const STRIP_HEIGHT = 16;
 const MOST_TALL = 6; // layers for which there is room for taller strips
 
+const READOUT = "Rows are tokens, columns what they look at.";
+
 export class Attention {
   /** `on`: closed(), needsKey(message, signal). */
   constructor(root, on) {
@@ -17,8 +19,12 @@ export class Attention {
     this.control = null;
     this.found = null;
     this.head = null; // [layer, head], kept from token to token
+    this.map = element("canvas", "map", "", { role: "img" }); // the last one stays until the next is there
+    this.readout = element("p", "faint readout");
+    this.map.addEventListener("pointermove", (event) => this.#read(event));
+    this.map.addEventListener("pointerleave", () => (this.readout.textContent = READOUT));
     const dark = matchMedia("(prefers-color-scheme: dark)");
-    dark.addEventListener("change", () => this.found && this.#draw());
+    dark.addEventListener("change", () => this.found && this.choose(...this.head));
     root.addEventListener("keydown", (event) => {
       if (event.key !== "Escape") return;
       event.stopPropagation();
@@ -37,12 +43,12 @@ export class Attention {
     this.on.closed();
   }
 
-  /** Ask and show. `text` ends with the token that looks. */
-  async open(model, text, label) {
+  /** Ask and show. The text of `body` ends with the token that looks; `label` is that. */
+  async open(body, label) {
     this.control?.abort();
     const control = (this.control = new AbortController());
-    this.model = model;
-    this.body = { model: model.id, text };
+    delete this.map.dataset.head;
+    this.body = body;
     this.title = `Attention from “${asLabel(label)}”`;
     this.root.hidden = false;
     if (!this.found) this.#frame([element("p", "faint", "Looking …")]);
@@ -59,6 +65,7 @@ export class Attention {
 
   async choose(layer, head) {
     this.head = [layer, head];
+    delete this.map.dataset.head;
     this.#draw();
     this.control?.abort();
     const control = (this.control = new AbortController());
@@ -102,7 +109,7 @@ export class Attention {
     const head = element("div", "attention-head");
     const close = element("button", "plain", "Close", { type: "button" });
     close.addEventListener("click", () => this.close());
-    head.append(element("h2", "", this.title ?? "Attention"), element("span", "faint", this.model?.id ?? ""), close);
+    head.append(element("h2", "", this.title ?? "Attention"), element("span", "faint", this.body?.model ?? ""), close);
     this.root.replaceChildren(head, ...content);
   }
 
@@ -116,8 +123,7 @@ export class Attention {
     left.append(element("p", "faint", words), this.#grid(color), this.#habits());
     const [layer, head] = this.head;
     const right = element("div", "head-side");
-    this.map = element("canvas", "map", "", { role: "img", "aria-label": `Map of layer ${layer}, head ${head}` });
-    this.readout = element("p", "faint readout", "Rows are tokens, columns what they look at.");
+    this.readout.textContent = READOUT;
     right.append(element("h3", "", `Layer ${layer}, head ${head}`), this.#top(), this.#shadedText(color));
     right.append(this.map, this.readout);
     const both = element("div", "attention-body");
@@ -207,14 +213,18 @@ export class Attention {
   }
 
   #drawMap(roots) {
-    const tokens = this.found.tokens;
     const roomPx = Math.min(MOST_MAP_PX, this.map.parentElement.clientWidth);
-    const { edge, cell } = drawMap(this.map, roots, tokens, scale(), roomPx);
-    this.map.addEventListener("pointermove", (event) => {
-      const [column, row] = [event.offsetX, event.offsetY].map((at) => Math.floor((at - edge) / cell));
-      if (row < 0 || column < 0 || row >= tokens.length || column > row) return;
-      const p = percent(roots[row * tokens.length + column] ** 2);
-      this.readout.textContent = `${asLabel(tokens[row])} looks at ${asLabel(tokens[column])}: ${p}`;
-    });
+    const { edge, cell } = drawMap(this.map, roots, this.found.tokens, scale(), roomPx);
+    this.drawn = { roots, edge, cell, tokens: this.found.tokens };
+    this.map.setAttribute("aria-label", `Map of layer ${this.head[0]}, head ${this.head[1]}`);
+    this.map.dataset.head = this.head.join(" ");
+  }
+
+  #read(event) {
+    const { roots, edge, cell, tokens } = this.drawn;
+    const [column, row] = [event.offsetX, event.offsetY].map((at) => Math.floor((at - edge) / cell));
+    if (row < 0 || column < 0 || row >= tokens.length || column > row) return;
+    const p = percent(roots[row * tokens.length + column] ** 2);
+    this.readout.textContent = `${asLabel(tokens[row])} looks at ${asLabel(tokens[column])}: ${p}`;
   }
 }

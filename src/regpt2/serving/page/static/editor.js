@@ -50,6 +50,11 @@ export class Editor {
     this.typedAt = 0;
   }
 
+  /** Nothing came of the last step. */
+  drop() {
+    this.steps.pop();
+  }
+
   undo() {
     this.#move(this.steps, this.undone);
   }
@@ -134,6 +139,10 @@ export class Plain {
 
   keep() {
     this.steps.push(this.pieces);
+  }
+
+  drop() {
+    this.steps.pop();
   }
 
   takeBack() {

@@ -45,10 +45,12 @@ export class Pane {
     this.note.textContent = message;
   }
 
-  /** Write after the text; returns how many tokens came. */
-  async write(fields, { logprobs }) {
+  /** Write after the text; if nothing comes, there is nothing to undo, unless the text `wasChanged` before. */
+  async write(fields, { logprobs, wasChanged }) {
     const body = { model: this.model.id, prompt: this.paper.text, ...fields, logprobs };
-    return this.take(body, (pieces) => this.paper.append(pieces));
+    const run = await this.take(body, (pieces) => this.paper.append(pieces));
+    if (run.n === 0 && !wasChanged) this.paper.drop();
+    return run;
   }
 
   /** What the server writes for this body, handed to `add` in pieces. The text stays, whatever ends it. */

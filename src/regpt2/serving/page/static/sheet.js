@@ -18,6 +18,7 @@ export class Sheet {
     this.layer = box.querySelector(".layer"); // has the tokens
     this.on = on;
     this.pieces = [];
+    this.before = {}; // fields of a request for attention: what came before the text
     this.focused = null; // the token that Tab reaches
     this.layer.addEventListener("keydown", (event) => this.#key(event));
     this.layer.addEventListener("focusin", (event) => this.#focus(event.target));
@@ -75,7 +76,7 @@ export class Sheet {
     const { mark } = piece;
     if (mark === null) return element("span", "mine", inPlace(piece.text));
     if (mark === STALE) return element("span", "stale", inPlace(piece.text));
-    const kind = `token s${shadeOf(mark.logprob)}${mark.swapped ? " swapped" : ""}`;
+    const kind = `token s${shadeOf(mark.logprob)}${mark.swapped ? " swapped" : ""}${/[\r\n]/.test(piece.text) ? " ends-line" : ""}`;
     return element("span", kind, inPlace(piece.text), { tabindex: "-1", role: "button" });
   }
 

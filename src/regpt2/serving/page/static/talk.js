@@ -91,6 +91,7 @@ export class Talk {
     talk.append(answer);
     const sheet = pane.sheetIn(box);
     const body = { model: pane.model.id, messages: [...history], ...fields, logprobs: true, top_logprobs: N_ALTERNATIVES };
+    sheet.before = { messages: body.messages, max_tokens: body.max_tokens }; // what the answer follows, for attention
     const run = await pane.take(body, (pieces) => sheet.show([...sheet.pieces, ...pieces]));
     history.push({ role: "assistant", content: textOf(sheet.pieces) });
     return run;

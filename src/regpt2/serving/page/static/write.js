@@ -15,6 +15,7 @@ const MOST_NEW = 128; // suggested, or half of the context
 const MOST_TEXT_KEPT = 200_000; // characters of a text that outlives a reload
 const DRAFT = "regpt2 draft";
 
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const byId = (id) => document.getElementById(id);
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 
@@ -36,6 +37,7 @@ class Page {
       choose: (text, logprob) => this.#whatIf(text, logprob),
       back: () => this.#backToToken(),
     });
+    this.marked = null; // the sheet with the token whose attention is shown
     this.looked = null; // {pane, sheet, index}: the token whose alternatives are shown
     this.#wire();
     this.#drawLegend();
@@ -98,7 +100,11 @@ class Page {
     this.second.model = named("other");
     this.second.root.hidden = this.second.model === null;
     document.body.classList.toggle("two", !this.second.root.hidden);
-    for (const pane of this.panes) pane.root.querySelector(".pane-name").textContent = pane.model.id;
+    for (const pane of this.panes) {
+      const about = element("span", "faint", aboutModel(pane.model));
+      pane.root.querySelector(".pane-name").replaceChildren(pane.model.id, " ", about);
+    }
+    byId("about").textContent = this.second.model ? "" : aboutModel(this.first.model);
     this.talk.offer(this.panes.every((pane) => pane.model.chat));
   }
 
@@ -137,11 +143,12 @@ class Page {
     await this.run(jobs, seed);
   }
 
-  async run(panes, seed) {
+  async run(panes, seed, wasChanged = false) {
     this.alternatives.hide();
     this.say("Writing.");
     const fields = this.settings.fields(seed);
-    const runs = await Promise.all(panes.map((pane) => pane.write(fields, { logprobs: N_ALTERNATIVES })));
+    const options = { logprobs: N_ALTERNATIVES, wasChanged };
+    const runs = await Promise.all(panes.map((pane) => pane.write(fields, options)));
     if (panes[0] === this.first) this.last = { body: runs[0].body, text: this.first.paper.text };
     this.wrote(runs);
     this.changed();
@@ -176,7 +183,7 @@ class Page {
     pane.paper.set([...pane.paper.pieces.slice(0, index), { text, mark }], "model");
     pane.sheet.focusToken(index);
     this.alternatives.hide();
-    void this.run([pane], this.settings.seed || newSeed());
+    void this.run([pane], this.settings.seed || newSeed(), true);
   }
 
   // ---- looking at tokens
@@ -212,11 +219,12 @@ class Page {
   }
 
   #attend(pane, sheet, index) {
-    for (const one of [this.first.sheet, this.second.sheet]) one.mark(null);
+    this.marked?.mark(null);
+    this.marked = sheet;
     sheet.mark(index);
     this.looked = { pane, sheet, index };
-    const text = (sheet.before ?? "") + textOf(sheet.pieces.slice(0, index + 1));
-    void this.attention.open(pane.model, text, sheet.pieces[index].text);
+    const text = textOf(sheet.pieces.slice(0, index + 1));
+    void this.attention.open({ model: pane.model.id, text, ...sheet.before }, sheet.pieces[index].text);
   }
 
   #backToToken() {
@@ -225,7 +233,7 @@ class Page {
 
   /** The attention panel was closed. */
   #back() {
-    for (const one of [this.first.sheet, this.second.sheet]) one.mark(null);
+    this.marked?.mark(null);
     if (this.looked && document.activeElement === document.body) this.#backToToken();
   }
 
@@ -367,6 +375,14 @@ class Page {
       else this.alternatives.hide();
     }
   }
+}
+
+/** Its size and its context, as far as the server tells them. */
+function aboutModel({ parameters, context_length: context }) {
+  const known = [];
+  if (parameters) known.push(`${compact.format(parameters)} parameters`);
+  if (context) known.push(`${context.toLocaleString()} tokens of context`);
+  return known.join(", ");
 }
 
 const page = new Page();

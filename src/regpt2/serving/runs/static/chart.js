@@ -159,8 +159,9 @@ export class Chart {
 
   showLegend() {
     const named = this.series.filter((one) => one.label && one.y.some((y) => y !== null));
-    this.legend.hidden = named.length < 2;
-    this.legend.replaceChildren(...(named.length < 2 ? [] : named.map((one) => this.legendItem(one))));
+    const shown = this.wide && named.length > 1 ? named : []; // its colors are those of all charts
+    this.legend.hidden = !shown.length;
+    this.legend.replaceChildren(...shown.map((one) => this.legendItem(one)));
   }
 
   legendItem(one) {

@@ -109,9 +109,9 @@ function sparkline(data) {
   if (known.length < 2) return drawing;
   const losses = known.map(([, loss]) => loss);
   const low = Math.min(...losses);
-  const high = Math.max(...losses);
+  const high = [...losses].sort((a, b) => b - a)[Math.floor(losses.length / 8)]; // the first fall enters from above
   const x = (place) => 2 + ((SPARK.width - 6) * place) / (data.validations.length - 1);
-  const y = (loss) => 3 + (SPARK.height - 6) * (high > low ? (high - loss) / (high - low) : 0.5);
+  const y = (loss) => 3 + (SPARK.height - 6) * (high > low ? Math.max(-0.2, (high - loss) / (high - low)) : 0.5);
   const line = document.createElementNS(NS, "polyline");
   line.setAttribute("points", known.map(([place, loss]) => `${x(place).toFixed(1)},${y(loss).toFixed(1)}`).join(" "));
   line.setAttribute("fill", "none");

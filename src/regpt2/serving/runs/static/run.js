@@ -54,9 +54,9 @@ function onEvent(kind, data) {
 
 function showStatus(data) {
   status = data;
-  const ended = data.state === "running" || data.state === "waiting" ? "" : data.reason && `: ${data.reason}`;
+  const ended = data.reason.replace(new RegExp(`^${data.state} ?`), "");
   const state = at("state");
-  state.replaceChildren(element("span", `state ${data.state}`, data.state), ended || "");
+  state.replaceChildren(element("span", `state ${data.state}`, data.state), ended && ` ${ended}`);
   document.title = `${titleOf(data)}${name} · regpt2`;
   const steps = data.max_steps ? `${whole(data.step)} of ${whole(data.max_steps)} steps` : `${whole(data.step)} steps`;
   const parts = [
@@ -213,7 +213,7 @@ function ghostSeries(run, ghost, panel, unit) {
   const named = (same?.traces ?? []).filter((trace) => trace.look.alpha === 1 && trace.label && !trace.about && trace.y.some((y) => y !== null));
   const trace = named.find((one) => one.label === "validation") ?? named[0];
   if (!trace) return [];
-  const look = { ink: ghost.ink, width: 1.3, alpha: 0.55, dash: [], marker: false };
+  const look = { ink: ghost.ink, width: 1.3, alpha: 0.7, dash: [], marker: false };
   return [{ label: run, x: placesOf(trace.x, unit, ghost.data.tokens), y: trace.y, spread: null, about: "", look, ghost: true }];
 }
 
@@ -225,7 +225,8 @@ function placesOf(steps, unit, tokens) {
 /** The runs to choose from: those on the same data first, the most alike in size and the newest before others. */
 function offer() {
   if (!facts || !others.length) return;
-  const distance = (row) => Math.abs(Math.log((row.n_params || 1) / (facts.n_params || 1)));
+  const apart = (a, b) => Math.abs(Math.log((a || 1) / (b || 1)));
+  const distance = (row) => apart(row.n_params, facts.n_params) + 0.1 * apart(row.total_tokens, status?.total_tokens);
   const same = (row) => Boolean(row.data) && row.data === facts.data;
   others.sort((a, b) => same(b) - same(a) || distance(a) - distance(b) || b.changed_at - a.changed_at);
   if (!chosen_by_hand && !ghosts.size) for (const row of others.filter(same).slice(0, BY_DEFAULT)) choose(row, true);
