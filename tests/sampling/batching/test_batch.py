@@ -137,6 +137,22 @@ def test_greedy_texts_are_those_of_transformers() -> None:
         assert one.tokens() == expected[0, len(request.ids) :].tolist()
 
 
+@needs_bf16
+@pytest.mark.parametrize("name", ["gpt2", "documents"])
+def test_in_bf16_each_token_has_the_probability_that_the_whole_text_gives_it(name: str) -> None:
+    """Greedy texts may differ where two tokens are equally likely within bf16's rounding, so this looks deeper."""
+    model = model_of(name).to(torch.bfloat16)
+    heard = [Heard(Request(ids, 20, choice=GREEDY, logprobs=0)) for ids in some_prompts(3, 25, 9, 14)]
+    finish(batch_of(model, *heard, slots=3, chunk=8))
+    for one in heard:
+        ids = [*one.job.request.ids, *one.tokens()]
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids]))[0].float().log_softmax(dim=1)
+        kept = [logprob for event in one.events if isinstance(event, Piece) for logprob in event.logprobs]
+        own = [float(row[token]) for row, token in zip(log_p[-21:], one.tokens(), strict=False)]
+        assert [each.logprob for each in kept] == pytest.approx(own, abs=0.2)  # 6 steps of bf16 at a logit of 8
+
+
 @pytest.mark.parametrize("choice", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("window", [64, 9, 1])
 @pytest.mark.parametrize("name", MODELS)
