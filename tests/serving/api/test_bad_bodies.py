@@ -161,10 +161,13 @@ def test_each_is_the_client_s_error(asker: Asker) -> None:
         *[(path, name, 0) for path in GOOD for name in ("presence_penalty", "frequency_penalty", "top_k", "min_p")],
         *[(path, "logit_bias", {}) for path in GOOD],
         *[(COMPLETIONS, "suffix", ""), (COMPLETIONS, "best_of", 1), (COMPLETIONS, "prompt", None)],
+        *[(COMPLETIONS, "prompt", "half a pair \ud800"), (CHAT, "messages", [{"role": "user", "content": "\ud800"}])],
         *[(CHAT, "tools", []), (CHAT, "response_format", {"type": "text"}), (CHAT, "tool_choice", "auto")],
     ],
 )
-def test_null_and_what_changes_nothing_are_accepted(asker: Asker, path: str, field: str, value: Any) -> None:
+def test_null_and_what_changes_nothing_and_half_a_character_are_accepted(
+    asker: Asker, path: str, field: str, value: Any
+) -> None:
     status, answer = asker.ask(path, json.dumps(GOOD[path] | {field: value}).encode())
     assert status == 200, answer
 
