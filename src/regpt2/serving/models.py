@@ -90,7 +90,9 @@ def _serve(name: str, spec: str, device: torch.device, options: ServeOptions) ->
     context = window_of(loaded, options.context)
     tokenizer = tokenizer_of(loaded)
     engine = Engine(loaded.model, tokenizer, window=context, slots=options.slots, most_waiting=options.queue)
-    return Served(name, loaded, tokenizer, engine, context)
+    served = Served(name, loaded, tokenizer, engine, context)
+    _ = served.fingerprint, served.longest_token  # now, while the engine does not use the device
+    return served
 
 
 def names_of(specs: Sequence[str]) -> list[str]:
