@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -24,7 +24,7 @@ KEEP_ALIVE_S = 10.0  # a stream without an event for so long sends a comment, so
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx buffers otherwise
 
 T = TypeVar("T")
-Choice = dict[str, object]
+Choice = dict[str, Any]
 
 
 class Form(Protocol):
