@@ -10,7 +10,7 @@ from crowd.load import BUSY, Seen, fairness, percentile, until_idle
 from crowd.servers import Held
 
 MOST_GROWTH_BYTES = 20 << 20  # after the warm-up
-JUDGED_AFTER_S = 60.0  # in the first seconds oneDNN prepares products for each new shape, and keeps up to 1,024
+JUDGED_AFTER_S = 60.0  # before, what oneDNN prepares for each shape fills its caches
 MOST_UNFAIR = 3.0  # a client's mean wait, or its number of requests, beside the median client's
 FREE_WITHIN_S = 10.0
 LOOK_EVERY_S = 0.5

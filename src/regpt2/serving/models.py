@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from regpt2.base.console import safe_text
-from regpt2.base.device import pick_device
+from regpt2.base.device import keep_few_products, pick_device
 from regpt2.data.chat_template import special_ids
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel
@@ -76,6 +76,7 @@ def serving(options: ServeOptions) -> Iterator[Models]:
         UsageError: the context is out of its range, or there is too little memory.
         CheckpointError, DownloadError: see `load_model` and `tokenizer_of`.
     """
+    keep_few_products()
     device = pick_device(options.device)
     models: Models = {}
     with ExitStack() as engines:
