@@ -1,9 +1,9 @@
-"""A Dockerfile carried out without a builder. In: the file and its context; out: a folder for each stage, and processes.
+"""A Dockerfile carried out without a builder. In: the file and its context; out: a folder for each stage, processes.
 
-Every stage is a folder, in which a path of the image is a path below it: COPY copies there, and RUN runs there, with each
-absolute path in its command rewritten. The base image is a fresh virtual environment at usr/local that sees the packages
-of the running one, but for HIDDEN: pip finds those satisfied and installs only the hidden ones from the registry. Programs
-that need root or would change this machine (STAND_INS) only write down their arguments.
+Every stage is a folder, in which a path of the image is a path below it: COPY copies there, and RUN runs there, with
+each absolute path in its command rewritten. The base image is a fresh virtual environment at usr/local that sees the
+packages of the running one, but for HIDDEN: pip finds those satisfied and installs only the hidden ones from the
+registry. Programs that need root or would change this machine (STAND_INS) only write down their arguments.
 """
 
 import importlib.metadata
@@ -84,7 +84,7 @@ class Image:
         return ABSOLUTE.sub(f"{self.root}/", text)
 
     def variables(self) -> dict[str, str]:
-        """The environment of a process in the image; from this machine's only pip's settings, which name its registry."""
+        """The environment of a process in the image, with pip's settings of this machine, which name its registry."""
         settings = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         path = f"{self.root}/stand-ins:{self.root}/usr/local/bin:/usr/bin:/bin"
         own = {name: self.rewritten(value) for name, value in self.environment.items()}
@@ -168,7 +168,9 @@ class Build:
     def _run(self, instruction: Instruction) -> None:
         assert not instruction.is_exec_form
         image = self.image
-        image.output += image.run("sh", "-c", instruction.rest, **{k: image.rewritten(v) for k, v in self.arguments.items()})
+        image.output += image.run(
+            "sh", "-c", instruction.rest, **{k: image.rewritten(v) for k, v in self.arguments.items()}
+        )
 
     def _substituted(self, text: str) -> list[str]:
         known = {**self.arguments, **self.image.environment}
@@ -182,9 +184,8 @@ def prepare_base(root: Path, shared: Path) -> None:
     for name in ("pip", "torchrun"):  # torchrun would come with torch, which is not installed again
         (entry,) = importlib.metadata.entry_points(group="console_scripts", name=name)
         script = root / "usr/local/bin" / name
-        script.write_text(
-            f"#!{root}/usr/local/bin/python\nimport sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n"
-        )
+        lines = ("import sys", f"from {entry.module} import {entry.attr}", f"sys.exit({entry.attr}())", "")
+        script.write_text("\n".join((f"#!{root}/usr/local/bin/python", *lines)))
         script.chmod(0o755)
     for name in STAND_INS:
         script = root / "stand-ins" / name
