@@ -7,6 +7,7 @@ import shutil
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from typing import IO
 from regpt2.base.errors import Problem, UsageError
 
 CHUNK_BYTES = 1 << 20
+LOCK = ".lock"
+LOOK_S = 0.02  # far longer than `is_locked` holds a lock that it finds free
 SMALL_BYTES = 16 << 20  # JSON can take thirty times its size in memory
 
 
@@ -116,8 +119,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
         UsageError: another process has locked it.
     """
     make_dir(folder)
-    with open(folder / ".lock", "a+b") as file:
-        if not try_lock(file):
+    with open(folder / LOCK, "a+b") as file:
+        locked = try_lock(file)
+        if not locked:
+            time.sleep(LOOK_S)
+            locked = try_lock(file)
+        if not locked:
             file.seek(1)
             owner = file.read(400).decode(errors="replace").strip() or "another process"
             raise UsageError(f"{folder} is in use by {owner}; wait for it to end, or use another folder.")
@@ -127,6 +134,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(f" process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
         file.flush()
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Does a process hold the lock of `folder`? Where that cannot be learned, no."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            return not try_lock(file)
+    except (OSError, UsageError):
+        return False
 
 
 def try_lock(file: IO[bytes]) -> bool:

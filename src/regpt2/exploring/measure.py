@@ -1,8 +1,8 @@
 """The inside of a model in numbers. In: a model and its tokenizer; out: its tensors, nearest tokens and attention."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from regpt2.model.language_model import LanguageModel
 # L layers, H heads, T tokens, C = n_embd, D = C / H, V = vocab_size
 
 Array = NDArray[np.float32]
+Kept = TypeVar("Kept")
 
 PARTS = {  # a parameter belongs to the first part that is in its name
     "token embeddings": "wte",
@@ -221,14 +222,19 @@ def attention(model: LanguageModel, tokenizer: Tokenizer, prompt: str | None) ->
     return Attention(tokens, len(whole), weights.numpy(), habits_of(weights, ids))
 
 
-@torch.no_grad()
 def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) -> (L, H, T, T)
     """How much each token attends to each, in every head of every layer."""
-    maps: list[Tensor] = []
+    return torch.stack(layer_by_layer(model, ids, lambda weights: weights))
+
+
+@torch.no_grad()
+def layer_by_layer(model: LanguageModel, ids: Tensor, keep: Callable[[Tensor], Kept]) -> list[Kept]:
+    """What `keep` makes of the attention weights (H, T, T) of each layer. Whole, those of a large model are many."""
+    kept: list[Kept] = []
 
     def look(attn: Any, given: tuple[Any, ...]) -> None:  # before each layer's attention begins
         x, _cache, *rotation_and_mask = given
-        maps.append(attention_weights(attn, x, *rotation_and_mask[:1]))
+        kept.append(keep(attention_weights(attn, x, *rotation_and_mask[:1])))
 
     hooks = [block.get_submodule("attn").register_forward_pre_hook(look) for block in model.h]
     try:
@@ -236,7 +242,7 @@ def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) 
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(maps)
+    return kept
 
 
 def attention_weights(
@@ -251,7 +257,7 @@ def attention_weights(
     if isinstance(attn, modern.CausalSelfAttention):
         q, k = attn.placed(q, rotation), attn.placed(k, rotation)
     scores = q[0] @ k[0].transpose(1, 2) / q.shape[3] ** 0.5  # (H, T, T)
-    past = torch.ones(T, T, dtype=torch.bool).tril()
+    past = torch.ones(T, T, dtype=torch.bool, device=scores.device).tril()
     return torch.softmax(scores.masked_fill(~past, -torch.inf), dim=2)
 
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 LIMIT = 1e9
 BEYOND_TOKENS = 1e18
 
+KINDS = ("run", "eval", "verdict", "sample", "note", "end")
 TRAIN_COLUMNS = ("step", "loss", "grad_norm", "lr", "step_ms", "tokens_per_s", "mfu", "tokens")
 
 
@@ -150,33 +151,54 @@ def read_record(run: Path) -> Record:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UsageError(_not_a_run(run))
-    kinds: dict[str, list[Event]] = {kind: [] for kind in ("run", "eval", "verdict", "sample", "note", "end")}
-    rows: list[list[float]] = []
-    skipped_steps: list[int] = []
-    end_is_last = False
+    growing = GrowingRecord()
     for event in read_events(path):
+        growing.add(event)
+    return growing.record(run, sha256_file(path))
+
+
+class GrowingRecord:
+    """A record as it is written: events in, a `Record` out at any time, which later events do not change."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, list[Event]] = {kind: [] for kind in KINDS}
+        self._rows = np.empty((256, len(TRAIN_COLUMNS)))
+        self._n_rows = 0
+        self._skipped_steps: list[int] = []
+        self._end_is_last = False
+
+    def add(self, event: Event) -> None:
+        """The next event; one of an unknown kind is passed over."""
         kind = event["event"]
         if kind == "train" and math.isfinite(number(event["step"])):
-            rows.append([number(event.get(column)) for column in TRAIN_COLUMNS])
-            skipped_steps += [int(rows[-1][0])] if event.get("skipped") is True else []
-        elif isinstance(kind, str) and kind in kinds:
-            kinds[kind].append(event)
-        end_is_last = kind == "end" or (end_is_last and kind not in ("run", "train"))
-    table = np.array(rows, dtype=np.float64).reshape(-1, len(TRAIN_COLUMNS))
-    config = run / "config.toml"
-    return Record(
-        name=run.resolve().name,
-        runs=kinds["run"],
-        train={column: table[:, index] for index, column in enumerate(TRAIN_COLUMNS)},
-        skipped_steps=skipped_steps,
-        evals=kinds["eval"],
-        verdicts=kinds["verdict"],
-        samples=kinds["sample"],
-        notes=kinds["note"],
-        end=kinds["end"][-1] if end_is_last else None,
-        config_toml=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-        sha256=sha256_file(path),
-    )
+            self._add_row([number(event.get(column)) for column in TRAIN_COLUMNS])
+            self._skipped_steps += [int(number(event["step"]))] if event.get("skipped") is True else []
+        elif isinstance(kind, str) and kind in self._kinds:
+            self._kinds[kind].append(event)
+        self._end_is_last = kind == "end" or (self._end_is_last and kind not in ("run", "train"))
+
+    def _add_row(self, row: list[float]) -> None:
+        if self._n_rows == len(self._rows):  # the old rows stay as they are: a `Record` may show them
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._rows[self._n_rows] = row
+        self._n_rows += 1
+
+    def record(self, run: Path, sha256: str = "") -> Record:
+        """All events so far, as the record of this folder; `sha256` is that of its file, if it is needed."""
+        kinds, table, config = self._kinds, self._rows[: self._n_rows], run / "config.toml"
+        return Record(
+            name=run.resolve().name,
+            runs=list(kinds["run"]),
+            train={column: table[:, index] for index, column in enumerate(TRAIN_COLUMNS)},
+            skipped_steps=list(self._skipped_steps),
+            evals=list(kinds["eval"]),
+            verdicts=list(kinds["verdict"]),
+            samples=list(kinds["sample"]),
+            notes=list(kinds["note"]),
+            end=kinds["end"][-1] if self._end_is_last else None,
+            config_toml=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+            sha256=sha256,
+        )
 
 
 def _not_a_run(run: Path) -> str:

@@ -104,7 +104,7 @@ def completions(
     """
     if options.batch < 1:
         raise UsageError(f"batch = {options.batch} must be at least 1.")
-    window = _window(options, loaded)
+    window = window_of(loaded, options.context)
     requests = {
         text: _request(options, loaded, tokenizer, text, window, options.n * times)
         for text, times in Counter(prompts).items()
@@ -118,7 +118,7 @@ def rows_of(options: SampleOptions, loaded: LoadedModel, tokenizer: Tokenizer) -
     Raises:
         UsageError: as for `completions`, at once.
     """
-    window = _window(options, loaded)
+    window = window_of(loaded, options.context)
     request = _request(options, loaded, tokenizer, options.prompt, window, options.n)
     return write(loaded.model, tokenizer, [request], window=window)
 
@@ -197,12 +197,12 @@ def _request(
     return Request(tuple(ids), n_new, n, choice, options.seed, options.stop, logprobs=most)
 
 
-def _window(options: SampleOptions, loaded: LoadedModel) -> int:
-    """Most tokens that one is drawn after; a UsageError if `context` is wrong."""
+def window_of(loaded: LoadedModel, context: int | None) -> int:
+    """Most tokens that one is drawn after: `context`, or as many as in training; a UsageError if it is out of range."""
     trained, block_size = loaded.model.context_size, loaded.model.config.block_size
-    if options.context is not None and not 1 < options.context <= block_size:
-        raise UsageError(f"context = {options.context} must be from 2 to the model's block_size, {block_size:,}.")
-    most = trained if options.context is None else options.context
+    if context is not None and not 1 < context <= block_size:
+        raise UsageError(f"context = {context} must be from 2 to the model's block_size, {block_size:,}.")
+    most = trained if context is None else context
     if most > trained:
         warn(f"{loaded.source} was trained on sequences of {trained:,} tokens: later positions are untrained.")
     return most

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from regpt2.sampling.twin import twin_agrees
 class KVCache:
     """Keys and values of all tokens so far, for every block, in buffers that are made once.
 
-    Give `layers` to a model's `hidden`, first with the whole prompt, then with one token at a time; after each pass,
+    Give `layers` to a model's `hidden`, first with the prompt, whole or in parts, then new tokens; after each pass,
     call `advance` with its number of tokens. Rows that differ in length call `place` before each pass of one token.
+    `resume` goes back to rows of equal length.
     """
 
     def __init__(
@@ -32,9 +34,25 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D); a masked NaN would count
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
         self.ids = torch.zeros(batch, capacity, device=device, dtype=torch.int64)  # (B, S)
+        self._view()
+
+    def _view(self) -> None:
         self.length = 0
         self.places: Tensor | None = None  # (B,), of the next token of each row; None: at `length`
-        self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(config.n_layer)]
+        self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(len(self.k))]
+
+    def part(self, rows: slice) -> "KVCache":
+        """The memory of some rows, with a length or places of their own."""
+        part = copy(self)
+        part.k, part.v, part.ids = self.k[:, rows], self.v[:, rows], self.ids[rows]
+        part._view()
+        return part
+
+    def resume(self, length: int) -> None:
+        """All rows have `length` tokens; those of the next pass come behind them."""
+        self.places, self.length = None, length
+        for layer in self.layers:
+            layer.mask = None
 
     def advance(self, n_tokens: int) -> None:
         """Count a finished pass over `n_tokens`: every block has appended them."""
@@ -60,14 +78,13 @@ class _LayerView:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, length + T, D)
         start, T = self.cache.length, k.shape[2]
         if self.cache.places is not None:
-            self.k[self.cache.rows, :, self.cache.places] = k[:, :, 0]
-            self.v[self.cache.rows, :, self.cache.places] = v[:, :, 0]
+            self.k[self.cache.rows, :, self.cache.places] = k[:, :, 0].to(self.k.dtype)
+            self.v[self.cache.rows, :, self.cache.places] = v[:, :, 0].to(self.v.dtype)
             return self.k.narrow(2, 0, start), self.v.narrow(2, 0, start)
         self.k.narrow(2, start, T).copy_(k)
         self.v.narrow(2, start, T).copy_(v)
         if start == 0:
             return k, v
-        assert T == 1, "the prompt comes first and whole: attention masks nothing after it"
         return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
 
     def append_ids(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, length + T)
@@ -103,7 +120,7 @@ class Rows:
         self.ids = prompts[0].new_zeros(B, T + n_new)  # (B, T + n_new)
         self.ids[:, :T] = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         self.decoder = packed_if_faster(model, n_new, rows=B) if use_cache else model
-        self.cache = _cache_for(self.decoder, B, min(window, T + n_new)) if use_cache else None
+        self.cache = cache_for(self.decoder, B, min(window, T + n_new)) if use_cache else None
         self.step: StaticStep | None = None
         self.may_record = True
         self.grows = [True] * B
@@ -135,7 +152,7 @@ class Rows:
     def _at_one_place(self, cache: KVCache | None) -> Tensor:  # (B, V)
         start, end = self.starts[0], self.lengths[0]
         if end - start > self.window:
-            start = end - _kept(self.window)
+            start = end - kept_of(self.window)
             self.starts = [start] * len(self.starts)
             if cache is not None:
                 cache.length = 0
@@ -161,13 +178,13 @@ class Rows:
     def _shrink_full_windows(self, cache: KVCache) -> None:
         """Compute what a full row keeps but its last id again, at places from 0 on."""
         full = [row for row, end in enumerate(self.lengths) if end - self.starts[row] > self.window]
-        n_before = _kept(self.window) - 1
+        n_before = kept_of(self.window) - 1
         for row in full:
             self.starts[row] = self.lengths[row] - 1 - n_before
             self.begins[row] = self.starts[row]
         if full and n_before:
             kept = torch.stack([self.ids[row, self.starts[row] :][:n_before] for row in full])  # (rows, n_before)
-            part = _cache_for(self.decoder, len(full), n_before)
+            part = cache_for(self.decoder, len(full), n_before)
             self.decoder.hidden(kept, part.layers)
             cache.ids[full, :n_before] = kept
             cache.k[:, full, :, :n_before], cache.v[:, full, :, :n_before] = part.k, part.v
@@ -185,7 +202,8 @@ def may_differ_in_length(model: nn.Module) -> bool:
     return True
 
 
-def _kept(window: int) -> int:
+def kept_of(window: int) -> int:
+    """How many of the last ids a full window keeps."""
     return max(1, window // 2)
 
 
@@ -261,7 +279,7 @@ def require_finite(logits: Tensor) -> None:
         raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
 
 
-def _cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
+def cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
     """In the type of the activations, but fp32 on a CPU, where a bf16 query takes torch up to twice as long."""
     weight = next(model.h.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype

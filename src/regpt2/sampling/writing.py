@@ -45,6 +45,8 @@ class Request:
     """A text that holds one of these ends before it."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end a text, as end of text does."""
+    never: tuple[int, ...] = ()
+    """Ids that are not drawn, as those without text."""
     logprobs: int | None = None
     """Keep each token's log-probability, and those of the N likeliest; None: none."""
 
@@ -150,7 +152,7 @@ def write(
             if n == 0:
                 require_finite(logits)
             new = pen.draw(logits)  # (B,)
-            kept = [None] * len(written) if most is None else _logprobs(logits, new, most)
+            kept = [None] * len(written) if most is None else logprobs_of(logits, new, most)
             rows.append(new)
             for number, (row, token, logprob) in enumerate(zip(written, new.tolist(), kept, strict=True)):
                 was_on = row.finish_reason is None
@@ -175,6 +177,7 @@ class _Pen:
             (slice(end - request.n, end), request.choice, torch.Generator(device).manual_seed(request.seed))
             for request, end in zip(requests, ends, strict=True)
         ]
+        self.barred = [(part[0], list(one.never)) for part, one in zip(self.parts, requests, strict=True) if one.never]
         self.are_alike = len({request.choice for request in requests}) == 1
         self.seen: Tensor | None = None  # (B, V), ids of the prompt or drawn, if a penalty asks for them
         if any(request.choice.repetition_penalty != 1 for request in requests):
@@ -185,6 +188,10 @@ class _Pen:
     def draw(self, logits: Tensor) -> Tensor:  # (B, V) -> (B,)
         if self.banned is not None:
             logits = logits.masked_fill(self.banned, -torch.inf)
+        if self.barred:
+            logits = logits.clone()  # the log-probabilities are those of the model
+        for rows, never in self.barred:
+            logits[rows, never] = -torch.inf
         if self.are_alike:  # the candidates of all rows at once
             p, ids = self._candidates(logits, slice(None), self.parts[0][1])
             new = [drawn(p[rows], None if ids is None else ids[rows], random) for rows, _, random in self.parts]
@@ -202,7 +209,7 @@ class _Pen:
         return candidates(logits, choice)
 
 
-def _logprobs(logits: Tensor, new: Tensor, most: int) -> list[TokenLogprob | None]:
+def logprobs_of(logits: Tensor, new: Tensor, most: int) -> list[TokenLogprob]:
     """What each row keeps of its new id: from logits (B, V) and ids (B,)."""
     log_p = logits.float().log_softmax(dim=1)  # (B, V)
     top = log_p.topk(most, dim=1)  # two of (B, N)

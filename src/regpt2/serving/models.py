@@ -1,18 +1,28 @@
 """The models that are served. In: their names on the command line; out: each loaded, with its engine."""
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import torch
+
+from regpt2.base.console import safe_text
 from regpt2.base.device import pick_device
+from regpt2.base.errors import UsageError
+from regpt2.data.chat_template import special_ids
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.batching.engine import Engine
-from regpt2.sampling.continue_text import load_in
+from regpt2.sampling.continue_text import load_in, window_of
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.serving.options import ServeOptions
+
+MOST_SLOTS, MOST_QUEUE = 1024, 65_536
+_HASHED = 1024  # values of each tensor: an update of training changes nearly all of them
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,28 @@ class Served:
     engine: Engine
     context: int
     """Most tokens of prompt and answer together."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """When it was loaded, in seconds since 1970."""
+
+    @property
+    def chats(self) -> bool:
+        """Was it trained on conversations?"""
+        return special_ids(self.tokenizer) is not None
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Most bytes of a token's text."""
+        return max(map(len, self.tokenizer.id_bytes))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the weights: of other weights, or of another type, it is another."""
+        digest = hashlib.blake2b(digest_size=5)
+        for name, p in sorted(self.loaded.model.named_parameters()):
+            values = p.detach().flatten()
+            some = values[:: max(1, len(values) // _HASHED)].float().cpu()
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.numpy().tobytes())
+        return f"fp_{digest.hexdigest()}"
 
 
 Models = dict[str, Served]
@@ -33,30 +65,58 @@ Models = dict[str, Served]
 
 @contextmanager
 def serving(options: ServeOptions) -> Iterator[Models]:
-    """The models by name, the first one first; at the end their engines are closed."""
+    """The models by name, the first one first; at the end their engines are closed.
+
+    Raises:
+        UsageError: an option is out of its range.
+        CheckpointError, DownloadError: see `load_model` and `tokenizer_of`.
+    """
+    _check(options)
     device = pick_device(options.device)
     models: Models = {}
-    for spec, name in zip(options.models, _names(options.models), strict=True):
-        loaded = load_in(options.dtype, spec, device)
-        tokenizer = tokenizer_of(loaded)
-        context = options.context or loaded.model.context_size
-        engine = Engine(loaded.model, tokenizer, window=context, slots=options.slots, most_waiting=options.queue)
-        models[name] = Served(name, loaded, tokenizer, engine, context)
-    try:
+    with ExitStack() as engines:
+        for spec, name in zip(options.models, names_of(options.models), strict=True):
+            models[name] = _serve(name, spec, device, options)
+            engines.callback(models[name].engine.close, drain_s=0)
         yield models
-    finally:
-        for served in models.values():
-            served.engine.close(drain_s=0)
 
 
-def _names(specs: tuple[str, ...]) -> list[str]:
-    """The last part of each path; numbered where two share it."""
-    names = [
-        Path(spec.removeprefix("hf:")).resolve().name if not spec.startswith("hf:") else spec[3:] for spec in specs
-    ]
-    times, seen = Counter(names), Counter[str]()
-    numbered = []
-    for name in names:
-        seen[name] += 1
-        numbered.append(name if times[name] == 1 else f"{name}-{seen[name]}")
-    return numbered
+def _check(options: ServeOptions) -> None:
+    """Refuse what no model could do, before one is loaded."""
+    if not options.models:
+        raise UsageError("there is no MODEL; give at least one.")
+    for name, value, most in (("slots", options.slots, MOST_SLOTS), ("queue", options.queue, MOST_QUEUE)):
+        if not 1 <= value <= most:
+            raise UsageError(f"{name} = {value} must be from 1 to {most:,}.")
+
+
+def _serve(name: str, spec: str, device: torch.device, options: ServeOptions) -> Served:
+    loaded = load_in(options.dtype, spec, device)
+    context = window_of(loaded, options.context)
+    tokenizer = tokenizer_of(loaded)
+    engine = Engine(loaded.model, tokenizer, window=context, slots=options.slots, most_waiting=options.queue)
+    return Served(name, loaded, tokenizer, engine, context)
+
+
+def names_of(specs: Sequence[str]) -> list[str]:
+    """A name for each model: the last part of its path, of a checkpoint the run's too; numbered where two are equal."""
+    names: list[str] = []
+    for plain in map(_name, specs):
+        name, number = plain, 1
+        while name in names:
+            number += 1
+            name = f"{plain}-{number}"
+        names.append(name)
+    return names
+
+
+def _name(spec: str) -> str:
+    if spec.startswith("hf:"):
+        return safe_text(spec.removeprefix("hf:"))
+    path = Path(spec).absolute()
+    if path.name == "checkpoints":
+        path = path.parent
+    parts = [path.name]
+    if path.parent.name == "checkpoints":
+        parts.insert(0, path.parent.parent.name)
+    return safe_text("-".join(part for part in parts if part)) or "model"

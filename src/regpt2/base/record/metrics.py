@@ -112,10 +112,8 @@ def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[s
         if line == "\n":
             continue
         try:
-            event = json.loads(line)
-            if (kinds := (type(event["event"]), type(event["step"]))) != (str, int):
-                raise TypeError(f"its event and step are of types {kinds[0].__name__} and {kinds[1].__name__}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            event = event_of(line)
+        except ValueError as error:
             if not line.endswith("\n"):
                 return
             if damaged is not None:
@@ -125,6 +123,22 @@ def read_events(path: Path, damaged: list[str] | None = None) -> Iterator[dict[s
                 f"{path}:{number} is not an event ({error}); cut the file back to the line before."
             ) from None
         yield event
+
+
+def event_of(line: str) -> dict[str, Any]:
+    """One line of a record.
+
+    Raises:
+        ValueError: it is not an event.
+    """
+    try:
+        event: dict[str, Any] = json.loads(line)
+        kinds = (type(event["event"]), type(event["step"]))
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if kinds != (str, int):
+        raise ValueError(f"its event and step are of types {kinds[0].__name__} and {kinds[1].__name__}")
+    return event
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from regpt2.base.console import count
+from regpt2.pages.charts.formats import Format
 from regpt2.pages.published import CHANCE, references_of
 from regpt2.pages.record import LIMIT, Column, Record, number, numbers, smooth, thin, thin_peaks
 from regpt2.references import curves as reference_curves
 
 MOST_RUNS = 8
+PERCENT = Format("percent")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MARKERS = "os^Dv*PX"
 
@@ -70,7 +72,7 @@ class Panel:
     across: Across
     traces: list[Trace]
     rules: list[Rule] = field(default_factory=list)
-    tick: Callable[[float], str] = "{:g}".format
+    tick: Format = Format("general", 6)
     from_zero: bool = False
     log: bool = False
     note: str = ""
@@ -154,7 +156,7 @@ def _loss(records: Sequence[Record], across: Across) -> Panel:
         reference = _reference_curve(records, across)
     note = "Strong: validation; thin: training." if len(records) > 1 else ""
     traces += [reference] if reference else []
-    return Panel("loss", "Loss, nats per token", across, traces, rules, tick=_digits(3), note=note)
+    return Panel("loss", "Loss, nats per token", across, traces, rules, tick=Format("digits", 3), note=note)
 
 
 def _reference_curve(records: Sequence[Record], across: Across) -> Trace | None:
@@ -190,7 +192,7 @@ def _hellaswag(records: Sequence[Record], across: Across) -> Panel:
         rules += [Rule(one.model, one.value, one.source) for one in references_of(record, "hellaswag", "acc_norm")]
     rules = [*dict.fromkeys(rules), Rule("chance", CHANCE["hellaswag"], on_right=True)]
     note = "The band is one standard error." if len(records) == 1 else ""
-    return Panel("hellaswag", "HellaSwag, acc_norm", across, traces, rules, tick=_percent, note=note)
+    return Panel("hellaswag", "HellaSwag, acc_norm", across, traces, rules, tick=PERCENT, note=note)
 
 
 def _bits(record: Record, across: Across) -> Panel:
@@ -199,10 +201,10 @@ def _bits(record: Record, across: Across) -> Panel:
     most = 2 * float(finite.max(initial=8.0))
     rules = [Rule(name[:40], value) for name, value in record.baselines.items() if value < most]
     trace = Trace("bits per byte", numbers(record.validations, "step"), bits, Look("val", marker="o"))
-    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=_digits(2))
+    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=Format("digits", 2))
 
 
-def _column(records: Sequence[Record], across: Across, column: str, title: str, tick: Callable[[float], str]) -> Panel:
+def _column(records: Sequence[Record], across: Across, column: str, title: str, tick: Format) -> Panel:
     """A panel of one training column; the norm and the step time show single peaks behind their mean."""
     traces, has_peaks = [], column in ("grad_norm", "step_ms")
     for place, record in enumerate(records):
@@ -246,26 +248,10 @@ def _describe(trace: Trace, panel: Panel) -> str:
     return f"{trace.label}: {ends}, between {low} and {high}"
 
 
-def _digits(most: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{most}f}".rstrip("0").rstrip(".") if abs(value) < 1e6 else count(value)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.4g} %"
-
-
-def _short(value: float) -> str:
-    """6e-4 rather than 0.0006."""
-    if not value or not math.isfinite(value):
-        return "0"
-    digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
-
-
-_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("lr", "Learning rate", _short),
-    ("grad_norm", "Gradient norm", "{:.3g}".format),
-    ("tokens_per_s", "Tokens per second", count),
-    ("mfu", "Model FLOPs utilization (MFU)", _percent),
-    ("step_ms", "Milliseconds per step", count),
+_COLUMNS: tuple[tuple[str, str, Format], ...] = (
+    ("lr", "Learning rate", Format("short")),
+    ("grad_norm", "Gradient norm", Format("general", 3)),
+    ("tokens_per_s", "Tokens per second", Format("count")),
+    ("mfu", "Model FLOPs utilization (MFU)", PERCENT),
+    ("step_ms", "Milliseconds per step", Format("count")),
 )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from regpt2.pages.charts.draw import PRINT, heading, plain, png, print_panel, settings
+from regpt2.pages.charts.formats import Format
 from regpt2.pages.charts.panels import MOST_RUNS, Across, Panel, Trace, look_of
 from regpt2.pages.record import Column
 from regpt2.run.comparing.outcomes import Outcome
@@ -46,7 +47,7 @@ def _panel(
         traces.append(Trace(label, x, losses.mean(axis=0), look_of(place), spread))
     last = max(float(trace.x[-1]) for trace in traces)
     most = max(float(np.interp(FIRST_SHOWN * last, trace.x, trace.y)) for trace in traces)
-    return Panel(name, title, Across(unit, last), traces, tick="{:.3g}".format, most=most)
+    return Panel(name, title, Across(unit, last), traces, tick=Format("general", 3), most=most)
 
 
 def picture(

@@ -118,26 +118,37 @@ class Chat:
         return Answer(text.strip(), len(messages) - len(kept), writing.finished, interrupted)
 
     def _fitting(self, messages: Sequence[Message]) -> tuple[Sequence[Message], list[int]]:
-        """The system message and the newest turns that leave room for an answer, and the ids of their prompt."""
-        most = MOST_RESERVED if self.options.max_new_tokens is None else self.options.max_new_tokens
-        budget = self.context - min(most, self.context // 4)
-        system, turns = [one for one in messages if one.role == SYSTEM], [one for one in messages if one.role != SYSTEM]
-        kept = [*system, turns[-1]]
-        ids = prompt_ids(kept, self.tokenizer)
-        for n in range(3, len(turns) + 1, 2):  # with one more question and its answer
-            longer = [*system, *turns[-n:]]
-            longer_ids = prompt_ids(longer, self.tokenizer)
-            if len(longer_ids) > budget:
-                break
-            kept, ids = longer, longer_ids
+        """What `fitting` gives; a UsageError if that is too long."""
+        kept, ids = fitting(messages, self.tokenizer, self.context, self.options.max_new_tokens)
         if len(ids) >= self.context:
-            what = "the message and the system message have" if system else "the message has"
+            what = "the message and the system message have" if kept[0].role == SYSTEM else "the message has"
             raise UsageError(
                 f"{what} {len(ids):,} tokens with the marks of turns, and the context of {self.context:,} "
                 "must hold an answer too; write less, or give a larger --context, up to the model's block_size, "
                 f"{self.model.config.block_size:,}."
             )
         return kept, ids
+
+
+def fitting(
+    messages: Sequence[Message], tokenizer: AddedTokens, context: int, max_new_tokens: int | None
+) -> tuple[Sequence[Message], list[int]]:
+    """The system message and the newest turns that leave room for an answer, and the ids of their prompt.
+
+    The last message is kept even if it leaves no room: then there are `context` ids or more.
+    """
+    most = MOST_RESERVED if max_new_tokens is None else max_new_tokens
+    budget = context - min(most, context // 4)
+    system, turns = [one for one in messages if one.role == SYSTEM], [one for one in messages if one.role != SYSTEM]
+    kept = [*system, turns[-1]]
+    ids = prompt_ids(kept, tokenizer)
+    for n in range(3, len(turns) + 1, 2):  # with one more question and its answer
+        longer = [*system, *turns[-n:]]
+        longer_ids = prompt_ids(longer, tokenizer)
+        if len(longer_ids) > budget:
+            break
+        kept, ids = longer, longer_ids
+    return kept, ids
 
 
 def _chat_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> AddedTokens:

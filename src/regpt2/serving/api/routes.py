@@ -1,16 +1,73 @@
 """The routes of OpenAI's API. In: the models; out: routes."""
 
+from collections.abc import Awaitable, Callable
+
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from regpt2.serving.models import Models
+from regpt2.serving.api.answering import Stream, WholeAnswer
+from regpt2.serving.api.asking import model_named
+from regpt2.serving.api.chat import read_chat
+from regpt2.serving.api.completions import read_completions
+from regpt2.serving.api.errors import JSON, ApiError, as_api_error, error_answer
+from regpt2.serving.api.fields import read_body
+from regpt2.serving.models import Models, Served
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def api_routes(models: Models) -> list[Route]:
-    """/v1/models, and more to come."""
+    """/v1/models, /v1/completions, /v1/chat/completions."""
 
     async def list_models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in models]})
+        return JSON({"object": "list", "data": [model_object(one) for one in models.values()]})
 
-    return [Route("/v1/models", list_models)]
+    async def one_model(request: Request) -> Response:
+        return JSON(model_object(model_named(request.path_params["name"], models)))
+
+    async def completions(request: Request) -> Response:
+        form = await read_completions(read_body(await request.body()), models)
+        return Stream(form) if form.ask.stream else WholeAnswer(form)
+
+    async def chat(request: Request) -> Response:
+        form = await read_chat(read_body(await request.body()), models)
+        return Stream(form) if form.ask.stream else WholeAnswer(form)
+
+    async def nothing(request: Request) -> Response:
+        raise ApiError(404, f"There is no {request.method} {request.url.path!r:.80}.", code="unknown_url")
+
+    return [
+        Route("/v1/models", _answering(list_models), methods=["GET"]),
+        Route("/v1/models/{name:path}", _answering(one_model), methods=["GET"]),
+        Route("/v1/completions", _answering(completions), methods=["POST"]),
+        Route("/v1/chat/completions", _answering(chat), methods=["POST"]),
+        Route("/v1/{rest:path}", _answering(nothing)),
+    ]
+
+
+def model_object(served: Served) -> dict[str, object]:
+    """A model in OpenAI's form, and what else a page may want to know."""
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "regpt2",
+        "context_length": served.context,
+        "parameters": served.loaded.model.n_params(),
+        "vocab_size": served.tokenizer.vocab_size,
+        "chat": served.chats,
+    }
+
+
+def _answering(endpoint: Endpoint) -> Endpoint:
+    """The endpoint with errors in OpenAI's form. Those of a body that does not come are not ours: they pass."""
+
+    async def answered(request: Request) -> Response:
+        await request.body()
+        try:
+            return await endpoint(request)
+        except Exception as error:
+            return error_answer(as_api_error(error))
+
+    return answered
