@@ -4,6 +4,7 @@ What this leaves unproven: that a builder accepts the file (`make image` asks on
 and PyTorch's servers send, torch built for CUDA, and a user who is not root.
 """
 
+import http.client
 import json
 import os
 import re
@@ -211,3 +212,42 @@ def test_two_ranks_train_on_text_of_gpt2_s_tokens_without_a_network_and_stop_tog
     assert end["reason"] == "stopped by signal 15"
     assert events(trained, "run")[-1]["world_size"] == 2
     assert (trained / "checkpoints" / f"step-{end['step']:08d}" / "model.safetensors").exists()
+
+
+@pytest.mark.seconds
+def test_the_manifest_s_server_asks_for_the_key_answers_by_the_service_s_name_and_stops_on_sigterm(
+    image: Image, trained: Path, unused_port: int
+) -> None:
+    """deploy/kubernetes-serve.yaml as it is, but for the model, the address and the port."""
+    service, deployment = yaml.safe_load_all((ROOT / "deploy/kubernetes-serve.yaml").read_text())
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
+    own = {
+        "/runs/gpt2_124m": "/runs/tiny",
+        "--host=0.0.0.0": "--host=127.0.0.1",
+        "--port=8000": f"--port={unused_port}",
+    }
+    assert own.keys() <= set(server["command"])
+    image.place("/secrets").mkdir()
+    image.place("/secrets/api-key").write_text("k" * 64)
+    health, name = server["readinessProbe"]["httpGet"]["path"], service["metadata"]["name"]
+
+    def status(method: str, path: str, **headers: str) -> int:
+        body = json.dumps({"model": "tiny", "prompt": "The number 1", "max_tokens": 2}) if method == "POST" else None
+        connection = http.client.HTTPConnection("127.0.0.1", unused_port, timeout=60)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+            return connection.getresponse().status
+        except ConnectionRefusedError:
+            return 0
+        finally:
+            connection.close()
+
+    with container(image, [own.get(word, word) for word in server["command"]]) as (process, pid, log):
+        wait_until(lambda: status("GET", health) == 200, process, log)
+        assert status("POST", "/v1/completions") == 401
+        key = {"Authorization": f"Bearer {'k' * 64}"}
+        # Clients in the cluster use port 80, so Host is the name alone.
+        assert status("POST", "/v1/completions", Host=name, **key) == 200
+        assert status("POST", "/v1/completions", Host="another", **key) == 421
+        os.kill(pid, signal.SIGTERM)
+        assert process.wait(30) == 0, log.read_text()
