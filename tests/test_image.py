@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -64,6 +65,29 @@ def test_the_manifests_use_what_the_image_has() -> None:
             assert str(port["containerPort"]) in only("EXPOSE")
 
 
+def test_the_parts_of_the_serving_manifest_fit_together() -> None:
+    text = (ROOT / "deploy/kubernetes-serve.yaml").read_text()
+    service, deployment = yaml.safe_load_all(text)
+    pod = deployment["spec"]["template"]
+    (server,) = pod["spec"]["containers"]
+    options = dict(word.split("=", 1) for word in server["command"] if word.startswith("--"))
+    # the Service finds the pods, at the port where the server listens
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    (port,) = server["ports"]
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"] == server["readinessProbe"]["httpGet"]["port"]
+    assert int(options["--port"]) == port["containerPort"]
+    # the key lies where the server reads it, under the name that the command above makes
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in server["volumeMounts"]}
+    folder, key = options["--api-key-file"].rsplit("/", 1)
+    secret = mounts[folder]["secret"]
+    assert f"kubectl create secret generic {secret['secretName']} --from-literal={key}=" in text
+    assert secret["defaultMode"] & 0o777 == 0o440  # its group is the pod's fsGroup
+    # requests under way may finish before Kubernetes kills the process
+    leaving_s = server["lifecycle"]["preStop"]["sleep"]["seconds"] + float(options["--drain-s"])
+    assert leaving_s + 10 <= pod["spec"]["terminationGracePeriodSeconds"]
+
+
 def test_every_package_of_the_image_is_pinned() -> None:
     """`-c constraints.txt` is in every line that installs, and no label names an address that nobody has."""
     text = DOCKERFILE.read_text()
@@ -91,6 +115,8 @@ def test_the_context_is_the_sources_alone() -> None:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    if sys.platform != "linux":
+        pytest.skip("the steps use Linux's tools")
     folder = tmp_path_factory.mktemp("image")
     try:
         return Build(DOCKERFILE, ROOT, folder)
