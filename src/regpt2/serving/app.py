@@ -32,7 +32,8 @@ def build_app(
 ) -> Door:
     """All routes, behind the door. A test asks it as a client of http://127.0.0.1:PORT; other hosts are refused."""
     traffic = traffic or Traffic()
-    routes = [*health_routes(models, traffic), *api_routes(models), *page_routes(models), *runs_routes(runs)]
+    routes = [*health_routes(models, traffic), *api_routes(models), *page_routes(models)]
+    routes += runs_routes(runs, names_are_open=access.key is None)
     app = Starlette(routes=routes, exception_handlers={HTTPException: _in_openai_s_form, Exception: _broken})
     app.router.redirect_slashes = False
     return Door(app, access, limits, traffic, log)

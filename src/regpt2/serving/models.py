@@ -12,7 +12,6 @@ import torch
 
 from regpt2.base.console import safe_text
 from regpt2.base.device import pick_device
-from regpt2.base.errors import UsageError
 from regpt2.data.chat_template import special_ids
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel
@@ -21,7 +20,6 @@ from regpt2.sampling.continue_text import load_in, window_of
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.serving.options import ServeOptions
 
-MOST_SLOTS, MOST_QUEUE = 1024, 65_536
 _HASHED = 1024  # values of each tensor: an update of training changes nearly all of them
 
 
@@ -68,10 +66,9 @@ def serving(options: ServeOptions) -> Iterator[Models]:
     """The models by name, the first one first; at the end their engines are closed.
 
     Raises:
-        UsageError: an option is out of its range.
+        UsageError: the context is out of its range, or there is too little memory.
         CheckpointError, DownloadError: see `load_model` and `tokenizer_of`.
     """
-    _check(options)
     device = pick_device(options.device)
     models: Models = {}
     with ExitStack() as engines:
@@ -79,15 +76,6 @@ def serving(options: ServeOptions) -> Iterator[Models]:
             models[name] = _serve(name, spec, device, options)
             engines.callback(models[name].engine.close, drain_s=0)
         yield models
-
-
-def _check(options: ServeOptions) -> None:
-    """Refuse what no model could do, before one is loaded."""
-    if not options.models:
-        raise UsageError("there is no MODEL; give at least one.")
-    for name, value, most in (("slots", options.slots, MOST_SLOTS), ("queue", options.queue, MOST_QUEUE)):
-        if not 1 <= value <= most:
-            raise UsageError(f"{name} = {value} must be from 1 to {most:,}.")
 
 
 def _serve(name: str, spec: str, device: torch.device, options: ServeOptions) -> Served:

@@ -61,7 +61,17 @@ def test_a_stream_has_an_event_for_each_token_and_the_parts_of_the_whole_answer(
         assert [one.finish_reason for one in mine] == [None] * 40 + [choice.finish_reason]
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             joined = [value for one in mine for value in getattr(one.logprobs, name)]
-            assert joined == getattr(choice.logprobs, name)
+            expected = getattr(choice.logprobs, name)
+            if name.endswith("logprobs"):  # another batch may compute other last bits
+                assert flat(joined) == pytest.approx(flat(expected), abs=1e-4)
+            else:
+                assert joined == expected
+
+
+def flat(values: list[Any]) -> list[float]:
+    """Numbers of a list of numbers, or of objects of numbers; 1 for null."""
+    each = [[one] if isinstance(one, float) else list(one.values()) if one else [1.0] for one in values]
+    return [number for numbers in each for number in numbers]
 
 
 def test_the_n_differ_and_a_seed_gives_the_same_again(server: Running) -> None:
@@ -157,7 +167,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("most", [None, 12])
+@pytest.mark.parametrize("most", [None, 12, 1000])
 def test_an_answer_is_what_the_command_chat_writes(server: Running, name: str, most: int | None) -> None:
     messages = CONVERSATIONS[name]
     answer = chat_of(server, max_new_tokens=most).answer([Message(**one) for one in messages])

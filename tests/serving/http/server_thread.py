@@ -1,5 +1,6 @@
 """A real server in a thread, and raw sockets to it. In: an application; out: its port; bytes in, bytes out."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -39,13 +40,11 @@ def connected(port: int) -> Iterator[socket.socket]:
 
 def rest(client: socket.socket) -> bytes:
     """All bytes until the server closes the connection."""
-    data = b""
-    try:
+    data = []
+    with contextlib.suppress(ConnectionResetError):
         while more := client.recv(65536):
-            data += more
-    except ConnectionResetError:
-        pass
-    return data
+            data.append(more)
+    return b"".join(data)
 
 
 def said(port: int, request: bytes) -> bytes:

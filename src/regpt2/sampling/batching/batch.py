@@ -1,8 +1,9 @@
 """A running batch. In: requests, first come first served; out: their events, a token of every row at each turn.
 
-A turn computes up to `CHUNK` ids of prompts, then one token for each row. So a long prompt stops nobody for long.
+A turn computes a few ids of prompts, then one token for each row. So a long prompt stops nobody for long.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regpt2.base.errors import CheckpointError
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.sampling.batching.events import Piece, Prompt, Ticket
 from regpt2.sampling.batching.pens import Pen, Pens
@@ -19,7 +21,10 @@ from regpt2.sampling.writing import Request, Row, TokenLogprob, logprobs_of
 
 # B rows, T tokens, C = n_embd, V = vocab_size
 
-CHUNK = 128  # ids of prompts in a turn
+# Ids of prompts in a turn. On a CPU prompts are computed at nearly their full speed from 64 on (docs/serving.md), and
+# rows wait for two or three steps' time. A GPU takes more at once: 512 was vLLM's first choice (not measured here).
+CHUNK = {"cpu": 64}
+_CHUNK_ELSEWHERE = 512
 
 
 class Job:
@@ -33,6 +38,11 @@ class Job:
         self.scores_prompt = scores_prompt
         self.n_left = request.n if writes else 0  # continuations that are yet to begin
         self.logits: Tensor | None = None  # (1, V) after the prompt, once it is computed
+
+    @property
+    def is_begun(self) -> bool:
+        """Nothing of it is left to begin."""
+        return self.n_left == 0 or self.ticket.is_over
 
 
 class Growing:
@@ -84,6 +94,7 @@ class Batch:
         self.full: deque[Growing] = deque()  # their windows are to be computed again; each has the right to a slot
         self.preparation: Preparation | None = None
         self.job: Job | None = None  # whose continuations begin as slots become free
+        self.chunk = CHUNK.get(slots.device.type, _CHUNK_ELSEWHERE)
         never, vocab_size = tokenizer.textless, slots.vocab_size
         self.banned = banned_ids(vocab_size, never, slots.device) if never else None  # (V,)
         self._pens: Pens | None = None
@@ -96,7 +107,7 @@ class Batch:
     @property
     def is_busy(self) -> bool:
         """Is there anything to compute, but for what waits in the queue?"""
-        return self.n_active > 0 or (self.job is not None and self.job.n_left > 0)
+        return self.n_active > 0 or (self.job is not None and not self.job.is_begun)
 
     def turn(self) -> None:
         """Compute prompts, then one token of each row."""
@@ -119,7 +130,7 @@ class Batch:
         self.full = deque(row for row in self.full if not row.is_over)
         if self.preparation is not None and self.preparation.ticket.is_over:
             self.preparation = None
-        if self.job is not None and (self.job.ticket.is_over or self.job.n_left == 0):
+        if self.job is not None and self.job.is_begun:
             self.job = None
         for slot in reversed(range(len(self.rows))):
             if self.rows[slot].is_over:
@@ -133,7 +144,7 @@ class Batch:
         self._pens = None
 
     def _prepare(self) -> None:
-        budget = CHUNK
+        budget = self.chunk
         while budget > 0:
             if self.preparation is None:
                 self.preparation = self._next_preparation()
@@ -153,7 +164,7 @@ class Batch:
             row = self.full.popleft()
             return Preparation(self._tensor(row.last_ids(kept_of(self.slots.window))), row, None)
         while self.n_active < self.slots.n:
-            if self.job is None or self.job.n_left == 0:
+            if self.job is None or self.job.is_begun:
                 self.job = self.take_job()
             job = self.job
             if job is None:
@@ -180,14 +191,13 @@ class Batch:
         if part.n_done < len(part.ids):
             return len(ids)
         logits = self.slots.decoder.head(x[-1:])  # (1, V)
+        require_finite(logits)
         self.preparation = None
         if isinstance(part.owner, Growing):
             part.owner.n_cached, part.owner.has_prompt = len(part.ids), False
             self._join([part.owner], logits, self.slots.n - 1)
             return len(ids)
         job = part.owner
-        if job.logits is None:
-            require_finite(logits)
         if part.scored is not None:
             job.ticket.tell(Prompt(tuple(part.scored)))
         job.logits = logits
@@ -231,6 +241,8 @@ class Batch:
         """One token of each row."""
         try:
             logits = self.slots.step([row.row.tokens[-1] for row in self.rows], [row.n_cached for row in self.rows])
+            if not math.isfinite(logits.sum(dtype=torch.float32)):
+                logits = self._without_broken(logits)
             self._pens = self._pens or Pens([row.pen for row in self.rows], self.banned, logits.device)
             for row in self.rows:
                 row.n_cached += 1
@@ -245,6 +257,16 @@ class Batch:
                 self._leave(slot)
                 if not row.is_over:
                     self.full.append(row)
+
+    def _without_broken(self, logits: Tensor) -> Tensor:  # (B, V) -> (B, V)
+        """End the requests whose logits are not finite. The others go on."""
+        for slot, row in enumerate(self.rows):
+            try:
+                require_finite(logits[slot])
+            except CheckpointError as error:
+                row.job.ticket.fail(error)
+                self.slots.clear(slice(slot, slot + 1))
+        return logits.nan_to_num(0.0, 0.0, 0.0)
 
     def _write(self, rows: Sequence[Growing], logits: Tensor, pens: Pens) -> None:
         """Draw the next id of each row from logits (B, V)."""

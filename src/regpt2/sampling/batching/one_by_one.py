@@ -10,10 +10,12 @@ import torch
 
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.language_model import LanguageModel
-from regpt2.sampling.batching.batch import CHUNK, Job
+from regpt2.sampling.batching.batch import Job
 from regpt2.sampling.batching.events import Piece, Prompt
 from regpt2.sampling.generate import require_finite
 from regpt2.sampling.writing import Row, TokenLogprob, logprobs_of, write
+
+_CHUNK = 128  # tokens whose logits exist at once
 
 
 class OneByOne:
@@ -84,8 +86,8 @@ class OneByOne:
         ids = torch.tensor(job.ids, device=next(self.model.parameters()).device)  # (T,)
         x = self.model.hidden(ids[None])[0, :-1]  # (T - 1, C)
         kept: list[TokenLogprob | None] = [None]
-        for start in range(0, len(x), CHUNK):
-            logits = self.model.head(x[start : start + CHUNK])  # (at most CHUNK, V)
+        for start in range(0, len(x), _CHUNK):
+            logits = self.model.head(x[start : start + _CHUNK])  # (at most _CHUNK, V)
             require_finite(logits)
-            kept += logprobs_of(logits, ids[1:][start : start + CHUNK], job.request.logprobs or 0)
+            kept += logprobs_of(logits, ids[1:][start : start + _CHUNK], job.request.logprobs or 0)
         return tuple(kept)

@@ -125,6 +125,7 @@ class Stream(Response):
 
     def __init__(self, form: Form) -> None:
         self.answer = Answer(form)
+        self._n_sent = 0
         super().__init__(headers=EVENT_HEADERS, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,9 +134,22 @@ class Stream(Response):
     async def _send_all(self, send: Send) -> None:
         headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for data in self._events():
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        keeping_alive = asyncio.ensure_future(self._keep_alive(send))
+        try:
+            async for data in self._events():
+                self._n_sent += 1
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            keeping_alive.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment whenever there was no event for a while, as before a slot is free."""
+        while True:
+            n_before = self._n_sent
+            await asyncio.sleep(KEEP_ALIVE_S)
+            if self._n_sent == n_before:
+                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
     async def _events(self) -> AsyncIterator[bytes]:
         answer, usage = self.answer, {"usage": None} if self.answer.ask.include_usage else {}

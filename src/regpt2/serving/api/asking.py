@@ -103,9 +103,9 @@ def n_of(fields: Fields, served: Served) -> int:
 
 
 def seed_of(fields: Fields) -> int:
-    """Of the draws; one of its own for each request that has none, as at OpenAI."""
+    """Of the draws; one of its own for each request that has none, as at OpenAI. Negative ones have another's draws."""
     seed = fields.whole("seed", -(2**63), 2**63 - 1)
-    return secrets.randbits(63) if seed is None else seed % 2**63
+    return secrets.randbits(62) if seed is None else seed % 2**62
 
 
 def stream_of(fields: Fields) -> tuple[bool, bool]:

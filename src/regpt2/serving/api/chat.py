@@ -127,7 +127,8 @@ async def read_chat(body: dict[str, object], models: Models) -> ChatCompletions:
         ApiError: a field is wrong, the model does not chat, or the last message does not fit.
     """
     fields = Fields(body, KNOWN)
-    served = served_by(fields, models)
+    default = next((one for one in models.values() if one.chats), None)  # another than that of /v1/completions
+    served = default if default is not None and fields.text("model") is None else served_by(fields, models)
     tokenizer = _chat_tokenizer(served)
     for name, neutral in ABSENT.items():
         fields.only(name, *neutral, why="this server writes text, and stores nothing")

@@ -113,7 +113,7 @@ async def read_completions(body: dict[str, object], models: Models) -> Completio
         n_new = min(DEFAULT_NEW, max(1, served.context - len(ids))) if asked is None else asked
         require_fit(served, len(ids), n_new)
         kept = None if n_top is None else min(n_top, served.tokenizer.vocab_size)
-        one = Request(ids, max(1, n_new), n, choice, (seed + times[ids] * n) % 2**63, stop, logprobs=kept)
+        one = Request(ids, max(1, n_new), n, choice, seed + times[ids] * n, stop, logprobs=kept)
         requests.append(one)
         times[ids] += 1  # a prompt that comes twice is drawn twice
     ask = Ask(
@@ -131,7 +131,7 @@ async def _prompts(fields: Fields, served: Served) -> list[tuple[str, tuple[int,
     """Text and ids of each prompt; an empty text has the id that a text begins with."""
     value = fields.get("prompt")
     found = [""] if value is None else value if isinstance(value, list) else [value]
-    if found and all(type(one) is int for one in found):
+    if isinstance(value, list) and value and all(type(one) is int for one in value):
         found = [found]
     if not 0 < len(found) <= MOST_PROMPTS:
         fields.refuse("prompt", PROMPT_FORMS)

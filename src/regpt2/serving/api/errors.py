@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 
 from regpt2.base.console import warn
-from regpt2.base.errors import Problem
+from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.sampling.batching.engine import EngineClosed, QueueFull
 
 RETRY_AFTER_S = 1  # a slot is free after some hundred tokens at the latest
@@ -60,6 +60,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error", headers=headers)
     if isinstance(error, EngineClosed):
         return ApiError(503, "The server is stopping.", code="service_unavailable", kind="server_error")
+    if isinstance(error, UsageError):
+        return ApiError(400, str(error))
     warn(f"a request failed: {type(error).__name__}: {error}")
-    what = "The model's weights hold NaN or infinity." if isinstance(error, Problem) else "The model failed."
+    what = "The model's weights hold NaN or infinity." if isinstance(error, CheckpointError) else "The model failed."
     return ApiError(500, f"{what} The server's log has the details.", code="internal_error", kind="server_error")

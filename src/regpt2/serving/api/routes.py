@@ -10,7 +10,7 @@ from regpt2.serving.api.answering import Stream, WholeAnswer
 from regpt2.serving.api.asking import model_named
 from regpt2.serving.api.chat import read_chat
 from regpt2.serving.api.completions import read_completions
-from regpt2.serving.api.errors import JSON, ApiError, as_api_error, error_answer
+from regpt2.serving.api.errors import JSON, as_api_error, error_answer
 from regpt2.serving.api.fields import read_body
 from regpt2.serving.models import Models, Served
 
@@ -34,15 +34,11 @@ def api_routes(models: Models) -> list[Route]:
         form = await read_chat(read_body(await request.body()), models)
         return Stream(form) if form.ask.stream else WholeAnswer(form)
 
-    async def nothing(request: Request) -> Response:
-        raise ApiError(404, f"There is no {request.method} {request.url.path!r:.80}.", code="unknown_url")
-
     return [
         Route("/v1/models", _answering(list_models), methods=["GET"]),
         Route("/v1/models/{name:path}", _answering(one_model), methods=["GET"]),
         Route("/v1/completions", _answering(completions), methods=["POST"]),
         Route("/v1/chat/completions", _answering(chat), methods=["POST"]),
-        Route("/v1/{rest:path}", _answering(nothing)),
     ]
 
 

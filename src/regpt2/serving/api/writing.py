@@ -1,6 +1,7 @@
 """From the engine's thread to asyncio. In: requests of one client; out: their events, until the client leaves.
 
-Unread events are bounded: a client that falls so far behind the model that `MOST_UNREAD` of its events wait is cut off.
+What waits to be read is bounded: if a client does not read, and `MOST_UNREAD` events wait, the writing is cancelled and
+its answer ends in an error.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ class Writing:
     def __init__(self, engine: Engine, requests: Sequence[Request], *, score_prompts: bool, only_score: bool) -> None:
         self.engine, self.requests = engine, requests
         self.score_prompts, self.only_score = score_prompts, only_score
-        self._inbox = _Inbox()
+        self._inbox = _Inbox(self._cancel)
         self._tickets: dict[int, Ticket] = {}  # of requests that are not done
         self._unfinished: dict[int, int] = {}  # continuations
         self._next = 0
@@ -60,9 +61,13 @@ class Writing:
     def close(self) -> None:
         """Cancel what is not done."""
         self._next = len(self.requests)
-        for ticket in self._tickets.values():
-            ticket.cancel()
+        self._cancel()
         self._tickets.clear()
+
+    def _cancel(self) -> None:
+        """From any thread."""
+        for ticket in list(self._tickets.values()):
+            ticket.cancel()
 
     def _submit_more(self) -> None:
         most = max(1, self.engine.slots // self.requests[0].n)
@@ -74,19 +79,23 @@ class Writing:
 
     def _submit_next(self) -> None:
         number = self._next
-        put: Callable[[Event], None] = partial(self._inbox.put, number)
-        self._tickets[number] = self.engine.submit(self.requests[number], put, score_prompt=self.score_prompts)
-        self._unfinished[number] = self.requests[number].n
+        request, put = self.requests[number], partial(self._inbox.put, number)
+        if self.only_score:
+            ticket = self.engine.score(request.ids, put, logprobs=request.logprobs or 0)
+        else:
+            ticket = self.engine.submit(request, put, score_prompt=self.score_prompts)
+        self._tickets[number], self._unfinished[number] = ticket, request.n
         self._next += 1
 
 
 class _Inbox:
     """Events on their way from another thread to the event loop that this is made in."""
 
-    def __init__(self) -> None:
+    def __init__(self, when_full: Callable[[], None]) -> None:
+        self._when_full = when_full
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._events = deque[tuple[int, Event]]()
-        self._full = False
+        self._full, self._is_called = False, False
 
     def put(self, number: int, event: Event) -> None:
         """From any thread."""
@@ -94,12 +103,20 @@ class _Inbox:
             return
         if len(self._events) >= MOST_UNREAD:
             self._full = True
+            self._when_full()
             event = Failed(ApiError(408, f"The client reads too slowly: {MOST_UNREAD:,} tokens wait.", code="too_slow"))
         self._events.append((number, event))
+        if self._is_called:  # the loop is busy; it will find this event too
+            return
+        self._is_called = True
         try:
-            self._loop.call_soon_threadsafe(self._ready.set)
+            self._loop.call_soon_threadsafe(self._called)
         except RuntimeError:  # the loop is closed: nobody listens
             self._full = True
+
+    def _called(self) -> None:
+        self._is_called = False
+        self._ready.set()
 
     async def get(self) -> tuple[int, Event]:
         while not self._events:

@@ -61,6 +61,8 @@ class Exchange:
             self._ends_an_event = body.endswith(b"\n\n") if body else self._ends_an_event
             self.complete = not message.get("more_body", False)
         await self._send(message)
+        if not self.complete:
+            await asyncio.sleep(0)  # one that has much to send lets others be answered, and can be ended
 
     def stop(self, why: Refusal) -> None:
         """Let the application be cancelled; `end` then completes the answer."""

@@ -20,7 +20,10 @@ def announce(models: Models, options: ServeOptions, url: str, *, needs_key: bool
 
 
 def _of_model(served: Served) -> str:
-    """Its size and what it may take, in one line."""
-    n_parameters = sum(p.numel() for p in served.loaded.model.parameters())
-    slots = served.engine.slots
-    return f"{count(n_parameters)} parameters, {served.context:,} tokens of context, {slots} slot{'s' * (slots != 1)}"
+    """Its size, what it may take, and the memory for that."""
+    slots, n_bytes = served.engine.slots, served.engine.cache_bytes
+    cache = f" in {n_bytes / 1e6:,.1f} MB of cache" if n_bytes else ""
+    return (
+        f"{count(served.loaded.model.n_params())} parameters, {served.context:,} tokens of context, "
+        f"{slots} slot{'s' * (slots != 1)}{cache}"
+    )

@@ -1,6 +1,7 @@
 """The server process. In: options; out: an exit code, when it was stopped."""
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -27,8 +28,16 @@ from regpt2.serving.http.opening import announce
 from regpt2.serving.models import serving
 from regpt2.serving.options import ServeOptions
 
+MENDS = {
+    errno.EADDRINUSE: "Stop the program that uses it, or take another: --port 0 finds a free one.",
+    errno.EACCES: "Ports below 1024 belong to the system: take one above, as --port 8000.",
+    errno.EADDRNOTAVAIL: "--host must be an address of this machine, as 127.0.0.1.",
+}
 KEEP_ALIVE_S = 15
 BACKLOG = 256
+# What the kernel keeps for a client that reads slowly. By default it grows to megabytes, and whether the client reads
+# at all is seen only when a third of that is free again.
+SEND_BUFFER_BYTES = 256 * 1024
 
 
 def serve(options: ServeOptions) -> int:
@@ -128,6 +137,13 @@ class Server(uvicorn.Server):
         self.force_exit = self.hurried
         return True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close all; clients that read nothing of what waits for them are cut off."""
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)
+
 
 @contextmanager
 def bound(host: str, port: int) -> Iterator[socket.socket]:
@@ -144,6 +160,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         with _naming_address(host, port):
             if os.name == "posix":  # elsewhere it would share the port with another program
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
             listener.bind(address)
         yield listener
 
@@ -160,9 +177,7 @@ def _naming_address(host: str, port: int) -> Iterator[None]:
     except socket.gaierror as error:
         raise Problem(f"--host {host}: this name has no address here ({error.strerror}).") from None
     except OSError as error:
-        mend = "Stop the program that uses it, or take another: --port 0 finds a free one."
-        if error.errno is not None and os.strerror(error.errno) == os.strerror(13):
-            mend = "Ports below 1024 belong to the system: take one above, as --port 8000."
+        mend = MENDS.get(error.errno or 0, "")
         raise Problem(f"cannot listen at {_in_url(host)}:{port}: {os.strerror(error.errno or 0)}. {mend}") from None
 
 

@@ -54,7 +54,9 @@ def _ids(fields: Fields, served: Served) -> list[int]:
         if not text:
             fields.refuse("text", "at least one character")
         if len(text) > MOST_CHARACTERS:  # to be tokenized at all
-            raise ApiError(400, f"text has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}.", param="text")
+            raise ApiError(
+                400, f"text has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}.", param="text"
+            )
         try:
             return served.tokenizer.encode(text)
         except Problem as problem:  # characters that the model does not know

@@ -21,7 +21,9 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; b
 """Of the report, which has its style within and no script."""
 RUN_DATA = ("events", "panels", "report")
 """What is below the page of a run."""
-NO_RUN = Html('<main><h1>No such run</h1>\n<p class="faint">The <a href="/runs">list</a> shows all there are.</p></main>')
+NO_RUN = Html(
+    '<main><h1>No such run</h1>\n<p class="faint">The <a href="/runs">list</a> shows all there are.</p></main>'
+)
 
 
 def runs_routes(folder: Path, *, names_are_open: bool = True) -> list[Route]:
@@ -80,5 +82,7 @@ def runs_routes(folder: Path, *, names_are_open: bool = True) -> list[Route]:
 
 def _page(title: str, main: Html, script: str | None, status: int = 200) -> Response:
     scripts = [f"/static/runs/{script}"] if script else []
-    document = page_document(title, "runs", fill("{main}", main=main), styles=["/static/runs/runs.css"], scripts=scripts)
+    document = page_document(
+        title, "runs", fill("{main}", main=main), styles=["/static/runs/runs.css"], scripts=scripts
+    )
     return HTMLResponse(document, status, headers={"cache-control": "no-cache"})
