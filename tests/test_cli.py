@@ -30,6 +30,25 @@ def test_help_lists_every_verb_and_answers_at_once(regpt2_process: Run) -> None:
     assert elapsed_s < 2.0  # half a second alone on the machine; here it shares two cores with other tests
 
 
+def test_neither_a_training_nor_a_sample_imports_a_compiler(tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """torch._dynamo, or sympy, takes longer to import than a tiny model to train."""
+    code = """
+import sys
+from regpt2.cli import main
+from regpt2.run import ending
+ending.write_report = lambda run: run  # drawn with matplotlib
+recipe, data, run = sys.argv[1:]
+for name in ("adamw", "lion", "muon"):
+    train = ["train", recipe, "--data", data, "--run", run + name, "--max-steps", "2", "--optim.name", name]
+    assert main(train) == 0
+assert main(["sample", run + "adamw", "a", "--max-new-tokens", "2"]) == 0
+print("imported:", *({"torch._dynamo", "sympy", "matplotlib", "torch.distributed.tensor"} & {*sys.modules}))
+"""
+    command = [sys.executable, "-c", code, tiny_recipe, tiny_data, tmp_path / "run"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["imported:"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(regpt2: Run, verb: str) -> None:
     done = regpt2(verb, "--help")
