@@ -1,7 +1,7 @@
 """Ranks for a test. In: a function of rank and arguments, the number of ranks; out: processes that have run it.
 
-They are forks of one process that has imported torch and what ranks need, and that has computed nothing: importing it
-all takes each interpreter three seconds, one of them for torch._dynamo, which ddp and fsdp need. A rank sees the environment as it was when the first was started.
+They are forks of the process of tests/warm_processes.py. A rank sees the environment as it was when the first was
+started.
 """
 
 import multiprocessing
@@ -14,12 +14,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from regpt2.cli import main
-
-WARM = [
-    *("pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "safetensors.torch"),
-    *("matplotlib.figure", "regpt2.commands.train", "regpt2.run.loop", "regpt2.evals.val_loss"),
-    *("regpt2.training.optim.adamw", "regpt2.training.optim.muon"),
-]
+from warm_processes import WARM
 
 
 def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
