@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -29,6 +31,8 @@ from regpt2.cli import main
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split
 from regpt2.data.tokens.shards import write_shard
+from regpt2.model.files import safe_pickle
+from warm_processes import run_python
 
 needs_bf16 = pytest.mark.skipif(not _cpu_has_bf16(), reason="this CPU does not compute in bf16")
 
@@ -65,6 +69,19 @@ max_new_tokens = 8
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what starts processes or takes seconds")
+
+
+def pytest_sessionstart() -> None:
+    """The child that unpickles a foreign file is a fork of a warm process; tests/test_security.py starts a real one."""
+    safe_pickle.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        run=_unpickle_in_a_fork, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+
+
+def _unpickle_in_a_fork(command: list[str], *, stderr: BinaryIO, cwd: Path, timeout: float, **_: object) -> Any:
+    done = run_python(*command[command.index("-m") :], cwd=cwd, timeout=timeout)
+    stderr.write(done.stderr.encode())
+    return done
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

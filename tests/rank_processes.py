@@ -33,9 +33,14 @@ def command_on_ranks(n: int, port: int, folder: Path, *arguments: object) -> str
     return "".join(log.read_text() for log in logs)
 
 
+def place(rank: int, n: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank by its environment."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
 def _command(rank: int, n: int, port: int, logs: list[str], arguments: list[str]) -> None:
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= place(rank, n, port)
     output = os.open(logs[rank], os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)

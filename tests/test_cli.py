@@ -129,7 +129,7 @@ fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 4, 0, 0))
 os.environ.pop("COLUMNS", None)
 if os.fork() == 0:
     os.dup2(theirs, 1)
-    os.execv(sys.executable, [sys.executable, "-m", "regpt2", "sample", "--help"])
+    os.execv(sys.executable, [sys.executable, "-m", "regpt2", "inspect", "--help"])
 os.close(theirs)
 said = b""
 try:
@@ -137,7 +137,7 @@ try:
         said += piece
 except OSError:  # the other end is closed
     pass
-print(os.wait()[1], b"Continue a prompt" in said, b"\\x1b[" in said)
+print(os.wait()[1], b"Look inside" in said, b"\\x1b[" in said)
 """
     environment = {**os.environ, "TERM": "xterm", "NO_COLOR": no_color}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
@@ -175,7 +175,7 @@ def test_output_that_is_not_utf8_shows_escapes(regpt2_process: Run, tiny_data: P
         ("| true", ""),
     ],
 )
-@pytest.mark.parametrize("arguments", ["--version", "verify --help"])
+@pytest.mark.parametrize("arguments", ["--version", "inspect --help"])  # neither imports torch
 def test_what_only_standard_output_shows_fails_with_it(arguments: str, redirect: str, said: str) -> None:
     """Exit code 1 and one message, or none where the reader left; nothing of the interpreter that ends."""
     wait = "sleep 0.2; " if redirect.startswith("|") else ""
