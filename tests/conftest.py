@@ -31,8 +31,9 @@ from regpt2.cli import main
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split
 from regpt2.data.tokens.shards import write_shard
+from regpt2.model import conversion
 from regpt2.model.files import safe_pickle
-from warm_processes import run_python
+from warm_processes import run_python, warm_context
 
 needs_bf16 = pytest.mark.skipif(not _cpu_has_bf16(), reason="this CPU does not compute in bf16")
 
@@ -71,8 +72,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what starts processes or takes seconds")
 
 
-def pytest_sessionstart() -> None:
-    """The child that unpickles a foreign file is a fork of a warm process; tests/test_security.py starts a real one."""
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The children that read a foreign file and an export are forks of a warm process, in milliseconds.
+
+    tests/test_security.py has a real one that reads a file, `make clients` real ones that read exports.
+    """
+    if session.config.option.markexpr != "clients":
+        conversion.get_context = warm_context  # type: ignore[assignment]
     safe_pickle.subprocess = SimpleNamespace(  # type: ignore[assignment]
         run=_unpickle_in_a_fork, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )

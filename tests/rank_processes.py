@@ -4,7 +4,6 @@ They are forks of the process of tests/warm_processes.py. A rank sees the enviro
 started.
 """
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from regpt2.cli import main
-from warm_processes import WARM
+from warm_processes import warm_context
 
 
 def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
     """As torch.multiprocessing.spawn, which starts an interpreter for each."""
-    multiprocessing.set_forkserver_preload(WARM)
+    warm_context()
     mp.start_processes(function, args, nprocs, start_method="forkserver")
 
 

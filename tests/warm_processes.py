@@ -7,6 +7,7 @@ of a test. Start a real interpreter where imports, its options, or variables tha
 """
 
 import multiprocessing
+import multiprocessing.context
 import os
 import runpy
 import shutil
@@ -19,8 +20,14 @@ from pathlib import Path
 WARM = [
     *("pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "safetensors.torch"),
     *("matplotlib.figure", "regpt2.commands.train", "regpt2.run.loop", "regpt2.evals.val_loss"),
-    *("regpt2.training.optim.adamw", "regpt2.training.optim.muon"),
+    *("regpt2.training.optim.adamw", "regpt2.training.optim.muon", "transformers.models.gpt2.modeling_gpt2"),
 ]
+
+
+def warm_context(_: str = "forkserver") -> multiprocessing.context.BaseContext:
+    """As `multiprocessing.get_context`; whatever is asked for, its processes are forks of the warm one."""
+    multiprocessing.set_forkserver_preload(WARM)
+    return multiprocessing.get_context("forkserver")
 
 
 class Python:
@@ -34,10 +41,8 @@ class Python:
         self._output = Path(tempfile.mkdtemp(prefix="warm-"))
         for name in ("out", "err"):
             (self._output / name).touch()
-        multiprocessing.set_forkserver_preload(WARM)
-        context = multiprocessing.get_context("forkserver")
         work = (self.args, str(cwd or Path.cwd()), dict(os.environ if env is None else env), str(self._output))
-        self._process = context.Process(target=_run, args=work)
+        self._process = warm_context().Process(target=_run, args=work)  # type: ignore[attr-defined]
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
