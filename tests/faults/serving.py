@@ -331,7 +331,7 @@ def load(bench: Bench) -> Outcome:
     if left["active"] or left["waiting"] or set(warm["codes"]) != {200}:
         outcome.failures.append(f"afterwards the load is {left}")
     outcome.remark = (
-        f"p99 {p99_s * 1000:.0f} ms ({alone_s * 1000:.0f} alone; {busy:.1f} x slowed by others), +{growth / 1e6:.1f} MB, "
+        f"p99 {p99_s * 1000:.0f} ms ({alone_s * 1000:.0f} alone; {busy:.1f} x slowed), +{growth / 1e6:.1f} MB, "
         f"{codes.count(200)} written, {codes.count(429)} x 429"
     )
     return outcome

@@ -209,6 +209,21 @@ def test_a_step_computes_only_the_rows_that_grow(monkeypatch: pytest.MonkeyPatch
     assert passes.steps == [3, 3, 2, 1, 1]  # the first token of each comes with its prompt
 
 
+def test_rows_may_come_to_one_place_and_part_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows at one place need no mask; the one of before would hide the newest keys."""
+    model, places = model_of("gpt2"), list[bool]()
+    heard = [
+        Heard(Request(ids, n, choice=GREEDY)) for ids, n in zip(some_prompts(3, 5, 5, 9), (9, 3, 30, 9), strict=True)
+    ]
+    batch = batch_of(model, *heard, slots=2)
+    step = batch.slots.step
+    monkeypatch.setattr(batch.slots, "step", lambda ids, at: places.append(len(set(at)) == 1) or step(ids, at))
+    finish(batch)
+    assert places[:9] == [False, False, *[True] * 6, False]
+    for one in heard:
+        assert one.tokens() == naive(model, one.job.request.ids, one.job.request.max_new_tokens, 64)
+
+
 def test_a_long_prompt_does_not_stop_the_rows_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     short, long = (Heard(Request(ids, 30, choice=GREEDY)) for ids in some_prompts(3, 30))
     batch = batch_of(model_of("gpt2"), short, long, chunk=8)
