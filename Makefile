@@ -107,5 +107,17 @@ fuzz: $(TOOLS)
 	$(PIP) -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
 
+# make image  builds deploy/Dockerfile with docker, podman or buildah; IMAGE=regpt2:cpu ARGS="--build-arg NAME=VALUE"
+IMAGE ?= regpt2:cuda
+BUILDER ?= $(shell docker info >/dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
+.PHONY: builder image
+builder:
+	@test -n "$(BUILDER)"
+
+image:
+	$(if $(BUILDER),,$(error no docker daemon, podman or buildah here))
+	$(BUILDER) build -f deploy/Dockerfile -t $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
+	$(if $(filter-out %buildah,$(BUILDER)),$(BUILDER) run --rm $(IMAGE) regpt2 --version)
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -13,6 +13,7 @@ from growing import HOSTILE, append, events_until, start_event, train_event, val
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from regpt2.base.files import write_atomic
 from regpt2.base.record.metrics import MetricsLog
 from regpt2.pages.live import follow
 from regpt2.pages.live.follow import Follower
@@ -46,7 +47,8 @@ def written(folder: Path, events: list[dict[str, Any]]) -> bytes:
     return (folder / "metrics.jsonl").read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.seconds
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(EVENTS, max_size=8), cuts=st.lists(st.integers(0, 3000), max_size=12))
 def test_any_split_of_the_bytes_gives_the_record_that_is_read_whole(
     tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, Any]], cuts: list[int]
@@ -111,6 +113,14 @@ def test_a_file_written_over_in_place_is_read_anew_though_it_is_longer(tmp_path:
         file.write(other)
     assert follower.look() and same(follower.record, read_record(tmp_path))
     assert follower.record.dataset == "another"
+
+
+def test_a_file_put_in_its_place_is_read_anew_though_it_ends_alike(tmp_path: Path) -> None:
+    append(tmp_path, events_until(5))
+    follower, path = Follower(tmp_path), tmp_path / "metrics.jsonl"
+    follower.look()
+    write_atomic(path, path.read_text().replace('"tiny"', '"tony"'))
+    assert follower.look() and follower.record.dataset == "tony"
 
 
 def test_a_missing_file_is_waited_for_and_a_removed_one_forgotten(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from growing import append, events_until, start_event, train_event
 
 from regpt2.base.errors import UsageError
-from regpt2.base.files import folder_lock, is_locked
+from regpt2.base.files import folder_lock, is_locked, try_lock
 from regpt2.pages.live.folders import find_run, find_runs
 from regpt2.pages.live.follow import Follower
 from regpt2.pages.live.status import Status, status_of
@@ -75,22 +75,13 @@ def test_no_record_is_waiting(tmp_path: Path) -> None:
 
 
 def test_who_asks_for_the_lock_does_not_keep_a_run_from_beginning(tmp_path: Path) -> None:
-    stop = threading.Event()
-
-    def ask() -> None:
-        while not stop.is_set():
-            is_locked(tmp_path)
-            time.sleep(0.0005)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        for _ in range(100):
-            with folder_lock(tmp_path):
-                pass
-    finally:
-        stop.set()
-        asking.join()
+    """Asking takes the lock for a moment, here for a long one."""
+    with open(tmp_path / ".lock", "a+b") as asking:
+        assert try_lock(asking)
+        threading.Timer(0.03, asking.close).start()
+        with folder_lock(tmp_path):
+            assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_a_locked_folder_is_still_refused(tmp_path: Path) -> None:
@@ -114,6 +105,7 @@ def test_a_name_never_leads_out_of_the_folder(tmp_path: Path) -> None:
     (runs / "linked_record").mkdir()
     (runs / "linked_record" / "metrics.jsonl").symlink_to(tmp_path / "secret" / "metrics.jsonl")
     (runs / "within").symlink_to(runs / "demo")
+    append(runs / os.fsdecode(b"no_utf8_\xff"), [start_event()])
     assert [*find_runs(runs)] == ["demo", "within"]
     for name in (
         "../secret", "demo/../../secret", "link", "linked_record", "/etc", str(tmp_path / "secret"), "", ".", "..",

@@ -182,6 +182,25 @@ def test_nobody_looks_when_nobody_watches_and_all_share_a_look() -> None:
     asyncio.run(watch())
 
 
+def test_a_look_that_fails_ends_the_stream_and_the_next_one_looks_again() -> None:
+    async def watch() -> None:
+        watched = Counting()
+        first = watched.stream()
+        await next_of(first)
+        whole = watched.now
+        watched.now = None  # type: ignore[assignment]
+        with pytest.raises(TypeError):
+            await next_of(first)
+        watched.now = whole
+        second = watched.stream()
+        assert "event: status" in await next_of(second)
+        watched.now[("status", "")] = "3"
+        assert "data: 3" in await next_of(second)
+        await second.aclose()
+
+    asyncio.run(watch())
+
+
 def test_a_heartbeat_is_sent_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "HEARTBEAT_S", 0.05)
 

@@ -46,9 +46,14 @@ def _walk(place: Path, above: str, depth: int) -> Iterator[tuple[str, Path]]:
 def _folders(place: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(place) as entries:
-            return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+            return [entry for entry in entries if entry.is_dir() and _may_be_named(entry.name)]
     except OSError:
         return []
+
+
+def _may_be_named(name: str) -> bool:
+    """Is it in sight, and can an address hold it? Names that are no UTF-8 cannot."""
+    return not name.startswith(".") and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _is_inside(root: Path, file: Path) -> bool:

@@ -70,8 +70,9 @@ class Channel(ABC):
     @contextmanager
     def _watched(self) -> Iterator[None]:
         self.n_clients += 1
-        if self._looking is None:
+        if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_on())
+            self._looking.add_done_callback(lambda _: self._tell())
         try:
             yield
         finally:
@@ -85,15 +86,25 @@ class Channel(ABC):
             parts = await asyncio.get_running_loop().run_in_executor(self._executor, self.refresh)
             if parts != self._parts:
                 self._parts = parts
-                self._news.set()  # wakes all clients
-                self._news = asyncio.Event()
+                self._tell()
             await asyncio.sleep(EVERY_S)
+
+    def _tell(self) -> None:
+        """Wake all clients."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _require_looks(self) -> None:
+        """Raise what ended the looks, if something did: a stream without them would be silent for ever."""
+        if self._looking is not None and self._looking.done():
+            self._looking.result()
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of one client; endless."""
         sent: dict[Part, str] = {}
         with self._watched():
             while True:
+                self._require_looks()
                 news, parts = self._news, self._parts
                 changes = [_event(kind, data) for (kind, one), data in parts.items() if sent.get((kind, one)) != data]
                 sent = parts

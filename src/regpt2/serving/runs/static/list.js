@@ -1,5 +1,6 @@
 // The list of runs. In: events of /runs-events; out: a table that follows them.
 import { count, duration, fixed, whole } from "/static/runs/format.js";
+import { inPlace } from "/static/visible.js";
 import { element, follow, showState } from "/static/runs/stream.js";
 
 const NS = "http://www.w3.org/2000/svg";
@@ -51,7 +52,7 @@ function fill(row, data) {
   const link = element("a", "run-name");
   const parts = data.name.split("/");
   link.href = `/runs/${parts.map(encodeURIComponent).join("/")}`;
-  link.append(element("span", "faint", parts.slice(0, -1).map((part) => `${part}/`).join("")), parts.at(-1));
+  link.append(element("span", "faint", inPlace(parts.slice(0, -1).map((part) => `${part}/`).join(""))), inPlace(parts.at(-1)));
   name.append(link, element("div", "remark", [data.recipe !== data.name ? data.recipe : "", data.dataset].filter(Boolean).join(" · ")));
 
   const state = element("td", "state-cell");

@@ -3,6 +3,7 @@
 import { Chart, Cursor } from "/static/runs/chart.js";
 import { between } from "/static/runs/axes.js";
 import { count, duration, fixed, whole } from "/static/runs/format.js";
+import { inPlace } from "/static/visible.js";
 import { element, follow, hasKey, headers, readOnce, showState } from "/static/runs/stream.js";
 
 const GHOST_INKS = ["run3", "run4", "run5", "run6", "run7", "run8"];
@@ -25,7 +26,7 @@ let status = null;
 let full_length = false;
 let chosen_by_hand = false;
 
-at("name").textContent = name;
+at("name").textContent = inPlace(name);
 
 const handlers = {
   status: showStatus,
@@ -57,7 +58,7 @@ function showStatus(data) {
   const ended = data.reason.replace(new RegExp(`^${data.state} ?`), "");
   const state = at("state");
   state.replaceChildren(element("span", `state ${data.state}`, data.state), ended && ` ${ended}`);
-  document.title = `${titleOf(data)}${name} · regpt2`;
+  document.title = `${titleOf(data)}${inPlace(name)} · regpt2`;
   const steps = data.max_steps ? `${whole(data.step)} of ${whole(data.max_steps)} steps` : `${whole(data.step)} steps`;
   const parts = [
     data.recipe !== name ? data.recipe : "",
@@ -214,7 +215,7 @@ function ghostSeries(run, ghost, panel, unit) {
   const trace = named.find((one) => one.label === "validation") ?? named[0];
   if (!trace) return [];
   const look = { ink: ghost.ink, width: 1.3, alpha: 0.7, dash: [], marker: false };
-  return [{ label: run, x: placesOf(trace.x, unit, ghost.data.tokens), y: trace.y, spread: null, about: "", look, ghost: true }];
+  return [{ label: inPlace(run), x: placesOf(trace.x, unit, ghost.data.tokens), y: trace.y, spread: null, about: "", look, ghost: true }];
 }
 
 /** Steps as they are, or as tokens. */
@@ -243,7 +244,7 @@ function offer() {
     };
     label.className = `choice ${ghosts.get(row.name)?.ink ?? ""}`;
     const result = row.best_loss === null ? row.state : fixed(row.best_loss, 3);
-    label.append(box, element("span", "who", row.name), element("span", "faint", same(row) ? result : `${result}, other data`));
+    label.append(box, element("span", "who", inPlace(row.name)), element("span", "faint", same(row) ? result : `${result}, other data`));
     return label;
   });
   const label = element("label", "choice whole");
