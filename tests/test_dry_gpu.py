@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from warm_processes import run_python
+
 DRY = Path(__file__).parents[1] / "benchmarks" / "dry_gpu"
 STAND_IN = DRY / "stand_in"
 ROOT = DRY.parents[1]
@@ -120,10 +122,10 @@ def test_values_read_back_are_made_up_or_those_last_sent(stand_in: ctypes.CDLL) 
 @pytest.mark.parametrize("script", ["step", "loss_bytes", "ranks", "table", "plan_memory", "stand_in/stubs"])
 def test_scripts_say_what_they_do_and_start_on_no_other_machine(script: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    helped = run(sys.executable, DRY / f"{script}.py", "--help", env=environment)
+    helped = run_python(DRY / f"{script}.py", "--help", env=environment)
     assert helped.returncode == 0, helped.stderr
     assert helped.stdout.startswith("usage:")
-    started = run(sys.executable, DRY / f"{script}.py", env=environment)
+    started = run_python(DRY / f"{script}.py", env=environment)
     assert started.returncode != 0
     assert "There is no dry GPU" in started.stderr or "usage:" in started.stderr
 

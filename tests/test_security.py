@@ -27,6 +27,7 @@ from regpt2.model.files.tensors import MAX_HEADER_BYTES
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.weights import native
 from regpt2.sampling.continue_text import SampleOptions
+from warm_processes import run_python
 
 CORPUS = Path(__file__).parent / "security" / "corpus.py"
 
@@ -107,7 +108,13 @@ def test_the_corpus_sees_each_missing_guard(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.process
+@pytest.fixture
+def real_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What unpickles is an interpreter of its own, as for a user; other tests fork it."""
+    monkeypatch.setattr(safe_pickle, "subprocess", subprocess)
+
+
+@pytest.mark.usefixtures("real_child")
 def test_a_foreign_file_is_unpickled_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.ones(2, dtype=torch.bfloat16)}
@@ -122,7 +129,7 @@ def test_a_foreign_file_is_unpickled_in_another_process(tmp_path: Path, monkeypa
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.process
+@pytest.mark.usefixtures("real_child")
 def test_a_model_that_transformers_saved_by_pickle_is_read(tmp_path: Path) -> None:
     """With `lm_head.weight` tied to `wte.weight`: one storage, two names."""
     config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=300)
@@ -135,7 +142,7 @@ def test_a_model_that_transformers_saved_by_pickle_is_read(tmp_path: Path) -> No
         assert (model(ids)[..., :300] - theirs(ids).logits).abs().max() < 1e-4
 
 
-@pytest.mark.process
+@pytest.mark.usefixtures("real_child")
 def test_unpickling_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "model.bin")
     monkeypatch.setattr(safe_pickle, "SPARE_S", 0.05)
@@ -151,11 +158,11 @@ def test_the_child_has_little_memory_disk_and_time(tmp_path: Path, act: str) -> 
     script = f"""if True:
         import sys
         from regpt2.model.files import safe_pickle
-        safe_pickle.SPARE_S = 4.0
+        safe_pickle.SPARE_S = 1.0
         safe_pickle.limit_this_process(1000)
         {act}
     """
-    done = python("-I", "-c", script, tmp_path / "file", timeout_s=60)
+    done = run_python("-c", script, tmp_path / "file", timeout=60)
     assert done.returncode != 0
     assert "MemoryError" in done.stderr or "File too large" in done.stderr or done.returncode < 0
 

@@ -1,8 +1,6 @@
 """Strict determinism: what it switches on, and that an operation without such a form is named."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from regpt2.base.device import be_deterministic, undetermined_operation
 from regpt2.base.errors import Problem
 from regpt2.commands import evaluate, sample, train
 from regpt2.evals.measuring import measure
+from warm_processes import run_python
 
 CODE = """
 import json, os, torch, torch._inductor.config
@@ -27,7 +26,7 @@ print(json.dumps([
 
 def test_on_a_gpu_nothing_undetermined_is_let_through() -> None:
     """Only asked to warn, torch would let attention choose cuDNN's kernel. No GPU is needed to be told so."""
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    done = run_python("-c", CODE)
     assert json.loads(done.stdout) == [True, False, ":4096:8", True]
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,12 @@ import pytest
 from torch import Tensor
 from torch.nn import functional as F
 
-from rank_processes import command_on_ranks
+from rank_processes import command_on_ranks, place
 from regpt2.base.errors import UsageError
 from regpt2.commands import doctor
 from regpt2.machine.health import examine, machine_checks, run_checks
 from regpt2.model import gpt
+from warm_processes import Python
 
 pytestmark = pytest.mark.seconds  # all of them together
 
@@ -262,15 +262,17 @@ def test_ranks_are_examined_together_and_one_speaks(recipe: Path, tmp_path: Path
     assert [row["rank"] for row in rows if row["check"] == "run folder"] == [0]
 
 
-def test_wrong_sums_of_one_rank_fail_all(recipe: Path, tmp_path: Path) -> None:
+def test_wrong_sums_of_one_rank_fail_all(recipe: Path, tmp_path: Path, unused_port: int) -> None:
     """Only of large tensors: those that every start checks are right."""
     (tmp_path / "planted.py").write_text(PLANT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(tmp_path / "planted.py"), "doctor", str(recipe), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert re.search(r"^FAIL  all-reduce    of [\d,]+ sums over 2 ranks are wrong: 1 on rank 1\.$", done.stdout, re.M)
-    assert "1 failed: not ready." in done.stdout
+    ranks = [
+        Python(tmp_path / "planted.py", "doctor", recipe, "--quick", env={**os.environ, **place(rank, 2, unused_port)})
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert re.search(r"^FAIL  all-reduce    of [\d,]+ sums over 2 ranks are wrong: 1 on rank 1\.$", said[0], re.M)
+    assert "1 failed: not ready." in said[0]
 
 
 def test_ranks_that_cannot_meet_are_a_line(

@@ -1,9 +1,6 @@
 """`regpt2 plan`: what it says, what it refuses, its exit codes; and the same check before training."""
 
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from regpt2.commands import plan
 from regpt2.commands.train import main as train
 from regpt2.machine.planning import disk, run_time
 from regpt2.run import setup
+from warm_processes import run_python
 
 
 def planned(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -215,15 +213,11 @@ def test_training_under_a_real_limit_stops_before_its_first_step(tiny_data: Path
         "[model]\nn_layer = 12\nn_head = 8\nn_embd = 2048\nblock_size = 32\n"
         "vocab_size = 257\n[batch]\nbatch_tokens = 64\nmicro_batch = 2\nseq_len = 32\n"
     )
-    limit = 6 << 30  # of address space; the states alone would take 9.7 GB
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-    command = [sys.executable, "-m", "regpt2", "train", str(recipe), "--data", str(tiny_data), "--run"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run")], capture_output=True, text=True, preexec_fn=limited, timeout=120
+    limited = (  # in address space; the states alone would take 9.7 GB
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "from regpt2.cli import main; sys.exit(main(sys.argv[1:]))"
     )
+    done = run_python("-c", limited, "train", recipe, "--data", tiny_data, "--run", tmp_path / "run")
     assert done.returncode == 2
     assert "GB are free" in done.stderr
     assert "Traceback" not in done.stderr

@@ -59,7 +59,7 @@ SAVE = (
 # In an update and in what is done between updates.
 STEP = (
     *_around("backward of the first micro-step", "torch:Tensor.backward"),
-    *_around("the optimizer's step", "torch.optim:AdamW.step"),
+    *_around("the optimizer's step", "regpt2.training.optimizer:AdamW.step"),
     *_around("a line of the record", "regpt2.base.record.metrics:MetricsLog.log"),
     Point("in a line of the record", "regpt2.base.record.metrics:MetricsLog.log", "middle"),
     *_around("an evaluation", "regpt2.evals.val_loss:evaluate"),

@@ -127,7 +127,7 @@ def fork(work: Callable[[], int], log: Path) -> Trial:
 
 # What every trial needs. Not all of it is imported by the command's own door.
 NEEDED = (
-    *("matplotlib.pyplot", "torch._dynamo", "regpt2.run.loop", "regpt2.evals.val_loss"),
+    *("matplotlib.pyplot", "torch._dynamo", "regpt2.commands.train", "regpt2.run.loop", "regpt2.evals.val_loss"),
     *("regpt2.training.optim.adamw", "regpt2.training.optim.muon"),
 )
 

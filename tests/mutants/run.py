@@ -33,7 +33,8 @@ from mutants import ROOT, Mutant, faults, judge, read, sample
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from zygote import Trial, fork
 
-COPIED = ("src", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+COPIED = ("src", "tests", "benchmarks", "docs", "deploy", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+COPIED += (".dockerignore", "constraints.txt", "LICENSE")  # what deploy/Dockerfile takes, besides
 WARM = ("torch._dynamo", "safetensors.torch", "matplotlib.pyplot", "tyro", "tiktoken", "huggingface_hub")
 
 

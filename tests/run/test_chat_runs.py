@@ -39,6 +39,7 @@ eval_every = 100
 sample_every = 0
 save_every = 100
 device = "cpu"
+precision = "fp32"
 
 [model]
 architecture = "modern"

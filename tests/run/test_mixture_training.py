@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from regpt2.pages.record import read_record
 from regpt2.pages.report.certificate import certificate
 from regpt2.references.run_facts import facts_of
 from regpt2.run.loop import train
+from warm_processes import Python
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
@@ -130,9 +130,10 @@ def test_kill_9_changes_no_bit(tmp_path: Path, folders: tuple[Path, Path]) -> No
     train(config_of(recipe, reference, mix=mix(folders, 0.7, 0.3)))
     options = [*command(recipe, Path(), killed), "--mix", *mix(folders, 0.7, 0.3)]
     del options[options.index("--data") : options.index("--data") + 2]
-    with subprocess.Popen(options, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(killed, 25, process)
-        process.kill()
+    process = Python(*options)
+    wait_for_step(killed, 25, process)
+    process.kill()
+    process.communicate(timeout=60)
     assert 25 <= max(losses(killed)) < 60
     train(config_of(recipe, killed, mix=mix(folders, 0.7, 0.3)))
     assert state_of(killed, 60) == state_of(reference, 60)

@@ -18,6 +18,7 @@ from regpt2.config.recipe_files import load_recipe
 from regpt2.model.gpt import GPTConfig
 from regpt2.model.modern import ModernConfig
 from regpt2.run.loop import train
+from warm_processes import Python
 
 RECIPE = TINY_RECIPE.replace("dropout = 0.1", 'architecture = "modern"').replace(
     "lr = 3e-3", 'name = "muon"\nlr = 3e-3'
@@ -56,9 +57,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
 ) -> None:
     run = tmp_path / "killed"
     command = ["train", str(recipe), "--data", str(tiny_data), "--run", str(run)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "regpt2", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = Python("-m", "regpt2", *command)
     deadline = time.monotonic() + 60
     while not (run / "checkpoints" / "step-00000004").exists():
         assert process.poll() is None, process.communicate()

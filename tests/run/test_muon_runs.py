@@ -1,7 +1,6 @@
 """Runs with Muon by the real command: killed and resumed to the bit; begun on one rank, continued on two, then one."""
 
 import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from regpt2.base.errors import ConfigError
 from regpt2.base.record.metrics import read_events
 from regpt2.config.recipe_files import load_recipe
 from regpt2.config.toml_file import to_toml
+from warm_processes import Python
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_kill_9_and_a_change_of_ranks(recipe: Path, tmp_path: Path, tiny_data: P
     assert losses(straight)[12] < losses(straight)[1] - 0.3
 
     endless = command(recipe, tiny_data, killed, "--max-steps", "100000", "--keep-checkpoints", "0")
-    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Python(*endless)
     wait_for_step(killed, 6, process)
     process.kill()
     process.communicate(timeout=60)

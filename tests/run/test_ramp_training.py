@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from regpt2.references.run_facts import facts_of
 from regpt2.references.verdict import of_record
 from regpt2.run.loop import train
 from regpt2.training.memory import Setup, micro_batches
+from warm_processes import Python
 
 # 128 tokens 27 times, 256 13 times, 384 9 times, then 512
 RAMP = "[batch]\nramp_from = 128\nramp_tokens = 10_000\n"
@@ -96,9 +96,10 @@ def test_kill_9_in_the_ramp_changes_no_bit(straight: Path, recipe: Path, tiny_da
     """The real command, killed hard before the batch is full, and given again."""
     killed = tmp_path / "killed"
     options = command(recipe, tiny_data, killed, "--keep-checkpoints", "0")
-    with subprocess.Popen(options, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(killed, 31, process)
-        process.kill()
+    process = Python(*options)
+    wait_for_step(killed, 31, process)
+    process.kill()
+    process.communicate(timeout=60)
     assert 31 <= max(losses(killed)) < 60
     kept = max(int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*"))
     assert 10 <= kept < 49, "the run was to be killed in the ramp"

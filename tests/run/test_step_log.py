@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_train import run_train
 
 from regpt2.base.record.metrics import read_events
 from regpt2.run import loop as train_module
+from regpt2.training.optimizer import AdamW
 
 PEAK, WARMUP, LAST = 3e-3, 4, 12  # of the tiny recipe
 
@@ -37,14 +37,14 @@ def test_the_rates_of_record_and_screen_are_those_of_the_schedule(
     tmp_path: Path, tiny_recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     used: list[float] = []
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
-    def looking(self: torch.optim.AdamW, *arguments: Any) -> Any:
+    def looking(self: AdamW, *arguments: Any) -> Any:
         used.append(self.param_groups[0]["lr"])
         return step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", looking)
+        patch.setattr(AdamW, "step", looking)
         recorded = rates(tiny_recipe, tiny_data, tmp_path / "run")
     assert recorded == EXPECTED
     assert list(recorded.values()) == used

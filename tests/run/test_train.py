@@ -26,6 +26,7 @@ from regpt2.config.run import RunConfig
 from regpt2.run import intervals as observe_module
 from regpt2.run import loop as train_module
 from regpt2.run.loop import due, train
+from warm_processes import Python, run_python
 
 
 def run_train(recipe: Path, data: Path, run: Path, **changes: Any) -> RunConfig:
@@ -145,10 +146,11 @@ def test_random_numbers_that_are_not_a_function_of_the_step_are_caught(
 
 
 def command(recipe: Path, data: Path, run: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "regpt2", "train", str(recipe), "--data", str(data), "--run", str(run), *more]
+    """What follows `python`."""
+    return ["-m", "regpt2", "train", str(recipe), "--data", str(data), "--run", str(run), *more]
 
 
-def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]", timeout_s: float = 60) -> None:
+def wait_for_step(run: Path, step: int, process: Python, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and max([0, *losses(run)]) >= step:
@@ -169,9 +171,7 @@ def test_kill_9_at_random_moments_changes_no_bit(tmp_path: Path, tiny_data: Path
     run_train(recipe, tiny_data, reference)
     rng, n_kills, reached = random.Random(5), 0, 0
     while reached < 400:
-        process = subprocess.Popen(
-            command(recipe, tiny_data, killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = Python(*command(recipe, tiny_data, killed))
         target = reached + rng.randrange(20, 150)
         if target < 400:
             wait_for_step(killed, target, process)
@@ -195,9 +195,7 @@ def test_ctrl_c_and_sigterm_save_and_leave_and_the_same_command_goes_on(
         TINY_RECIPE.replace("max_steps = 12", "max_steps = 100000").replace("save_every = 4", "save_every = 90000")
     )
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(recipe, tiny_data, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Python(*command(recipe, tiny_data, run))
     wait_for_step(run, 5, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=30)
@@ -207,20 +205,15 @@ def test_ctrl_c_and_sigterm_save_and_leave_and_the_same_command_goes_on(
     assert len(saved) == 1
     step = int(saved[0].removeprefix("step-"))
     assert f"stopped by signal {int(number)} at step {step:,}" in output
-    done = subprocess.run(
-        command(recipe, tiny_data, run, "--max-steps", str(step + 3)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    done = run_python(*command(recipe, tiny_data, run, "--max-steps", str(step + 3)))
+    assert done.returncode == 0, done.stderr
     assert f"resuming from step {step:,}" in done.stdout
 
 
 def torchrun(n: int, recipe: Path, data: Path, run: Path, *more: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     # `--`: torchrun would take `--run` for an abbreviation of its own `--run-path`
-    ours = ["-m", "regpt2", "--", *command(recipe, data, run, *more)[3:]]
+    ours = ["-m", "regpt2", "--", *command(recipe, data, run, *more)[2:]]
     done = subprocess.run([*launcher, *ours], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -9,6 +9,7 @@ import torch
 from test_gpt import random_gpt, transformers_twin
 from torch import Tensor
 
+from conftest import needs_bf16
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.data.tokenizer import BytesTokenizer
 from regpt2.model.gpt import GPT, GPTConfig
@@ -157,6 +158,17 @@ def test_log_probabilities_are_those_of_the_models_own_distribution() -> None:
     assert [kept.token for kept in row.logprobs] == row.tokens
     (row,) = written(model, [replace(request, logprobs=0)])
     assert all(not kept.top for kept in row.logprobs)
+
+
+@needs_bf16
+def test_rows_of_unequal_length_are_written_in_bf16_too() -> None:
+    model = model_of("gpt2").to(torch.bfloat16)
+    rows = written(model, [Request(ids, 20, choice=GREEDY, logprobs=0) for ids in some_prompts(3, 25, 9)])
+    for row in rows:
+        with torch.no_grad():
+            log_p = model(torch.tensor([[*row.request.ids, *row.tokens]]))[0].float().log_softmax(dim=1)
+        own = [float(one[token]) for one, token in zip(log_p[-21:], row.tokens, strict=False)]
+        assert [kept.logprob for kept in row.logprobs] == pytest.approx(own, abs=0.2)  # 6 steps of bf16 at a logit of 8
 
 
 def fed(text: bytes, *stop: str, most: int = 100, stop_ids: tuple[int, ...] = ()) -> tuple[Row, list[str]]:

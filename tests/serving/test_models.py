@@ -88,6 +88,20 @@ def test_positions_that_training_has_not_seen_are_warned_of(tmp_path: Path, caps
     assert "was trained on sequences of 64 tokens: later positions are untrained" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no int8 instructions")
+def test_a_model_in_int8_has_its_parameters_and_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "a")
+    found = []
+    for dtype in ("fp32", "int8"):
+        with serving(options_of(tmp_path / "a", dtype=dtype)) as models:
+            found.append(models["a"])
+    assert found[0].loaded.model.n_params() == found[1].loaded.model.n_params()
+    first = found[1].fingerprint
+    found[1].loaded.model.h[1].c_fc.scale[5] *= 2
+    del found[1].__dict__["fingerprint"]
+    assert len({found[0].fingerprint, first, found[1].fingerprint}) == 3
+
+
 def test_a_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
     write_tiny(tmp_path / "a")
     found = []

@@ -87,11 +87,11 @@ def shown(text: str) -> str:
 
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of every engine takes 20 ms: a person has time to stop it."""
+    """Each step of every engine takes 50 ms: a person has time to stop it."""
     turn = Batch.turn
 
     def slow(self: Batch) -> None:
-        time.sleep(0.02)
+        time.sleep(0.05)
         turn(self)
 
     monkeypatch.setattr(Batch, "turn", slow)

@@ -1,11 +1,9 @@
 """Checkpoints: whole or not there, every flipped bit noticed, the one before it used, nothing lost by pruning."""
 
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ import torch
 from regpt2.base.errors import CheckpointError, Problem
 from regpt2.training import checkpoint, readback
 from regpt2.training.checkpoint import FILES, Saver, Snapshot
+from warm_processes import Python
 
 
 def snap(step: int, *, n: int = 100) -> Snapshot:
@@ -283,7 +282,6 @@ KILLED = """
 import sys, torch
 from pathlib import Path
 from regpt2.training import checkpoint, readback
-print("ready", flush=True)
 for step in range(1, 10_000):
     tensors = {"w": torch.full((2_000_000,), float(step))}
     checkpoint.write(Path(sys.argv[1]), checkpoint.snapshot(step, "{}", tensors, {}, {"step": step}))
@@ -295,13 +293,13 @@ def test_a_killed_save_leaves_the_checkpoints_before_it(tmp_path: Path) -> None:
     """Real kill -9 at random moments, nearly all of them inside a save: there is always a whole checkpoint."""
     rng = random.Random(0)
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.3 + rng.random() * 0.3)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process = Python("-c", KILLED, tmp_path)
+        while not list(tmp_path.glob("step-*")):  # from the first save on
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        time.sleep(0.3 * rng.random())
+        process.kill()
+        process.communicate(timeout=60)
         newest = checkpoint.newest_good(tmp_path)
         assert newest is not None
         found = checkpoint.read(newest)

@@ -10,6 +10,7 @@ from regpt2.base.errors import CheckpointError, ConfigError, UsageError
 from regpt2.base.ranks.world import World
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.training.optimizer import (
+    AdamW,
     MuonConfig,
     OptimConfig,
     build_optimizer,
@@ -53,6 +54,32 @@ def test_adamw_without_learning_rates_of_its_own_is_torchs_with_two_groups() -> 
         theirs = train_step(other, reference, [(ids[:, :-1], ids[:, 1:])], lr=1e-3 / step, grad_clip=0.1, world=ALONE)
         assert torch.equal(ours.grad_norm, theirs.grad_norm)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("fused", "found_inf"), [(True, None), (True, 0.0), (True, 1.0), (False, None)])
+def test_an_update_that_no_compiler_wraps_is_that_of_torch_to_the_bit(fused: bool, found_inf: float | None) -> None:
+    shapes, options = ((3, 5), (7,)), {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": fused}
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    pair: tuple[torch.optim.Optimizer, ...] = AdamW(ours, **options), torch.optim.AdamW(theirs, **options)
+    for step in range(20):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in pair:
+            if found_inf is not None and step >= 10:
+                optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+            optimizer.step()
+    one, two = (optimizer.state_dict() for optimizer in pair)
+    assert one["param_groups"] == two["param_groups"]
+    assert one["state"].keys() == two["state"].keys() == {0, 1}
+    for mine, other in zip(one["state"].values(), two["state"].values(), strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[kind], other[kind]) for kind in mine)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    pair[0].zero_grad()
+    assert all(p.grad is None for p in ours)
 
 
 def test_embeddings_and_head_have_learning_rates_of_their_own() -> None:

@@ -236,6 +236,11 @@ def layer_by_layer(model: LanguageModel, ids: Tensor, keep: Callable[[Tensor], K
         x, _cache, *rotation_and_mask = given
         kept.append(keep(attention_weights(attn, x, *rotation_and_mask[:1])))
 
+    if other := next((block for block in model.h if not hasattr(block, "attn")), None):
+        raise UsageError(
+            f"attention maps need this package's attention, this model has {type(other).__name__}s instead, as with "
+            "--dtype int8."
+        )
     hooks = [block.get_submodule("attn").register_forward_pre_hook(look) for block in model.h]
     try:
         model.hidden(ids[None])

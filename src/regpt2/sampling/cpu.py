@@ -111,7 +111,12 @@ class PackedGPT(GPT):
         self.wte, self.wpe, self.ln_f = model.wte, model.wpe, model.ln_f
         self.h = nn.ModuleList(PackedBlock(block, linear) for block in model.h if isinstance(block, Block))
         self.lm_head = linear(model.wte.weight)
+        self._n_params = model.n_params()
         self.eval()
+
+    def n_params(self) -> int:
+        """Those of the model: the matrices here are no parameters of torch's."""
+        return self._n_params
 
     def head(self, x: Tensor) -> Tensor:
         """As GPT.head."""

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from regpt2.base.console import safe_text
-from regpt2.base.device import pick_device
+from regpt2.base.device import keep_few_products, pick_device
 from regpt2.data.chat_template import special_ids
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.batching.engine import Engine
 from regpt2.sampling.continue_text import load_in, window_of
+from regpt2.sampling.cpu import Int8Linear
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.serving.options import ServeOptions
 
@@ -50,8 +51,14 @@ class Served:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights: of other weights, or of another type, it is another."""
-        digest = hashlib.blake2b(digest_size=5)
-        for name, p in sorted(self.loaded.model.named_parameters()):
+        digest, model = hashlib.blake2b(digest_size=5), self.loaded.model
+        scales = [
+            (name, value.scale)
+            for block in model.h
+            for name, value in vars(block).items()
+            if isinstance(value, Int8Linear)
+        ]
+        for name, p in [*sorted(model.named_parameters()), *scales]:
             values = p.detach().flatten()
             some = values[:: max(1, len(values) // _HASHED)].float().cpu()
             digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.numpy().tobytes())
@@ -69,6 +76,7 @@ def serving(options: ServeOptions) -> Iterator[Models]:
         UsageError: the context is out of its range, or there is too little memory.
         CheckpointError, DownloadError: see `load_model` and `tokenizer_of`.
     """
+    keep_few_products()
     device = pick_device(options.device)
     models: Models = {}
     with ExitStack() as engines:
@@ -83,7 +91,9 @@ def _serve(name: str, spec: str, device: torch.device, options: ServeOptions) ->
     context = window_of(loaded, options.context)
     tokenizer = tokenizer_of(loaded)
     engine = Engine(loaded.model, tokenizer, window=context, slots=options.slots, most_waiting=options.queue)
-    return Served(name, loaded, tokenizer, engine, context)
+    served = Served(name, loaded, tokenizer, engine, context)
+    _ = served.fingerprint, served.longest_token  # now, while the engine does not use the device
+    return served
 
 
 def names_of(specs: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ class ServeOptions:
     """The folder of runs that /runs shows, if it exists."""
     slots: int = 8
     """Continuations that are written at once, of each model."""
-    queue: int = 32
+    queue: int = 64
     """Requests that may wait, of each model; more are refused with status 429."""
     context: int | None = None
     """Most tokens of context, prompt included. Default: as many as in training, at most block_size."""

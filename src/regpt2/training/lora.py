@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from regpt2.base.errors import CheckpointError, ConfigError
 from regpt2.model.architecture import build_model
+from regpt2.model.files.fill_model import give_memory
 from regpt2.model.files.tensors import read_tensors
 from regpt2.model.gpt import Linear
 from regpt2.model.language_model import GPTConfig, LanguageModel
@@ -115,7 +116,7 @@ def merged(view: LanguageModel) -> LanguageModel:
     """
     with torch.device("meta"):
         plain = build_model(view.config)
-    plain.to_empty(device=next(view.parameters()).device)
+    give_memory(plain, next(view.parameters()).device)
     plain.trained_seq_len = view.trained_seq_len
     for name, p in plain.named_parameters():
         p.copy_(view.get_parameter(name))

@@ -1,5 +1,6 @@
 """The optimizer of a run. In: a model and a config; out: a torch optimizer from the shelf, and its state by name."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -97,6 +98,23 @@ def _check_positive(name: str, value: float) -> None:
 def _check_not_negative(name: str, value: float) -> None:
     if not 0 <= value < float("inf"):
         raise ConfigError(f"{name} = {value} must be at least 0 and finite.")
+
+
+class NeverCompiled(torch.optim.Optimizer):
+    """An optimizer that does not import torch's compiler, which takes 1.2 s of every start.
+
+    torch wraps these methods so that torch.compile leaves them alone, and a wrapper imports the whole compiler when it
+    is first called. Nobody compiles our updates, so we take the functions inside: the same code, and the same bits.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(NeverCompiled, torch.optim.AdamW):
+    """torch's, whose update has a wrapper too: one for updates that are differentiated, which ours are not."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def build_optimizer(

@@ -15,6 +15,7 @@ import pytest
 from regpt2.base.errors import ConfigError
 from regpt2.base.record.metrics import MetricsLog, read_events
 from regpt2.base.record.trackers import TensorBoard, WandB, open_sinks, scalars, texts
+from warm_processes import run_python
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="an extra")
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="an extra")
@@ -71,7 +72,7 @@ def test_training_with_tensorboard_records_the_same_curve_twice(
     )
     run = tmp_path / "run"
     arguments = ["train", str(tiny_recipe), "--data", str(tiny_data), "--run", str(run)]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", program, *arguments)
     assert done.returncode == 0, done.stderr
     losses = {e["step"]: e["loss"] for e in read_events(run / "metrics.jsonl") if e["event"] == "train"}
     shown = {scalar.step: scalar.value for scalar in accumulated(run).Scalars("train/loss")}

@@ -161,10 +161,13 @@ def test_each_is_the_client_s_error(asker: Asker) -> None:
         *[(path, name, 0) for path in GOOD for name in ("presence_penalty", "frequency_penalty", "top_k", "min_p")],
         *[(path, "logit_bias", {}) for path in GOOD],
         *[(COMPLETIONS, "suffix", ""), (COMPLETIONS, "best_of", 1), (COMPLETIONS, "prompt", None)],
+        *[(COMPLETIONS, "prompt", "half a pair \ud800"), (CHAT, "messages", [{"role": "user", "content": "\ud800"}])],
         *[(CHAT, "tools", []), (CHAT, "response_format", {"type": "text"}), (CHAT, "tool_choice", "auto")],
     ],
 )
-def test_null_and_what_changes_nothing_are_accepted(asker: Asker, path: str, field: str, value: Any) -> None:
+def test_null_and_what_changes_nothing_and_half_a_character_are_accepted(
+    asker: Asker, path: str, field: str, value: Any
+) -> None:
     status, answer = asker.ask(path, json.dumps(GOOD[path] | {field: value}).encode())
     assert status == 200, answer
 
@@ -183,11 +186,17 @@ def test_a_body_without_a_field_is_a_whole_request(asker: Asker) -> None:
         ({"top_p": 0}, "top_p", None, "top_p is 0; expected a number above 0, at most 1."),
         ({"prompt": [300]}, "prompt", None, "prompt has the token id 300; expected ids from 0 to 256."),
         ({"best_of": 3, "n": 2}, "best_of", None, "best_of is supported only where it equals n, 2."),
+        (
+            {"prompt": [""] * 256, "n": 4, "max_tokens": 200, "logprobs": 2},
+            None,
+            "answer_too_large",
+            "The answer may have 204,800 tokens with 3 values each; one answer has at most 500,000.",
+        ),
         ({"suffix": "b"}, "suffix", None, "suffix is not supported: the model writes what follows a prompt"),
     ],
 )
 def test_a_message_names_the_field_what_it_got_and_what_it_expected(
-    asker: Asker, body: dict[str, Any], param: str, code: str | None, message: str
+    asker: Asker, body: dict[str, Any], param: str | None, code: str | None, message: str
 ) -> None:
     error = asker.refused(COMPLETIONS, json.dumps(body).encode())
     assert (error["param"], error["code"]) == (param, code) and message in error["message"]

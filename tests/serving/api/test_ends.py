@@ -22,7 +22,6 @@ from regpt2.model.files.load import load_model
 from regpt2.model.weights import native
 from regpt2.sampling.batching.engine import Engine, Piece
 from regpt2.sampling.writing import Request
-from regpt2.serving.api import writing
 from regpt2.serving.api.errors import ApiError, as_api_error
 from regpt2.serving.api.writing import Writing
 from serving.tiny_server import TEXT_MODEL, Running, server_of, write_tiny
@@ -164,13 +163,12 @@ def test_an_error_that_nobody_foresaw_is_not_shown(capsys: Any) -> None:
     assert "RuntimeError: out of memory in /home/someone" in capsys.readouterr().err
 
 
-def test_what_a_client_does_not_read_is_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "MOST_UNREAD", 5)
+def test_what_a_client_does_not_read_is_bounded(engine: Engine) -> None:
     before = engine.load().tokens
     found: list[Any] = []
 
     async def read_late() -> None:
-        slow = Writing(engine, [Request((97,), 200)], score_prompts=False, only_score=False)
+        slow = Writing(engine, [Request((97,), 200)], most_unread=5)
         try:
             await asyncio.to_thread(until, lambda: engine.load().active == 0 and engine.load().tokens > before)
             async for _, event in slow.events():

@@ -4,13 +4,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from chat_models import BYTES, END, EOT, START, write_parrot
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regpt2.data.characters import CharacterTokenizer
 from regpt2.data.chat_template import Message, prompt_ids
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.model.files.contract import TokenizerRef
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.weights import native
 from regpt2.sampling.writing import TokenLogprob
 from regpt2.serving.api import answering
 from regpt2.serving.api.chat import _Trimmed
@@ -46,6 +51,16 @@ def test_an_answer_ends_with_its_turn_and_has_no_white_space_around_it(
     assert bytes(byte for one in choice.logprobs.content for byte in one.bytes or []) == says.encode()
     assert found.usage is not None and found.usage.completion_tokens == len(says.encode()) + 1  # with the end
     assert stopped.choices[0].message.content == ("" if "naïve" in says else text)
+
+
+def test_an_answer_ends_with_the_context(tmp_path: Path) -> None:
+    write_parrot(tmp_path / "parrot", ("hi", "x" * 42), block_size=64)  # the prompt has 22 tokens
+    told: dict[str, Any] = {"model": "parrot", "messages": HI, "temperature": 0}
+    with server_of(tmp_path / "parrot") as server, server.client() as client:
+        for limit in ({}, {"max_tokens": 1000}, {"max_completion_tokens": 42}):
+            found = client.chat.completions.create(**told, **limit)
+            assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("x" * 42, "length")
+            assert found.usage is not None and found.usage.total_tokens == 64
 
 
 def test_the_end_of_text_stops_a_text_and_is_among_its_tokens(tmp_path: Path) -> None:
@@ -98,6 +113,27 @@ def test_an_offset_is_that_of_the_character_that_a_token_is_in(text: str) -> Non
     ids = tokenizer.encode(text)
     found = CompletionLogprobs(tokenizer, 0).of(ids, [None] * len(ids))["text_offset"]
     assert found == [place for place, character in enumerate(tokenizer.decode(ids)) for _ in character.encode()]
+
+
+def test_a_model_of_characters_refuses_another_character_and_begins_at_its_own_place(tmp_path: Path) -> None:
+    """Without end of text, as nanoGPT's."""
+    tokenizer = CharacterTokenizer("\n abcé")
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=6), seed=1)
+    (tmp_path / "letters").mkdir()
+    ref = TokenizerRef(tokenizer.name, tokenizer.fingerprint, characters=tokenizer.characters)
+    native.write(model, tmp_path / "letters", ref)
+    told: dict[str, Any] = {"model": "letters", "temperature": 0, "max_tokens": 4, "logprobs": 20, "echo": True}
+    with server_of(tmp_path / "letters") as server, server.client() as client:
+        found = client.completions.create(**told, prompt=["abé", ""])
+        with pytest.raises(openai.BadRequestError, match="'z', character 2 of the text, is not one of the 6") as caught:
+            client.completions.create(**told, prompt="az")
+    assert str(tmp_path) not in caught.value.message
+    assert found.usage is not None and found.usage.prompt_tokens == 4  # a line end comes before the empty text
+    first, second = found.choices
+    assert first.text.startswith("abé") and len(first.text) == 7 and len(second.text) == 4
+    assert first.logprobs is not None and first.logprobs.text_offset == [0, 1, 2, 3, 4, 5, 6]
+    assert second.logprobs is not None and second.logprobs.text_offset == [0, 1, 2, 3]
+    assert first.logprobs.top_logprobs is not None and len(first.logprobs.top_logprobs[3]) == 6
 
 
 def test_a_stream_that_waits_sends_comments_and_then_its_text(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

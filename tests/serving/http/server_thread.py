@@ -23,12 +23,20 @@ def listening(
         server = Server(app, traffic, drain_s=drain_s, patience=patience)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
+        until_started(server)
         try:
             yield listener.getsockname()[1]
         finally:
             server.stop()
             thread.join(10)
             assert not thread.is_alive(), "the server did not stop"
+
+
+def until_started(server: Server) -> None:
+    """asyncio leaves a socket open that it accepts while it stops to listen."""
+    end_at = time.monotonic() + 10
+    while not server.started and time.monotonic() < end_at:
+        time.sleep(0.01)
 
 
 @contextmanager

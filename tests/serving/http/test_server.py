@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from asgi_client import HOST
-from server_thread import connected, listening, rest, said, status
+from server_thread import connected, listening, rest, said, status, until_started
 
 from regpt2.base.errors import Problem
 from regpt2.serving.http.access import Access
@@ -201,6 +201,7 @@ def connected_server(app: Door, drain_s: float) -> Iterator[tuple[Server, int]]:
         server = Server(app, app.traffic, drain_s=drain_s)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
+        until_started(server)
         yield server, listener.getsockname()[1]
         server.stop()
         thread.join(8)
@@ -241,5 +242,6 @@ def test_a_client_that_neither_reads_nor_leaves_does_not_hold_the_stop() -> None
 def test_a_server_without_requests_stops_at_once() -> None:
     with listening(slow_stream(Traffic(), 1, 0.0), drain_s=60.0) as port, connected(port) as client:
         client.sendall(b"GET / HT")
+        time.sleep(0.2)
         began_at = time.monotonic()
     assert time.monotonic() - began_at < 2

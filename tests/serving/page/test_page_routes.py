@@ -19,7 +19,7 @@ from regpt2.pages import PAGE_CSS
 from regpt2.serving.page import attention
 from regpt2.serving.page.routes import FILES
 from regpt2.serving.page.static_files import files_in, static_route
-from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running
+from serving.tiny_server import CHAT_MODEL, TEXT_MODEL, Running, server_of
 
 TEXT = "To be, or naïve 🙂"
 
@@ -126,7 +126,7 @@ def test_attention_from_an_earlier_token_and_from_ids(server: Running) -> None:
 
 def test_only_the_last_tokens_are_computed(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MOST_TOKENS", 20)
-    long = "abcdefghij" * 10
+    long = "".join(chr(33 + n % 90) for n in range(100))
     found = ask(server, text=long).json()
     assert found["skipped"] == 80 and "".join(found["tokens"]) == long[-20:]
     np.testing.assert_allclose(rows_of(found), by_explore(server, list(long[-20:].encode()))[:, :, -1], atol=1e-5)
@@ -181,6 +181,14 @@ def test_a_model_that_is_not_served_is_404_and_other_attention_is_refused(
     answer = ask(server, text="abc")
     assert answer.status == 400 and answer.json()["error"]["code"] == "no_attention_maps"
     assert "this package's attention" in answer.json()["error"]["message"]
+
+
+def test_a_model_in_int8_has_no_attention_to_look_at_and_says_so(server: Running) -> None:
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no int8 instructions")
+    with server_of(server.folders[TEXT_MODEL], dtype="int8") as running:
+        answer = ask(running, text="abc")
+    assert answer.status == 400 and "as with --dtype int8" in answer.json()["error"]["message"]
 
 
 def test_attention_leaves_the_text_of_others_as_it_is(server: Running) -> None:

@@ -61,6 +61,20 @@ def test_the_text_is_that_of_the_api_and_each_token_has_its_probability_as_shade
     assert said == "Wrote 30 tokens." and not seen.refused
 
 
+def test_what_the_page_shows_as_pictures_is_sent_on_as_it_was(chromium: Any, server: Running) -> None:
+    """Control characters are shown by their pictures; the text that is written on has the characters."""
+    told: dict[str, Any] = {**SETTINGS, "seed": 4}
+    raw = "to be " + by_api(server, "to be ", **told).text
+    assert shown(raw) != raw
+    with write_page(chromium, server) as seen:
+        write(seen.page, "to be ", **told)
+        seen.page.press("#text", "Control+End")
+        seen.page.keyboard.type("!")
+        bodies = asked_of(seen.page, "/v1/completions")
+        write(seen.page)
+        assert bodies[0]["prompt"] == raw + "!"
+
+
 def test_escape_stops_the_server_within_a_token_and_the_text_stays(
     chromium: Any,
     peaked: Running,
@@ -78,7 +92,7 @@ def test_escape_stops_the_server_within_a_token_and_the_text_stays(
         until(lambda: engine.load().active == 0)
         drawn = engine.load().tokens - before
         wait_until_done(seen.page)
-        assert drawn - (at_stop - before) <= 4  # 80 ms: the key, the way to the server, the step that was running
+        assert drawn - (at_stop - before) <= 4  # 200 ms: the key, the way to the server, the step that was running
         assert "stopped" in seen.page.inner_text("#first .facts")
         assert len(seen.page.input_value("#text")) >= 5
         assert seen.page.is_enabled("#write") and not seen.page.is_visible("#first .notice")
@@ -217,7 +231,7 @@ def reach(seen: Opened, n: int) -> None:
     """From the editor to the token of this number, by keys alone."""
     page = seen.page
     page.focus("#text")
-    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.classList.contains('token')"), "Tab reaches one token"
     page.keyboard.press("Home")
     for _ in range(n):
@@ -243,4 +257,9 @@ def test_a_conversation_is_the_api_s(chromium: Any, peaked: Running) -> None:
             assert page.locator("#first .talk li.assistant").last.inner_text().strip() == shown(answer).strip()
             messages.append({"role": "assistant", "content": answer})
         page.click("#undo")
+        assert page.locator("#first .talk li").count() == 2 and page.input_value("#message") == "and then?"
+        set_all(page, temperature="hot")
+        page.press("#message", "Enter")
+        page.wait_for_selector("#first .notice:has-text('temperature')")
+        wait_until_done(page)
         assert page.locator("#first .talk li").count() == 2 and page.input_value("#message") == "and then?"

@@ -1,10 +1,10 @@
 """Ranks exchange gradients while the backward pass goes on, compiled or not: bucket by bucket, as they become whole."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from warm_processes import run_python
 
 # One process that believes to be the first of two ranks: nothing is exchanged, and all else is torch's own.
 CODE = """
@@ -58,7 +58,7 @@ print(json.dumps("".join(names.get(event.name, "") for event in events)))
     ],
 )
 def test_most_buckets_are_sent_before_the_last_products(model: str, mode: str) -> None:
-    done = subprocess.run([sys.executable, "-c", CODE, model, mode], capture_output=True, text=True, timeout=250)
+    done = run_python("-c", CODE, model, mode, timeout=250)
     assert done.returncode == 0, done.stderr
     order = json.loads(done.stdout.strip().splitlines()[-1])  # s: a bucket is sent, m: a product
     in_the_midst = order.rstrip("s").count("s")

@@ -18,7 +18,7 @@ from regpt2.model.files.fill_model import load_into, tensors_of
 from regpt2.model.gpt import GPT, MLP, Block, CausalSelfAttention
 from regpt2.model.kernels.loss import reference_cross_entropy
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache
-from regpt2.training.optimizer import OptimConfig, build_optimizer
+from regpt2.training.optimizer import AdamW, OptimConfig, build_optimizer
 
 LecturePart = Literal[
     "default_matmul",  # fp32 matmuls by torch's default: on a CPU by MKL
@@ -105,4 +105,4 @@ def unfused_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.Optimize
     """Our AdamW with its groups, without fusing, as torch runs it by default."""
     fused = build_optimizer(model, config)
     groups = [{name: group[name] for name in ("params", "weight_decay")} for group in fused.param_groups]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)

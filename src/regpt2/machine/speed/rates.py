@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from regpt2.base.device import quiet_profiler, synchronize
 from regpt2.base.errors import Problem
@@ -79,9 +79,9 @@ _ATTENTION = {
 def attention_kernel(work: Callable[[], object]) -> str:
     """The kernel behind attention, found by running `work` once more; "matmul" if it is none of torch's."""
     quiet_profiler()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:  # the CPU calls the operators of every device
+    with profile() as seen:  # on the CPU, which calls the operators of every device; torch.profiler imports a compiler
         work()
-    ran = {event.name for event in seen.events() or ()}
+    ran = {event.name for event in seen.function_events or ()}
     names = [name for operator, name in _ATTENTION.items() if any(operator in one for one in ran)]
     return names[0] if names else "matmul"
 

@@ -172,7 +172,7 @@ def _load_folder(
         with torch.device("meta"):  # costs no time and no random numbers for weights that are replaced
             model = build_model(files.config)
         fill_model.check_tensors(model, files.tensors)
-        model = model.to(dtype).to_empty(device=device)
+        fill_model.give_memory(model.to(dtype), device)
         fill_model.load_into(model, files.tensors)
         model.trained_seq_len = files.trained_seq_len
     except CheckpointError as error:

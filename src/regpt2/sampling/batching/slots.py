@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regpt2.base.errors import UsageError
+from regpt2.base.free_memory import free_bytes
 from regpt2.model.language_model import LanguageModel
 from regpt2.sampling.cpu import packed_if_faster
 from regpt2.sampling.generate import KVCache, cache_for
@@ -25,13 +26,7 @@ class Slots:
         self.n, self.window, self.vocab_size = n, window, model.config.vocab_size
         self.device = next(model.parameters()).device
         self.decoder = packed_if_faster(model, _ALWAYS, rows=n)
-        try:
-            self.cache: KVCache = cache_for(self.decoder, n, window)
-        except RuntimeError as error:
-            raise UsageError(
-                f"slots = {n:,} x context = {window:,} tokens: there is no memory for their keys and values; use fewer "
-                f"({str(error).splitlines()[0]})."
-            ) from None
+        self.cache = _with_memory(self.decoder, n, window)
         self.first: dict[int, KVCache] = {}  # the memory of the first B rows
         self.aside = self.cache.part(slice(n - 1, n))
 
@@ -72,3 +67,17 @@ class Slots:
         """Forget what they have: a number that is not finite would count even where it is masked."""
         self.cache.k[:, slots] = 0
         self.cache.v[:, slots] = 0
+
+
+def _with_memory(model: LanguageModel, n: int, window: int) -> KVCache:
+    """A cache that fits. On a CPU the system gives memory only when it is written, and then ends who takes too much."""
+    what = f"slots = {n:,} x context = {window:,} tokens: there is no memory for their keys and values"
+    free = free_bytes(next(model.parameters()).device)
+    try:
+        cache = cache_for(model, n, window)
+    except RuntimeError as error:
+        raise UsageError(f"{what} ({str(error).splitlines()[0]}); use fewer slots.") from None
+    need = cache.k.nbytes + cache.v.nbytes
+    if free is not None and need > free:
+        raise UsageError(f"{what}: {need / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free; use fewer slots.")
+    return cache

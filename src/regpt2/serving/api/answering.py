@@ -4,10 +4,11 @@ The choices of both are made from the same parts, so a stream's parts are those 
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,14 +16,15 @@ from starlette.types import Receive, Scope, Send
 from regpt2.sampling.batching.engine import Event, Piece
 from regpt2.serving.api.asking import Ask
 from regpt2.serving.api.errors import JSON, as_api_error, to_json
-from regpt2.serving.api.writing import Writing
+from regpt2.serving.api.writing import MOST_UNREAD, Writing
 
+END = b"\n\n"  # of an event
 KEEP_ALIVE_S = 10.0  # a stream without an event for so long sends a comment, so that no proxy ends it
 
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx buffers otherwise
 
 T = TypeVar("T")
-Choice = dict[str, object]
+Choice = dict[str, Any]
 
 
 class Form(Protocol):
@@ -69,6 +71,7 @@ class Answer:
                 self.ask.requests,
                 score_prompts=self.ask.score_prompts,
                 only_score=self.ask.only_score,
+                most_unread=MOST_UNREAD if self.ask.stream else math.inf,
             )
 
     async def parts(self) -> AsyncIterator[Choice]:
@@ -152,20 +155,18 @@ class Stream(Response):
                 await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        answer, usage = self.answer, {"usage": None} if self.answer.ask.include_usage else {}
+        answer, with_usage = self.answer, self.answer.ask.include_usage
+        before = b"data: " + to_json(answer.head)[:-1] + b',"choices":['  # alike in all events: written once
+        after = (b'],"usage":null}' if with_usage else b"]}") + END
         try:
             async for part in answer.parts():
-                yield _event({**answer.head, "choices": [part], **usage})
+                yield before + to_json(part) + after
         except Exception as error:
-            yield _event(as_api_error(error).body())
+            yield b"data: " + to_json(as_api_error(error).body()) + END
             return
-        if usage:
-            yield _event({**answer.head, "choices": [], "usage": answer.usage})
-        yield b"data: [DONE]\n\n"
-
-
-def _event(content: object) -> bytes:
-    return b"data: " + to_json(content) + b"\n\n"
+        if with_usage:
+            yield before + b'],"usage":' + to_json(answer.usage) + b"}" + END
+        yield b"data: [DONE]" + END
 
 
 async def _unless_left(work: Coroutine[object, object, T], receive: Receive, answer: Answer) -> T | None:

@@ -13,6 +13,7 @@ from regpt2.serving.models import Models, Served
 MOST_LOGPROBS = 20
 MOST_STOPS, MOST_STOP_CHARS = 16, 1000
 MOST_NEW = 2**31 - 1
+MOST_KEPT = 500_000  # tokens and log-probabilities of a whole answer: about 100 MB
 
 SHARED = (
     *(
@@ -125,6 +126,19 @@ def require_fit(served: Served, n_prompt: int, n_new: int) -> None:
             served,
             f"you requested {n_prompt + n_new:,} tokens ({n_prompt:,} in your prompt; {n_new:,} for the completion)",
         )
+
+
+def require_small(ask: Ask) -> Ask:
+    """What is asked; an ApiError if its whole answer would take much memory. A stream keeps nothing."""
+    n_tokens = sum(one.n * (one.max_new_tokens + ask.score_prompts * len(one.ids)) for one in ask.requests)
+    n_each = 1 + (ask.requests[0].logprobs or 0)
+    if n_tokens * n_each > MOST_KEPT and not ask.stream:
+        message = (
+            f"The answer may have {n_tokens:,} tokens with {n_each:,} values each; one answer has at most "
+            f"{MOST_KEPT:,}. Ask for fewer prompts, n, max_tokens or logprobs, or for a stream."
+        )
+        raise ApiError(400, message, code="answer_too_large")
+    return ask
 
 
 def too_long(served: Served, what: str, param: str = "prompt") -> ApiError:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 from regpt2.base.errors import DataError
 from regpt2.data.added_tokens import AddedTokens
@@ -18,6 +19,7 @@ from regpt2.serving.api.asking import (
     choice_of,
     n_of,
     require_short,
+    require_small,
     seed_of,
     served_by,
     stops_of,
@@ -45,7 +47,7 @@ KNOWN = (*SHARED, "messages", "max_completion_tokens", "top_logprobs", *ABSENT)
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")  # null in an answer that is sent back
 MOST_MESSAGES = 1024
 
-Choice = dict[str, object]
+Choice = dict[str, Any]
 
 
 class ChatCompletions:
@@ -76,21 +78,21 @@ class ChatCompletions:
 
     def merged(self, choices: list[Choice]) -> list[Choice]:
         """The parts as whole choices."""
-        texts, kept, reasons = [""] * self.request.n, [list[object]() for _ in self._texts], [None] * self.request.n
+        n = self.request.n
+        texts, kept, reasons = [list[str]() for _ in range(n)], [list[Choice]() for _ in range(n)], [""] * n
         for part in choices:
-            index, delta, logprobs = part["index"], part["delta"], part["logprobs"]
-            assert isinstance(index, int) and isinstance(delta, dict)
-            texts[index] += delta.get("content", "")
-            kept[index] += logprobs["content"] if isinstance(logprobs, dict) else []
-            reasons[index] = part["finish_reason"]  # type: ignore[call-overload]
+            index, logprobs = part["index"], part["logprobs"]
+            texts[index].append(part["delta"].get("content", ""))
+            kept[index] += logprobs["content"] if logprobs else []
+            reasons[index] = part["finish_reason"]
         return [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
                 "logprobs": None if self.request.logprobs is None else {"content": kept[index], "refusal": None},
                 "finish_reason": reasons[index],
             }
-            for index, text in enumerate(texts)
+            for index in range(n)
         ]
 
     def _logprobs(self, piece: Piece) -> Choice | None:
@@ -157,7 +159,7 @@ async def read_chat(body: dict[str, object], models: Models) -> ChatCompletions:
         never=(start,),  # a message cannot begin within an answer
         logprobs=None if n_top is None else min(n_top, tokenizer.vocab_size),
     )
-    return ChatCompletions(Ask(served, (request,), stream, include_usage))
+    return ChatCompletions(require_small(Ask(served, (request,), stream, include_usage)))
 
 
 def _chat_tokenizer(served: Served) -> AddedTokens:

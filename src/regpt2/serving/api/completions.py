@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from regpt2.base.errors import Problem
 from regpt2.data.tokenizer import valid_text
@@ -17,6 +18,7 @@ from regpt2.serving.api.asking import (
     n_of,
     require_fit,
     require_short,
+    require_small,
     seed_of,
     served_by,
     stops_of,
@@ -32,7 +34,7 @@ MOST_PROMPTS = 256
 KNOWN = (*SHARED, "prompt", "echo", "best_of", "suffix")
 PROMPT_FORMS = f"a text, up to {MOST_PROMPTS} texts, a list of token ids, or up to {MOST_PROMPTS} lists of them"
 
-Choice = dict[str, object]
+Choice = dict[str, Any]
 
 
 class Completions:
@@ -65,15 +67,16 @@ class Completions:
 
     def merged(self, choices: list[Choice]) -> list[Choice]:
         """The parts as whole choices."""
-        whole: dict[object, Choice] = {}
+        whole: dict[int, Choice] = {}
+        texts = [list[str]() for _ in self._logprobs]
         for part in choices:
-            one = whole.setdefault(part["index"], {**part, "text": ""})
-            one["text"] = f"{one['text']}{part['text']}"
+            index, kept = part["index"], part["logprobs"]
+            one = whole.setdefault(index, {**part, "logprobs": None if kept is None else {name: [] for name in kept}})
             one["finish_reason"] = part["finish_reason"]
-            known, new = one["logprobs"], part["logprobs"]
-            if isinstance(known, dict) and isinstance(new, dict) and known is not new:
-                one["logprobs"] = {name: known[name] + new[name] for name in known}
-        return [whole[index] for index in range(len(whole))]
+            texts[index].append(part["text"])
+            for name in kept or ():
+                one["logprobs"][name] += kept[name]
+        return [{**whole[index], "text": "".join(texts[index])} for index in range(len(texts))]
 
     def _prompt(self, number: int, event: Prompt) -> Iterator[Choice]:
         """The prompt with its scores. One that was empty has an id that is not of its text."""
@@ -124,7 +127,7 @@ async def read_completions(body: dict[str, object], models: Models) -> Completio
         score_prompts=echo and n_top is not None,
         only_score=asked == 0,
     )
-    return Completions(ask, [text for text, _ in prompts], echo=echo)
+    return Completions(require_small(ask), [text for text, _ in prompts], echo=echo)
 
 
 async def _prompts(fields: Fields, served: Served) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """Errors over HTTP. In: what went wrong; out: an answer in OpenAI's form, without path and traceback."""
 
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.sampling.batching.engine import EngineClosed, QueueFull
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 RETRY_AFTER_S = 1  # a slot is free after some hundred tokens at the latest
 
 
@@ -41,8 +43,7 @@ class JSON(Response):
 
 def to_json(content: object) -> bytes:
     """One line of JSON in UTF-8."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(content).encode("utf-8", "backslashreplace")
 
 
 def error_answer(error: ApiError) -> Response:
@@ -62,6 +63,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503, "The server is stopping.", code="service_unavailable", kind="server_error")
     if isinstance(error, UsageError):
         return ApiError(400, str(error))
-    warn(f"a request failed: {type(error).__name__}: {error}")
-    what = "The model's weights hold NaN or infinity." if isinstance(error, CheckpointError) else "The model failed."
+    if isinstance(error, CheckpointError):
+        warn(f"a request failed: {error}")
+        what = "The model's weights hold NaN or infinity."
+    else:  # a mistake of ours, or no memory
+        warn("a request failed:\n" + "".join(traceback.format_exception(error)))
+        what = "The model failed."
     return ApiError(500, f"{what} The server's log has the details.", code="internal_error", kind="server_error")

@@ -1,10 +1,11 @@
 """From the engine's thread to asyncio. In: requests of one client; out: their events, until the client leaves.
 
-What waits to be read is bounded: if a client does not read, and `MOST_UNREAD` events wait, the writing is cancelled and
-its answer ends in an error.
+What a stream has to send is bounded: if a client does not read, and `MOST_UNREAD` events wait, the writing is cancelled
+and the stream ends in an error.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from regpt2.sampling.batching.engine import Engine, Event, Failed, Piece, Prompt
 from regpt2.sampling.writing import Request
 from regpt2.serving.api.errors import ApiError
 
-MOST_UNREAD = 4096  # events; about 1 kB each
+MOST_UNREAD = 2048  # events of a stream: about 1 kB each, with many log-probabilities 4 kB
 RETRY_S = 0.05
 
 
@@ -26,10 +27,18 @@ class Writing:
         QueueFull, EngineClosed: see `Engine.submit`.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], *, score_prompts: bool, only_score: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        *,
+        score_prompts: bool = False,
+        only_score: bool = False,
+        most_unread: float = math.inf,
+    ) -> None:
         self.engine, self.requests = engine, requests
         self.score_prompts, self.only_score = score_prompts, only_score
-        self._inbox = _Inbox(self._cancel)
+        self._inbox = _Inbox(self._cancel, most_unread)
         self._tickets: dict[int, Ticket] = {}  # of requests that are not done
         self._unfinished: dict[int, int] = {}  # continuations
         self._next = 0
@@ -91,8 +100,8 @@ class Writing:
 class _Inbox:
     """Events on their way from another thread to the event loop that this is made in."""
 
-    def __init__(self, when_full: Callable[[], None]) -> None:
-        self._when_full = when_full
+    def __init__(self, when_full: Callable[[], None], most: float) -> None:
+        self._when_full, self._most = when_full, most
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._events = deque[tuple[int, Event]]()
         self._full, self._is_called = False, False
@@ -101,10 +110,10 @@ class _Inbox:
         """From any thread."""
         if self._full:
             return
-        if len(self._events) >= MOST_UNREAD:
+        if len(self._events) >= self._most:
             self._full = True
             self._when_full()
-            event = Failed(ApiError(408, f"The client reads too slowly: {MOST_UNREAD:,} tokens wait.", code="too_slow"))
+            event = Failed(ApiError(408, f"The client reads too slowly: {self._most:,} tokens wait.", code="too_slow"))
         self._events.append((number, event))
         if self._is_called:  # the loop is busy; it will find this event too
             return

@@ -16,8 +16,7 @@ from regpt2.serving.models import Models, Served
 
 # L layers, H heads, T tokens
 
-# The engine waits while this runs, and with it all who are being answered: about as long as for a prompt of as many
-# tokens. In GPT-2's 124M model on two cores that is 0.4 s for 256 tokens, 7 s for 1,024.
+# The engine waits while this runs, and with it all who are being answered: as long as for a prompt of as many tokens.
 MOST_TOKENS = 256
 MOST_CHARACTERS = MOST_IDS = 65_536
 KNOWN = ("model", "text", "ids", "position", "head", "messages", "max_tokens")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from regpt2.base.ranks.world import World
-from regpt2.training.optimizer import NamedParameters, OptimConfig, assign, parameter_groups
+from regpt2.training.optimizer import NamedParameters, NeverCompiled, OptimConfig, assign, parameter_groups
 
 IGNORES = ("eps", "muon")
 MEANS = (1, 1)
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(NeverCompiled):
     """betas[0] mixes the newest gradient into the direction, betas[1] into the mean that is kept."""
 
     found_inf: Tensor | None = None

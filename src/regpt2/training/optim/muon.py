@@ -15,7 +15,15 @@ from torch import Tensor
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
 from regpt2.model.language_model import GPTConfig
-from regpt2.training.optimizer import NamedParameters, OptimConfig, assign, can_fuse, parameter_groups
+from regpt2.training.optimizer import (
+    AdamW,
+    NamedParameters,
+    NeverCompiled,
+    OptimConfig,
+    assign,
+    can_fuse,
+    parameter_groups,
+)
 
 # A stack is (n, R, C): n matrices of one shape, lying down, so R <= C.
 
@@ -58,7 +66,7 @@ class Matrix:
         return math.sqrt(max(1.0, rows / columns))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(NeverCompiled):
     """Two methods with one state and one list of groups, of which the first is Muon's.
 
     Momentum is whole on every rank: gradients are too, so nothing is exchanged for it, and a checkpoint serves any
@@ -69,7 +77,7 @@ class Muon(torch.optim.Optimizer):
     """1 on the device where an update is to be skipped."""
 
     def __init__(
-        self, group: dict[str, Any], matrices: list[Matrix], adamw: torch.optim.AdamW, world: World, compiled: bool
+        self, group: dict[str, Any], matrices: list[Matrix], adamw: AdamW, world: World, compiled: bool
     ) -> None:
         super().__init__([group, *adamw.param_groups], adamw.defaults)
         self._step_supports_amp_scaling = bool(adamw.defaults["fused"])  # torch's word for: looks at found_inf
@@ -155,5 +163,5 @@ def build(
     group = {"params": list(in_blocks.values()), **vars(config.muon), "lr_ratio": config.muon.lr / config.lr}
     rest = parameter_groups([(name, p) for name, p in named_parameters if name not in in_blocks], config)
     fused = can_fuse([p for _, p in named_parameters])
-    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    adamw = AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     return Muon(group, matrices, adamw, world, compiled)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
 from regpt2.model.architecture import build_model
-from regpt2.model.files.fill_model import load_into
+from regpt2.model.files.fill_model import give_memory, load_into
 from regpt2.model.language_model import LanguageModel
 
 
@@ -195,7 +195,7 @@ def whole_model(model: LanguageModel, world: World) -> LanguageModel:
     with world.together():  # room for it is found on all ranks, or on none
         with torch.device("meta"):
             plain = build_model(model.config)
-        plain.to_empty(device=world.device)
+        give_memory(plain, world.device)
         plain.trained_seq_len = model.trained_seq_len
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         q.copy_(whole(p))

@@ -28,7 +28,7 @@ export class Sheet {
     box.addEventListener("pointerleave", () => this.on.leave());
     box.addEventListener("click", (event) => {
       const index = this.at(event.clientX, event.clientY);
-      if (index !== null && getSelection().isCollapsed) this.on.look(index, "click");
+      if (index !== null && !this.#isSelecting()) this.on.look(index, "click");
     });
   }
 
@@ -72,10 +72,18 @@ export class Sheet {
     if (index !== null) this.elementOf(index)?.classList.add("chosen");
   }
 
+  /** A text was marked with the pointer: that is no click on its last token. */
+  #isSelecting() {
+    const area = this.box.querySelector("textarea");
+    return area ? area.selectionStart !== area.selectionEnd : !getSelection().isCollapsed;
+  }
+
   #drawn(piece) {
     const { mark } = piece;
-    if (mark === null) return element("span", "mine", inPlace(piece.text));
-    if (mark === STALE) return element("span", "stale", inPlace(piece.text));
+    const isRead = this.box.querySelector("textarea") !== null; // a screen reader has it from there
+    const plain = isRead ? { "aria-hidden": "true" } : {};
+    if (mark === null) return element("span", "mine", inPlace(piece.text), plain);
+    if (mark === STALE) return element("span", "stale", inPlace(piece.text), plain);
     const kind = `token s${shadeOf(mark.logprob)}${mark.swapped ? " swapped" : ""}${/[\r\n]/.test(piece.text) ? " ends-line" : ""}`;
     return element("span", kind, inPlace(piece.text), { tabindex: "-1", role: "button" });
   }

@@ -11,7 +11,7 @@ export class Talk {
     this.page = page;
     this.isOn = false;
     this.histories = new Map(); // pane -> [{role, content}]
-    this.lasts = []; // what was said, for Undo and Again
+    this.lasts = []; // {content, panes}: what was said to whom, for Undo and Again
     byId("message").addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.ctrlKey || event.metaKey) return;
       event.preventDefault();
@@ -52,26 +52,28 @@ export class Talk {
     const content = byId("message").value;
     if (content.trim() === "") return;
     byId("message").value = "";
-    this.lasts.push(content);
+    const panes = this.page.panes;
+    this.lasts.push({ content, panes });
     const fields = this.page.settings.fields(seed);
     this.page.say("Writing.");
-    const runs = await Promise.all(this.page.panes.map((pane) => this.#answer(pane, content, fields)));
+    const runs = await Promise.all(panes.map((pane) => this.#answer(pane, content, fields)));
+    if (runs.every((run) => run.n === 0)) this.takeBack(); // nobody answered: the message can be sent anew
     this.page.wrote(runs);
+    this.page.changed();
     byId("message").focus();
   }
 
   /** Take the last message and its answers back; the message can be sent anew. */
   takeBack() {
-    const content = this.lasts.pop();
-    if (content === undefined) return;
-    for (const [pane, history] of this.histories) {
-      if (history.length === 0) continue;
-      history.splice(-2);
+    const last = this.lasts.pop();
+    if (last === undefined) return;
+    for (const pane of last.panes) {
+      this.#history(pane).splice(-2);
       const talk = pane.root.querySelector(".talk");
-      talk.lastChild?.remove();
-      talk.lastChild?.remove();
+      talk.lastChild.remove();
+      talk.lastChild.remove();
     }
-    byId("message").value = content;
+    byId("message").value = last.content;
   }
 
   #history(pane) {

@@ -131,16 +131,13 @@ class Page {
 
   // ---- writing
 
-  async write({ seed = this.settings.seed || newSeed(), keep = true } = {}) {
+  /** After the text of the editor; the model beside gets the same text. */
+  async write(seed = this.settings.seed || newSeed()) {
     if (this.models.length === 0) return this.load();
     if (this.isTalk) return this.talk.send(seed);
-    const text = this.first.paper.pieces;
-    const jobs = this.panes.map((pane) => {
-      if (pane === this.second) pane.paper.set(text, "model");
-      else if (keep) pane.paper.keep("model");
-      return pane;
-    });
-    await this.run(jobs, seed);
+    this.first.paper.keep("model");
+    if (this.panes.includes(this.second)) this.second.paper.set(this.first.paper.pieces, "model");
+    return this.run(this.panes, seed);
   }
 
   async run(panes, seed, wasChanged = false) {
@@ -165,7 +162,7 @@ class Page {
 
   async again() {
     this.undo();
-    await this.write({ seed: newSeed() });
+    await this.write(newSeed());
   }
 
   undo() {
@@ -196,6 +193,7 @@ class Page {
       down: () => this.alternatives.enter(),
       out: (pane) => {
         this.alternatives.hide();
+        if (this.isWriting) this.stop();
         if (pane === this.first && !this.isTalk) byId("text").focus();
         else byId("write").focus();
       },

@@ -1,0 +1,1 @@
+"""Clients that keep a generation server busy, and what they measure."""
