@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from growing import HOSTILE, append, events_until, loss_at, start_event, train_event, val_event
 
+from regpt2.base.console import count, duration
 from regpt2.base.files import folder_lock
 from regpt2.base.record.metrics import MetricsLog
+from regpt2.pages.charts.formats import Format
 from regpt2.pages.charts.panels import panels
 from regpt2.pages.record import read_record
 from regpt2.serving.app import build_app
@@ -124,6 +127,24 @@ def test_the_page_reads_the_numbers_of_the_record(chromium: Any, runs: Path) -> 
         assert (
             by_name["loss"].description()[:60] in report and seen.page.locator("#results").inner_text().count("\n") > 5
         )
+
+
+def test_the_page_writes_numbers_as_the_report_does(chromium: Any, runs: Path) -> None:
+    draw = np.random.default_rng(0)
+    values = [*(10 ** draw.uniform(-9, 13, 400)).tolist(), *draw.normal(size=50).tolist(), 0.0, 1.0, 950.0, 999_999.0]
+    formats = [Format("digits", 3), Format("percent"), Format("short"), Format("count"), Format("general", 3)]
+    sent = [{"kind": one.kind, "digits": one.digits} for one in formats]
+    script = """async ([formats, values]) => {
+        const { count, duration, formatted } = await import("/static/runs/format.js");
+        const rows = formats.map((format) => values.map((value) => formatted(format, value)));
+        return [...rows, values.map(count), values.map(duration)];
+    }"""
+    with served(runs) as url, opened(chromium, f"{url}/runs") as seen:
+        *shown, counts, durations = seen.page.evaluate(script, [sent, values])
+    for one, texts in zip(formats, shown, strict=True):
+        assert texts == [one(value) for value in values], one
+    assert counts == [count(value) for value in values]
+    assert durations == [duration(value) for value in values]
 
 
 def test_arrow_keys_move_through_the_updates(chromium: Any, runs: Path) -> None:
