@@ -60,7 +60,7 @@ export class Pane {
     this.control = control;
     this.say("");
     this.facts.replaceChildren();
-    const run = { n: 0, startedAt: 0, seed: body.seed, body, read: "", reason: null };
+    const run = { n: 0, startedAt: performance.now(), seed: body.seed, body, read: "", reason: null };
     const drawing = new Drawing(add, this.sheet.layer);
     const ways = {
       signal: control.signal,
@@ -76,7 +76,6 @@ export class Pane {
     try {
       const assembler = new Assembler();
       for await (const [text, tokens, reason] of generated(body, ways)) {
-        run.startedAt ||= performance.now();
         run.n += tokens.length;
         run.reason = reason ?? run.reason;
         drawing.add(assembler.take(text, tokens));
@@ -99,7 +98,7 @@ export class Pane {
     if (run.n === 0) return;
     const seconds = (performance.now() - run.startedAt) / 1000;
     const parts = [`${run.n.toLocaleString()} token${run.n === 1 ? "" : "s"}`];
-    if (run.n > 1 && seconds > 0) parts.push(`${Math.round((run.n - 1) / seconds).toLocaleString()} tokens/s`);
+    if (seconds > 0) parts.push(`${Math.round(run.n / seconds).toLocaleString()} tokens/s`);
     const why = { stop: "the text is complete", stopped: "stopped", broken: "cut off" }[run.reason];
     if (isDone && why) parts.push(why);
     if (run.read) parts.push(run.read);

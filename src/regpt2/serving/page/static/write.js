@@ -378,7 +378,7 @@ class Page {
 /** Its size and its context, as far as the server tells them. */
 function aboutModel({ parameters, context_length: context }) {
   const known = [];
-  if (parameters) known.push(`${compact.format(parameters)} parameters`);
+  if (parameters) known.push(`${compact.format(parameters).replace("K", "k")} parameters`);
   if (context) known.push(`${context.toLocaleString()} tokens of context`);
   return known.join(", ");
 }
