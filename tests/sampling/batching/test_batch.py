@@ -226,13 +226,22 @@ def test_rows_may_come_to_one_place_and_part_again(monkeypatch: pytest.MonkeyPat
 
 def test_a_long_prompt_does_not_stop_the_rows_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     short, long = (Heard(Request(ids, 30, choice=GREEDY)) for ids in some_prompts(3, 30))
-    batch = batch_of(model_of("gpt2"), short, long, chunk=8)
+    batch = batch_of(model_of("gpt2"), short, chunk=8)
     passes = Passes(batch, monkeypatch)
-    turns(batch, 4)
+    turns(batch, 1)
+    batch.job = long.job
+    turns(batch, 3)
     assert len(short.tokens()) == 5 and len(long.tokens()) == 0
-    assert [tokens for _, tokens in passes.shapes if tokens > 1] == [3, 5, 8, 8, 8]
+    assert [tokens for _, tokens in passes.shapes if tokens > 1] == [3, 8, 8, 8]
     turns(batch, 1)
     assert len(short.tokens()) == 6 and len(long.tokens()) == 2
+
+
+def test_requests_that_come_together_begin_together() -> None:
+    heard = [Heard(Request(ids, 9, choice=GREEDY)) for ids in some_prompts(20, 20, 20, 20)]
+    batch = batch_of(model_of("gpt2"), *heard, chunk=25)
+    turns(batch, 1)
+    assert [len(one.tokens()) for one in heard] == [2, 2, 2, 2]
 
 
 def test_first_come_first_served() -> None:
@@ -262,7 +271,7 @@ def test_a_cancelled_row_leaves_before_the_next_step(monkeypatch: pytest.MonkeyP
 def test_a_request_can_be_cancelled_in_the_line_and_while_its_prompt_is_computed() -> None:
     model = model_of("gpt2")
     heard = [Heard(Request(ids, 9, choice=GREEDY)) for ids in some_prompts(30, 30, 5)]
-    batch = batch_of(model, *heard, slots=1, chunk=8)
+    batch = batch_of(model, *heard, slots=1, chunk=3)
     turns(batch, 2)
     assert batch.n_active == 1 and not batch.rows
     heard[0].ticket.cancel()

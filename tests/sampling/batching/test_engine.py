@@ -1,6 +1,8 @@
 """The engine's thread: random traffic from several others, cancels, a bounded queue, an end in time."""
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -296,6 +298,26 @@ def test_what_is_not_done_in_time_fails(engine_of: Any) -> None:
     for listener in (running, waiting):
         last = listener.wait().events[-1]
         assert isinstance(last, Failed) and isinstance(last.error, EngineClosed)
+
+
+LEFT_OPEN = """
+import threading
+from regpt2.data.tokenizer import BytesTokenizer
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.sampling.batching.engine import Engine
+from regpt2.sampling.writing import Request
+model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257))
+engine, runs = Engine(model, BytesTokenizer(), window=64), threading.Event()
+engine.submit(Request((1,), 1_000_000, 8), lambda event: runs.set())
+runs.wait()
+"""
+
+
+@pytest.mark.seconds
+def test_python_may_end_while_an_engine_writes() -> None:
+    """A thread that is within torch when Python ends would abort it."""
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=WAIT_S)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def own_model() -> LanguageModel:

@@ -25,6 +25,7 @@ from regpt2.sampling.writing import Request, Row, TokenLogprob, logprobs_of
 # wait for two steps' time; with 128 they wait twice as long. A GPU takes more at once: 512 was vLLM's first choice.
 CHUNK = {"cpu": 64}
 _CHUNK_ELSEWHERE = 512
+_CHUNKS_IF_NONE_RUNS = 4  # so requests that come together begin together; without a mask a step takes 15 % less
 
 
 class Job:
@@ -144,15 +145,15 @@ class Batch:
         self._pens = None
 
     def _prepare(self) -> None:
-        budget = self.chunk
+        budget = self.chunk if self.rows else self.chunk * _CHUNKS_IF_NONE_RUNS
         while budget > 0:
-            if self.preparation is None:
+            if self.preparation is None or self.preparation.ticket.is_over:
                 self.preparation = self._next_preparation()
             part = self.preparation
             if part is None:
                 return
             try:
-                budget -= self._compute(part, budget)
+                budget -= self._compute(part, min(budget, self.chunk))
             except Exception as error:  # no memory, or a broken model
                 part.ticket.fail(error)
                 self.preparation = None
@@ -160,6 +161,7 @@ class Batch:
 
     def _next_preparation(self) -> Preparation | None:
         """What is to be computed next, if there is a slot for it. Continuations of a known prompt begin here."""
+        self.preparation = None
         if self.full:
             row = self.full.popleft()
             return Preparation(self._tensor(row.last_ids(kept_of(self.slots.window))), row, None)

@@ -1,5 +1,6 @@
 """Requests that come and go, written by one thread. In: requests; out: pieces of text, handed to who asked for them."""
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -71,6 +72,7 @@ class Engine:
         self._n_unfinished = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close, 0)  # Python that ends while a step runs would be aborted
 
     def submit(self, request: Request, on_event: Callable[[Event], None], *, score_prompt: bool = False) -> Ticket:
         """Take a request. Events are handed over in the engine's thread, in order; `on_event` must return quickly.
@@ -115,6 +117,7 @@ class Engine:
         self._thread.join(drain_s)
         self._is_over = True
         self._thread.join(_LAST_TURN_S)
+        atexit.unregister(self.close)
         return not self._thread.is_alive() and self._n_unfinished == 0
 
     def _submit(
