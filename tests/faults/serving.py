@@ -455,5 +455,5 @@ FAULTS = [
     Fault(24, "requests to a server", (300, 1000), requests),
     Fault(25, "slow clients", (108, 108), slow_clients),
     Fault(26, "load on a server", (2000, 5000), load),
-    Fault(27, "SIGTERM to a server", (7, 7), sigterm),
+    Fault(27, "SIGTERM to a server", (3, 7), sigterm),
 ]

@@ -1,5 +1,6 @@
 """The options of serve: nonsense is refused in one line with exit code 2, before a model is read."""
 
+import socket
 import subprocess
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def test_all_options_that_make_sense_are_taken() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
 def test_this_machine_s_own_addresses_need_no_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGPT2_API_KEY", raising=False)
-    assert access_of(ServeOptions(("m",), host=host)).key is None
+    access = access_of(ServeOptions(("m",), host=host))
+    assert access.key is None and access.names == ()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "my-machine", "localhost.example.org"])
@@ -82,7 +84,9 @@ def test_other_addresses_need_a_key_and_take_it(host: str, tmp_path: Path, monke
     with pytest.raises(UsageError, match="needs an API key: --api-key-file FILE, or REGPT2_API_KEY"):
         access_of(ServeOptions(("m",), host=host))
     (tmp_path / "key").write_text(KEY + "\n")
-    assert access_of(ServeOptions(("m",), host=host, api_key_file=tmp_path / "key")).key == KEY
+    access = access_of(ServeOptions(("m",), host=host, api_key_file=tmp_path / "key", allow_host=("a.example",)))
+    assert access.key == KEY
+    assert access.names == ("a.example", socket.gethostname().lower()), "others know this machine by its own name"
     monkeypatch.setenv("REGPT2_API_KEY", "x" * 20)
     assert access_of(ServeOptions(("m",), host=host)).key == "x" * 20
     assert access_of(ServeOptions(("m",))).key == "x" * 20, "a key that is given is asked for here too"

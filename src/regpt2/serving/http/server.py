@@ -80,7 +80,8 @@ def access_of(options: ServeOptions) -> Access:
         raise UsageError(
             f"--host {options.host} lets other machines in, so it needs an API key: --api-key-file FILE, or {VARIABLE}."
         )
-    return Access(options.host.lower(), options.allow_host, options.allow_origin, key)
+    own_name = () if options.is_local else (socket.gethostname().lower(),)
+    return Access(options.host.lower(), (*options.allow_host, *own_name), options.allow_origin, key)
 
 
 class Server(uvicorn.Server):
