@@ -41,7 +41,8 @@ HEAD_PARTS = 8  # of the head's gradient on a CPU (also there)
 
 # On a CPU also the process itself (Python, torch, its libraries and kernels), and holes in glibc's heap and copies of
 # oneDNN: a share of what a step allocates and frees. Both were measured (docs/speed.md).
-PROCESS_BYTES = 355_000_000
+PROCESS_BYTES = 280_000_000
+COMPILER_BYTES = 140_000_000  # of torch._dynamo, which compiling imports, and the wrappers for several ranks
 HEAP_SHARE = 0.30
 
 
@@ -123,7 +124,7 @@ def step_memory(setup: Setup) -> dict[str, int]:
     parts = {"weights": weights, "optimizer state": setup.state_bytes // shards, **fullest}
     if setup.device == "cpu":
         parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
-        parts["process"] = PROCESS_BYTES
+        parts["process"] = PROCESS_BYTES + COMPILER_BYTES * (setup.compiled or setup.ranks > 1)
     else:
         parts["workspace"] = GPU_WORKSPACE_BYTES
     return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
