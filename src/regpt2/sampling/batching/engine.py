@@ -43,9 +43,18 @@ class Engine:
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, *, window: int, slots: int = 8, most_waiting: int = 32
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        window: int,
+        slots: int = 8,
+        most_waiting: int = 32,
+        threads: int | None = None,
     ) -> None:
         """Make room for `slots` continuations of at most `window` tokens, at once and for good.
+
+        `threads` are those that torch computes with in the engine's thread, on a CPU; by default as many as elsewhere.
 
         Raises:
             UsageError: a value is out of its range, or there is not enough memory.
@@ -55,7 +64,7 @@ class Engine:
         if not 1 <= window <= model.config.block_size:
             raise UsageError(f"context = {window:,} must be from 1 to block_size = {model.config.block_size:,}.")
         self.model, self.tokenizer, self.window, self.slots = model.eval(), tokenizer, window, slots
-        self.most_waiting = most_waiting
+        self.most_waiting, self.threads = most_waiting, threads
         self.cache_bytes = 0
         """The memory that keys and values take, from the start on."""
         self._batch: Batch | OneByOne
@@ -157,6 +166,8 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)  # holds for this thread, and as the default of threads that begin later
         while self._has_work():
             while self._works:
                 _do(*self._works.popleft())

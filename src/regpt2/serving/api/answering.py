@@ -16,10 +16,13 @@ from starlette.types import Receive, Scope, Send
 from regpt2.sampling.batching.engine import Event, Piece
 from regpt2.serving.api.asking import Ask
 from regpt2.serving.api.errors import JSON, as_api_error, to_json
-from regpt2.serving.api.writing import MOST_UNREAD, Writing
+from regpt2.serving.api.writing import MOST_UNREAD, STREAM_PACE_S, Writing
 
 END = b"\n\n"  # of an event
 KEEP_ALIVE_S = 10.0  # a stream without an event for so long sends a comment, so that no proxy ends it
+
+WHOLE_PACE_S = 0.5  # nothing is sent before the end, which comes at once
+MOST_AT_ONCE = 32 * 1024  # bytes
 
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx buffers otherwise
 
@@ -72,6 +75,7 @@ class Answer:
                 score_prompts=self.ask.score_prompts,
                 only_score=self.ask.only_score,
                 most_unread=MOST_UNREAD if self.ask.stream else math.inf,
+                pace_s=STREAM_PACE_S if self.ask.stream else WHOLE_PACE_S,
             )
 
     async def parts(self) -> AsyncIterator[Choice]:
@@ -86,6 +90,11 @@ class Answer:
                     self.n_drawn += len(event.tokens)
                 for part in self.form.of(number, event):
                     yield part
+
+    @property
+    def has_more(self) -> bool:
+        """Are there parts that can be had without waiting?"""
+        return self.writing is not None and self.writing.has_more
 
     def close(self) -> None:
         """Write no more."""
@@ -139,9 +148,14 @@ class Stream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         keeping_alive = asyncio.ensure_future(self._keep_alive(send))
         try:
-            async for data in self._events():
+            data = b""
+            async for event in self._events():
+                data += event
+                if self.answer.has_more and len(data) < MOST_AT_ONCE:
+                    continue  # tokens that were drawn meanwhile go out together
                 self._n_sent += 1
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+                data = b""
         finally:
             keeping_alive.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

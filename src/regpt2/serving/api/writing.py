@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from enum import Enum
 from functools import partial
 
 from regpt2.sampling.batching.engine import Engine, Event, Failed, Piece, Prompt, QueueFull, Ticket
@@ -16,6 +17,7 @@ from regpt2.serving.api.errors import ApiError
 
 MOST_UNREAD = 2048  # events of a stream: about 1 kB each, with many log-probabilities 4 kB
 RETRY_S = 0.05
+STREAM_PACE_S = 0.02  # fifty times a second is smooth; tokens of a small model come faster, then several at once
 
 
 class Writing:
@@ -35,14 +37,20 @@ class Writing:
         score_prompts: bool = False,
         only_score: bool = False,
         most_unread: float = math.inf,
+        pace_s: float = STREAM_PACE_S,
     ) -> None:
         self.engine, self.requests = engine, requests
         self.score_prompts, self.only_score = score_prompts, only_score
-        self._inbox = _Inbox(self._cancel, most_unread)
+        self._inbox = _Inbox(self._cancel, most_unread, pace_s)
         self._tickets: dict[int, Ticket] = {}  # of requests that are not done
         self._unfinished: dict[int, int] = {}  # continuations
         self._next = 0
         self._submit_next()
+
+    @property
+    def has_more(self) -> bool:
+        """Are there events that can be had without waiting?"""
+        return len(self._inbox) > 0
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """The events with the number of their request, up to the last one of all requests.
@@ -97,14 +105,29 @@ class Writing:
         self._next += 1
 
 
-class _Inbox:
-    """Events on their way from another thread to the event loop that this is made in."""
+class _Wakes(Enum):
+    """What ends the sleep of the event loop."""
 
-    def __init__(self, when_full: Callable[[], None], most: float) -> None:
-        self._when_full, self._most = when_full, most
+    FOR_NOTHING = 0
+    FOR_AN_END = 1
+    FOR_ANY = 2
+
+
+class _Inbox:
+    """Events on their way from another thread to the event loop that this is made in.
+
+    The loop wakes for the first event, then at most every `pace_s`, and at once when something ends. Each waking
+    takes Python's lock from the engine's thread: with a wake for each token a small model wrote half as fast.
+    """
+
+    def __init__(self, when_full: Callable[[], None], most: float, pace_s: float) -> None:
+        self._when_full, self._most, self._pace_s = when_full, most, pace_s
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._events = deque[tuple[int, Event]]()
-        self._full, self._is_called = False, False
+        self._full, self._wakes, self._next_at = False, _Wakes.FOR_NOTHING, 0.0
+
+    def __len__(self) -> int:
+        return len(self._events)
 
     def put(self, number: int, event: Event) -> None:
         """From any thread."""
@@ -115,21 +138,33 @@ class _Inbox:
             self._when_full()
             event = Failed(ApiError(408, f"The client reads too slowly: {self._most:,} tokens wait.", code="too_slow"))
         self._events.append((number, event))
-        if self._is_called:  # the loop is busy; it will find this event too
-            return
-        self._is_called = True
-        try:
-            self._loop.call_soon_threadsafe(self._called)
-        except RuntimeError:  # the loop is closed: nobody listens
-            self._full = True
-
-    def _called(self) -> None:
-        self._is_called = False
-        self._ready.set()
+        is_end = not isinstance(event, Piece) or event.finish_reason is not None
+        if self._wakes is _Wakes.FOR_ANY or (is_end and self._wakes is _Wakes.FOR_AN_END):
+            self._wakes = _Wakes.FOR_NOTHING
+            try:
+                self._loop.call_soon_threadsafe(self._ready.set)
+            except RuntimeError:  # the loop is closed: nobody listens
+                self._full = True
 
     async def get(self) -> tuple[int, Event]:
-        while not self._events:
-            self._ready.clear()
-            if not self._events:  # one may have come before `clear`
-                await self._ready.wait()
+        """The next one, in order."""
+        if not self._events:
+            if self._next_at > self._loop.time():
+                await self._sleep(_Wakes.FOR_AN_END)
+            while not self._events:
+                await self._sleep(_Wakes.FOR_ANY)
+            self._next_at = self._loop.time() + self._pace_s
         return self._events.popleft()
+
+    async def _sleep(self, wakes: _Wakes) -> None:
+        self._ready.clear()
+        self._wakes = wakes
+        if self._events:  # one may have come before the line above
+            return
+        timer = self._loop.call_at(self._next_at, self._ready.set) if wakes is _Wakes.FOR_AN_END else None
+        try:
+            await self._ready.wait()
+        finally:
+            self._wakes = _Wakes.FOR_NOTHING
+            if timer is not None:
+                timer.cancel()
