@@ -113,3 +113,17 @@ def test_a_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
         del second.__dict__["fingerprint"]
         found.append(second.fingerprint)
     assert found[0] == found[1] != found[2] and found[0].startswith("fp_")
+
+
+def test_engines_share_the_cores_and_no_other_thread_computes_with_several(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "a")
+    write_tiny(tmp_path / "b")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with serving(options_of(tmp_path / "a", tmp_path / "b")) as models:
+            own = [served.engine.between_steps(torch.get_num_threads).result(20) for served in models.values()]
+            assert own == [2, 2] and torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
