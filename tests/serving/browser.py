@@ -92,4 +92,5 @@ def watch(page: Any, seen: Opened) -> None:
 
 def overflow_px(page: Any) -> int:
     """How many pixels the page is wider than its window: 0 if nothing scrolls sideways."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # after a resize
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))

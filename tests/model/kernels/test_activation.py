@@ -64,12 +64,12 @@ def test_a_model_of_transformers_with_the_exact_gelu_is_that_model(tmp_path: Pat
 def test_every_name_of_transformers_for_a_form_of_gelu_is_that_form(
     tmp_path: Path, name: str, activation: Activation
 ) -> None:
-    """By their own functions: the two forms are 1e-4 apart there, and roundings 1e-7."""
+    """By their own functions: the two forms are 1e-4 apart there, and roundings some 1e-6."""
     from transformers.activations import get_activation
 
     x = torch.linspace(-4, 4, 1000)
     ours = F.gelu(x, approximate=replace(TANH, activation=activation).gelu_form)
-    assert (get_activation(name)(x) - ours).abs().max() < 1e-6
+    assert (get_activation(name)(x) - ours).abs().max() < 1e-5
     huggingface.write(random_gpt(TANH), tmp_path, None)
     document = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(document | {"activation_function": name}))
