@@ -54,8 +54,9 @@ def runs(tmp_path: Path) -> Path:
     """One run that trains beside two that have ended."""
     folder = tmp_path / "runs"
     append(folder / "live", events_until(30))
-    for name, shift in (("older", 0.5), ("compare/a/seed-1", 0.2)):
-        events = [event | {"loss": event["loss"] + shift} if "loss" in event else event for event in events_until(60)]
+    for name, shift, every in (("older", 0.5, 5), ("compare/a/seed-1", 0.2, 30)):
+        made = events_until(60, every=every)
+        events = [event | {"loss": event["loss"] + shift} if "loss" in event else event for event in made]
         append(folder / name, [*events, {"event": "end", "step": 60, "reason": "finished", "elapsed_s": 6.0}])
     append(folder / "elsewhere", [*events_until(20), {"event": "end", "step": 20, "reason": "failed: no disk"}])
     (folder / "elsewhere" / "metrics.jsonl").write_text(
@@ -188,6 +189,8 @@ def test_other_runs_of_the_same_data_are_ghosts_and_can_be_chosen(chromium: Any,
         assert float(ghost.get_attribute("stroke-opacity") or 1) < 1
         texts = readout(seen, "loss", "End")
         assert f"older {loss_at(30) + 0.6:.4f}".rstrip("0") in texts
+        few = next(float(text.rpartition(" ")[2]) for text in texts if text.startswith("compare/a/seed-1"))
+        assert abs(few - (loss_at(30) + 0.2)) < 0.05, "too few validations for a curve: the training loss"
         seen.page.get_by_role("checkbox", name="older").uncheck()
         ghost.wait_for(state="detached")
         seen.page.get_by_role("checkbox", name="elsewhere").check()

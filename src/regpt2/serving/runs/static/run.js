@@ -10,6 +10,7 @@ const GHOST_INKS = ["run3", "run4", "run5", "run6", "run7", "run8"];
 const BY_DEFAULT = 2;
 const MOST_CHOICES = 40;
 const GHOST_EVERY_MS = 10000;
+const FEWEST_POINTS = 10; // of a validation curve: a straight line between two says nothing
 
 const here = location.pathname.replace(/\/$/, "");
 const name = here.split("/").slice(2).map(decodeURIComponent).join("/");
@@ -208,11 +209,12 @@ function chartOf(panel) {
   return charts.get(panel);
 }
 
-/** The named curves of another run, faint, below its own name: the validation loss, else the training loss. */
+/** A curve of another run, faint, below its own name: the validation loss if it has points enough for one, else the training loss. */
 function ghostSeries(run, ghost, panel, unit) {
   const same = ghost.data.panels.find((one) => one.name === panel.name);
   const named = (same?.traces ?? []).filter((trace) => trace.look.alpha === 1 && trace.label && !trace.about && trace.y.some((y) => y !== null));
-  const trace = named.find((one) => one.label === "validation") ?? named[0];
+  const validation = named.find((one) => one.label === "validation" && one.y.filter((y) => y !== null).length >= FEWEST_POINTS);
+  const trace = validation ?? named[0];
   if (!trace) return [];
   const look = { ink: ghost.ink, width: 1.3, alpha: 0.7, dash: [], marker: false };
   return [{ label: inPlace(run), x: placesOf(trace.x, unit, ghost.data.tokens), y: trace.y, spread: null, about: "", look, ghost: true }];
