@@ -73,6 +73,7 @@ def wait_for(seen: Opened, selector: str, text: str) -> None:
 def readout(seen: Opened, panel: str, *keys: str) -> list[str]:
     """What the crosshair of a chart reads after these keys."""
     chart = seen.page.locator(f"figure[data-panel={panel}] svg.chart")
+    chart.locator("path").first.wait_for(state="attached")
     chart.focus()
     for key in keys:
         seen.page.keyboard.press(key)
@@ -155,6 +156,10 @@ def test_arrow_keys_move_through_the_updates(chromium: Any, runs: Path) -> None:
         assert readout(seen, "loss", "ArrowLeft")[0].startswith("step 29 ")
         assert readout(seen, "loss", "Shift+ArrowLeft")[0].startswith("step 19 ")
         assert seen.page.locator("figure[data-panel=loss] output").inner_text().startswith("step 19")
+        before = seen.page.locator("figure[data-panel=loss] svg.chart").get_attribute("viewBox")
+        seen.page.set_viewport_size({"width": 900, "height": 900})  # drawn anew, as when the run goes on
+        seen.page.locator(f"figure[data-panel=loss] svg.chart:not([viewBox='{before}'])").wait_for()
+        assert readout(seen, "loss")[0].startswith("step 19 "), "what is read stays"
         assert readout(seen, "loss", "Escape") == []
         rates = seen.page.locator("figure[data-panel=lr] svg.chart")
         rates.scroll_into_view_if_needed()

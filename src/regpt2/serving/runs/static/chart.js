@@ -17,11 +17,13 @@ const LINE = 17; // pixels, of the readout
 export class Cursor {
   constructor() {
     this.at = null;
+    this.from = null; // the chart that reads its values
     this.charts = [];
   }
 
   move(at, from = null) {
     this.at = at;
+    this.from = from;
     for (const chart of this.charts) chart.point(from === null || from === chart);
   }
 }
@@ -90,7 +92,7 @@ export class Chart {
     );
     for (const one of this.series) plot.append(...this.curve(one));
     this.showLegend();
-    this.point(false);
+    this.point(this.cursor.from === this);
   }
 
   grid(y_range) {
