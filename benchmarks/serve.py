@@ -92,7 +92,7 @@ def measure_load(model: str, size: Size, options: argparse.Namespace) -> bool:
 
 
 def crowded(model: str, known: list[Known], clients: int, seconds: float, options: argparse.Namespace) -> bool:
-    """So many clients at once. True if nothing was wrong."""
+    """Run the load with this many clients. True if nothing was wrong."""
     command, port = serving(model)
     with servers.started(command, port) as server:
         n_lines = len(server.lines())

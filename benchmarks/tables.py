@@ -13,9 +13,13 @@ COLUMNS += ["peak GB, ours / theirs"]
 
 def update_readme(readme: Path, files: list[Path]) -> None:
     """Rewrite the block between the markers."""
-    text = readme.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    readme.write_text(f"{before}{BEGIN}\n{block(files)}\n{after}")
+    rewrite(readme, BEGIN, END, block(files))
+
+
+def rewrite(page: Path, begin: str, end: str, block: str) -> None:
+    """Put a block between two markers of a page."""
+    text = page.read_text()
+    page.write_text(f"{text[: text.index(begin)]}{begin}\n{block}\n{text[text.index(end) :]}")
 
 
 def block(files: Iterable[Path]) -> str:

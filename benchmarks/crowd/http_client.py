@@ -80,7 +80,7 @@ async def ask(
     """POST a body, or GET without one; returns when the connection has ended.
 
     Args:
-        leave_after: leave, without a word, once so many events have come.
+        leave_after: leave without a word after this many events.
         leave_after_s: leave after this time.
     """
     content = json.dumps(body).encode() if isinstance(body, dict) else body

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables import rewrite
+
 BEGIN, END = "<!-- made by serve.py --table: begin -->", "<!-- made by serve.py --table: end -->"
 Entry = dict[str, Any]
 
 
 def update(page: Path, files: list[Path]) -> None:
     """Rewrite the block between the markers."""
-    text = page.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}{BEGIN}\n{block(files)}\n{after}")
+    rewrite(page, BEGIN, END, block(files))
 
 
 def block(files: list[Path]) -> str:

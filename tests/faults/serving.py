@@ -142,7 +142,7 @@ def _bad_request(rng: random.Random, number: int, port: int) -> tuple[str, bytes
 
 
 def _said(server: Server, data: bytes) -> tuple[int, bytes]:
-    """The answer. A client that waits in vain closes its side, and must be let go: its request may be incomplete."""
+    """The answer. The request may be incomplete: then the client closes its side, and the server must let it go."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=ANSWER_S / 4) as client:
         with suppress(OSError):
             client.sendall(data)
@@ -209,7 +209,7 @@ def slow_clients(bench: Bench) -> Outcome:
 
 
 def _completions(server: Server, n: int) -> list[float]:
-    """Seconds of so many short completions, one after the other."""
+    """Seconds of each of N short completions, one after the other."""
     times = []
     for _ in range(n):
         began_at = time.monotonic()

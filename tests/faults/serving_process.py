@@ -83,7 +83,7 @@ class Stream:
         self.client, self.data = client, b""
 
     def read(self, n_events: int) -> int:
-        """Read until so many events have come; how many have."""
+        """Read until N events have come; return how many have."""
         while self.data.count(b"data: ") < n_events and (more := self.client.recv(65536)):
             self.data += more
         return self.data.count(b"data: ")

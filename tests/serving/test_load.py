@@ -59,7 +59,7 @@ def threads() -> list[str]:
 
 
 def crowd(server: Running, known: list[Known], *, clients: int, seconds: float, seed: int) -> Seen:
-    """What so many clients see, once the server is idle again."""
+    """What N clients see, once the server is idle again."""
 
     async def run() -> Seen:
         traffic = Traffic(server.port, TEXT_MODEL, known, seed=seed)

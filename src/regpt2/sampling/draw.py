@@ -3,6 +3,7 @@
 The order is that of transformers: the repetition penalty on the logits, then temperature, top-k, top-p and min-p.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,20 @@ class Choice:
             raise UsageError(
                 f"repetition_penalty = {self.repetition_penalty} must be above 0; 1 is none, 1.1 to 1.3 is usual."
             )
+
+
+def without(logits: Tensor, banned: Tensor | None, barred: Sequence[tuple[int | slice, Sequence[int]]]) -> Tensor:
+    """Logits (B, V) with -inf for ids that are drawn for no row, `banned` (V,), and those `barred` for some rows.
+
+    The given logits stay as they are: log-probabilities are those of the model.
+    """
+    if banned is not None:
+        logits = logits.masked_fill(banned, -torch.inf)
+    if barred:
+        logits = logits.clone()
+    for rows, never in barred:
+        logits[rows, list(never)] = -torch.inf
+    return logits
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

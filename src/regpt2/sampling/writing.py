@@ -15,7 +15,7 @@ from torch import Tensor
 from regpt2.base.errors import UsageError
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer
 from regpt2.model.language_model import LanguageModel
-from regpt2.sampling.draw import Choice, candidates, drawn, penalized
+from regpt2.sampling.draw import Choice, candidates, drawn, penalized, without
 from regpt2.sampling.generate import Rows, banned_ids, require_finite, require_some
 
 # B rows, V = vocab_size, K candidates, N ids with their log-probability
@@ -177,7 +177,7 @@ class _Pen:
             (slice(end - request.n, end), request.choice, torch.Generator(device).manual_seed(request.seed))
             for request, end in zip(requests, ends, strict=True)
         ]
-        self.barred = [(part[0], list(one.never)) for part, one in zip(self.parts, requests, strict=True) if one.never]
+        self.barred = [(part[0], one.never) for part, one in zip(self.parts, requests, strict=True) if one.never]
         self.are_alike = len({request.choice for request in requests}) == 1
         self.seen: Tensor | None = None  # (B, V), ids of the prompt or drawn, if a penalty asks for them
         if any(request.choice.repetition_penalty != 1 for request in requests):
@@ -186,12 +186,7 @@ class _Pen:
                 row[ids] = True
 
     def draw(self, logits: Tensor) -> Tensor:  # (B, V) -> (B,)
-        if self.banned is not None:
-            logits = logits.masked_fill(self.banned, -torch.inf)
-        if self.barred:
-            logits = logits.clone()  # the log-probabilities are those of the model
-        for rows, never in self.barred:
-            logits[rows, never] = -torch.inf
+        logits = without(logits, self.banned, self.barred)
         if self.are_alike:  # the candidates of all rows at once
             p, ids = self._candidates(logits, slice(None), self.parts[0][1])
             new = [drawn(p[rows], None if ids is None else ids[rows], random) for rows, _, random in self.parts]

@@ -19,7 +19,7 @@ class Format:
     def __call__(self, value: float) -> str:
         """The number as text."""
         match self.kind:
-            case "digits":  # at most so many after the point
+            case "digits":  # after the point, at most
                 fixed = f"{value:.{self.digits}f}".rstrip("0").rstrip(".")
                 return fixed if abs(value) < MILLION else count(value)
             case "percent":

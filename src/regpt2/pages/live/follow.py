@@ -34,7 +34,7 @@ class Follower:
     """
 
     def __init__(self, run: Path, *, newest: int | None = None) -> None:
-        """`newest`: of each piece read, only so many of the last updates are kept: enough for a line about the run."""
+        """`newest`: keep only the last N updates of each piece read, which is enough for one line about the run."""
         self.run, self.newest = run, newest
         self.n_damaged = 0
         self.n_restarts = 0

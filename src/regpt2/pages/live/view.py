@@ -196,7 +196,7 @@ def _sample(record: Record, columns: int) -> list[Text]:
 
 
 def _folded(said: Text, columns: int, most: int) -> list[Text]:
-    """At most so many lines of these columns."""
+    """The first lines of these columns, up to a limit."""
     from rich.console import Console  # noqa: PLC0415  (only to fold)
 
     lines = list(said.wrap(Console(width=columns), columns))

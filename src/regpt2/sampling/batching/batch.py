@@ -184,7 +184,7 @@ class Batch:
         return torch.tensor(ids, device=self.slots.device)
 
     def _compute(self, part: Preparation, most: int) -> int:
-        """At most so many of its ids; how many they were. After the last one its rows join."""
+        """Compute its next ids, up to `most`; return how many. After the last one its rows join."""
         ids = part.ids[part.n_done : part.n_done + most]
         x = self.slots.prepare(ids, part.n_done)  # (T, C)
         if part.scored is not None:

@@ -173,7 +173,7 @@ class Engine:
                 _do(*self._works.popleft())
             try:
                 self._batch.turn()
-            except Exception as error:  # a bug of ours ends what it met, not the engine
+            except Exception as error:  # a bug of ours fails the requests in the batch; the engine runs on
                 self._batch.fail(error)
         self._end()
 

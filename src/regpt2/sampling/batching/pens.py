@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from regpt2.sampling.draw import Choice, candidates, drawn, penalized
+from regpt2.sampling.draw import Choice, candidates, drawn, penalized, without
 from regpt2.sampling.writing import Request, TokenLogprob, logprobs_of
 
 # B rows, R rows that choose alike, V = vocab_size, K candidates
@@ -20,7 +20,7 @@ class Pen:
 
     def __init__(self, request: Request, index: int, vocab_size: int, device: torch.device) -> None:
         self.choice = _as_it_acts(request.choice)
-        self.logprobs, self.never = request.logprobs, list(request.never)
+        self.logprobs, self.never = request.logprobs, request.never
         self.random = torch.Generator(device).manual_seed(request.seed + index)
         self.seen: Tensor | None = None  # (V,), ids of the prompt or drawn, if a penalty asks for them
         if self.choice.repetition_penalty != 1:
@@ -48,12 +48,7 @@ class Pens:
         self.scored = [row for row, pen in enumerate(pens) if pen.logprobs is not None]
 
     def draw(self, logits: Tensor) -> list[int]:  # (B, V) -> B ids
-        if self.banned is not None:
-            logits = logits.masked_fill(self.banned, -torch.inf)
-        if self.barred:
-            logits = logits.clone()  # the log-probabilities are those of the model
-        for row, never in self.barred:
-            logits[row, never] = -torch.inf
+        logits = without(logits, self.banned, self.barred)
         if len(self.groups) == 1:
             new = self._drawn(logits, self.groups[0][0])
         else:
