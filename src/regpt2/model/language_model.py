@@ -96,6 +96,13 @@ class LanguageModel(nn.Module, ABC):
     trained_seq_len: int | None = None
     """Tokens of the sequences that its weights were trained on; None: unknown, so block_size."""
 
+    window: int = 0
+    """Tokens that attention reaches back now, the token itself included; 0: all before."""
+
+    def set_window(self, tokens: int) -> None:
+        """Let attention reach back this far from now on: while training it may grow (schedule.window_from)."""
+        self.window = tokens
+
     @property
     def context_size(self) -> int:
         """The longest context that training has seen; evaluation and sampling exceed it only on request."""

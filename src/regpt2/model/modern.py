@@ -54,6 +54,21 @@ class ModernConfig(GPTConfig):
     end_of_text: int = -1
     """The id that begins a document, for document_mask; -1 is the last one. Tokens may have been added after it."""
 
+    weightless_norms: bool = False
+    """RMS norms only divide by the root mean square: they have no weights to learn (modded-nanogpt)."""
+    half_rotary: bool = False
+    """Only half of each head's pairs turn, at frequencies from 1 down to 1/1024 (modded-nanogpt)."""
+    value_embeddings: bool = False
+    """Up to three more embedding tables, `wve`, mixed into the values of the first and last blocks (modded-nanogpt)."""
+    unet_skips: bool = False
+    """The second half of the blocks also reads what the first half wrote, mirrored, each times a learned scalar."""
+    x0_mixing: bool = False
+    """Each block reads a x + b x0, x0 the normed embedding; a and b are learned, 1 and 0 at the start."""
+    mlp_only_layer: int = -1
+    """The number of a block without attention, from 0; -1 = none. 7 of 12 in modded-nanogpt."""
+    window: int = 0
+    """Tokens that attention reaches back, the token itself included; 0 = all before. Training may begin with fewer."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dropout:
@@ -73,6 +88,13 @@ class ModernConfig(GPTConfig):
                 f"model.end_of_text = {self.end_of_text} must be an id below model.vocab_size = {self.vocab_size:,}, "
                 "or -1 for the last one."
             )
+        if not -1 <= self.mlp_only_layer < self.n_layer:
+            raise ConfigError(
+                f"model.mlp_only_layer = {self.mlp_only_layer} must be a block below model.n_layer = {self.n_layer}, "
+                "or -1 for none."
+            )
+        if self.window < 0:
+            raise ConfigError(f"model.window = {self.window} must be at least 0 (0 = all tokens before).")
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ConfigError(
                 f"model.n_embd / model.n_head = {self.n_embd} / {self.n_head} = {self.n_embd // self.n_head} must be "

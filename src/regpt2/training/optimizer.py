@@ -33,6 +33,10 @@ class MuonConfig:
     """Pulls those matrices towards zero."""
     momentum: float = 0.95
     """Decay of the running mean of gradients, per update."""
+    momentum_from: float = 0.0
+    """Its value in the first update, from where it rises linearly; 0 = `momentum` all along."""
+    momentum_warmup_steps: int = 0
+    """Updates over which it rises."""
     nesterov: bool = True
     """Look ahead: mix the newest gradient into the mean a second time."""
     ns_steps: int = 5
@@ -63,6 +67,12 @@ class OptimConfig:
     """Peak learning rate of wte and wpe; 0 = lr."""
     head_lr: float = 0.0
     """Peak learning rate of an untied output head; 0 = lr."""
+    value_embedding_lr: float = 0.0
+    """Peak learning rate of value embeddings (modern model); 0 = lr."""
+    scalar_lr: float = 0.0
+    """Peak learning rate of the learned scalars that mix streams (modern model); 0 = lr."""
+    ema: float = 0.0
+    """Decay per update of an exponential average of the weights, which is then the model; 0 = none."""
     weight_decay: float = 0.1
     """Pulls matrices, not vectors, towards zero."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -19,6 +19,10 @@ class ScheduleConfig:
     """The rate at the end, as a fraction of the peak."""
     decay_fraction: float = 0.4
     """stable_linear: the fraction of max_steps during which the rate decays."""
+    window_from: int = 0
+    """Tokens that attention reaches back in the first update; it grows linearly. 0 = model.window all along."""
+    window_to: int = 0
+    """The same in the last update; 0 = model.window."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:

@@ -47,6 +47,8 @@ class EvalContext:
     """Only the first N examples; 0 = all."""
     brief: bool = False
     """While training: only the one protocol that the report draws."""
+    part: str = ""
+    """Of an entry with PARTS, the only one to measure: `core.piqa`; empty = all."""
     options: Any = None
     """The entry's own `Options`, if it has any."""
 
