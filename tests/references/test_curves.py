@@ -15,6 +15,7 @@ ENDS = {  # as the sources print them
     "fineweb_adamw_trapezoid_rotary": (9_536, 3.275959),
     "fineweb_gpt2_124m_stable_linear": (9_536, 3.30),
     "fineweb_modern_muon_baseline": (3_250, 3.2787),
+    "fineweb_modern_long_windows": (1_390, 3.2785),
     "fineweb_edu_gpt2_124m_lecture": (19_560, 3.06),
 }
 
@@ -82,6 +83,7 @@ def test_a_data_set_is_known_by_its_names(text: str, dataset: str | None) -> Non
         ("fineweb_edu", 354_823_168, None),
         ("fineweb", 123_653_376, None),  # rotary: the same size, another model
         ("fineweb", 162_149_376, "fineweb_modern_muon_baseline"),
+        ("fineweb", 275_562_287, "fineweb_modern_long_windows"),
         ("fineweb", 404_967_424, None),  # modern_350m
         ("openwebtext", 124_439_808, None),
         (None, 124_439_808, None),

@@ -26,8 +26,8 @@ DESCRIPTION = "loss on the validation split of a prepared data folder: nats, per
 PROTOCOLS = {
     "loss": "mean nats per token over the first val_tokens of the split, in windows of seq_len that do not overlap; "
     "of conversations over the answers' tokens alone",
-    "loss_1024": "the same targets in windows of 1,024 tokens, as GPT-2's losses are measured; only of a model whose own "
-    "windows are longer",
+    "loss_1024": "the same targets in windows of 1,024 tokens, as GPT-2's losses are measured: another question than "
+    "`loss`, whose windows are longer here",
     "perplexity": "exp(loss)",
     "bits_per_byte": "summed bits / bytes of text, <|endoftext|> and added tokens scored but without bytes",
 }
@@ -67,7 +67,7 @@ def evaluate(context: EvalContext) -> Figures:
     own = {f"loss_{share.name}": loss for share, loss in zip(shares, per_token[:, 0].tolist(), strict=True)}
     return {
         "loss": nats,
-        **{"loss_1024": float(weights @ (of[:, 0] / of[:, 2])) for of in short},
+        **({"loss_1024": float(weights @ (short[0][:, 0] / short[0][:, 2]))} if short else {}),
         "perplexity": math.exp(min(nats, 700.0)),
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
         "tokens": int(sums[:, 2].sum()),

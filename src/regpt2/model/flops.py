@@ -5,7 +5,7 @@ from dataclasses import replace
 from regpt2.model.language_model import GPTConfig
 from regpt2.model.modern import ModernConfig
 
-# C = n_embd, L = n_layer, T = seq_len, V = padded_vocab_size
+# C = n_embd, L = n_layer, T = seq_len, K = keys that a token attends to, V = padded_vocab_size
 
 
 def n_weights(config: GPTConfig) -> int:
@@ -23,17 +23,31 @@ def adapter_numbers(config: GPTConfig, rank: int) -> int:
     return 16 * rank * config.n_embd * config.n_layer
 
 
-def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0) -> float:
+def keys_per_token(seq_len: int, window: float = 0.0) -> float:
+    """How many keys a token attends to, on average: half of the sequence, or fewer with a window; documents ignored."""
+    window = min(window or seq_len, seq_len)
+    return window - window * window / (2 * seq_len)
+
+
+def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0, window: float | None = None) -> float:
     """Matmul FLOPs, forward and backward, of one token; causal attention counted once, no recomputation.
 
-    72 C^2 L (QKV 18, projection 6, MLP 48) + 6 C T L (scores and values, half of the square) + 6 C V (head).
-    For 124M at T=1024: 798 MFLOP, and 565 with LoRA of rank 16. The modern model has the same matmuls: a head of its
-    own is used no more often.
+    72 C^2 L (QKV 18, projection 6, MLP 48) + 12 C K L (scores and values of K keys) + 6 C V (head), where K = T / 2
+    without a window. For 124M at T=1024: 798 MFLOP, and 565 with LoRA of rank 16. The modern model has the same
+    matmuls, but for a block without attention: a head of its own is used no more often. Attention within documents
+    needs less, by how long they are; it is counted as if a sequence were one.
+
+    `window`: attention's, if it is not the model's own now.
     """
-    C, L, T, V = config.n_embd, config.n_layer, seq_len, config.padded_vocab_size
+    C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
+    without, own = 0, 0
+    if isinstance(config, ModernConfig):
+        without, own = int(config.mlp_only_layer >= 0), config.window  # blocks without attention; tokens
+    attention = 12 * C * keys_per_token(seq_len, own if window is None else window) * (L - without)
     if lora_rank:  # no gradients of the frozen weights, which are a third; instead the adapters
-        return float(48 * C * C * L + 6 * C * T * L + 4 * C * V + 6 * adapter_numbers(config, lora_rank))
-    return float(72 * C * C * L + 6 * C * T * L + 6 * C * V)
+        frozen = 48 * C * C * L - 16 * C * C * without
+        return float(frozen + attention + 4 * C * V + 6 * adapter_numbers(config, lora_rank))
+    return float(72 * C * C * L - 24 * C * C * without + attention + 6 * C * V)
 
 
 def palm_flops_per_token(config: GPTConfig, seq_len: int) -> float:

@@ -110,7 +110,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
 
 
 def update(run: TrainingRun, state: RunState, step: int, batch: Batch) -> StepStats:
-    """Make update `step`: its data, its learning rate, its window and its random numbers are functions of the step alone.
+    """Make update `step`: data, learning rate, window and random numbers are functions of the step alone.
 
     So a resume needs no state of a generator or of a loader, and there is none that could be restored wrongly.
     """

@@ -61,6 +61,8 @@ class Setup:
     ranks: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    mean_window: float | None = None
+    """Tokens that attention reaches back, on average over a run in which that grows; None: model.window all along."""
 
     @property
     def n_params(self) -> int:
@@ -79,8 +81,8 @@ class Setup:
 
     @property
     def flops_per_token(self) -> float:
-        """Matmul FLOPs of one token, forward and backward."""
-        return flops_per_token(self.model, self.seq_len, lora_rank=self.lora.rank)
+        """Matmul FLOPs of one token, forward and backward, on average over the run."""
+        return flops_per_token(self.model, self.seq_len, lora_rank=self.lora.rank, window=self.mean_window)
 
     @property
     def state_bytes(self) -> int:

@@ -55,8 +55,8 @@ class ScheduleConfig:
             )
         if not model_window:
             raise ConfigError(
-                f"schedule.window_from = {start:,} needs a window to grow to, and model.window = 0 lets attention reach "
-                "all tokens before; set model.window to that of the finished model."
+                f"schedule.window_from = {start:,} needs a window to grow to, and model.window = 0 lets attention "
+                "reach all tokens before; set model.window to that of the finished model."
             )
         if end > model_window:
             raise ConfigError(

@@ -34,7 +34,7 @@ class EvalContext:
     """The prepared data folder."""
     seq_len: int
     batch: int
-    """Sequences of `seq_len` tokens per forward pass; shorter ones are packed to as many tokens, longer ones are fewer."""
+    """Sequences of `seq_len` tokens per forward pass; shorter ones are packed to as many, long ones are fewer."""
     val_tokens: int
     """How many target tokens of the validation split to score, from its beginning."""
     on_batch: Callable[[], None] = lambda: None
@@ -66,7 +66,7 @@ class EvalContext:
 
     @property
     def pass_tokens(self) -> int:
-        """Tokens of a forward pass: `batch` sequences, but no more than so many of 8,192 tokens; at least one."""
+        """Tokens of a forward pass: `batch` sequences, of which 8,192 tokens count at most; at least one sequence."""
         return max(self.seq_len, self.batch * min(self.seq_len, LONG_SEQUENCE))
 
     def rows_of(self, n_tokens: int) -> int:
