@@ -84,6 +84,9 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
+    windows = [config.window_at(step) for step in (1, config.max_steps)]
+    if windows[0] != windows[1]:
+        say(f"attention's window grows from {windows[0]:,} to {windows[1]:,} tokens")
     if config.lora.rank:
         _say_lora(run, event["trainable_params"])
 
