@@ -17,6 +17,7 @@ from regpt2.model import gpt, modern
 from regpt2.model.architecture import switches_on
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import LoadedModel
+from regpt2.model.kernels.rotary import Rotation
 from regpt2.model.language_model import LanguageModel
 
 # L layers, H heads, T tokens, C = n_embd, D = C / H, V = vocab_size
@@ -251,7 +252,7 @@ def layer_by_layer(model: LanguageModel, ids: Tensor, keep: Callable[[Tensor], K
 
 
 def attention_weights(
-    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: modern.Rotation | None = None
+    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: Rotation | None = None
 ) -> Tensor:  # (1, T, C) -> (H, T, T)
     """softmax(q k^T / sqrt(D)) in full; the kernels that the model uses never store it."""
     if type(attn) not in (gpt.CausalSelfAttention, modern.CausalSelfAttention):
