@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from regpt2.model.language_model import GPTConfig
-from regpt2.model.modern import ModernConfig
+from regpt2.model.modern_config import ModernConfig
 
 # C = n_embd, L = n_layer, T = seq_len, K = keys that a token attends to, V = padded_vocab_size
 
@@ -14,8 +14,21 @@ def n_weights(config: GPTConfig) -> int:
     if not isinstance(config, ModernConfig):
         return (V + config.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C
     rows = V * (2 if config.untied_head else 1) + (0 if config.rotary else config.block_size)
-    norms = 2 * L + 2 if config.rms_norm else 2 * (2 * L + 1)  # an RMS norm has no bias; there is one more of them
-    return rows * C + 12 * L * C * C + norms * C
+    rows += V * config.n_value_tables
+    with_attention = sum(map(config.has_attention, range(L)))
+    norms = L + with_attention + 1
+    norms = norms + 1 if config.rms_norm else 2 * norms  # an RMS norm has no bias; there is one more of them
+    norms = 0 if config.weightless_norms else norms
+    return rows * C + (8 * L + 4 * with_attention) * C * C + norms * C + _n_scalars(config)
+
+
+def _n_scalars(config: ModernConfig) -> int:
+    """Learned scalars: two a block of x0 mixing, one or two of its values, one of each skip."""
+    mixes = 2 * config.n_layer * config.x0_mixing + config.n_layer // 2 * config.unet_skips
+    if not config.value_embeddings:
+        return mixes
+    attending = filter(config.has_attention, range(config.n_layer))
+    return mixes + sum(1 + (config.table_of(layer) is not None) for layer in attending)
 
 
 def adapter_numbers(config: GPTConfig, rank: int) -> int:
@@ -42,7 +55,8 @@ def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0, wind
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     without, own = 0, 0
     if isinstance(config, ModernConfig):
-        without, own = int(config.mlp_only_layer >= 0), config.window  # blocks without attention; tokens
+        without = L - sum(map(config.has_attention, range(L)))
+        own = config.window
     attention = 12 * C * keys_per_token(seq_len, own if window is None else window) * (L - without)
     if lora_rank:  # no gradients of the frozen weights, which are a third; instead the adapters
         frozen = 48 * C * C * L - 16 * C * C * without
