@@ -1,4 +1,4 @@
-"""Which keys each query sees. In: documents, a window; out: a mask for attention, made once in a pass for all layers."""
+"""Which keys each query sees. In: documents, a window; out: a mask for attention, made once for all layers."""
 
 import torch
 from torch import Tensor
