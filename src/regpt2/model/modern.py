@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from regpt2.base.errors import ConfigError
 from regpt2.model.gpt import Embedding, LayerNorm, Linear
-from regpt2.model.kernels.attention import DocumentMask, causal_attention, document_mask, document_numbers
+from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
+from regpt2.model.kernels.masks import Mask, document_numbers, visible_keys
 from regpt2.model.kernels.norm import RMS_EPS, reciprocal_rms, rms_norm, widened
 from regpt2.model.kernels.recompute import recomputed
 from regpt2.model.language_model import GPTConfig, LanguageModel, LayerCache, places_of
@@ -168,7 +169,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None, rotation: Rotation | None, mask: DocumentMask | None
+        self, x: Tensor, cache: LayerCache | None, rotation: Rotation | None, mask: Mask | None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
@@ -215,7 +216,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None, rotation: Rotation | None, mask: DocumentMask | None
+        self, x: Tensor, cache: LayerCache | None, rotation: Rotation | None, mask: Mask | None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), cache, rotation, mask)
         x = x + self.mlp(self.ln_2(x))
@@ -233,6 +234,7 @@ class ModernGPT(LanguageModel):
     def __init__(self, config: ModernConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config: ModernConfig = config
+        self.set_window(config.window)
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rotary:
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -290,11 +292,12 @@ class ModernGPT(LanguageModel):
             x = self.ln_emb(x)
         x = x.to(dtype or x.dtype)
         seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
-        mask: DocumentMask | None = seen
+        numbers = None
         if config.document_mask:
             all_ids = ids if caches is None else caches[0].append_ids(ids)  # (B, S)
             numbers = document_numbers(all_ids, config.end_of_text % config.vocab_size)  # (B, S); -1 is the last id
-            mask = document_mask(numbers, T, seen)
+        S = T if caches is None else caches[0].n_keys(T)
+        mask = visible_keys(T, S, device=x.device, documents=numbers, window=self.window, seen=seen)
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], rotation, mask)
         x = self.ln_f(x)
