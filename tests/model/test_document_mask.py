@@ -12,8 +12,9 @@ from torch.nn.attention import flex_attention
 from regpt2.base.ranks.world import World
 from regpt2.evals import EvalContext
 from regpt2.evals.scoring.endings import Question, score_endings
-from regpt2.model.kernels import attention
-from regpt2.model.kernels.attention import causal_attention, document_mask, document_numbers
+from regpt2.model.kernels import attention, masks
+from regpt2.model.kernels.attention import causal_attention
+from regpt2.model.kernels.masks import Mask, document_numbers, visible_keys
 from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.sampling.generate import KVCache, generate
 
@@ -67,6 +68,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return scores.masked_fill(torch.tensor(hidden)[:, None], -torch.inf).softmax(dim=3) @ v
 
 
+def mask_of(ids: Tensor, n_queries: int | None = None) -> Mask | None:
+    """What the last tokens of ids (B, S) see, by default all of them."""
+    S = ids.shape[1]
+    return visible_keys(n_queries or S, S, device=ids.device, documents=document_numbers(ids, END))
+
+
 def model_of(block_size: int = 256, **switches: object) -> ModernGPT:
     """Random weights in fp64, large enough that the tokens before matter."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "vocab_size": END + 1}
@@ -90,11 +97,11 @@ def test_attention_is_the_definition(n_queries: int, block: int, monkeypatch: py
     ids = rows()
     q, k, v = qkv(len(ids))
     q = q[:, :, -n_queries:]
-    mask = document_mask(document_numbers(ids, END), n_queries)
+    mask = mask_of(ids, n_queries)
     ours = causal_attention(q, k, v, mask=mask)
     assert np.allclose(ours.detach().numpy(), by_definition(q, k, v, ids), rtol=0, atol=1e-12)
-    assert isinstance(mask, Tensor)
-    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # the way of other devices
+    table = masks._table(n_queries, T, ids.device, document_numbers(ids, END), 0)  # the way of other devices
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=table)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
@@ -103,7 +110,7 @@ def test_the_gradient_is_that_of_a_dense_mask(block: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "_BLOCK", block)  # of 16: by the backward pass that computes weights again
     ids = rows()
     inputs = qkv(len(ids))
-    mask = document_mask(document_numbers(ids, END), T)
+    mask = mask_of(ids)
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     got = torch.autograd.grad((causal_attention(*inputs, mask=mask) * weight).sum(), inputs)
     wanted = torch.autograd.grad((dense(*inputs, ids) * weight).sum(), inputs)
@@ -114,16 +121,16 @@ def test_the_gradient_is_that_of_a_dense_mask(block: int, monkeypatch: pytest.Mo
 def test_long_sequences_in_the_types_of_training(dtype: torch.dtype, atol: float) -> None:
     ids = rows([[], [100, 256, 290]], 300)
     q, k, v = qkv(2, 300, dtype)
-    mask = document_mask(document_numbers(ids, END), 300)
+    mask = mask_of(ids)
     ours = causal_attention(q, k, v, mask=mask)
     assert np.allclose(ours.detach().double().numpy(), by_definition(q, k, v, ids), rtol=0, atol=atol)
-    assert torch.equal(ours[0], causal_attention(q[:1], k[:1], v[:1], mask=mask[:1])[0])  # type: ignore[index]
+    assert torch.equal(ours[0], causal_attention(q[:1], k[:1], v[:1], mask=mask_of(ids[:1]))[0])
 
 
 def test_dropout_is_within_documents_too() -> None:
     ids = rows()
     q, k, v = (z.detach() for z in qkv(len(ids)))
-    mask = document_mask(document_numbers(ids, END), T)
+    mask = mask_of(ids)
     dropped = causal_attention(q, k, v, dropout_p=0.5, mask=mask)
     assert not torch.allclose(dropped, causal_attention(q, k, v, mask=mask))
     v[3, :, :15] += 100.0  # a document that those after it do not see
@@ -212,11 +219,11 @@ def test_endings_are_scored_within_their_documents() -> None:
 def test_a_compiler_gets_one_graph_with_the_same_gradients(flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention, which a GPU takes, by its definition: on a CPU, its mask made in the graph, and its gradient."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # it allows no gradient on a CPU
-    monkeypatch.setattr(attention, "_takes_flex", lambda *_: flex and torch.compiler.is_compiling())
+    monkeypatch.setattr(masks, "_takes_flex", lambda *_: flex and torch.compiler.is_compiling())
     ids = rows([[], [0, 100, 128, 129, 200]], 256)
 
     def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = document_mask(document_numbers(ids, END), 256)
+        mask = mask_of(ids)
         return causal_attention(causal_attention(q, k, v, mask=mask), k, v, mask=mask)
 
     compiled = torch.compile(two_layers, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -231,7 +238,7 @@ def test_a_compiler_gets_one_graph_with_the_same_gradients(flex: bool, monkeypat
 @pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore")
 def test_the_mask_of_a_compiled_model_is_flexattentions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_takes_flex", lambda *_: torch.compiler.is_compiling())
+    monkeypatch.setattr(masks, "_takes_flex", lambda *_: torch.compiler.is_compiling())
     model, ids = model_of(n_layer=1), rows([[], [0, 100, 128, 129, 200]], 256)
     graphs: list[torch.fx.GraphModule] = []
 

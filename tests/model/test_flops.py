@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regpt2.model.flops import adapter_numbers, flops_per_token, keys_per_token, mfu, n_weights, palm_flops_per_token
+from regpt2.model.flops import adapter_numbers, flops_per_token, keys_per_query, mfu, n_weights, palm_flops_per_token
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.training.lora import LoraConfig, with_adapters
@@ -58,17 +58,18 @@ def test_mfu_is_unknown_rather_than_wrong() -> None:
 
 def test_a_window_costs_the_keys_that_it_shows_and_a_block_without_attention_costs_none() -> None:
     T, C = 4096, 768
+    whole = ModernConfig(block_size=T)
     for window in (128, 1000, 4096, 9000):
         seen = sum(min(t + 1, window) for t in range(T)) / T
-        assert keys_per_token(T, window) == pytest.approx(seen, abs=1)
-    assert keys_per_token(T) == T / 2
-    whole, narrow = ModernConfig(block_size=T), ModernConfig(block_size=T, window=128)
+        assert keys_per_query(whole, T, window) == pytest.approx(seen, abs=1)
+    assert keys_per_query(whole, T) == T / 2
+    narrow = ModernConfig(block_size=T, window=128)
     per_key = 12 * C * 12
     saved = flops_per_token(whole, T) - flops_per_token(narrow, T)
-    assert saved == pytest.approx(per_key * (T / 2 - keys_per_token(T, 128)))
+    assert saved == pytest.approx(per_key * (T / 2 - keys_per_query(narrow, T)))
     assert flops_per_token(narrow, T, window=T) == flops_per_token(whole, T)
     without = flops_per_token(ModernConfig(block_size=T, window=128, mlp_only_layer=7), T)
-    assert flops_per_token(narrow, T) - without == pytest.approx(24 * C * C + 12 * C * keys_per_token(T, 128))
+    assert flops_per_token(narrow, T) - without == pytest.approx(24 * C * C + 12 * C * keys_per_query(narrow, T))
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ class LayerCache(Protocol):
     mask: Tensor | None
     """Which of all keys the new queries see (B or 1, 1, T, S); None: as in causal attention."""
 
+    def n_keys(self, T: int) -> int:
+        """S: how many keys the next T tokens get, their own among them."""
+        ...
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new (B, H, T, D) and return all (B, H, S, D)."""
         ...

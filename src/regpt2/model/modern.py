@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regpt2.model.gpt import Embedding, LayerNorm, Linear
-from regpt2.model.kernels.attention import DocumentMask, causal_attention, document_numbers
+from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
-from regpt2.model.kernels.masks import visible_keys
+from regpt2.model.kernels.masks import Mask, document_numbers, visible_keys
 from regpt2.model.kernels.mixing import mixed
 from regpt2.model.kernels.norm import rms_norm
 from regpt2.model.kernels.recompute import recomputed
@@ -52,7 +52,7 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         cache: LayerCache | None,
         rotation: Rotation | None,
-        mask: DocumentMask | None,
+        mask: Mask | None,
         values: Tensor | None,
     ) -> Tensor:  # (B, T, C), and value embeddings (B, T, C) -> (B, T, C)
         B, T, C = x.shape
@@ -110,7 +110,7 @@ class Block(nn.Module):
         x: Tensor,
         cache: LayerCache | None,
         rotation: Rotation | None,
-        mask: DocumentMask | None,
+        mask: Mask | None,
         x0: Tensor,
         values: Tensor | None,
     ) -> Tensor:  # (B, T, C), what the first block reads, and value embeddings, two of (B, T, C) -> (B, T, C)
@@ -132,7 +132,7 @@ def norm_of(config: ModernConfig) -> nn.Module:
 class ModernGPT(LanguageModel):
     """GPT-2's blocks with the ingredients that `config` switches on."""
 
-    _reach: Tensor | None = None  # (), on the device of the weights
+    _window: Tensor | None = None  # (), on the device of the weights; None: there has never been one
 
     def __init__(self, config: ModernConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -189,11 +189,11 @@ class ModernGPT(LanguageModel):
     def set_window(self, tokens: int) -> None:
         """As LanguageModel.set_window. A compiled pass reads a tensor, for a new number would compile it again."""
         super().set_window(tokens)
-        reach, device = tokens or self.config.block_size, self.wte.weight.device  # 0: farther than any token is back
-        if self._reach is not None and self._reach.device == device:
-            self._reach.fill_(reach)
-        elif tokens or self._reach is not None:
-            self._reach = torch.tensor(reach, device=device)
+        device = self.wte.weight.device
+        if self._window is not None and self._window.device == device:
+            self._window.fill_(tokens)
+        elif tokens or self._window is not None:
+            self._window = torch.tensor(tokens, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModernGPT":
         """Whatever moves the weights: the window's tensor, which is no buffer, moves too."""
@@ -220,7 +220,7 @@ class ModernGPT(LanguageModel):
             x = self.ln_emb(x)
         x = x0 = F.dropout(x.to(dtype or x.dtype), config.dropout, self.training)
         tables = [table(ids).to(x.dtype) for table in self.wve] if config.value_embeddings else []  # of (B, T, C)
-        mask = self._visible_keys(ids, caches, position)
+        mask = self._visible_keys(ids, caches)
         outputs: list[Tensor] = []  # of the first half
         for i, block in enumerate(self.h):
             mirrored = i - config.n_layer // 2
@@ -234,22 +234,17 @@ class ModernGPT(LanguageModel):
         x = self.ln_f(x)
         return x
 
-    def _visible_keys(
-        self, ids: Tensor, caches: list[LayerCache] | None, position: int | Tensor
-    ) -> DocumentMask | None:
-        """The mask of all blocks, made once."""
+    def _visible_keys(self, ids: Tensor, caches: list[LayerCache] | None) -> Mask | None:
+        """The mask of all blocks, made once in a pass."""
         config, T = self.config, ids.shape[1]
         seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
         documents = None
-        S = T + position if isinstance(position, int) else 0
-        if seen is not None:
-            S = seen.shape[3]
         if config.document_mask:
             all_ids = ids if caches is None else caches[0].append_ids(ids)  # (B, S)
             documents = document_numbers(all_ids, config.end_of_text % config.vocab_size)  # (B, S); -1 is the last id
-            S = documents.shape[1]
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        window = self._reach if compiling and self._reach is not None else self.window
+        S = T if caches is None else caches[0].n_keys(T)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        window = self._window if compiled and self._window is not None else self.window
         return visible_keys(T, S, device=ids.device, documents=documents, window=window, seen=seen)
 
     def head(self, x: Tensor) -> Tensor:

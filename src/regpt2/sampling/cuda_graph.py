@@ -24,6 +24,9 @@ class _StaticLayer:
         self.k, self.v, self.position = k, v, position  # two of (B, H, S, D), (1,)
         self.mask: Tensor | None = mask  # (1, 1, 1, S)
 
+    def n_keys(self, T: int) -> int:
+        return self.k.shape[2]
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, 1, D) -> (B, H, S, D)
         return self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v)
 

@@ -75,6 +75,9 @@ class _LayerView:
     def __init__(self, cache: KVCache, layer: int) -> None:
         self.cache, self.k, self.v = cache, cache.k[layer], cache.v[layer]  # (B, H, S, D)
 
+    def n_keys(self, T: int) -> int:
+        return self.cache.length + (T if self.cache.places is None else 0)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, length + T, D)
         start, T = self.cache.length, k.shape[2]
         if self.cache.places is not None:

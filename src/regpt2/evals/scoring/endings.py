@@ -134,6 +134,9 @@ class _SharedContext:
         self.kept_ids: Tensor | None = None  # (Q, c)
         self.which = torch.empty(0, dtype=torch.int64)  # (R,): the context of each ending in this pass
 
+    def n_keys(self, T: int) -> int:
+        return T if self.kept is None else self.kept[0].shape[2] + T
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (R, H, T, D) -> (R, H, c + T, D)
         if self.kept is None:
             self.kept = k.contiguous(), v.contiguous()  # views would hold the queries too

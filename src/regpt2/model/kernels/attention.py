@@ -1,7 +1,7 @@
 """Causal attention. In: queries, keys, values (B, H, T, D); out: what each token gathers from itself and those before.
 
-It computes softmax(q k^T / sqrt(D)) v with the future masked, and with a mask also other documents. The kernel depends
-on the device.
+It computes softmax(q k^T / sqrt(D)) v with the future masked, and with a mask also other documents and what is beyond
+a window. The kernel depends on the device.
 """
 
 from collections.abc import Iterator
@@ -13,27 +13,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from regpt2.model.kernels.masks import Mask, Reach
 
 # B sequences, H heads, T queries, S keys, D = head width, n queries in a block, s keys that they may see
 
 _BLOCK = 256  # queries at a time: of 128, 256 and 512 the fastest at T=1024 with and without gradient
-_FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
 _PLANS = ("cuda",)  # devices where torch may take cuDNN's attention
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WINDOW_MULTIPLE = 256  # without gradients only such lengths are worth a plan: those of whole windows
 
-DocumentMask = Tensor | BlockMask
-"""Which keys each query sees: (B, 1, T, S) bool, or the same for FlexAttention."""
 
-
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, mask: DocumentMask | None = None
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, mask: Mask | None = None) -> Tensor:
     """(B, H, T, D) from q (B, H, T, D), k and v (B, H, S, D): the queries are the last T of S tokens.
 
     Keys and values may be of another type than the queries, which is then the type of the mathematics. `mask` comes
-    from `document_mask`; without one a token sees all that come before.
+    from `visible_keys`; without one a token sees all that come before.
     """
     if q.dtype != k.dtype:
         return causal_attention(q.to(k.dtype), k, v, dropout_p=dropout_p, mask=mask).to(q.dtype)
@@ -41,6 +37,8 @@ def causal_attention(
         assert not dropout_p, "FlexAttention has no dropout"
         return flex_attention(q, k, v, block_mask=mask)
     T, S = q.shape[2], k.shape[2]
+    if isinstance(mask, Reach):
+        return _in_blocks(q, k, v, dropout_p, mask)
     if torch.compiler.is_exporting():  # one graph for every T: no branch may depend on it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     small = T <= _BLOCK or q.dtype == torch.bfloat16
@@ -79,54 +77,18 @@ def _small_products(*, on: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def document_numbers(ids: Tensor, end_id: int) -> Tensor:
-    """(B, S), the number of the document that each token of ids (B, S) is in, within its row.
-
-    <|endoftext|>, `end_id`, comes first in a document. What is before the first one is the end of document 0.
-    """
-    return (ids == end_id).cumsum(dim=1, dtype=torch.int32)
-
-
-def document_mask(documents: Tensor, T: int, seen: Tensor | None = None) -> DocumentMask:
-    """Each of the last T tokens sees itself and those before it in its own document; documents (B, S) has the numbers.
-
-    With `seen` (B, 1, 1, S) each row has one query, the last token that it sees. Made once in a pass, for all layers.
-    """
-    S = documents.shape[1]
-    if seen is not None:
-        there = documents[:, None, None, :]  # (B, 1, 1, S)
-        return seen & (there == there.where(seen, 0).amax(dim=3, keepdim=True))  # numbers grow along a row
-    if _takes_flex(documents, T):
-        return _block_mask(documents)
-    own = documents[:, None, S - T :, None] == documents[:, None, None, :]  # (B, 1, T, S)
-    return own & _past(T, S, documents.device)
-
-
-def _takes_flex(documents: Tensor, T: int) -> bool:
-    """FlexAttention skips blocks of keys that no query sees. Uncompiled it is slower than a plain mask."""
-    is_compiled_on_gpu = documents.device.type == "cuda" and torch.compiler.is_compiling()
-    return is_compiled_on_gpu and documents.shape[1] == T and T % _FLEX_BLOCK == 0
-
-
-def _block_mask(documents: Tensor) -> BlockMask:
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (documents[b, key] == documents[b, query])
-
-    B, T = documents.shape
-    return create_block_mask(sees, B, None, T, T, device=documents.device, BLOCK_SIZE=_FLEX_BLOCK)
-
-
 def _past(T: int, S: int, device: torch.device) -> Tensor:
     """(T, S): each of the last T tokens sees itself and those before it."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None) -> Tensor:
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | Reach | None = None) -> Tensor:
     """Matrix products of blocks of queries with the keys that they may see.
 
     On a CPU torch's flash attention spends its time in the backward pass: forward and backward together this is 5 to 8
     times faster at T = 64 and 128, and 1.7 times in bf16 at T = 1024. In fp32 at T = 1024 it is slower, and used only
-    with a mask.
+    with a mask. By a rule (`Reach`), keys that no query of a block sees are left out, so that the cost is that of the
+    window.
     """
     B, H, T, D = q.shape
     q, k, v = (z.reshape(B * H, -1, D) for z in (q, k, v))  # (B H, T, D), two of (B H, S, D)
@@ -137,29 +99,34 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor |
     return gathered.view(B, H, T, D)
 
 
-def _gather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+def _gather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Reach | None, dropout_p: float = 0.0) -> Tensor:
     """(B H, T, D): autograd would keep the weights, T x S of them for each head."""
-    blocks = [F.dropout(_weights(q, k, mask, i, j), dropout_p) @ v[:, j] for i, j in _blocks(q, k)]
+    blocks = [F.dropout(_weights(q, k, mask, i, j), dropout_p) @ v[:, j] for i, j in _blocks(q, k, mask)]
     return torch.cat(blocks, dim=1)
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+def _blocks(q: Tensor, k: Tensor, mask: Tensor | Reach | None) -> Iterator[tuple[slice, slice]]:
     """Which queries go together, and which keys they see."""
     T, past = q.shape[1], k.shape[1] - q.shape[1]  # tokens before the first query
     for start in range(0, T, _BLOCK):
         end = min(T, start + _BLOCK)
-        yield slice(start, end), slice(0, past + end)
+        first = mask.first_key(past + start) if isinstance(mask, Reach) else 0
+        yield slice(start, end), slice(first, past + end)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, i: slice, j: slice) -> Tensor:
+def _weights(q: Tensor, k: Tensor, mask: Tensor | Reach | None, i: slice, j: slice) -> Tensor:
     """(B H, n, s): how much queries i take from each of keys j; the last of these queries is at the last key."""
     q, k = q[:, i], k[:, j]
     n, s = q.shape[1], k.shape[1]
     if mask is None:
         unseen = torch.full((n, s), float("-inf"), dtype=q.dtype).triu(s - n + 1)
     else:
-        unseen = torch.where(mask[:, :, i, j], 0.0, float("-inf")).to(q.dtype)  # (B, 1, n, s)
-        unseen = unseen.expand(-1, len(q) // len(mask), n, s).reshape(-1, n, s)  # (B H, n, s)
+        if isinstance(mask, Reach):
+            hidden = mask.hidden(range(j.stop - n, j.stop), range(j.start, j.stop), q.device)  # (B or 1, 1, n, s)
+        else:
+            hidden = ~mask[:, :, i, j]  # (B, 1, n, s)
+        unseen = torch.where(hidden, float("-inf"), 0.0).to(q.dtype)  # (B or 1, 1, n, s)
+        unseen = unseen.expand(-1, len(q) // len(hidden), n, s).reshape(-1, n, s)  # (B H, n, s)
     return torch.softmax(torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=q.shape[2] ** -0.5), dim=-1)
 
 
@@ -167,17 +134,22 @@ class _Blocks(torch.autograd.Function):
     """`_gather` that computes the weights again in the backward pass instead of keeping them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        return _gather(q, k, v, mask)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Reach | None) -> Tensor:
+        ctx.rule = mask if isinstance(mask, Reach) else None
+        ctx.save_for_backward(q, k, v, None if isinstance(mask, Reach) else mask)
+        out = torch.empty_like(q)
+        for i, j in _blocks(q, k, mask):
+            out[:, i] = _weights(q, k, mask, i, j) @ v[:, j]
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, table = ctx.saved_tensors
+        mask = ctx.rule or table
         scale = q.shape[2] ** -0.5
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, j in _blocks(q, k):
+        for i, j in _blocks(q, k, mask):
             weights = _weights(q, k, mask, i, j)  # (B H, n, s)
             d_v[:, j].baddbmm_(weights.transpose(1, 2), d_out[:, i])
             d_weights = d_out[:, i] @ v[:, j].transpose(1, 2)  # (B H, n, s)
