@@ -8,6 +8,7 @@ import pytest
 from regpt2.references import curves
 from regpt2.references.curves import Curve, choose, load
 from regpt2.references.run_facts import dataset_of
+from regpt2.references.scores import comparable
 
 ENDS = {  # as the sources print them
     "fineweb_gpt2_124m_llmc": (19_560, 3.2722),
@@ -111,3 +112,10 @@ def test_among_several_auto_takes_the_one_of_the_runs_schedule(
 ) -> None:
     found = choose("auto", dataset, n_params, schedule)
     assert found is not None and found.name == name
+
+
+def test_a_loss_in_long_windows_is_not_compared_with_gpt2s() -> None:
+    both, one = ("loss", "loss_1024", "perplexity"), ("loss", "perplexity")
+    assert [comparable("val_loss", metric, both) for metric in both] == ["", "loss", "perplexity"]
+    assert [comparable("val_loss", metric, one) for metric in one] == list(one)
+    assert comparable("lambada", "loss", both) == "loss"
