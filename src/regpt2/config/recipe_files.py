@@ -143,5 +143,5 @@ def _rebuilt(config: Any, kind: Any) -> Any:
     if type(config) is kind:
         return config
     both = ({field.name for field in dataclasses.fields(one)} for one in (config, kind))
-    common = set.intersection(*both) - {"architecture", "dropout"}  # modern has none
+    common = set.intersection(*both) - {"architecture"}
     return kind(**{name: getattr(config, name) for name in common})

@@ -17,6 +17,7 @@ from regpt2.model import gpt, modern
 from regpt2.model.architecture import switches_on
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import LoadedModel
+from regpt2.model.kernels.rotary import Rotation
 from regpt2.model.language_model import LanguageModel
 
 # L layers, H heads, T tokens, C = n_embd, D = C / H, V = vocab_size
@@ -26,11 +27,14 @@ Kept = TypeVar("Kept")
 
 PARTS = {  # a parameter belongs to the first part that is in its name
     "token embeddings": "wte",
+    "value embeddings": "wve",
     "position embeddings": "wpe",
     "attention": ".attn.",
     "MLP": ".mlp.",
     "norms": "ln_",
     "head": "lm_head",
+    "x0 mixing": ".mix",
+    "U-net skips": "skips",
 }
 HABITS = {
     "previous": "the token before",
@@ -229,29 +233,36 @@ def all_attention_weights(model: LanguageModel, ids: Tensor) -> Tensor:  # (T,) 
 
 @torch.no_grad()
 def layer_by_layer(model: LanguageModel, ids: Tensor, keep: Callable[[Tensor], Kept]) -> list[Kept]:
-    """What `keep` makes of the attention weights (H, T, T) of each layer. Whole, those of a large model are many."""
-    kept: list[Kept] = []
+    """What `keep` makes of the attention weights (H, T, T) of each layer. Whole, those of a large model are many.
+
+    A layer without attention has zeros.
+    """
+    nothing = torch.zeros(model.config.n_head, len(ids), len(ids), device=ids.device)
+    has_attention = [getattr(block, "has_attention", True) for block in model.h]
+    seen: list[Kept] = []
 
     def look(attn: Any, given: tuple[Any, ...]) -> None:  # before each layer's attention begins
         x, _cache, *rotation_and_mask = given
-        kept.append(keep(attention_weights(attn, x, *rotation_and_mask[:1])))
+        seen.append(keep(attention_weights(attn, x, *rotation_and_mask[:1])))
 
-    if other := next((block for block in model.h if not hasattr(block, "attn")), None):
+    blocks = [block for block, has in zip(model.h, has_attention, strict=True) if has]
+    if other := next((block for block in blocks if not hasattr(block, "attn")), None):
         raise UsageError(
             f"attention maps need this package's attention, this model has {type(other).__name__}s instead, as with "
             "--dtype int8."
         )
-    hooks = [block.get_submodule("attn").register_forward_pre_hook(look) for block in model.h]
+    hooks = [block.get_submodule("attn").register_forward_pre_hook(look) for block in blocks]
     try:
         model.hidden(ids[None])
     finally:
         for hook in hooks:
             hook.remove()
-    return kept
+    in_turn = iter(seen)
+    return [next(in_turn) if has else keep(nothing) for has in has_attention]
 
 
 def attention_weights(
-    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: modern.Rotation | None = None
+    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: Rotation | None = None
 ) -> Tensor:  # (1, T, C) -> (H, T, T)
     """softmax(q k^T / sqrt(D)) in full; the kernels that the model uses never store it."""
     if type(attn) not in (gpt.CausalSelfAttention, modern.CausalSelfAttention):

@@ -41,5 +41,5 @@ def _entry(name: object) -> Any:
 def switches_on(config: GPTConfig) -> list[str]:
     """The settings that a model has switched on and GPT-2 does not have."""
     common = {field.name for field in fields(GPTConfig)}
-    own = [field for field in fields(config) if field.name not in common and type(field.default) is not int]
-    return [field.name for field in own if getattr(config, field.name)]  # a whole number, as an id, is no switch
+    own = [field.name for field in fields(config) if field.name not in common]
+    return [name for name in own if name != "end_of_text" and getattr(config, name) not in (False, -1)]  # False is 0

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from regpt2.base.errors import ConfigError
 from regpt2.model.files.fill_model import tensors_of
-from regpt2.model.language_model import VOCABULARY, GPTConfig, LanguageModel
+from regpt2.model.language_model import GPTConfig, LanguageModel, has_token_rows
 
-FREE = ("dropout", "vocab_multiple", "document_mask", "end_of_text")  # no weight has another meaning or shape with them
+# No weight has another meaning or shape with them.
+FREE = ("dropout", "vocab_multiple", "document_mask", "end_of_text", "window")
 
 
 def require_fit(source: GPTConfig, wanted: Mapping[str, Any], name: str) -> None:
@@ -59,7 +60,7 @@ def fitted(
     tensors = tensors_of(model)
     if "wpe.weight" in tensors:
         tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size]
-    for name in VOCABULARY & tensors.keys() if new_ids else ():
+    for name in filter(has_token_rows, list(tensors)) if new_ids else ():
         old = tensors[name]  # (old vocab_size, C)
         is_token = torch.ones(len(old), dtype=torch.bool).index_fill(
             0, torch.tensor([*textless], dtype=torch.long), False

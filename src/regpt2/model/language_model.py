@@ -16,7 +16,11 @@ from regpt2.model.kernels.activation import GELU_FORMS, Activation
 # B sequences, T tokens, S = T + tokens in the cache, C = n_embd, H = n_head, D = C / H
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-VOCABULARY = {"wte.weight", "lm_head.weight"}  # matrices with a row for each token, and rows of padding
+
+
+def has_token_rows(name: str) -> bool:
+    """Is this parameter a matrix with a row for each token, and behind them rows of padding, which are zero?"""
+    return name in ("wte.weight", "lm_head.weight") or name.startswith("wve.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,17 @@ class LayerCache(Protocol):
         ...
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new (B, H, T, D) and return all (B, H, S, D)."""
+        """Keep new (B, H, T, D) and return all that they may see (B, H, S, D).
+
+        In the order of the sequence, but for one query, for which the order is free.
+        """
         ...
 
-    def append_ids(self, ids: Tensor) -> Tensor:
-        """Keep new (B, T) and return all (B, S): for a model whose attention depends on them."""
+    def append_documents(self, numbers: Tensor) -> Tensor:
+        """Keep the numbers of documents (B, T), counted from the last token before, and return all (B, S).
+
+        For a model whose attention depends on them. They come in the order of the keys.
+        """
         ...
 
 
@@ -119,7 +129,7 @@ class LanguageModel(nn.Module, ABC):
     def n_params(self) -> int:
         """Parameters, without the padding rows of the vocabulary: 124,439,808 for GPT-2's 124M model."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
-        padded = [p for name, p in self.named_parameters() if name in VOCABULARY]
+        padded = [p for name, p in self.named_parameters() if has_token_rows(name)]
         return sum(p.numel() for p in self.parameters()) - sum(padding * p.shape[1] for p in padded)
 
     @abstractmethod

@@ -109,7 +109,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
 
 
 def update(run: TrainingRun, state: RunState, step: int, batch: Batch) -> StepStats:
-    """Make update `step`: its data, its learning rate and its random numbers are functions of the step alone.
+    """Make update `step`: its data, its rates and its random numbers are functions of the step alone.
 
     So a resume needs no state of a generator or of a loader, and there is none that could be restored wrongly.
     """
@@ -119,6 +119,7 @@ def update(run: TrainingRun, state: RunState, step: int, batch: Batch) -> StepSt
         run.optimizer,
         [(on_device(x, run.world.device), on_device(y, run.world.device)) for x, y in batch.micro_batches],
         lr=learning_rate(config.schedule, config.optim.lr, step, config.max_steps),
+        momentum=config.optim.muon.momentum_at(step),
         grad_clip=config.optim.grad_clip,
         world=run.world,
         ordered=run.ordered,

@@ -118,6 +118,7 @@ def merged(view: LanguageModel) -> LanguageModel:
         plain = build_model(view.config)
     give_memory(plain, next(view.parameters()).device)
     plain.trained_seq_len = view.trained_seq_len
+    plain.set_window(view.window)
     for name, p in plain.named_parameters():
         p.copy_(view.get_parameter(name))
     for name, part in view.named_modules():

@@ -16,6 +16,12 @@ from regpt2.training.ranks.strategy import shard_like
 
 NamedParameters = list[tuple[str, Tensor]]
 
+_RATES = {  # learning rates of their own, and why one may have no effect
+    "embedding_lr": "this model has no embedding.",
+    "head_lr": "this model's head is its embedding (optim.embedding_lr).",
+    "value_embedding_lr": "this model has no value embeddings (model.value_embeddings).",
+    "scalar_lr": "this model has no learned scalars (model.x0_mixing, unet_skips, value_embeddings).",
+}
 _FUSED_ON = ("cpu", "cuda")  # not "mps": its kernel ignores found_inf, so a bad update would be made
 
 
@@ -47,12 +53,24 @@ class MuonConfig:
     def __post_init__(self) -> None:
         _check_positive("optim.muon.lr", self.lr)
         _check_not_negative("optim.muon.weight_decay", self.weight_decay)
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"optim.muon.momentum = {self.momentum} must be at least 0 and below 1.")
+        for name in ("momentum", "momentum_from"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.muon.{name} = {getattr(self, name)} must be at least 0 and below 1.")
+        if self.momentum_warmup_steps < 0:
+            raise ConfigError(
+                f"optim.muon.momentum_warmup_steps = {self.momentum_warmup_steps} must be at least 0 (0 = none)."
+            )
         if self.ns_steps < 1:
             raise ConfigError(f"optim.muon.ns_steps = {self.ns_steps} must be at least 1.")
         if not all(map(math.isfinite, self.ns_coefficients)):
             raise ConfigError(f"optim.muon.ns_coefficients = {self.ns_coefficients} must be finite.")
+
+    def momentum_at(self, step: int) -> float:
+        """The momentum of update `step`, from 1: the first has `momentum_from`, as in modded-nanogpt."""
+        done = step - 1
+        if not self.momentum_from or done >= self.momentum_warmup_steps:
+            return self.momentum
+        return self.momentum_from + (self.momentum - self.momentum_from) * done / self.momentum_warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +105,7 @@ class OptimConfig:
         _check_positive("optim.lr", self.lr)
         if not self.eps > 0:
             raise ConfigError(f"optim.eps = {self.eps} must be above 0: weights that never had a gradient are 0 / eps.")
-        for name in ("embedding_lr", "head_lr", "weight_decay", "grad_clip"):
+        for name in ("embedding_lr", "head_lr", "value_embedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
             _check_not_negative(f"optim.{name}", getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must each be at least 0 and below 1.")
@@ -158,15 +176,26 @@ def parameter_groups(named_parameters: NamedParameters, config: OptimConfig) -> 
 
     `lr_ratio` is a group's learning rate relative to `config.lr`: the schedule moves all of them alike.
     """
-    own = {"wte.weight": config.embedding_lr, "wpe.weight": config.embedding_lr, "lm_head.weight": config.head_lr}
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in named_parameters:
         decay = config.weight_decay if p.dim() >= 2 else 0.0
-        groups.setdefault((own.get(name) or config.lr, decay), []).append(p)
+        lr = getattr(config, _rate_of(name)) or config.lr
+        groups.setdefault((lr, decay), []).append(p)
     return [
         {"params": parameters, "lr": lr, "lr_ratio": lr / config.lr, "weight_decay": decay}
         for (lr, decay), parameters in groups.items()
     ]
+
+
+def _rate_of(name: str) -> str:
+    """The option that is this parameter's learning rate."""
+    if name in ("wte.weight", "wpe.weight"):
+        return "embedding_lr"
+    if name.startswith("wve."):
+        return "value_embedding_lr"
+    if name.rpartition(".")[2] in ("mix", "value_mix", "skips"):
+        return "scalar_lr"
+    return "head_lr" if name == "lm_head.weight" else "lr"
 
 
 def can_fuse(parameters: list[Tensor]) -> bool:
@@ -187,14 +216,20 @@ def unused_options(config: OptimConfig, model: nn.Module) -> list[str]:
         for name in ignored
         if getattr(config, name) != getattr(OptimConfig(), name)
     ]
-    names = {name: p.requires_grad for name, p in model.named_parameters()}
+    muon = config.muon
+    if "muon" not in ignored and bool(muon.momentum_from) != bool(muon.momentum_warmup_steps):
+        set_one, other = "momentum_from", "momentum_warmup_steps"
+        if not muon.momentum_from:
+            set_one, other = other, set_one
+        unused.append(f"optim.muon.{set_one} has no effect without optim.muon.{other}.")
+    learns = {name: p.requires_grad for name, p in model.named_parameters()}
+    rates = {_rate_of(name) for name in learns}
     frozen = "the model's own weights are frozen, its adapters train (lora.rank)."
-    if not names["wte.weight"]:
-        unused += [
-            f"optim.{name} has no effect: {frozen}" for name in ("embedding_lr", "head_lr") if getattr(config, name)
-        ]
-    elif config.head_lr and "lm_head.weight" not in names:
-        unused.append("optim.head_lr has no effect: this model's head is its embedding (optim.embedding_lr).")
+    for option, why in _RATES.items():
+        if getattr(config, option) and not learns["wte.weight"]:
+            unused.append(f"optim.{option} has no effect: {frozen}")
+        elif getattr(config, option) and option not in rates:
+            unused.append(f"optim.{option} has no effect: {why}")
     return unused
 
 

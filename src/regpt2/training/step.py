@@ -55,6 +55,7 @@ def train_step(
     batches: Sequence[tuple[Tensor, Tensor]],
     *,
     lr: float,
+    momentum: float | None = None,
     grad_clip: float,
     world: World,
     ordered: bool = False,
@@ -69,6 +70,7 @@ def train_step(
     Args:
         batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
         lr: of groups that have no `lr_ratio`; the others' is that times their ratio.
+        momentum: of Muon's group, whose momentum may rise; None: as the optimizer was built.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         weights: each micro-batch's share of the update's targets that count in the loss, over all ranks, where not
@@ -101,6 +103,8 @@ def train_step(
 
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
+        if momentum is not None and "momentum_warmup_steps" in group:
+            group["momentum"] = momentum
     _update_if(optimizer, accepted)
     optimizer.zero_grad(set_to_none=True)  # None, not zeros: the next backward pass writes instead of adding
     if scale is not None:

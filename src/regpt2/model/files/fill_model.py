@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError
 from regpt2.model.files.contract import QUANTIZED
-from regpt2.model.language_model import SIZES, VOCABULARY, LanguageModel
+from regpt2.model.language_model import SIZES, LanguageModel, has_token_rows
 
 
 def give_memory(model: LanguageModel, device: str | torch.device) -> None:
@@ -31,8 +31,9 @@ def load_into(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     check_tensors(model, tensors)
     for name, place in _unpadded(model):
         place.copy_(tensors[name])
-    for name in VOCABULARY & dict(model.named_parameters()).keys():
-        model.get_parameter(name)[model.config.vocab_size :] = 0.0
+    for name, p in model.named_parameters():
+        if has_token_rows(name):
+            p[model.config.vocab_size :] = 0.0
 
 
 def check_tensors(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
@@ -61,4 +62,4 @@ def tensors_of(model: LanguageModel, parameters: Mapping[str, Tensor] | None = N
 
 def _unpadded(model: LanguageModel, parameters: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     for name, p in (parameters or dict(model.named_parameters())).items():
-        yield name, p[: model.config.vocab_size] if name in VOCABULARY else p
+        yield name, p[: model.config.vocab_size] if has_token_rows(name) else p

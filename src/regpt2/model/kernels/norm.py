@@ -66,11 +66,12 @@ class _LayerNorm(torch.autograd.Function):
         return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """Each row divided by its root mean square, then scaled; of the type of `x`, computed at least in fp32."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.rms_norm(widened(x), weight.shape, widened(weight), RMS_EPS).to(x.dtype)
-    y: Tensor = _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+        wide_weight = None if weight is None else widened(weight)
+        return F.rms_norm(widened(x), x.shape[-1:], wide_weight, RMS_EPS).to(x.dtype)
+    y: Tensor = _UnitRMS.apply(x) if weight is None else _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -93,3 +94,23 @@ class _RMSNorm(torch.autograd.Function):
         along = (d_weights * weight).mean(dim=-1, keepdim=True)  # the part that only changes the length
         d_x = (d_y * weight).addcmul_(unit, along, value=-1).mul_(r)
         return d_x.to(x.dtype), d_weights.sum_to_size(weight.shape).to(weight.dtype)
+
+
+class _UnitRMS(torch.autograd.Function):
+    """Keeps its output, as the linear layer behind it does anyway, and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        wide = widened(x)
+        r = reciprocal_rms(wide)
+        y = (wide * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> Tensor:
+        y, r = ctx.saved_tensors
+        d_y, unit = widened(d_y), widened(y)
+        along = (d_y * unit).mean(dim=-1, keepdim=True)  # the part that only changes the length
+        return d_y.addcmul(unit, along, value=-1).mul_(r).to(y.dtype)

@@ -197,6 +197,7 @@ def whole_model(model: LanguageModel, world: World) -> LanguageModel:
             plain = build_model(model.config)
         give_memory(plain, world.device)
         plain.trained_seq_len = model.trained_seq_len
+        plain.set_window(model.window)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         q.copy_(whole(p))
     return plain.train(model.training)
