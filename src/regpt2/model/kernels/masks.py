@@ -1,4 +1,4 @@
-"""Which keys each query sees. In: documents, a window; out: a mask for attention, made once in a pass for all layers.
+"""Which keys each query sees. In: documents, a window; out: a mask for attention, made once for all layers.
 
 A token sees itself and those before it, in its own document, and at most `window` tokens with itself. As a table that
 is T x S numbers: 4.3 GB at T = 65,536. So in training a mask is a rule, by which attention skips what nothing sees.
