@@ -45,6 +45,8 @@ MODELS = {
     "gpt2": lambda: random_gpt(GPTConfig(**SHAPE)),
     "modern": modern,
     "documents": lambda: modern(document_mask=True),
+    "window": lambda: modern(window=7),
+    "documents in a window": lambda: modern(window=12, document_mask=True),
     "learned positions": lambda: modern(rotary=False),
     "int8": lambda: in_int8(random_gpt(GPTConfig(**SHAPE))),
 }
@@ -63,16 +65,16 @@ def some_prompts(*lengths: int) -> list[tuple[int, ...]]:
     return [tuple(256 if place == len(ids) // 2 else one for place, one in enumerate(ids)) for ids in found]
 
 
-def written(model: LanguageModel, requests: Sequence[Request], window: int = 64, tokenizer: Any = None) -> list[Row]:
-    return list(write(model, tokenizer or Endless(), requests, window=window))[-1]
+def written(model: LanguageModel, requests: Sequence[Request], context: int = 64, tokenizer: Any = None) -> list[Row]:
+    return list(write(model, tokenizer or Endless(), requests, context=context))[-1]
 
 
-def naive(model: LanguageModel, prompt: Sequence[int], n_new: int, window: int) -> list[int]:
-    """The rule without a cache: the whole window is computed for each token."""
-    seen, new = list(prompt)[-window:], []
+def naive(model: LanguageModel, prompt: Sequence[int], n_new: int, context: int) -> list[int]:
+    """The rule without a cache: the whole context is computed for each token."""
+    seen, new = list(prompt)[-context:], []
     for _ in range(n_new):
-        if len(seen) > window:
-            seen = seen[-max(1, window // 2) :]
+        if len(seen) > context:
+            seen = seen[-max(1, context // 2) :]
         with torch.no_grad():
             new.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
         seen.append(new[-1])
@@ -111,18 +113,20 @@ def test_each_text_is_the_one_that_it_is_alone(name: str, choice: Choice) -> Non
         assert choice == GREEDY or alone[1] != alone[2]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "documents", "learned positions"])
-@pytest.mark.parametrize("window", [1, 9])
-def test_beyond_the_context_the_cache_follows_the_rule(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "documents", "learned positions", "window", "documents in a window"])
+@pytest.mark.parametrize("context", [1, 9, 33])
+def test_beyond_the_context_the_cache_follows_the_rule(
+    name: str, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, prompts = model_of(name), some_prompts(3, 8, 40, 5)
-    expected = [naive(model, ids, 30, window) for ids in prompts]
+    expected = [naive(model, ids, 30, context) for ids in prompts]
     requests = [Request(ids, 30, choice=GREEDY) for ids in prompts]
-    assert [row.tokens for row in written(model, requests, window)] == expected  # rows at places of their own
-    assert written(model, requests[:1], window)[0].tokens == expected[0]  # at one place
+    assert [row.tokens for row in written(model, requests, context)] == expected  # rows at places of their own
+    assert written(model, requests[:1], context)[0].tokens == expected[0]  # at one place
     if name == "gpt2":
         static = lambda model, k, v, *_: StaticStep(model, k, v)  # noqa: E731
         monkeypatch.setattr("regpt2.sampling.generate.recorded_if_faster", static)
-        assert written(model, requests[2:3], window)[0].tokens == expected[2]
+        assert written(model, requests[2:3], context)[0].tokens == expected[2]
 
 
 def test_a_single_prompt_draws_what_generate_draws() -> None:
@@ -229,7 +233,7 @@ def test_a_row_that_ends_leaves_its_neighbors_alone() -> None:
     model, (one, other) = model_of("gpt2"), some_prompts(3, 8)
     free = written(model, [Request(one, 20, choice=GREEDY)])[0].tokens
     requests = [Request(one, 20, choice=GREEDY, stop_ids=(free[4],)), Request(other, 20, choice=GREEDY)]
-    steps = write(model, Endless(), requests, window=64)
+    steps = write(model, Endless(), requests, context=64)
     rows = next(steps)
     while rows[0].finish_reason is None:
         rows = next(steps)
@@ -241,7 +245,7 @@ def test_a_row_that_ends_leaves_its_neighbors_alone() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_step_can_be_the_last_one(training: bool) -> None:
     model = random_gpt(GPTConfig(**SHAPE)).train(training)
-    steps = write(model, Endless(), [Request((1,), 50), Request((1, 2), 50)], window=64)
+    steps = write(model, Endless(), [Request((1,), 50), Request((1, 2), 50)], context=64)
     next(steps)[0].cancel()
     rows = next(steps)
     assert [len(row.tokens) for row in rows] == [1, 2] and rows[0].finish_reason == "cancelled"

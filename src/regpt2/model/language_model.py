@@ -87,11 +87,17 @@ class LayerCache(Protocol):
         ...
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new (B, H, T, D) and return all (B, H, S, D)."""
+        """Keep new (B, H, T, D) and return all that they may see (B, H, S, D).
+
+        In the order of the sequence, but for one query, for which the order is free.
+        """
         ...
 
-    def append_ids(self, ids: Tensor) -> Tensor:
-        """Keep new (B, T) and return all (B, S): for a model whose attention depends on them."""
+    def append_documents(self, numbers: Tensor) -> Tensor:
+        """Keep the numbers of documents (B, T), counted from the last token before, and return all (B, S).
+
+        For a model whose attention depends on them. They come in the order of the keys.
+        """
         ...
 
 

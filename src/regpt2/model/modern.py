@@ -235,16 +235,17 @@ class ModernGPT(LanguageModel):
         return x
 
     def _visible_keys(self, ids: Tensor, caches: list[LayerCache] | None) -> Mask | None:
-        """The mask of all blocks, made once in a pass."""
+        """The mask of all blocks, made once."""
         config, T = self.config, ids.shape[1]
         seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
+        S = T if caches is None else caches[0].n_keys(T)
         documents = None
         if config.document_mask:
-            all_ids = ids if caches is None else caches[0].append_ids(ids)  # (B, S)
-            documents = document_numbers(all_ids, config.end_of_text % config.vocab_size)  # (B, S); -1 is the last id
-        S = T if caches is None else caches[0].n_keys(T)
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        window = self._window if compiled and self._window is not None else self.window
+            documents = document_numbers(ids, config.end_of_text % config.vocab_size)  # (B, T); -1 is the last id
+            if caches is not None:
+                documents = caches[0].append_documents(documents)  # (B, S)
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        window = self._window if compiling and self._window is not None else self.window
         return visible_keys(T, S, device=ids.device, documents=documents, window=window, seen=seen)
 
     def head(self, x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         event["plugins"] = plugins
         notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
-    notes += [*_untrained_positions(run), *unused_options(config.optim, run.adapted), *_random_base(run)]
+    notes += [*_untrained_positions(run), *_idle_window(run)]
+    notes += [*unused_options(config.optim, run.adapted), *_random_base(run)]
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
     for text in [*run.data.notes, *repetition_warnings(config, run.data), *notes]:
         run.metrics.log("note", first, text=text)
@@ -83,6 +84,9 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
+    windows = [config.window_at(step) for step in (1, config.max_steps)]
+    if windows[0] != windows[1]:
+        say(f"attention's window grows from {windows[0]:,} to {windows[1]:,} tokens")
     if config.lora.rank:
         _say_lora(run, event["trainable_params"])
 
@@ -134,6 +138,19 @@ def _untrained_positions(run: TrainingRun) -> list[str]:
         f"positions {trained:,} to {block_size - 1:,} of the model are never trained: batch.seq_len = {seq_len:,} is "
         f"less than model.block_size = {block_size:,}. Evaluations and samples use the first {trained:,} alone. Train "
         f"all with --batch.seq-len {block_size}, or leave them out with --model.block-size {trained}."
+    ]
+
+
+def _idle_window(run: TrainingRun) -> list[str]:
+    """A note where attention's window is at least as long as the sequences."""
+    config = run.config
+    start, end = config.window_at(1), config.window_at(config.max_steps)
+    if not end or end < config.batch.seq_len:
+        return []
+    since = "" if start >= config.batch.seq_len else " once it has grown to that"
+    return [
+        f"attention's window of {end:,} tokens (model.window) hides nothing in sequences of batch.seq_len = "
+        f"{config.batch.seq_len:,} tokens{since}."
     ]
 
 

@@ -104,12 +104,12 @@ def completions(
     """
     if options.batch < 1:
         raise UsageError(f"batch = {options.batch} must be at least 1.")
-    window = window_of(loaded, options.context)
+    context = context_of(loaded, options.context)
     requests = {
-        text: _request(options, loaded, tokenizer, text, window, options.n * times)
+        text: _request(options, loaded, tokenizer, text, context, options.n * times)
         for text, times in Counter(prompts).items()
     }
-    return _in_order(options, loaded, tokenizer, prompts, requests, window)
+    return _in_order(options, loaded, tokenizer, prompts, requests, context)
 
 
 def rows_of(options: SampleOptions, loaded: LoadedModel, tokenizer: Tokenizer) -> Generator[list[Row], None, None]:
@@ -118,9 +118,9 @@ def rows_of(options: SampleOptions, loaded: LoadedModel, tokenizer: Tokenizer) -
     Raises:
         UsageError: as for `completions`, at once.
     """
-    window = window_of(loaded, options.context)
-    request = _request(options, loaded, tokenizer, options.prompt, window, options.n)
-    return write(loaded.model, tokenizer, [request], window=window)
+    context = context_of(loaded, options.context)
+    request = _request(options, loaded, tokenizer, options.prompt, context, options.n)
+    return write(loaded.model, tokenizer, [request], context=context)
 
 
 def load_in(dtype: SampleType, spec: str, device: torch.device) -> LoadedModel:
@@ -136,12 +136,12 @@ def _in_order(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     requests: dict[str, Request],
-    window: int,
+    context: int,
 ) -> Iterator[Completion]:
     waiting, done = deque(prompts), dict[str, Iterator[Completion]]()
-    for texts in batches(loaded.model, requests, options.batch, window):
+    for texts in batches(loaded.model, requests, options.batch, context):
         rows: list[Row] = []
-        for rows in write(loaded.model, tokenizer, [requests[text] for text in texts], window=window):  # noqa: B007
+        for rows in write(loaded.model, tokenizer, [requests[text] for text in texts], context=context):  # noqa: B007
             pass
         for text in texts:
             n = requests[text].n
@@ -158,7 +158,7 @@ def completion(prompt: str, row: Row) -> Completion:
     return Completion(prompt, row.text, tuple(row.tokens), row.finish_reason, logprobs)
 
 
-def batches(model: LanguageModel, requests: Mapping[str, Request], most_rows: int, window: int) -> Iterator[list[str]]:
+def batches(model: LanguageModel, requests: Mapping[str, Request], most_rows: int, context: int) -> Iterator[list[str]]:
     """Names of requests that are computed together: at most `most_rows` rows, unless one request alone has more.
 
     Those of different lengths go together if the model can (`may_differ_in_length`), else only those of equal length.
@@ -166,7 +166,7 @@ def batches(model: LanguageModel, requests: Mapping[str, Request], most_rows: in
     lots: dict[int, list[str]] = {}
     together = may_differ_in_length(model)
     for name, request in requests.items():
-        lots.setdefault(0 if together else min(window, len(request.ids)), []).append(name)
+        lots.setdefault(0 if together else min(context, len(request.ids)), []).append(name)
     for lot in lots.values():
         batch, n_rows = list[str](), 0
         for name in lot:
@@ -179,7 +179,7 @@ def batches(model: LanguageModel, requests: Mapping[str, Request], most_rows: in
 
 
 def _request(
-    options: SampleOptions, loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, window: int, n: int
+    options: SampleOptions, loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, context: int, n: int
 ) -> Request:
     """The prompt in ids, with its options, all checked."""
     if options.n < 1:
@@ -193,11 +193,11 @@ def _request(
     if most is not None and not 0 <= most <= vocab_size:
         raise UsageError(f"logprobs = {most} must be from 0 to the number of tokens, {vocab_size:,}.")
     choice = Choice(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
-    n_new = _n_new(options, loaded, len(ids), window)
+    n_new = _n_new(options, loaded, len(ids), context)
     return Request(tuple(ids), n_new, n, choice, options.seed, options.stop, logprobs=most)
 
 
-def window_of(loaded: LoadedModel, context: int | None) -> int:
+def context_of(loaded: LoadedModel, context: int | None) -> int:
     """Most tokens that one is drawn after: `context`, or as many as in training; a UsageError if it is out of range."""
     trained, block_size = loaded.model.context_size, loaded.model.config.block_size
     if context is not None and not 1 < context <= block_size:

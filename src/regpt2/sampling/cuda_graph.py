@@ -30,8 +30,8 @@ class _StaticLayer:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, 1, D) -> (B, H, S, D)
         return self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v)
 
-    def append_ids(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("GPT-2's attention does not depend on ids")
+    def append_documents(self, numbers: Tensor) -> Tensor:
+        raise NotImplementedError("GPT-2's attention does not depend on documents")
 
 
 class StaticStep:

@@ -16,41 +16,60 @@ from regpt2.sampling.cuda_graph import StaticStep, recorded_if_faster
 from regpt2.sampling.draw import Choice, candidates, drawn
 from regpt2.sampling.twin import twin_agrees
 
-# B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size, W = window
+# B sequences, T prompt tokens, S places in the cache, H = n_head, D = n_embd / H, V = vocab_size
 
 
 class KVCache:
-    """Keys and values of all tokens so far, for every block, in buffers that are made once.
+    """Keys and values of the tokens so far, for every block, in buffers that are made once.
 
     Give `layers` to a model's `hidden`, first with the prompt, whole or in parts, then new tokens; after each pass,
-    call `advance` with its number of tokens. Rows that differ in length call `place` before each pass of one token.
-    `resume` goes back to rows of equal length.
+    call `advance` with its number of tokens. Rows that differ in length call `begin` before the pass over their
+    prompts, and `place` before each pass of one token. `resume` goes back to rows of equal length.
+
+    For a model that attends within a window of W tokens it is a ring of the last W: token i is at place i % W, and
+    overwrites token i - W, which no later one sees. The order of keys is nothing to attention: each was rotated by
+    its own position before.
     """
 
     def __init__(
-        self, config: GPTConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: GPTConfig,
+        batch: int,
+        n_tokens: int,
+        *,
+        window: int = 0,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
+        """Make room for `n_tokens` of each row, or the last `window` of them; 0: the model sees all tokens before."""
+        self.window, capacity = window, min(n_tokens, window or n_tokens)
         shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D); a masked NaN would count
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
-        self.ids = torch.zeros(batch, capacity, device=device, dtype=torch.int64)  # (B, S)
+        self.documents = torch.zeros(batch, capacity, device=device, dtype=torch.int32)  # (B, S)
         self._view()
+
+    @property
+    def capacity(self) -> int:
+        """S: the places of a row."""
+        return self.k.shape[3]
 
     def _view(self) -> None:
         self.length = 0
-        self.places: Tensor | None = None  # (B,), of the next token of each row; None: at `length`
+        self.places: Tensor | None = None  # (B,), of the next token of each row in its sequence; None: at `length`
+        self.newest: Tensor | None = None  # (B, S), the prompt's token that each place of the ring gets; None: the last
         self.layers: list[LayerCache] = [_LayerView(self, layer) for layer in range(len(self.k))]
 
     def part(self, rows: slice) -> "KVCache":
         """The memory of some rows, with a length or places of their own."""
         part = copy(self)
-        part.k, part.v, part.ids = self.k[:, rows], self.v[:, rows], self.ids[rows]
+        part.k, part.v, part.documents = self.k[:, rows], self.v[:, rows], self.documents[rows]
         part._view()
         return part
 
     def resume(self, length: int) -> None:
         """All rows have `length` tokens; those of the next pass come behind them."""
-        self.places, self.length = None, length
+        self.places, self.newest, self.length = None, None, length
         for layer in self.layers:
             layer.mask = None
 
@@ -58,10 +77,17 @@ class KVCache:
         """Count a finished pass over `n_tokens`: every block has appended them."""
         self.length += n_tokens
 
+    def begin(self, lengths: Tensor) -> None:
+        """The next pass is the first, over prompts that are padded on the right; each has `lengths` (B,) tokens."""
+        place = torch.arange(self.capacity, device=lengths.device)  # (S,)
+        rounds = (lengths[:, None] - 1 - place).div(self.capacity, rounding_mode="floor").clamp(min=0)  # (B, S)
+        self.newest = place + self.capacity * rounds
+
     def place(self, places: Tensor, length: int) -> None:
-        """The next token of each row comes to its own of `places` (B,), all below `length`; it sees those before it."""
-        self.places, self.length = places, length
-        mask = torch.arange(length, device=places.device) <= places.view(-1, 1, 1, 1)  # (B, 1, 1, length)
+        """The next token of each row is at its own of `places` (B,), all below `length`; it sees those before it."""
+        self.places, self.newest, self.length = places, None, length
+        n_keys = min(length, self.capacity)
+        mask = torch.arange(n_keys, device=places.device) <= places.view(-1, 1, 1, 1)  # (B, 1, 1, n_keys)
         self.rows = torch.arange(len(places), device=places.device)  # (B,)
         for layer in self.layers:
             layer.mask = mask
@@ -76,45 +102,78 @@ class _LayerView:
         self.cache, self.k, self.v = cache, cache.k[layer], cache.v[layer]  # (B, H, S, D)
 
     def n_keys(self, T: int) -> int:
-        return self.cache.length + (T if self.cache.places is None else 0)
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, length + T, D)
-        start, T = self.cache.length, k.shape[2]
         if self.cache.places is not None:
-            self.k[self.cache.rows, :, self.cache.places] = k[:, :, 0].to(self.k.dtype)
-            self.v[self.cache.rows, :, self.cache.places] = v[:, :, 0].to(self.v.dtype)
-            return self.k.narrow(2, 0, start), self.v.narrow(2, 0, start)
-        self.k.narrow(2, start, T).copy_(k)
-        self.v.narrow(2, start, T).copy_(v)
-        if start == 0:
-            return k, v
-        return self.k.narrow(2, 0, start + T), self.v.narrow(2, 0, start + T)
+            return min(self.cache.length, self.cache.capacity)
+        return T + (min(self.cache.length, self.cache.window - 1) if self.cache.window else self.cache.length)
 
-    def append_ids(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, length + T)
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, D) -> (B, H, n_keys, D)
+        return self._kept(self.k, k, 2), self._kept(self.v, v, 2)
+
+    def append_documents(self, numbers: Tensor) -> Tensor:  # (B, T) -> (B, n_keys)
+        kept, places, length = self.cache.documents, self.cache.places, self.cache.length
+        if places is not None:
+            before = kept[self.cache.rows, (places - 1) % self.cache.capacity]  # (B,)
+            numbers = numbers + before.where(places > 0, 0)[:, None]
+        elif length:
+            numbers = numbers + kept[:, (length - 1) % self.cache.capacity, None]
+        return self._kept(kept, numbers, 1)
+
+    def _kept(self, ring: Tensor, new: Tensor, dim: int) -> Tensor:
+        """Keep `new`, T tokens along `dim`, in the ring; return these and those before that they may see."""
+        T, start, capacity = new.shape[dim], self.cache.length, self.cache.capacity
         if self.cache.places is not None:
-            self.cache.ids[self.cache.rows, self.cache.places] = ids[:, 0]
-            return self.cache.ids[:, : self.cache.length]
-        end = self.cache.length + ids.shape[1]
-        self.cache.ids[:, self.cache.length : end] = ids
-        return self.cache.ids[:, :end]
+            rows = ring.transpose(1, dim)  # (B, S, ...)
+            rows[self.cache.rows, self.cache.places % capacity] = new.transpose(1, dim)[:, 0].to(ring.dtype)
+            return ring.narrow(dim, 0, self.n_keys(T))
+        assert start + T <= capacity or capacity == self.cache.window, "more tokens than the cache was made for"
+        n_before = self.n_keys(T) - T
+        if T > 1 and start + T > capacity:  # in the order of the sequence, as its mask is
+            all_of_it = torch.cat([*_parts(ring, dim, start - n_before, n_before), new.to(ring.dtype)], dim)
+            self._write(ring, new, dim)
+            return all_of_it
+        self._write(ring, new, dim)
+        return new if start == 0 else ring.narrow(dim, 0, n_before + T)
+
+    def _write(self, ring: Tensor, new: Tensor, dim: int) -> None:
+        T, newest = new.shape[dim], self.cache.newest
+        if newest is not None and self.cache.capacity < T:  # else prompts end where they end
+            places = newest.view(len(newest), *[1] * (dim - 1), -1, *[1] * (new.dim() - dim - 1))
+            shape = [*new.shape[:dim], self.cache.capacity, *new.shape[dim + 1 :]]
+            ring.copy_(new.gather(dim, places.expand(shape)))
+            return
+        n = min(T, self.cache.capacity)
+        first, start = new.narrow(dim, T - n, n), self.cache.length + T - n
+        for part in _parts(ring, dim, start, n):
+            part.copy_(first.narrow(dim, 0, part.shape[dim]))
+            first = first.narrow(dim, part.shape[dim], first.shape[dim] - part.shape[dim])
+
+
+def _parts(ring: Tensor, dim: int, start: int, n: int) -> list[Tensor]:
+    """The places of n tokens from `start` on, in one piece or two."""
+    capacity = ring.shape[dim]
+    place = start % capacity
+    n_first = min(n, capacity - place)
+    parts = [ring.narrow(dim, place, n_first)]
+    return parts if n_first == n else [*parts, ring.narrow(dim, 0, n - n_first)]
 
 
 class Rows:
     """Rows of ids that grow by one id at a time. In turn: `logits()` after the last ids, `append` the next ones.
 
-    A token is drawn after at most W = `window` ids. At first they are the prompt's last W. When there would be more,
-    they shrink to the last W // 2 (at least 1), whose places count from 0, and grow again. So most tokens cost a pass
-    over one id, and one token in W / 2 costs a pass over W / 2 ids.
+    A token is drawn after at most N = `context` ids. At first they are the prompt's last N. When there would be more,
+    they shrink to the last N // 2 (at least 1), whose places count from 0, and grow again. So most tokens cost a pass
+    over one id, and one token in N / 2 costs a pass over N / 2 ids. How far each of them attends is the model's own
+    affair (`window`).
 
     Rows of equal length are computed at one place, as a single row is. Rows of different lengths begin at place 0 too;
     what is behind the end of a shorter one is hidden from it, and overwritten when it grows.
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[Tensor], n_new: int, *, window: int, use_cache: bool = True
+        self, model: LanguageModel, prompts: Sequence[Tensor], n_new: int, *, context: int, use_cache: bool = True
     ) -> None:
-        prompts = [ids[-window:] for ids in prompts]
-        self.window, self.n_new = window, n_new
+        prompts = [ids[-context:] for ids in prompts]
+        self.context, self.n_new = context, n_new
         self.lengths = [len(ids) for ids in prompts]  # known without asking the device, as `starts`
         self.starts = [0] * len(prompts)
         self.equal = len(set(self.lengths)) == 1
@@ -123,7 +182,7 @@ class Rows:
         self.ids = prompts[0].new_zeros(B, T + n_new)  # (B, T + n_new)
         self.ids[:, :T] = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         self.decoder = packed_if_faster(model, n_new, rows=B) if use_cache else model
-        self.cache = cache_for(self.decoder, B, min(window, T + n_new)) if use_cache else None
+        self.cache = cache_for(self.decoder, B, min(context, T + n_new)) if use_cache else None
         self.step: StaticStep | None = None
         self.may_record = True
         self.grows = [True] * B
@@ -154,8 +213,8 @@ class Rows:
 
     def _at_one_place(self, cache: KVCache | None) -> Tensor:  # (B, V)
         start, end = self.starts[0], self.lengths[0]
-        if end - start > self.window:
-            start = end - kept_of(self.window)
+        if end - start > self.context:
+            start = end - kept_of(self.context)
             self.starts = [start] * len(self.starts)
             if cache is not None:
                 cache.length = 0
@@ -168,20 +227,21 @@ class Rows:
 
     def _at_own_places(self, cache: KVCache) -> Tensor:  # (B, V)
         if cache.places is None:
+            cache.begin(self.ends)
             x = self.decoder.hidden(self.ids[:, : max(self.lengths)], cache.layers)  # (B, T, C)
             cache.place(self.ends - 1, max(self.lengths))
             return self.decoder.head(x[self.every, self.ends - 1])
-        self._shrink_full_windows(cache)
+        self._shrink_full_contexts(cache)
         longest = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
         places = self.ends - 1 - self.begins  # (B,)
         cache.place(places, longest)
         x = self.decoder.hidden(self.ids[self.every, self.ends - 1][:, None], cache.layers, places)  # (B, 1, C)
         return self.decoder.head(x[:, -1])
 
-    def _shrink_full_windows(self, cache: KVCache) -> None:
+    def _shrink_full_contexts(self, cache: KVCache) -> None:
         """Compute what a full row keeps but its last id again, at places from 0 on."""
-        full = [row for row, end in enumerate(self.lengths) if end - self.starts[row] > self.window]
-        n_before = kept_of(self.window) - 1
+        full = [row for row, end in enumerate(self.lengths) if end - self.starts[row] > self.context]
+        n_before = kept_of(self.context) - 1
         for row in full:
             self.starts[row] = self.lengths[row] - 1 - n_before
             self.begins[row] = self.starts[row]
@@ -189,8 +249,9 @@ class Rows:
             kept = torch.stack([self.ids[row, self.starts[row] :][:n_before] for row in full])  # (rows, n_before)
             part = cache_for(self.decoder, len(full), n_before)
             self.decoder.hidden(kept, part.layers)
-            cache.ids[full, :n_before] = kept
-            cache.k[:, full, :, :n_before], cache.v[:, full, :, :n_before] = part.k, part.v
+            n = part.capacity
+            cache.documents[full, :n] = part.documents
+            cache.k[:, full, :, :n], cache.v[:, full, :, :n] = part.k, part.v
 
 
 def may_differ_in_length(model: nn.Module) -> bool:
@@ -205,9 +266,9 @@ def may_differ_in_length(model: nn.Module) -> bool:
     return True
 
 
-def kept_of(window: int) -> int:
-    """How many of the last ids a full window keeps."""
-    return max(1, window // 2)
+def kept_of(context: int) -> int:
+    """How many of the last ids a full context keeps."""
+    return max(1, context // 2)
 
 
 @torch.no_grad()
@@ -247,7 +308,7 @@ def generate(
     B, T = prompt_ids.shape
     banned = banned_ids(model.config.vocab_size, never, prompt_ids.device)  # (V,)
     stopped = torch.zeros(B, dtype=torch.bool, device=prompt_ids.device)
-    rows = Rows(model, list(prompt_ids), max_new_tokens, window=model.config.block_size, use_cache=use_cache)
+    rows = Rows(model, list(prompt_ids), max_new_tokens, context=model.config.block_size, use_cache=use_cache)
     was_training = model.training
     model.eval()
     try:
@@ -282,11 +343,13 @@ def require_finite(logits: Tensor) -> None:
         raise CheckpointError("the model's logits are not finite: its weights hold NaN or infinity.")
 
 
-def cache_for(model: LanguageModel, batch: int, capacity: int) -> KVCache:
-    """In the type of the activations, but fp32 on a CPU, where a bf16 query takes torch up to twice as long."""
+def cache_for(model: LanguageModel, batch: int, n_tokens: int) -> KVCache:
+    """For as many tokens of each row, of which a model with a window needs its last ones alone.
+
+    In the type of the activations, but fp32 on a CPU, where a bf16 query takes torch up to twice as long."""
     weight = next(model.h.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
-    return KVCache(model.config, batch, capacity, device=weight.device, dtype=dtype)
+    return KVCache(model.config, batch, n_tokens, window=model.window, device=weight.device, dtype=dtype)
 
 
 def _recorded(model: LanguageModel, cache: KVCache, ids: Tensor, n_tokens: int) -> StaticStep | None:

@@ -125,14 +125,14 @@ def _overlap(text: str, stop: str) -> int:
 
 @torch.no_grad()
 def write(
-    model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], *, window: int
+    model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], *, context: int
 ) -> Generator[list[Row], None, None]:
     """Continue all prompts in one batch: after each token of theirs the rows, n of each request, in order.
 
     Each step is the caller's `next`; closing the generator ends all, and `Row.cancel` one. The model's mode is kept.
 
     Args:
-        window: the most ids that a token is drawn after, at most the model's block_size; see `Rows` for longer texts.
+        context: the most ids that a token is drawn after, at most the model's block_size; see `Rows` for longer texts.
 
     Raises:
         CheckpointError: the model's logits are not finite.
@@ -141,7 +141,7 @@ def write(
     written = [Row(request, tokenizer) for request in requests for _ in range(request.n)]
     prompts = [torch.tensor(row.request.ids, device=device) for row in written]
     n_new = max(request.max_new_tokens for request in requests)
-    rows = Rows(model, prompts, n_new, window=window)
+    rows = Rows(model, prompts, n_new, context=context)
     pen = _Pen(requests, prompts, model.config.vocab_size, tokenizer.textless)
     most = max((request.logprobs for request in requests if request.logprobs is not None), default=None)
     was_training = model.training

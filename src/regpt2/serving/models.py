@@ -16,7 +16,7 @@ from regpt2.data.chat_template import special_ids
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.batching.engine import Engine
-from regpt2.sampling.continue_text import load_in, window_of
+from regpt2.sampling.continue_text import context_of, load_in
 from regpt2.sampling.cpu import Int8Linear
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.serving.options import ServeOptions
@@ -105,10 +105,10 @@ def _one_thread_here() -> Iterator[int]:
 
 def _serve(name: str, spec: str, device: torch.device, options: ServeOptions, threads: int) -> Served:
     loaded = load_in(options.dtype, spec, device)
-    context = window_of(loaded, options.context)
+    context = context_of(loaded, options.context)
     tokenizer = tokenizer_of(loaded)
     engine = Engine(
-        loaded.model, tokenizer, window=context, slots=options.slots, most_waiting=options.queue, threads=threads
+        loaded.model, tokenizer, context=context, slots=options.slots, most_waiting=options.queue, threads=threads
     )
     served = Served(name, loaded, tokenizer, engine, context)
     _ = served.fingerprint, served.longest_token  # now, while the engine does not use the device

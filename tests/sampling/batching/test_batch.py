@@ -27,10 +27,10 @@ DRAWN = Choice(1.5, 20, 0.9, 0.01, 1.2)
 class Heard:
     """A request in the line, and what its listener got."""
 
-    def __init__(self, request: Request, *, window: int = 64, **how: bool) -> None:
+    def __init__(self, request: Request, *, context: int = 64, **how: bool) -> None:
         self.events: list[Event] = []
         self.ticket = Ticket(self.events.append)
-        self.job = Job(request, self.ticket, window, **how)
+        self.job = Job(request, self.ticket, context, **how)
 
     def tokens(self, index: int = 0) -> list[int]:
         pieces = [event for event in self.events if isinstance(event, Piece) and event.index == index]
@@ -50,7 +50,7 @@ class Heard:
         return len(done) == self.job.request.n
 
 
-def batch_of(model: LanguageModel, *line: Heard, slots: int = 8, window: int = 64, chunk: int = 64) -> Batch:
+def batch_of(model: LanguageModel, *line: Heard, slots: int = 8, context: int = 64, chunk: int = 64) -> Batch:
     waiting = deque(line)
 
     def take() -> Job | None:
@@ -58,7 +58,7 @@ def batch_of(model: LanguageModel, *line: Heard, slots: int = 8, window: int = 6
             waiting.popleft()
         return waiting.popleft().job if waiting else None
 
-    batch = Batch(Slots(model, slots, window), Endless(), take)
+    batch = Batch(Slots(model, slots, context), Endless(), take)
     batch.chunk = chunk
     return batch
 
@@ -154,21 +154,21 @@ def test_in_bf16_each_token_has_the_probability_that_the_whole_text_gives_it(nam
 
 
 @pytest.mark.parametrize("choice", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("window", [64, 9, 1])
+@pytest.mark.parametrize("context", [64, 9, 1])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_text_is_the_one_that_it_is_alone(name: str, window: int, choice: Choice) -> None:
-    """Also beyond the window, with rows that end while others grow, so that the last ones move into their slots."""
+def test_each_text_is_the_one_that_it_is_alone(name: str, context: int, choice: Choice) -> None:
+    """Also beyond the context, with rows that end while others grow, so that the last ones move into their slots."""
     model = model_of(name)
     asked = [(9, 30), (2, 54), (30, 5), (9, 12), (64, 7), (1, 60), (33, 1), (5, 3)]
     heard = [
-        Heard(Request(ids, n_new, choice=choice, seed=n_new), window=window)
+        Heard(Request(ids, n_new, choice=choice, seed=n_new), context=context)
         for ids, (_, n_new) in zip(some_prompts(*(length for length, _ in asked)), asked, strict=True)
     ]
-    finish(batch_of(model, *heard, slots=3, window=window, chunk=10))
+    finish(batch_of(model, *heard, slots=3, context=context, chunk=10))
     for one in heard:
-        assert one.tokens() == written(model, [one.job.request], window)[0].tokens
+        assert one.tokens() == written(model, [one.job.request], context)[0].tokens
     if choice == GREEDY and name != "int8":
-        assert heard[0].tokens() == naive(model, heard[0].job.request.ids, 30, window)
+        assert heard[0].tokens() == naive(model, heard[0].job.request.ids, 30, context)
 
 
 def test_each_continuation_draws_with_the_seed_of_its_index_and_the_prompt_is_computed_once(

@@ -55,7 +55,7 @@ def engine_of() -> Any:
     engines: list[Engine] = []
 
     def make(model: LanguageModel, **how: Any) -> Engine:
-        engines.append(Engine(model, Endless(), **{"window": 64, "slots": 4, **how}))
+        engines.append(Engine(model, Endless(), **{"context": 64, "slots": 4, **how}))
         return engines[-1]
 
     yield make
@@ -136,16 +136,16 @@ def test_the_memory_is_taken_at_once_and_its_size_is_known(engine_of: Any) -> No
     engine = engine_of(model_of("gpt2"))
     assert engine.cache_bytes == 2 * 2 * 4 * 64 * 32 * 4  # keys and values, layers, slots, tokens, width, bytes
     with pytest.raises(UsageError, match=r"slots = 1,000,000,000,000 x context = 64 tokens: there is no memory"):
-        Engine(model_of("gpt2"), Endless(), window=64, slots=10**12)
+        Engine(model_of("gpt2"), Endless(), context=64, slots=10**12)
 
 
 def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system would give it, and end the process when it is written."""
     monkeypatch.setattr("regpt2.sampling.batching.slots.free_bytes", lambda device: 131_071)
     with pytest.raises(UsageError, match=r"there is no memory for their keys and values: 0\.00 GB, 0\.00 GB are free"):
-        Engine(model_of("gpt2"), Endless(), window=64, slots=4)
+        Engine(model_of("gpt2"), Endless(), context=64, slots=4)
     monkeypatch.setattr("regpt2.sampling.batching.slots.free_bytes", lambda device: 131_072)
-    assert Engine(model_of("gpt2"), Endless(), window=64, slots=4).close(0)
+    assert Engine(model_of("gpt2"), Endless(), context=64, slots=4).close(0)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"slots": 0}, "slots = 0 "),
         ({"most_waiting": 0}, "waiting requests = 0 must be at least 1"),
-        ({"window": 65}, "context = 65 must be from 1 to block_size = 64"),
+        ({"context": 65}, "context = 65 must be from 1 to block_size = 64"),
     ],
 )
 def test_an_impossible_engine_is_refused(how: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Engine(model_of("gpt2"), Endless(), **{"window": 64, **how})
+        Engine(model_of("gpt2"), Endless(), **{"context": 64, **how})
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.sampling.batching.engine import Engine
 from regpt2.sampling.writing import Request
 model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257))
-engine, runs = Engine(model, BytesTokenizer(), window=64), threading.Event()
+engine, runs = Engine(model, BytesTokenizer(), context=64), threading.Event()
 engine.submit(Request((1,), 1_000_000, 8), lambda event: runs.set())
 runs.wait()
 """

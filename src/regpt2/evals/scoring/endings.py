@@ -90,7 +90,7 @@ def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], 
             f"{name}: {too_long:,} endings exceed the {most:,} tokens of a context; only their last tokens are scored."
         )
     sums = torch.zeros(3, len(questions), E, dtype=torch.float64)
-    most_tokens = context.batch * context.seq_len
+    most_tokens = context.pass_tokens
     batches = _batches(questions, most, min(most_tokens, _MOST_TOKENS.get(world.device.type, most_tokens)))
     with scoring(context):
         gpt = context.scoring_gpt()
@@ -129,13 +129,14 @@ class _SharedContext:
 
     mask: Tensor | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, n_context: int) -> None:
+        self.n_context = n_context  # c
         self.kept: tuple[Tensor, Tensor] | None = None  # two of (Q, H, c, D)
-        self.kept_ids: Tensor | None = None  # (Q, c)
+        self.documents: Tensor | None = None  # (Q, c), their numbers
         self.which = torch.empty(0, dtype=torch.int64)  # (R,): the context of each ending in this pass
 
     def n_keys(self, T: int) -> int:
-        return T if self.kept is None else self.kept[0].shape[2] + T
+        return self.n_context + T if len(self.which) else T
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (R, H, T, D) -> (R, H, c + T, D)
         if self.kept is None:
@@ -144,17 +145,18 @@ class _SharedContext:
         before_k, before_v = (kept[self.which] for kept in self.kept)  # two of (R, H, c, D)
         return torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2)
 
-    def append_ids(self, ids: Tensor) -> Tensor:  # (R, T) -> (R, c + T)
-        if self.kept_ids is None:
-            self.kept_ids = ids
-            return ids
-        return torch.cat([self.kept_ids[self.which], ids], dim=1)
+    def append_documents(self, numbers: Tensor) -> Tensor:  # (R, T) -> (R, c + T)
+        if self.documents is None:
+            self.documents = numbers
+            return numbers
+        before = self.documents[self.which]  # (R, c)
+        return torch.cat([before, before[:, -1:] + numbers], dim=1)
 
 
 def _score_batch(context: EvalContext, gpt: LanguageModel, batch: _Batch) -> Iterator[tuple[_Ending, Tensor]]:
     """Each ending with its nats, tokens and likeliest tokens (3,), in two parts: its first token, then the others."""
     device, position = context.world.device, len(batch.contexts[0])
-    shared = [_SharedContext() for _ in gpt.h]
+    shared = [_SharedContext(position) for _ in gpt.h]
 
     def hidden(rows: Sequence[Sequence[int]], start: int) -> Tensor:
         context.on_batch()

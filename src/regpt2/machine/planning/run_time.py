@@ -11,6 +11,7 @@ import torch
 from regpt2.base.console import ProgressLine
 from regpt2.base.errors import UsageError
 from regpt2.config.run import RunConfig
+from regpt2.evals.val_loss import SHORT
 from regpt2.machine.planning.disk import best_bytes, checkpoint_bytes, n_saves
 from regpt2.machine.planning.formulas import (
     EVAL_TOKENS,
@@ -156,5 +157,6 @@ def n_evaluations(config: RunConfig) -> int:
 
 def eval_tokens(config: RunConfig) -> dict[str, int]:
     """Tokens of each evaluation whose size is known."""
-    known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens}
+    twice = getattr(config.model, "window", 0) and config.batch.seq_len > SHORT  # in windows of 1,024 tokens as well
+    known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens * (2 if twice else 1)}
     return {name: known[name] for name in config.evals.names if name in known}

@@ -1,4 +1,4 @@
-"""Which keys each query sees. In: documents, a window; out: a mask for attention, made once in a pass for all layers.
+"""Which keys each query sees. In: documents, a window; out: a mask for attention, made once for all layers.
 
 A token sees itself and those before it, in its own document, and at most `window` tokens with itself. As a table that
 is T x S numbers: 4.3 GB at T = 65,536. So in training a mask is a rule, by which attention skips what nothing sees.
@@ -13,6 +13,9 @@ from torch.nn.attention.flex_attention import BlockMask
 # B sequences, T queries, the last of S keys, n queries in a block, s keys that they may see
 
 FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
+
+
+_LARGEST_TABLE = 8192**2  # places, a byte each; in longer sequences a GPU's evaluations go by a rule too
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +70,8 @@ def visible_keys(
 ) -> Mask | None:
     """What the last T of S tokens see: themselves and those before, in their document and within the window.
 
-    None means that plain causal attention is the same. It is a rule on a CPU, FlexAttention's in a pass that is
-    compiled for a GPU, and else a table.
+    None means that plain causal attention is the same. It is FlexAttention's in a pass that is compiled for a GPU, a
+    rule on a CPU and for long sequences elsewhere, and else a table.
 
     Args:
         documents: (B, S), the number of each token's document, which never falls along a row; None: all are one.
@@ -86,7 +89,7 @@ def visible_keys(
         return _table(T, S, device, documents, window)
     if T == 1 or seen is not None:
         return _of_one_query(S, device, documents, window, seen)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (device.type == "cpu" or T * S > _LARGEST_TABLE):
         assert isinstance(window, int), "a tensor is for compiled passes"
         return Reach(window, documents, None if documents is None else _begins(documents))
     if _takes_flex(device, T, S):

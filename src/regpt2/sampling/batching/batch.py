@@ -32,10 +32,10 @@ class Job:
     """A request that was taken, and how far it is."""
 
     def __init__(
-        self, request: Request, ticket: Ticket, window: int, *, scores_prompt: bool = False, writes: bool = True
+        self, request: Request, ticket: Ticket, context: int, *, scores_prompt: bool = False, writes: bool = True
     ) -> None:
         self.request, self.ticket = request, ticket
-        self.ids = request.ids[-window:]
+        self.ids = request.ids[-context:]
         self.scores_prompt = scores_prompt
         self.n_left = request.n if writes else 0  # continuations that are yet to begin
         self.logits: Tensor | None = None  # (1, V) after the prompt, once it is computed
@@ -53,7 +53,7 @@ class Growing:
         self.job, self.index, self.pen = job, index, pen
         self.row = Row(job.request, tokenizer)
         self.n_cached = len(job.ids)  # tokens whose keys its slot has: all but the last
-        self.has_prompt = True  # its slot begins with the whole prompt
+        self.is_of_prompt = True  # its slot began with the whole prompt
 
     @property
     def is_over(self) -> bool:
@@ -73,7 +73,7 @@ class Growing:
 
 @dataclass
 class Preparation:
-    """Ids that are computed part by part, for a new request or for a continuation whose window was full."""
+    """Ids that are computed part by part, for a new request or for a continuation whose context was full."""
 
     ids: Tensor  # (T,)
     owner: Job | Growing
@@ -92,7 +92,7 @@ class Batch:
         self.slots, self.tokenizer, self.take_job = slots, tokenizer, take_job
         self.n_drawn = 0
         self.rows: list[Growing] = []  # in the order of their slots
-        self.full: deque[Growing] = deque()  # their windows are to be computed again; each has the right to a slot
+        self.full: deque[Growing] = deque()  # their contexts are to be computed again; each has the right to a slot
         self.preparation: Preparation | None = None
         self.job: Job | None = None  # whose continuations begin as slots become free
         self.chunk = CHUNK.get(slots.device.type, _CHUNK_ELSEWHERE)
@@ -164,18 +164,22 @@ class Batch:
         self.preparation = None
         if self.full:
             row = self.full.popleft()
-            return Preparation(self._tensor(row.last_ids(kept_of(self.slots.window))), row, None)
+            return Preparation(self._tensor(row.last_ids(kept_of(self.slots.context))), row, None)
         while self.n_active < self.slots.n:
             if self.job is None or self.job.is_begun:
                 self.job = self.take_job()
             job = self.job
             if job is None:
                 return None
-            sibling = next((slot for slot, row in enumerate(self.rows) if row.job is job and row.has_prompt), None)
+            sibling = next((slot for slot, row in enumerate(self.rows) if self._has_prompt(row, job)), None)
             if job.logits is None or sibling is None:
                 return Preparation(self._tensor(job.ids), job, [None] if self._is_to_score(job) else None)
             self._begin(job, job.logits, sibling)
         return None
+
+    def _has_prompt(self, row: Growing, job: Job) -> bool:
+        """Does its slot have the keys of this whole prompt? In a model's window they are overwritten one by one."""
+        return row.job is job and row.is_of_prompt and row.n_cached <= self.slots.cache.capacity
 
     def _is_to_score(self, job: Job) -> bool:
         return job.scores_prompt and job.logits is None
@@ -196,7 +200,7 @@ class Batch:
         require_finite(logits)
         self.preparation = None
         if isinstance(part.owner, Growing):
-            part.owner.n_cached, part.owner.has_prompt = len(part.ids), False
+            part.owner.n_cached, part.owner.is_of_prompt = len(part.ids), False
             self._join([part.owner], logits, self.slots.n - 1)
             return len(ids)
         job = part.owner
@@ -231,7 +235,7 @@ class Batch:
         for row in rows:
             if row.is_over:
                 continue
-            if row.n_cached == self.slots.window:
+            if row.n_cached == self.slots.context:
                 self.full.append(row)
                 continue
             self.slots.copy(source, len(self.rows), row.n_cached)
@@ -255,7 +259,7 @@ class Batch:
             self.slots.clear(slice(0, len(self.rows)))
         for slot in reversed(range(len(self.rows))):
             row = self.rows[slot]
-            if row.is_over or row.n_cached == self.slots.window:
+            if row.is_over or row.n_cached == self.slots.context:
                 self._leave(slot)
                 if not row.is_over:
                     self.full.append(row)

@@ -47,12 +47,12 @@ class Engine:
         model: LanguageModel,
         tokenizer: Tokenizer,
         *,
-        window: int,
+        context: int,
         slots: int = 8,
         most_waiting: int = 32,
         threads: int | None = None,
     ) -> None:
-        """Make room for `slots` continuations of at most `window` tokens, at once and for good.
+        """Make room for `slots` continuations of at most `context` tokens, at once and for good.
 
         `threads` are those that torch computes with in the engine's thread, on a CPU; by default as many as elsewhere.
 
@@ -61,19 +61,19 @@ class Engine:
         """
         if slots < 1 or most_waiting < 1:
             raise UsageError(f"slots = {slots} and waiting requests = {most_waiting} must be at least 1.")
-        if not 1 <= window <= model.config.block_size:
-            raise UsageError(f"context = {window:,} must be from 1 to block_size = {model.config.block_size:,}.")
-        self.model, self.tokenizer, self.window, self.slots = model.eval(), tokenizer, window, slots
+        if not 1 <= context <= model.config.block_size:
+            raise UsageError(f"context = {context:,} must be from 1 to block_size = {model.config.block_size:,}.")
+        self.model, self.tokenizer, self.context, self.slots = model.eval(), tokenizer, context, slots
         self.most_waiting, self.threads = most_waiting, threads
         self.cache_bytes = 0
         """The memory that keys and values take, from the start on."""
         self._batch: Batch | OneByOne
         if may_differ_in_length(model):
-            memory = Slots(model, slots, window)
+            memory = Slots(model, slots, context)
             self.cache_bytes = memory.n_bytes
             self._batch = Batch(memory, tokenizer, self._take_job)
         else:
-            self._batch = OneByOne(model, tokenizer, window, self._take_job)
+            self._batch = OneByOne(model, tokenizer, context, self._take_job)
         self._changed = threading.Condition()  # guards what follows
         self._jobs: deque[Job] = deque()
         self._works: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -140,7 +140,7 @@ class Engine:
             self._forget_cancelled()
             if len(self._jobs) >= self.most_waiting:
                 raise QueueFull(f"{self.most_waiting} requests wait already; try again later.")
-            self._jobs.append(Job(request, ticket, self.window, scores_prompt=scores_prompt, writes=writes))
+            self._jobs.append(Job(request, ticket, self.context, scores_prompt=scores_prompt, writes=writes))
             self._changed.notify()
         return ticket
 
@@ -153,8 +153,8 @@ class Engine:
             raise UsageError(f"a token id of the prompt is outside the model's vocabulary of {vocab_size:,} tokens.")
         if not 0 <= (request.logprobs or 0) <= vocab_size:
             raise UsageError(f"logprobs = {request.logprobs} must be from 0 to the number of tokens, {vocab_size:,}.")
-        if scores_prompt and len(request.ids) > self.window:
-            raise UsageError(f"{len(request.ids):,} tokens cannot be scored: the context is {self.window:,}.")
+        if scores_prompt and len(request.ids) > self.context:
+            raise UsageError(f"{len(request.ids):,} tokens cannot be scored: the context is {self.context:,}.")
 
     def _forget_cancelled(self) -> None:
         self._jobs = deque(job for job in self._jobs if not job.ticket.is_over)

@@ -22,9 +22,9 @@ class OneByOne:
     """One request at a time, as `write` does it; a token of each of its continuations at each turn."""
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, window: int, take_job: Callable[[], Job | None]
+        self, model: LanguageModel, tokenizer: Tokenizer, context: int, take_job: Callable[[], Job | None]
     ) -> None:
-        self.model, self.tokenizer, self.window, self.take_job = model, tokenizer, window, take_job
+        self.model, self.tokenizer, self.context, self.take_job = model, tokenizer, context, take_job
         self.n_drawn = 0
         self.job: Job | None = None
         self.steps: Iterator[list[Row]] = iter(())
@@ -69,7 +69,7 @@ class OneByOne:
         if job.n_left:
             request = job.request
             each = [replace(request, n=1, seed=request.seed + index) for index in range(request.n)]
-            self.steps, self.n_seen = write(self.model, self.tokenizer, each, window=self.window), [0] * request.n
+            self.steps, self.n_seen = write(self.model, self.tokenizer, each, context=self.context), [0] * request.n
             job.n_left = 0
         rows = next(self.steps, None)
         if rows is None:

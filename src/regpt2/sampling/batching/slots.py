@@ -20,13 +20,13 @@ _ALWAYS = 1_000_000_000  # tokens: a copy of the matrices pays off
 
 
 class Slots:
-    """The memory of `n` continuations of at most `window` tokens each."""
+    """The memory of `n` continuations of at most `context` tokens each."""
 
-    def __init__(self, model: LanguageModel, n: int, window: int) -> None:
-        self.n, self.window, self.vocab_size = n, window, model.config.vocab_size
+    def __init__(self, model: LanguageModel, n: int, context: int) -> None:
+        self.n, self.context, self.vocab_size = n, context, model.config.vocab_size
         self.device = next(model.parameters()).device
         self.decoder = packed_if_faster(model, _ALWAYS, rows=n)
-        self.cache = _with_memory(self.decoder, n, window)
+        self.cache = _with_memory(self.decoder, n, context)
         self.first: dict[int, KVCache] = {}  # the memory of the first B rows
         self.aside = self.cache.part(slice(n - 1, n))
 
@@ -61,7 +61,7 @@ class Slots:
         if source != target:
             self.cache.k[:, target, :, :n_tokens] = self.cache.k[:, source, :, :n_tokens]
             self.cache.v[:, target, :, :n_tokens] = self.cache.v[:, source, :, :n_tokens]
-            self.cache.ids[target, :n_tokens] = self.cache.ids[source, :n_tokens]
+            self.cache.documents[target, :n_tokens] = self.cache.documents[source, :n_tokens]
 
     def clear(self, slots: slice) -> None:
         """Forget what they have: a number that is not finite would count even where it is masked."""
@@ -69,12 +69,12 @@ class Slots:
         self.cache.v[:, slots] = 0
 
 
-def _with_memory(model: LanguageModel, n: int, window: int) -> KVCache:
+def _with_memory(model: LanguageModel, n: int, context: int) -> KVCache:
     """A cache that fits. On a CPU the system gives memory only when it is written, and then ends who takes too much."""
-    what = f"slots = {n:,} x context = {window:,} tokens: there is no memory for their keys and values"
+    what = f"slots = {n:,} x context = {context:,} tokens: there is no memory for their keys and values"
     free = free_bytes(next(model.parameters()).device)
     try:
-        cache = cache_for(model, n, window)
+        cache = cache_for(model, n, context)
     except RuntimeError as error:
         raise UsageError(f"{what} ({str(error).splitlines()[0]}); use fewer slots.") from None
     need = cache.k.nbytes + cache.v.nbytes
