@@ -157,6 +157,8 @@ def n_evaluations(config: RunConfig) -> int:
 
 def eval_tokens(config: RunConfig) -> dict[str, int]:
     """Tokens of each evaluation whose size is known."""
-    twice = getattr(config.model, "window", 0) and config.batch.seq_len > GPT2_CONTEXT  # in windows of 1,024 tokens as well
+    twice = (
+        getattr(config.model, "window", 0) and config.batch.seq_len > GPT2_CONTEXT
+    )  # in windows of 1,024 tokens as well
     known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens * (2 if twice else 1)}
     return {name: known[name] for name in config.evals.names if name in known}
