@@ -52,12 +52,21 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def config_of(options: argparse.Namespace) -> GPTConfig:
+    """The model's shape, with as many layers as asked for; a block without attention is then the last but one."""
+    kind, shape = MODELS[options.model]
+    if options.layers:
+        shape = shape | {"n_layer": options.layers}
+        if shape.get("mlp_only_layer", -1) >= options.layers:
+            shape["mlp_only_layer"] = options.layers - 2
+    return kind(**shape)
+
+
 class Training:
     """A model, its optimizer and a micro-batch on the dry GPU."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        kind, shape = MODELS[options.model]
-        self.config = kind(**shape | ({"n_layer": options.layers} if options.layers else {}))
+        self.config = config_of(options)
         self.compiled = options.mode == "compiled"
         self.micro_batch, self.seq_len = options.micro_batch, SEQ_LENS.get(options.model, SEQ_LEN)
         self.optim = OptimConfig(name=options.optimizer)

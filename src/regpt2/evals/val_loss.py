@@ -20,7 +20,7 @@ from regpt2.data.mixture import read_shares
 from regpt2.data.tokens.shards import TokenStream, open_tokens
 from regpt2.evals.scoring.assets import Asset
 from regpt2.evals.scoring.context import EvalContext, Figures, scoring, sum_over_ranks
-from regpt2.model.language_model import LanguageModel
+from regpt2.model.language_model import GPT2_CONTEXT, LanguageModel
 
 DESCRIPTION = "loss on the validation split of a prepared data folder: nats, perplexity, bits per byte"
 PROTOCOLS = {
@@ -32,7 +32,7 @@ PROTOCOLS = {
     "bits_per_byte": "summed bits / bytes of text, <|endoftext|> and added tokens scored but without bytes",
 }
 ASSETS: tuple[Asset, ...] = ()
-SHORT = 1024  # tokens: the windows in which GPT-2's losses are published
+SHORT = GPT2_CONTEXT  # tokens: the windows in which GPT-2's losses are published
 
 
 def evaluate(context: EvalContext) -> Figures:

@@ -18,6 +18,7 @@ from regpt2.base.record.metrics import read_events
 from regpt2.base.shelves import origins
 from regpt2.base.version import commit
 from regpt2.config.passes import repetition_warnings
+from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import to_toml
 from regpt2.data.checks.baselines import baselines
 from regpt2.run.saving import BASE
@@ -64,15 +65,14 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         "baselines": state.baselines,
         **state.origin,
     }
-    own = ("model.architectures", config.model.architecture), ("training.optim", config.optim.name)
     if config.lora.rank:
         event["trainable_params"] = sum(p.numel() for p in adapters(run.adapted).values())
-    if plugins := origins(*own, *(("evals", name) for name in config.evals.names)):
+    if plugins := origins(*_entries(config)):
         event["plugins"] = plugins
         notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
-    notes += [*_untrained_positions(run), *_idle_window(run)]
-    notes += [*unused_options(config.optim, run.adapted), *_random_base(run)]
+    notes += [*_untrained_positions(run), *_idle_window(run), *unused_options(config.optim, run.adapted)]
+    notes += _random_base(run)
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
     for text in [*run.data.notes, *repetition_warnings(config, run.data), *notes]:
         run.metrics.log("note", first, text=text)
@@ -84,11 +84,16 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
-    windows = [config.window_at(step) for step in (1, config.max_steps)]
-    if windows[0] != windows[1]:
-        say(f"attention's window grows from {windows[0]:,} to {windows[1]:,} tokens")
+    if (start := config.window_at(1)) != (end := config.window_at(config.max_steps)):
+        say(f"attention's window grows from {start:,} to {end:,} tokens")
     if config.lora.rank:
         _say_lora(run, event["trainable_params"])
+
+
+def _entries(config: RunConfig) -> list[tuple[str, str]]:
+    """The entries of shelves that a run uses and that a plugin may bring."""
+    own = [("model.architectures", config.model.architecture), ("training.optim", config.optim.name)]
+    return [*own, *(("evals", name) for name in config.evals.names)]
 
 
 def _changed_plugins(run: TrainingRun, plugins: dict[str, dict[str, str]]) -> list[str]:

@@ -70,7 +70,7 @@ def train_step(
     Args:
         batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
         lr: of groups that have no `lr_ratio`; the others' is that times their ratio.
-        momentum: of Muon's group, whose momentum may rise; None: as the optimizer was built.
+        momentum: of Muon's group; None: as the optimizer was built.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         weights: each micro-batch's share of the update's targets that count in the loss, over all ranks, where not

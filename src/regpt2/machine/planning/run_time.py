@@ -11,7 +11,6 @@ import torch
 from regpt2.base.console import ProgressLine
 from regpt2.base.errors import UsageError
 from regpt2.config.run import RunConfig
-from regpt2.evals.val_loss import SHORT
 from regpt2.machine.planning.disk import best_bytes, checkpoint_bytes, n_saves
 from regpt2.machine.planning.formulas import (
     EVAL_TOKENS,
@@ -26,6 +25,7 @@ from regpt2.machine.planning.target import Target
 from regpt2.machine.speed.rates import copy_rate, matmul_rate, model_shapes
 from regpt2.machine.speed.steps import StepTimes, StepWork, measure
 from regpt2.model.flops import flops_per_token
+from regpt2.model.language_model import GPT2_CONTEXT
 from regpt2.training.memory import Setup
 
 COMPILE_S = 90.0  # one to two minutes on the GPUs seen so far
@@ -157,6 +157,8 @@ def n_evaluations(config: RunConfig) -> int:
 
 def eval_tokens(config: RunConfig) -> dict[str, int]:
     """Tokens of each evaluation whose size is known."""
-    twice = getattr(config.model, "window", 0) and config.batch.seq_len > SHORT  # in windows of 1,024 tokens as well
+    twice = (
+        getattr(config.model, "window", 0) and config.batch.seq_len > GPT2_CONTEXT
+    )  # in windows of 1,024 tokens as well
     known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens * (2 if twice else 1)}
     return {name: known[name] for name in config.evals.names if name in known}
