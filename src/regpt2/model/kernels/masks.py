@@ -1,7 +1,7 @@
 """Which keys each query sees. In: documents, a window; out: a mask for attention, made once for all layers.
 
-A token sees itself and those before it, in its own document, and at most `window` tokens with itself. As a table that
-is T x S numbers: 4.3 GB at T = 65,536. So in training a mask is a rule, by which attention skips what nothing sees.
+A token sees itself and those before it, in its own document, and at most `window` tokens with itself. A table of that
+has T x S entries: 4.3 GB at T = 65,536. So most masks are rules, by which attention skips what nothing sees.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Reach:
     documents: Tensor | None = None
     """(B, S), the number of each token's document."""
     begins: Tensor | None = None
-    """(S,), where the document of each token begins, the earliest over the rows."""
+    """(S,), where the document of each token begins, the earliest over the rows; None: not to be read here."""
 
     def first_key(self, query: int) -> int:
         """The first key that the query at this place, or a later one, sees in any row."""
@@ -38,14 +38,19 @@ class Reach:
         hidden = key > query  # (n, s)
         if self.window and queries.stop - self.window > keys.start:
             hidden |= key <= query - self.window
-        if self.documents is None or bool((self.documents[:, queries.stop - 1] == self.documents[:, keys.start]).all()):
+        if self.documents is None or self._is_one_document(keys.start, queries.stop - 1):
             return hidden[None, None]
         own, theirs = self.documents[:, queries.start : queries.stop], self.documents[:, keys.start : keys.stop]
         return hidden | (own[:, None, :, None] != theirs[:, None, None, :])
 
+    def _is_one_document(self, first: int, last: int) -> bool:
+        if self.documents is None or self.begins is None:
+            return False
+        return bool((self.documents[:, first] == self.documents[:, last]).all())
+
 
 Mask = Tensor | BlockMask | Reach
-"""Which keys each query sees: (B or 1, 1, T or 1, S) bool, or a rule for a CPU, or for FlexAttention."""
+"""Which keys each query sees: (B or 1, 1, T, S) bool, or as a rule, or for FlexAttention."""
 
 
 def document_numbers(ids: Tensor, end_id: int) -> Tensor:
@@ -67,8 +72,8 @@ def visible_keys(
 ) -> Mask | None:
     """What the last T of S tokens see: themselves and those before, in their document and within the window.
 
-    None means that plain causal attention is the same. It is a rule on a CPU, FlexAttention's in a pass that is
-    compiled for a GPU, and else a table.
+    None means that plain causal attention is the same. It is a rule in a pass that is not compiled, FlexAttention's in
+    one that is compiled for a GPU, and else a table.
 
     Args:
         documents: (B, S), the number of each token's document, which never falls along a row; None: all are one.
@@ -86,9 +91,10 @@ def visible_keys(
         return _table(T, S, device, documents, window)
     if T == 1 or seen is not None:
         return _of_one_query(S, device, documents, window, seen)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         assert isinstance(window, int), "a tensor is for compiled passes"
-        return Reach(window, documents, None if documents is None else _begins(documents))
+        is_read = device.type == "cpu"  # elsewhere the host would wait for the device
+        return Reach(window, documents, _begins(documents) if documents is not None and is_read else None)
     if _takes_flex(device, T, S):
         return _block_mask(T, device, documents, window)
     return _table(T, S, device, documents, window)
