@@ -44,6 +44,7 @@ ITEMS = {  # in the order of value: seconds that each may take; the first nine f
     "sizes": 60,
     "peers": 240,
     "training": 150,
+    "equal_minutes": 900,
 }
 PATIENCE = {"first": 100}  # nothing else counts without it, so it may take longer than planned
 COMPILER_CACHE = "compiler-cache"

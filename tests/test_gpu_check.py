@@ -75,12 +75,23 @@ def test_what_is_carried_along_lets_the_loop_train_and_resume_after_a_kill(
     found = {path.name for path in carried.rglob("*")}
     assert {"vocab.bpe", "tyro", "typeguard", "docstring_parser"} <= found
     assert not [name for name in found if name.endswith((".so", ".pyc"))], "another Python could not use it"
-    options = ["--wheels", carried, "--only", "determinism", "training", "--data", tiny_data, "--recipe", tiny_recipe]
+    options = [
+        "--wheels",
+        carried,
+        "--only",
+        "determinism",
+        "training",
+        "equal_minutes",
+        "--data",
+        tiny_data,
+        "--recipe",
+        tiny_recipe,
+    ]
     done = gpu_check(BENCHMARKS / "gpu_check.py", "--smoke", "--out", out, *options, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["name"]: row for one in items_of(out).values() for row in one["rows"]}
     assert rows["exact resume after SIGKILL, eager"]["ok"]
-    assert rows["4 updates"]["tokens"] == 4 * 256
+    assert rows["4 updates"]["tokens"] == rows[f"{tiny_recipe}: 4 updates"]["tokens"] == 4 * 256
     code = "from regpt2.data import tokenizer; print(tokenizer.find_vocab())"
     path = os.pathsep.join(map(str, (carried, BENCHMARKS.parent / "src")))
     where = subprocess.run(

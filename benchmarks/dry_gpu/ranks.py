@@ -102,15 +102,15 @@ def join() -> World:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     world, compiled, ordered = join(), options.mode == "compiled", options.strategy == "ordered"
-    kind, shape = step.MODELS[options.model]
-    model = build_model(kind(**shape | {"n_layer": options.layers}), seed=1).to(world.device)
+    model = build_model(step.config_of(options), seed=1).to(world.device)
     config = ParallelConfig(strategy=options.strategy, reduce_dtype=options.reduce_dtype)
     trainable = make_trainable(model, torch.bfloat16, world, config, compiled=compiled)
     optimizer = build_optimizer(model, OptimConfig(), world, ordered=ordered, compiled=compiled)
     observer = Observer(model)
     if isinstance(trainable, DistributedDataParallel) and options.reduce_dtype == "fp32":
         trainable.register_comm_hook(None, observer.bucket_ready)
-    ids = torch.zeros(options.micro_batch, step.SEQ_LEN, dtype=torch.int64, device=world.device)
+    seq_len = step.SEQ_LENS.get(options.model, step.SEQ_LEN)
+    ids = torch.zeros(options.micro_batch, seq_len, dtype=torch.int64, device=world.device)
 
     def update() -> None:
         observer.exchanges.clear()

@@ -6,6 +6,7 @@ It runs steps of one and of four micro-steps; the difference is the cost of a fu
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from regpt2.base.device import choose_compute
 from regpt2.base.ranks.world import World
+from regpt2.config.recipe_files import load_recipe
 from regpt2.machine.speed.rates import attention_kernel
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
@@ -24,14 +26,17 @@ from regpt2.training.optimizer import OptimConfig, build_optimizer
 from regpt2.training.ranks.strategy import make_trainable
 from regpt2.training.step import train_step
 
+LONG = load_recipe("modern_124m_long").model
 MODELS: dict[str, tuple[type[GPTConfig], dict[str, Any]]] = {
     "gpt2": (GPTConfig, {}),
     "gpt2_350m": (GPTConfig, {"n_layer": 24, "n_head": 16, "n_embd": 1024}),
     "dropout": (GPTConfig, {"dropout": 0.1}),
     "modern": (ModernConfig, {}),
     "document": (ModernConfig, {"document_mask": True}),
+    "long": (type(LONG), {field.name: getattr(LONG, field.name) for field in dataclasses.fields(LONG)}),
 }
 SEQ_LEN = 1024
+SEQ_LENS = {"long": LONG.block_size}  # of the others SEQ_LEN
 MICRO_STEPS = 4
 WARMUP_STEPS = 2  # the first makes the optimizer's state; all later steps are alike
 
@@ -47,23 +52,32 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def config_of(options: argparse.Namespace) -> GPTConfig:
+    """The model's shape, with as many layers as asked for; a block without attention is then the last but one."""
+    kind, shape = MODELS[options.model]
+    if options.layers:
+        shape = shape | {"n_layer": options.layers}
+        if shape.get("mlp_only_layer", -1) >= options.layers:
+            shape["mlp_only_layer"] = options.layers - 2
+    return kind(**shape)
+
+
 class Training:
     """A model, its optimizer and a micro-batch on the dry GPU."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        kind, shape = MODELS[options.model]
-        self.config = kind(**shape | ({"n_layer": options.layers} if options.layers else {}))
+        self.config = config_of(options)
         self.compiled = options.mode == "compiled"
-        self.micro_batch = options.micro_batch
+        self.micro_batch, self.seq_len = options.micro_batch, SEQ_LENS.get(options.model, SEQ_LEN)
         self.optim = OptimConfig(name=options.optimizer)
         device = torch.device("cuda")
         compute = choose_compute(options.precision, device)
         self.precision = compute.precision
         self.world = World(rank=0, local_rank=0, size=1, device=device)
-        model = build_model(self.config, seed=1).to(device)
-        self.trainable = make_trainable(model, compute.dtype, self.world, compiled=self.compiled)
-        self.optimizer = build_optimizer(model, self.optim, self.world, compiled=self.compiled)
-        ids = torch.zeros(self.micro_batch, SEQ_LEN, dtype=torch.int64, device=device)
+        self.model = build_model(self.config, seed=1).to(device)
+        self.trainable = make_trainable(self.model, compute.dtype, self.world, compiled=self.compiled)
+        self.optimizer = build_optimizer(self.model, self.optim, self.world, compiled=self.compiled)
+        ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64, device=device)
         self.batch = ids, ids.clone()
 
     def micro_step(self) -> None:
@@ -80,7 +94,7 @@ class Training:
         setup = Setup(
             model=self.config,
             micro_batch=self.micro_batch,
-            seq_len=SEQ_LEN,
+            seq_len=self.seq_len,
             grad_accum_steps=MICRO_STEPS,
             precision=self.precision,
             compiled=self.compiled,
@@ -108,6 +122,16 @@ def sync_error(training: Training) -> str:
     return ""
 
 
+def with_other_windows(training: Training) -> dict[str, Any]:
+    """As a run lets its window grow: the graphs and waits that this adds, which should be none of either."""
+    before, taken = compiler_counts(), counts.now()
+    for window in (128, 256, training.model.window):
+        training.model.set_window(window)
+        training.step(1)
+    added = {name: value - before[name] for name, value in compiler_counts().items() if name != "break_reasons"}
+    return {"windows_added": added | {"waits": counts.waits(counts.now()) - counts.waits(taken)}}
+
+
 def measure(training: Training) -> dict[str, Any]:
     started_at = time.time()
     training.micro_step()
@@ -124,6 +148,7 @@ def measure(training: Training) -> dict[str, Any]:
     training.optimizer.zero_grad()
     further = {name: (four[name] - one[name]) // (MICRO_STEPS - 1) for name in four}
     planned = training.planned()
+    found |= with_other_windows(training) if training.model.window else {}
     return found | {
         "of_all": compiler_counts(),
         "first_micro_step": first,

@@ -28,6 +28,7 @@ STEPS = {
     "GPT-2": ("", "ours"),
     "modern": ("--model modern", "ours, softcap"),
     "modern, document mask": ("--model document", "ours, softcap"),
+    "modern, long windows": ("--model long --micro-batch 1 --optimizer muon", "ours, softcap"),
     "GPT-2, Muon": ("--optimizer muon", "ours"),
     "GPT-2, B=16": ("--micro-batch 16", "ours, B=16"),
     "GPT-2 350M, B=32": ("--model gpt2_350m --micro-batch 32", "ours, 350M, B=32"),

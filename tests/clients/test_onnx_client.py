@@ -14,6 +14,8 @@ from regpt2.model.weights import native, onnx
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 SHAPE: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=16, block_size=300, vocab_size=257)
+SWITCHES = ("document_mask", "weightless_norms", "half_rotary", "value_embeddings", "unet_skips", "x0_mixing")
+LONG: dict[str, Any] = dict.fromkeys(SWITCHES, True) | {"mlp_only_layer": 3, "window": 40}
 
 
 @pytest.mark.parametrize(
@@ -22,8 +24,9 @@ SHAPE: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=16, block_size=300, voc
         (GPTConfig(**SHAPE), False),
         (GPTConfig(**SHAPE, activation="gelu"), True),
         (ModernConfig(**SHAPE, zero_init=False), False),
+        (ModernConfig(**SHAPE | {"n_layer": 5}, zero_init=False, **LONG), False),
     ],
-    ids=["gpt2", "exact GELU, weights beside", "modern"],
+    ids=["gpt2", "exact GELU, weights beside", "modern", "modern with long windows"],
 )
 def test_onnxruntime_computes_our_logits_for_every_batch_and_length(
     tmp_path: Path, config: GPTConfig, beside: bool, monkeypatch: pytest.MonkeyPatch

@@ -100,11 +100,16 @@ def test_attention_weights_are_those_that_the_model_uses() -> None:
     assert not weights.triu(1).any()
 
 
-@pytest.mark.parametrize("switches", [{}, {"rotary": False}, {"qk_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"rotary": False}, {"qk_norm": False}, {"half_rotary": True}, {"window": 5}, {"document_mask": True}],
+    ids=str,
+)
 def test_attention_weights_of_a_modern_model_are_those_that_it_uses(switches: dict[str, bool]) -> None:
     """As above: times v, through c_proj, what each attention gave."""
     config = ModernConfig(n_layer=2, n_head=4, n_embd=16, block_size=32, vocab_size=257, zero_init=False, **switches)
     model, ids = sharp(config), torch.randint(257, (20,), generator=torch.Generator().manual_seed(1))
+    ids[8] = 256  # where a document begins
     weights = all_attention_weights(model, ids)
     used: list[tuple[Tensor, Tensor]] = []
     for block in model.h:
@@ -118,6 +123,14 @@ def test_attention_weights_of_a_modern_model_are_those_that_it_uses(switches: di
             v = attn.c_attn(given)[0, :, 32:].view(20, 4, 4).transpose(0, 1)  # (H, T, D)
             gathered = (weights[layer] @ v).transpose(0, 1).reshape(20, 16)
             torch.testing.assert_close(attn.c_proj(gathered), gave[0], rtol=1e-4, atol=1e-4)  # another order of sums
+
+
+def test_a_block_without_attention_has_a_map_of_zeros_in_its_place() -> None:
+    config = ModernConfig(n_layer=3, n_head=2, n_embd=16, block_size=32, vocab_size=257, mlp_only_layer=1)
+    weights = all_attention_weights(sharp(config), torch.arange(9))
+    assert weights.shape == (3, 2, 9, 9)
+    assert weights.sum(dim=(1, 2, 3)).tolist() == pytest.approx([18.0, 0.0, 18.0])
+    assert {habit.layer for habit in habits_of(weights, list(range(9)))} <= {0, 2}
 
 
 @pytest.mark.seconds

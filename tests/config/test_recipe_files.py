@@ -18,12 +18,14 @@ PARAMETERS = {  # by hand: V C + T C + L (12 C^2 + 13 C) + 2 C; modern 2 V C + L
     "gpt2_124m_fast": 124_439_808,
     "modern_124m": 162_149_376,
     "modern_350m": 404_967_424,
+    "modern_124m_long": 275_562_287,  # 5 V C + 12 (12 C^2) - 4 C^2 + 47 scalars
     "small": 3_290_880,
     "modern_small": 3_279_872,
     "finetune": 124_439_808,
     "own_text": 7_242_624,
 }
 FOR_GPUS = ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m", "gpt2_124m_fast", "modern_124m", "modern_350m"]
+FOR_GPUS += ["modern_124m_long"]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -70,7 +72,11 @@ def test_the_lectures_run_is_the_lectures() -> None:
 
 @pytest.mark.parametrize(
     ("name", "curve"),
-    [("gpt2_124m_fast", "fineweb_gpt2_124m_stable_linear"), ("modern_124m", "fineweb_modern_muon_baseline")],
+    [
+        ("gpt2_124m_fast", "fineweb_gpt2_124m_stable_linear"),
+        ("modern_124m", "fineweb_modern_muon_baseline"),
+        ("modern_124m_long", "fineweb_modern_long_windows"),
+    ],
 )
 def test_a_recipe_is_what_its_reference_curve_says_of_itself(name: str, curve: str) -> None:
     """The tokens, the schedule, the optimizer: or the verdict would hold a run against what it is not meant to be."""

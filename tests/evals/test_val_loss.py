@@ -17,8 +17,8 @@ from regpt2.base.ranks.world import World
 from regpt2.data.checks.baselines import baselines
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.data.tokens.shards import open_tokens
-from regpt2.evals import EvalContext
-from regpt2.evals.val_loss import evaluate
+from regpt2.evals import EvalContext, val_loss
+from regpt2.evals.val_loss import PROTOCOLS, evaluate
 from regpt2.model.gpt import GPT, GPTConfig
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -51,6 +51,47 @@ def test_it_is_the_mean_over_every_token_for_any_batch_size(tiny_data: Path) -> 
         assert found["bits_per_byte"] == pytest.approx(
             expected / math.log(2), rel=1e-5
         )  # one byte a token, no EOT here
+
+
+@pytest.mark.parametrize("seq_len", [32, 24])
+def test_a_model_with_a_window_is_also_scored_in_short_windows_on_the_same_tokens(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, seq_len: int
+) -> None:
+    """By hand, a row at a time; of 24 tokens the short windows of 16 do not tile the whole, and the last is shorter."""
+    monkeypatch.setattr(val_loss, "SHORT", 16)
+    model = GPT(MODEL.config, seed=1)
+    model.set_window(5)
+    most = 500
+    n = most // seq_len * seq_len
+    with open_tokens(tiny_data, "val") as tokens:
+        ids = torch.from_numpy(tokens.read(0, n + 1).astype(np.int64))
+
+    def by_hand(T: int) -> float:
+        with torch.no_grad():
+            nats = [model(ids[None, i : min(i + T, n)], ids[None, i + 1 : min(i + T, n) + 1]) for i in range(0, n, T)]
+        return sum(float(x) * (min(i + T, n) - i) for x, i in zip(nats, range(0, n, T), strict=True)) / n
+
+    for batch in (1, 3, 50):
+        found = evaluate(context(tiny_data, model, batch=batch, seq_len=seq_len, val_tokens=most))
+        assert found["tokens"] == n
+        assert found["loss"] == pytest.approx(by_hand(seq_len), abs=1e-6)
+        assert found["loss_1024"] == pytest.approx(by_hand(16), abs=1e-6)
+        assert found["loss_1024"] != pytest.approx(found["loss"], abs=1e-5)
+    assert list(found)[:2] == ["loss", "loss_1024"] and set(PROTOCOLS) >= {"loss", "loss_1024"}
+
+
+def test_only_longer_windows_than_1024_tokens_of_a_model_that_has_one_are_scored_twice(tiny_data: Path) -> None:
+    windowed = GPT(MODEL.config, seed=1)
+    windowed.set_window(5)
+    assert "loss_1024" not in evaluate(context(tiny_data, windowed))
+    assert "loss_1024" not in evaluate(context(tiny_data))
+    assert val_loss.SHORT == 1024
+
+
+def test_a_pass_takes_no_more_tokens_however_long_the_sequences_are() -> None:
+    rows = {T: context(None, seq_len=T, batch=8).rows_of(T) for T in (32, 1024, 8192, 16_384, 65_536, 100_000)}
+    assert rows == {32: 8, 1024: 8, 8192: 8, 16_384: 4, 65_536: 1, 100_000: 1}
+    assert context(None, seq_len=65_536, batch=1).rows_of(1024) == 64
 
 
 def test_a_uniform_model_has_exactly_ln_v(tiny_data: Path) -> None:

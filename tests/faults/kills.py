@@ -25,7 +25,9 @@ def at_random_times(bench: Bench) -> Outcome:
     for n, optimizer in enumerate(RECIPES, 1):
         _kill_and_go_on(bench, outcome, lost, bench.planned * n // len(RECIPES), optimizer)
     _through_the_command(bench, outcome)
-    outcome.remark = f"half with Muon; at most {max(lost)} updates lost, a checkpoint every {trial.SAVE_EVERY}"
+    outcome.remark = (
+        f"a third with Muon, one in windows; at most {max(lost)} updates lost, a checkpoint every {trial.SAVE_EVERY}"
+    )
     return outcome
 
 

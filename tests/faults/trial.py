@@ -53,7 +53,12 @@ window = 16
 # 3.2 million weights and two moments each: 39 MB, so that a kill can land inside the write
 BIG_RECIPE = RECIPE.replace("n_layer = 2", "n_layer = 4").replace("n_embd = 64", "n_embd = 256")
 MUON = RECIPE.replace("dropout = 0.1", 'architecture = "modern"').replace("[optim]", '[optim]\nname = "muon"')
-RECIPES = {"adamw": RECIPE, "muon": MUON}
+# Attention's window grows from 4 to 16 tokens, by 4 every 6 updates, so kills fall before and after each growth.
+INGREDIENTS = ("document_mask", "weightless_norms", "half_rotary", "value_embeddings", "unet_skips", "x0_mixing")
+WINDOWS = MUON.replace(
+    "[batch]", "\n".join(["window = 16", "mlp_only_layer = 1", *(f"{name} = true" for name in INGREDIENTS), "[batch]"])
+).replace("[schedule]", "[schedule]\nwindow_from = 4")
+RECIPES = {"adamw": RECIPE, "muon": MUON, "windows": WINDOWS}
 
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "his")
 

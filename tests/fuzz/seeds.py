@@ -143,7 +143,7 @@ def checkpoint_files() -> dict[str, bytes]:
     model = _model()
     optimizer = {"wte.weight/exp_avg": torch.zeros(5, 4)}
     state = {"step": STEP, "guard": {"losses": [2.5], "skipped_in_a_row": 0}, "seed": 1}
-    config = native.config_json(model.config, None)
+    config = native.config_json(model, None)
     with tempfile.TemporaryDirectory() as name:
         snap = checkpoint.snapshot(STEP, config, native.tensors(model), optimizer, state)
         return _contents(checkpoint.write(Path(name), snap))

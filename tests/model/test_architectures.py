@@ -29,24 +29,35 @@ from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import load_model
 from regpt2.model.flops import n_weights
 from regpt2.model.gpt import GPTConfig
-from regpt2.model.language_model import LanguageModel
+from regpt2.model.language_model import LanguageModel, has_token_rows
 from regpt2.model.modern import ModernConfig
 from regpt2.model.weights import native
 from regpt2.sampling.cpu import in_int8, packed_if_faster
 from regpt2.sampling.generate import generate
-from regpt2.training.ranks.strategy import ParallelConfig, load_weights, make_trainable, whole, whole_model
+from regpt2.training.optimizer import OptimConfig, build_optimizer, load_state_tensors, state_tensors
+from regpt2.training.ranks.strategy import ParallelConfig, gather, load_weights, make_trainable, whole, whole_model
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 SHAPE: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257)
 CONFIG = ModernConfig(**SHAPE)
 SWITCHES = [field.name for field in dataclasses.fields(ModernConfig) if field.name not in GPTConfig.__annotations__]
-ALL_OFF = dataclasses.replace(CONFIG, **{name: type(getattr(CONFIG, name))(0) for name in SWITCHES})
-VARIANTS = {"all on": CONFIG, "all off": ALL_OFF} | {
-    f"no {name}": dataclasses.replace(CONFIG, **{name: getattr(ALL_OFF, name)})
-    for name in SWITCHES
-    if name != "document_mask"
+LATER: dict[str, Any] = {  # off by default
+    "document_mask": True,
+    "weightless_norms": True,
+    "half_rotary": True,
+    "value_embeddings": True,
+    "unet_skips": True,
+    "x0_mixing": True,
+    "mlp_only_layer": 2,
+    "window": 9,
 }
-VARIANTS["document_mask"] = dataclasses.replace(CONFIG, document_mask=True)
+FIRST = [name for name in SWITCHES if name not in (*LATER, "end_of_text")]
+ALL_OFF = dataclasses.replace(CONFIG, **{name: type(getattr(CONFIG, name))(0) for name in FIRST})
+LONG = dataclasses.replace(CONFIG, n_layer=5, **LATER)
+VARIANTS = {"all on": CONFIG, "all off": ALL_OFF, "all of long windows": LONG} | {
+    f"no {name}": dataclasses.replace(CONFIG, **{name: getattr(ALL_OFF, name)}) for name in FIRST
+}
+VARIANTS |= {name: dataclasses.replace(CONFIG, n_layer=3, **{name: on}) for name, on in LATER.items()}
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -57,7 +68,7 @@ def random_model(config: GPTConfig = CONFIG) -> LanguageModel:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        for name in {"wte.weight", "lm_head.weight"} & dict(model.named_parameters()).keys():
+        for name in filter(has_token_rows, dict(model.named_parameters())):
             model.get_parameter(name)[config.vocab_size :] = 0.0
     return model
 
@@ -117,7 +128,7 @@ def test_an_option_makes_any_recipe_modern_and_shows_its_switches(
 ) -> None:
     options = [*option, "--model.no-rotary", "--model.softcap", "3", "--model.n-layer", "4"]
     found = tyro.cli(RunConfig, default=defaults_for(str(tiny_recipe), options), args=options).model
-    assert found == ModernConfig(**SHAPE | {"n_layer": 4}, rotary=False, softcap=3.0)  # the recipe's shape
+    assert found == ModernConfig(**SHAPE | {"n_layer": 4}, rotary=False, softcap=3.0, dropout=0.1)  # the recipe's
     with pytest.raises(SystemExit):
         tyro.cli(RunConfig, default=defaults_for(str(tiny_recipe), option), args=["--help"])
     text = capsys.readouterr().out
@@ -169,7 +180,10 @@ def test_formats_of_gpt2_refuse_what_they_have_no_words_for(name: str, tmp_path:
     folder = exported(tmp_path / "native", random_model())
     with pytest.raises(UsageError, match=r"holds GPT-2 alone.*no biases, rotary, qk_norm.*native.*safetensors"):
         convert(ConvertOptions(src=str(folder), dst=tmp_path / "deep" / "out", to=name))
-    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+    folder = exported(tmp_path / "long", random_model(LONG))
+    with pytest.raises(UsageError, match=r"value_embeddings, unet_skips, x0_mixing, mlp_only_layer, window; formats"):
+        convert(ConvertOptions(src=str(folder), dst=tmp_path / "deep" / "out", to=name))
+    assert {path.name for path in tmp_path.iterdir()} == {"native", "long"}
 
 
 def test_a_folder_from_before_there_were_two_is_a_gpt2(tmp_path: Path) -> None:
@@ -250,6 +264,8 @@ def test_endings_are_scored_as_the_whole_text_is(dtype: torch.dtype) -> None:
 
 
 STRATEGIES: tuple[Any, ...] = ("ddp", "fsdp")
+NARROW = 5  # a window
+RATES = OptimConfig(lr=1e-3, eps=1e-4, scalar_lr=0.02, value_embedding_lr=0.05)  # eps: no sign of a gradient near zero
 
 
 def rank_main(rank: int, port: int, out: str) -> None:
@@ -257,32 +273,53 @@ def rank_main(rank: int, port: int, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     world = World(rank=rank, local_rank=rank, size=2, device=torch.device("cpu"))
     mine = ids(4, 32)[2 * rank : 2 * rank + 2]
-    for strategy in STRATEGIES:
-        model = build_model(CONFIG, seed=9)  # other weights than those that are loaded
+    for strategy, config in ((strategy, config) for strategy in STRATEGIES for config in (CONFIG, LONG)):
+        model = build_model(config, seed=9)  # other weights than those that are loaded
+        model.set_window(NARROW)
         trainable = make_trainable(model, torch.float32, world, ParallelConfig(strategy=strategy), compiled=False)
-        load_weights(model, tensors_of(random_model()))
+        load_weights(model, tensors_of(random_model(config)))
+        optimizer = build_optimizer(model, RATES)
         trainable(mine, mine.roll(-1, 1)).backward()
         gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
             logits = whole_model(model, world)(ids(2, 32))
-        torch.save((gradients, logits), f"{out}/{strategy}_{rank}.pt")
+        optimizer.step()
+        saved = gather(state_tensors(optimizer, model), world)
+        if strategy == "fsdp":  # every rank is given whole tensors, and takes its own part
+            whole_state = [saved if rank == 0 else {}]
+            dist.broadcast_object_list(whole_state)
+            optimizer = build_optimizer(model, RATES)
+            load_state_tensors(optimizer, model, whole_state[0])
+        optimizer.step()  # the same gradient again
+        weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+        torch.save((gradients, logits, weights), f"{out}/{strategy}_{config.n_layer}_{rank}.pt")
     os._exit(0)  # torch's own end of a group may wait forever, or abort
 
 
 def test_two_ranks_are_one(tmp_path: Path, unused_port: int) -> None:
+    """With scalars too, which are cut: two numbers over two ranks, one number to one of them alone."""
     spawn(rank_main, args=(unused_port, str(tmp_path)), nprocs=2)
-    model, x = random_model(), ids(4, 32)
-    model(x, x.roll(-1, 1)).backward()
-    for file in [tmp_path / f"{strategy}_{rank}.pt" for strategy in STRATEGIES for rank in range(2)]:
-        gradients, logits = torch.load(file, weights_only=True)
-        assert gradients.keys() == dict(model.named_parameters()).keys()
-        for name, p in model.named_parameters():
-            assert p.grad is not None
-            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-7)  # sums in another order
-        torch.testing.assert_close(logits, model(ids(2, 32)).detach())
+    for config in (CONFIG, LONG):
+        model, x = random_model(config), ids(4, 32)
+        model.set_window(NARROW)
+        model(x, x.roll(-1, 1)).backward()
+        expected = model(ids(2, 32)).detach()
+        optimizer = build_optimizer(model, RATES)
+        optimizer.step(), optimizer.step()
+        for strategy, rank in ((strategy, rank) for strategy in STRATEGIES for rank in range(2)):
+            file = tmp_path / f"{strategy}_{config.n_layer}_{rank}.pt"
+            gradients, logits, weights = torch.load(file, weights_only=True)
+            assert gradients.keys() == dict(model.named_parameters()).keys()
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)  # sums in another order
+                torch.testing.assert_close(weights[name], p.detach(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, expected)
 
 
 def test_switches_that_are_on_are_named() -> None:
     assert switches_on(GPTConfig()) == []
     assert switches_on(ALL_OFF) == []
-    assert set(switches_on(CONFIG)) == set(SWITCHES) - {"document_mask", "end_of_text"}  # an id is no switch
+    assert switches_on(CONFIG) == FIRST
+    assert set(switches_on(dataclasses.replace(LONG, mlp_only_layer=0))) == {*FIRST, *LATER}
+    assert switches_on(dataclasses.replace(CONFIG, end_of_text=5)) == FIRST, "an id is no switch"

@@ -1,4 +1,7 @@
-"""Dropout: at the four places where transformers' GPT-2 has it, by its masks; new masks for each micro-batch."""
+"""Dropout: at the four places where transformers' GPT-2 has it, by its masks; new masks for each micro-batch.
+
+tests/model/test_ingredients.py has the three places of the modern model.
+"""
 
 import dataclasses
 from itertools import pairwise
@@ -17,6 +20,8 @@ from regpt2.config.recipe_files import load_recipe
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels import attention
 from regpt2.model.kernels.attention import causal_attention
+from regpt2.model.language_model import LanguageModel
+from regpt2.model.modern import ModernGPT
 from regpt2.run.loop import train
 
 P = 0.3
@@ -91,18 +96,22 @@ def test_attention_drops_weights_at_the_rate_and_scales_the_others(
         assert abs(((a != 0) == (b != 0))[both].float().mean().item() - by_chance) < 0.15
 
 
+@pytest.mark.parametrize("Model", [GPT, ModernGPT])
 def test_every_micro_batch_of_every_update_has_masks_of_its_own_and_after_a_resume_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    Model: type[LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All windows are alike and no weight moves, so losses differ by their masks alone."""
     alike = np.full(1000, 97, dtype=np.uint16)
     data = write_tokens(tmp_path / "data", [alike], alike)
     recipe = tmp_path / "tiny.toml"
-    recipe.write_text(TINY_RECIPE.replace("lr = 3e-3", "lr = 1e-30").replace("save_every = 4", "save_every = 2"))
+    text = TINY_RECIPE.replace("lr = 3e-3", "lr = 1e-30").replace("save_every = 4", "save_every = 2")
+    if Model is ModernGPT:  # a head of zeros would hide the masks
+        text = text.replace("dropout = 0.1", 'dropout = 0.1\narchitecture = "modern"\nzero_init = false')
+    recipe.write_text(text)
     losses: list[float] = []
-    forward = GPT.forward
+    forward = Model.forward
 
-    def noting(self: GPT, *arguments: Any, **named: Any) -> Tensor:
+    def noting(self: LanguageModel, *arguments: Any, **named: Any) -> Tensor:
         loss = forward(self, *arguments, **named)
         if loss.requires_grad:
             losses.append(loss.item())
@@ -114,7 +123,7 @@ def test_every_micro_batch_of_every_update_has_masks_of_its_own_and_after_a_resu
         train(dataclasses.replace(config, data=str(data), run=str(tmp_path / folder), max_steps=max_steps))
         return losses[1:]  # the first is thrown away: the rehearsal
 
-    monkeypatch.setattr(GPT, "forward", noting)
+    monkeypatch.setattr(Model, "forward", noting)
     monkeypatch.setattr("regpt2.run.ending.write_report", lambda run: run)
     straight = run("straight", 4)
     assert len(straight) == 4 * 4, "four micro-batches in each of four updates"

@@ -1,10 +1,14 @@
 """The FLOPs formula against torch's own counter, and the published count for 124M."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regpt2.model.flops import adapter_numbers, flops_per_token, mfu, palm_flops_per_token
+from regpt2.model.flops import adapter_numbers, flops_per_token, keys_per_query, mfu, n_weights, palm_flops_per_token
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.training.lora import LoraConfig, with_adapters
 
 
@@ -50,3 +54,39 @@ def test_the_other_convention_counts_860_mflop_a_token() -> None:
 def test_mfu_is_unknown_rather_than_wrong() -> None:
     assert mfu(1e6, 798e6, None, 8) is None
     assert mfu(1e6, 798e6, 989.4e12, 1) == 1e6 * 798e6 / 989.4e12
+
+
+def test_a_window_costs_the_keys_that_it_shows_and_a_block_without_attention_costs_none() -> None:
+    T, C = 4096, 768
+    whole = ModernConfig(block_size=T)
+    for window in (128, 1000, 4096, 9000):
+        seen = sum(min(t + 1, window) for t in range(T)) / T
+        assert keys_per_query(whole, T, window) == pytest.approx(seen, abs=1)
+    assert keys_per_query(whole, T) == T / 2
+    narrow = ModernConfig(block_size=T, window=128)
+    per_key = 12 * C * 12
+    saved = flops_per_token(whole, T) - flops_per_token(narrow, T)
+    assert saved == pytest.approx(per_key * (T / 2 - keys_per_query(narrow, T)))
+    assert flops_per_token(narrow, T, window=T) == flops_per_token(whole, T)
+    without = flops_per_token(ModernConfig(block_size=T, window=128, mlp_only_layer=7), T)
+    assert flops_per_token(narrow, T) - without == pytest.approx(24 * C * C + 12 * C * keys_per_query(narrow, T))
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"rms_norm": False},
+        {"weightless_norms": True, "mlp_only_layer": 0},
+        {"mlp_only_layer": 3, "rms_norm": False},
+        {"value_embeddings": True},
+        {"value_embeddings": True, "mlp_only_layer": 2, "n_layer": 7},
+        {"unet_skips": True, "x0_mixing": True, "n_layer": 5},
+        {"value_embeddings": True, "unet_skips": True, "x0_mixing": True, "weightless_norms": True, "n_layer": 12},
+    ],
+    ids=str,
+)
+def test_all_weights_are_counted(switches: dict[str, Any]) -> None:
+    config = ModernConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 16, "vocab_size": 100, "block_size": 32, **switches})
+    with torch.device("meta"):
+        assert n_weights(config) == sum(p.numel() for p in ModernGPT(config).parameters())

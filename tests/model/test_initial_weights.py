@@ -1,6 +1,7 @@
 """Weights to begin from: their hash by the description alone, and the rows that a vocabulary gains."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ def test_the_hash_is_that_of_its_description_and_depends_on_every_weight() -> No
             before = weights_sha256(model)
 
 
-def test_new_rows_are_the_mean_of_tokens_with_text_in_both_matrices() -> None:
-    config = ModernConfig(n_layer=1, n_head=1, n_embd=4, block_size=8, vocab_size=10)
+def test_new_rows_are_the_mean_of_tokens_with_text_in_every_matrix_of_the_vocabulary() -> None:
+    config = ModernConfig(n_layer=4, n_head=1, n_embd=4, block_size=8, vocab_size=10, value_embeddings=True)
     model = ModernGPT(config, seed=1)
     torch.nn.init.normal_(model.lm_head.weight)
-    wanted = ModernConfig(n_layer=1, n_head=1, n_embd=4, block_size=8, vocab_size=12)
+    wanted = replace(config, vocab_size=12)
     found = fitted(model, wanted, new_ids=[8, 10, 11], textless=[8, 9])
-    for name in ("wte.weight", "lm_head.weight"):
+    for name in ("wte.weight", "lm_head.weight", "wve.0.weight", "wve.1.weight"):
         old, new = model.get_parameter(name)[:10].detach().numpy(), found[name].numpy()
         assert new.shape == (12, 4)
         np.testing.assert_array_equal(np.delete(new, [8, 10, 11], axis=0), np.delete(old, 8, axis=0))

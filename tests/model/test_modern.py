@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from regpt2.base.errors import ConfigError
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels import attention, recompute
-from regpt2.model.modern import ModernConfig, ModernGPT, qk_norm, rotation_of
+from regpt2.model.kernels.rotary import qk_norm, rotation_of
+from regpt2.model.language_model import has_token_rows
+from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.sampling.generate import KVCache
 
 numpy_modern = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "independent" / "numpy_modern.py")))
@@ -28,6 +30,20 @@ CONFIGS = {"all": ON, "none": OFF}
 CONFIGS |= {f"all but {name}": dataclasses.replace(ON, **{name: off}) for name, off in OFF_SWITCHES.items()}
 CONFIGS["none, exact GELU"] = dataclasses.replace(OFF, activation="gelu")
 CONFIGS |= {f"only {name}": dataclasses.replace(OFF, **{name: getattr(ON, name)}) for name in OFF_SWITCHES}
+# Those of long windows: 5 blocks have a middle one without value embedding, and no partner across the U.
+LATER: dict[str, Any] = {
+    "weightless_norms": True,
+    "half_rotary": True,
+    "value_embeddings": True,
+    "unet_skips": True,
+    "x0_mixing": True,
+    "mlp_only_layer": 3,
+    "window": 4,
+}
+FIVE = dataclasses.replace(ON, n_layer=5)
+CONFIGS |= {f"with {name}": dataclasses.replace(FIVE, **{name: on}) for name, on in LATER.items()}
+CONFIGS["with all of long windows"] = dataclasses.replace(FIVE, **LATER)
+CONFIGS["with three value embeddings"] = dataclasses.replace(ON, n_layer=8, value_embeddings=True, mlp_only_layer=0)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -37,9 +53,10 @@ def random_model(config: ModernConfig, seed: int = 1) -> ModernGPT:
     model = ModernGPT(config).double()
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        p.normal_(mean=1.0 if "ln" in name and name.endswith("weight") else 0.0, std=0.3, generator=generator)
-    for weight in (model.wte.weight, model.head_weight):
-        weight[config.vocab_size :] = 0.0
+        around_one = name.endswith((".mix", "skips")) or ("ln" in name and name.endswith("weight"))
+        p.normal_(mean=1.0 if around_one else 0.0, std=0.3, generator=generator)
+        if has_token_rows(name):
+            p[config.vocab_size :] = 0.0
     return model.eval()
 
 
@@ -49,8 +66,7 @@ def batch(config: GPTConfig, seed: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def numpy_weights(model: ModernGPT) -> dict[str, Any]:
-    of_vocabulary = ("wte.weight", "lm_head.weight")
-    unpadded = {n: p[: model.config.vocab_size] if n in of_vocabulary else p for n, p in model.named_parameters()}
+    unpadded = {n: p[: model.config.vocab_size] if has_token_rows(n) else p for n, p in model.named_parameters()}
     return {name: p.detach().numpy().copy() for name, p in unpadded.items()}
 
 
@@ -141,7 +157,7 @@ SMALL = ModernConfig(n_layer=6, n_head=2, n_embd=64, block_size=64, vocab_size=2
 def test_initialization_is_gpt2s_but_for_what_starts_at_zero(zero_init: bool) -> None:
     model = ModernGPT(config := dataclasses.replace(SMALL, zero_init=zero_init), seed=4)
     for name, p in model.named_parameters():
-        p = p[:257] if name in ("wte.weight", "lm_head.weight") else p
+        p = p[:257] if has_token_rows(name) else p
         if p.dim() == 1:
             assert p.eq(1).all(), name
         elif zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
@@ -254,7 +270,6 @@ def test_a_compiler_gets_one_graph_with_the_same_loss_and_gradients(monkeypatch:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dropout": 0.1}, "model.dropout = 0.1 must be 0: the modern model has none."),
         ({"softcap": -1.0}, "model.softcap = -1.0 must be 0 (off) or more; 15 is usual."),
         ({"softcap": math.nan}, "model.softcap = nan must be 0"),
         ({"n_embd": 18}, "model.n_embd / model.n_head = 18 / 6 = 3 must be even"),

@@ -8,6 +8,7 @@ import pytest
 from regpt2.references import curves
 from regpt2.references.curves import Curve, choose, load
 from regpt2.references.run_facts import dataset_of
+from regpt2.references.scores import comparable
 
 ENDS = {  # as the sources print them
     "fineweb_gpt2_124m_llmc": (19_560, 3.2722),
@@ -15,6 +16,7 @@ ENDS = {  # as the sources print them
     "fineweb_adamw_trapezoid_rotary": (9_536, 3.275959),
     "fineweb_gpt2_124m_stable_linear": (9_536, 3.30),
     "fineweb_modern_muon_baseline": (3_250, 3.2787),
+    "fineweb_modern_long_windows": (1_390, 3.2785),
     "fineweb_edu_gpt2_124m_lecture": (19_560, 3.06),
 }
 
@@ -82,6 +84,7 @@ def test_a_data_set_is_known_by_its_names(text: str, dataset: str | None) -> Non
         ("fineweb_edu", 354_823_168, None),
         ("fineweb", 123_653_376, None),  # rotary: the same size, another model
         ("fineweb", 162_149_376, "fineweb_modern_muon_baseline"),
+        ("fineweb", 275_562_287, "fineweb_modern_long_windows"),
         ("fineweb", 404_967_424, None),  # modern_350m
         ("openwebtext", 124_439_808, None),
         (None, 124_439_808, None),
@@ -109,3 +112,10 @@ def test_among_several_auto_takes_the_one_of_the_runs_schedule(
 ) -> None:
     found = choose("auto", dataset, n_params, schedule)
     assert found is not None and found.name == name
+
+
+def test_a_loss_in_long_windows_is_not_compared_with_gpt2s() -> None:
+    both, one = ("loss", "loss_1024", "perplexity"), ("loss", "perplexity")
+    assert [comparable("val_loss", metric, both) for metric in both] == ["", "loss", "perplexity"]
+    assert [comparable("val_loss", metric, one) for metric in one] == list(one)
+    assert comparable("lambada", "loss", both) == "loss"

@@ -86,7 +86,9 @@ def test_a_recipe_of_gpt2_becomes_modern_by_an_option(tiny_recipe: Path, tiny_da
     options = ["--model.architecture", "modern", "--model.softcap", "0", "--max-steps", "2", "--sample-every", "0"]
     assert main(["train", str(tiny_recipe), "--data", str(tiny_data), "--run", str(tmp_path / "run"), *options]) == 0
     written = load_recipe(str(tmp_path / "run" / "config.toml")).model
-    assert written == ModernConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, softcap=0.0)
+    assert written == ModernConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, softcap=0.0, dropout=0.1
+    )
 
 
 @needs_bf16

@@ -130,6 +130,38 @@ def test_activations_are_what_autograd_keeps(shape: GPTConfig, precision: str, s
     assert predicted(5) - predicted(4) == pytest.approx(kept(5) - kept(4), rel=0.01)  # what is left: vectors
 
 
+EVERYTHING: dict[str, Any] = dict(
+    weightless_norms=True, value_embeddings=True, unet_skips=True, x0_mixing=True, mlp_only_layer=3, half_rotary=True
+)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(("precision", "seq_len"), [("bf16", 128), ("fp32", 512), ("bf16", 512)])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"weightless_norms": True},
+        {"value_embeddings": True},
+        {"unet_skips": True, "weightless_norms": True},
+        {"x0_mixing": True},
+        {"mlp_only_layer": 1},
+        EVERYTHING,
+    ],
+    ids=lambda switches: " ".join(switches) if len(switches) < 3 else "everything",
+)
+def test_each_ingredient_keeps_what_autograd_keeps(switches: dict[str, Any], precision: str, seq_len: int) -> None:
+    """What it adds to a plain modern model of 6 layers, to a few rows of numbers; everything together as well."""
+
+    def both(**ingredients: Any) -> tuple[int, int]:
+        shape = ModernConfig(**{**SHAPE, "n_layer": 6, **ingredients})
+        one = setup(shape, 2, seq_len, 1, precision)
+        return kept_by_autograd(build_model(shape), one), memory._kept_bytes(one) + memory._rounded_bytes(one)
+
+    (kept, predicted), (plain_kept, plain_predicted) = both(**switches), both()
+    width = 2 * seq_len * 64 * (2 if precision == "bf16" else 4)
+    assert predicted - plain_predicted == pytest.approx(kept - plain_kept, abs=0.25 * width)
+
+
 @pytest.mark.seconds
 @pytest.mark.parametrize(
     ("kind", "precision", "micro_batch"),

@@ -25,7 +25,7 @@ OPTIONS: list[tuple[str, Any]] = [
     ("eps", 1e-2),
     ("muon", MuonConfig(lr=0.5)),
     ("muon", MuonConfig(weight_decay=0.7)),
-    ("muon", MuonConfig(momentum=0.3)),
+    ("muon", MuonConfig(momentum=0.3)),  # test_optimizer_ingredients.py has how it may rise
     ("muon", MuonConfig(nesterov=False)),
     ("muon", MuonConfig(ns_steps=2)),
     ("muon", MuonConfig(ns_coefficients=(2.0, -1.5, 0.5))),
@@ -54,7 +54,6 @@ def test_an_option_changes_the_update_unless_it_is_ignored(name: str, option: st
 
 
 def test_no_option_is_forgotten_here() -> None:
-    """But the two that are no optimizer's: its name, and clipping; and a head of its own, which GPT-2 has not."""
-    assert {option for option, _ in OPTIONS} | {"name", "grad_clip", "head_lr"} == {
-        field.name for field in dataclasses.fields(OptimConfig)
-    }
+    """But those that are no optimizer's (its name, clipping, an average), and the rates of what GPT-2 has not."""
+    elsewhere = {"name", "grad_clip", "ema", "head_lr", "value_embedding_lr", "scalar_lr"}
+    assert {option for option, _ in OPTIONS} | elsewhere == {field.name for field in dataclasses.fields(OptimConfig)}

@@ -19,7 +19,7 @@ from regpt2.training.guard import GuardConfig
 from regpt2.training.lora import LoraConfig
 from regpt2.training.optimizer import OptimConfig
 from regpt2.training.ranks.strategy import ParallelConfig
-from regpt2.training.schedule import ScheduleConfig
+from regpt2.training.schedule import ScheduleConfig, window_at
 
 TO_BE_NAMED = "?"  # as `init` of a recipe that trains a model further: the command says which
 
@@ -156,6 +156,7 @@ class RunConfig:
                 f"batch.seq_len = {self.batch.seq_len} is longer than model.block_size = {self.model.block_size}; "
                 f"the most is {self.model.block_size}."
             )
+        self.schedule.check_window(self.model.architecture, getattr(self.model, "window", None))
         self.lora.check(self.model, self.optim.name, self.parallel.strategy)
 
     def _check_validations(self) -> None:
@@ -167,6 +168,10 @@ class RunConfig:
                 f"{' and '.join(asked).lower()} needs validation losses, and there are none with {missing}; set "
                 "eval_every above 0 and val_loss in evals.names, or give --no-keep-best and --stop-after-worse 0."
             )
+
+    def window_at(self, step: int) -> int:
+        """Tokens that attention reaches back in update `step`, from 1; 0: all before."""
+        return window_at(self.schedule, getattr(self.model, "window", 0), step, self.max_steps)
 
     def check_ranks(self, world_size: int) -> None:
         """Refuse a number of ranks that cannot share every update, whatever its size.

@@ -2,6 +2,7 @@
 
 from regpt2.config.run import RunConfig
 from regpt2.training.memory import Setup
+from regpt2.training.schedule import mean_window
 
 
 def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, compiled: bool) -> Setup:
@@ -22,4 +23,5 @@ def setup_of(config: RunConfig, ranks: int, *, device: str, precision: str, comp
         ranks=ranks,
         optim=config.optim,
         lora=config.lora,
+        mean_window=mean_window(config.schedule, getattr(config.model, "window", 0)),
     )

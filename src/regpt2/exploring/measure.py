@@ -17,6 +17,7 @@ from regpt2.model import gpt, modern
 from regpt2.model.architecture import switches_on
 from regpt2.model.files.fill_model import tensors_of
 from regpt2.model.files.load import LoadedModel
+from regpt2.model.kernels.masks import Mask, Reach
 from regpt2.model.kernels.rotary import Rotation
 from regpt2.model.language_model import LanguageModel
 
@@ -242,8 +243,8 @@ def layer_by_layer(model: LanguageModel, ids: Tensor, keep: Callable[[Tensor], K
     seen: list[Kept] = []
 
     def look(attn: Any, given: tuple[Any, ...]) -> None:  # before each layer's attention begins
-        x, _cache, *rotation_and_mask = given
-        seen.append(keep(attention_weights(attn, x, *rotation_and_mask[:1])))
+        x, _cache, *rotation_and_mask = given  # and value embeddings, which change no weight
+        seen.append(keep(attention_weights(attn, x, *rotation_and_mask[:2])))
 
     blocks = [block for block, has in zip(model.h, has_attention, strict=True) if has]
     if other := next((block for block in blocks if not hasattr(block, "attn")), None):
@@ -262,7 +263,10 @@ def layer_by_layer(model: LanguageModel, ids: Tensor, keep: Callable[[Tensor], K
 
 
 def attention_weights(
-    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention, x: Tensor, rotation: Rotation | None = None
+    attn: gpt.CausalSelfAttention | modern.CausalSelfAttention,
+    x: Tensor,
+    rotation: Rotation | None = None,
+    mask: Mask | None = None,
 ) -> Tensor:  # (1, T, C) -> (H, T, T)
     """softmax(q k^T / sqrt(D)) in full; the kernels that the model uses never store it."""
     if type(attn) not in (gpt.CausalSelfAttention, modern.CausalSelfAttention):
@@ -273,8 +277,12 @@ def attention_weights(
     if isinstance(attn, modern.CausalSelfAttention):
         q, k = attn.placed(q, rotation), attn.placed(k, rotation)
     scores = q[0] @ k[0].transpose(1, 2) / q.shape[3] ** 0.5  # (H, T, T)
-    past = torch.ones(T, T, dtype=torch.bool, device=scores.device).tril()
-    return torch.softmax(scores.masked_fill(~past, -torch.inf), dim=2)
+    hidden = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
+    if isinstance(mask, Reach):
+        hidden = mask.hidden(range(T), range(T), scores.device)[0, 0]
+    elif isinstance(mask, Tensor):
+        hidden = ~mask[0, 0]
+    return torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=2)
 
 
 def habits_of(weights: Tensor, ids: Sequence[int]) -> list[Habit]:  # (L, H, T, T), T ids

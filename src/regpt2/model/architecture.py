@@ -41,5 +41,10 @@ def _entry(name: object) -> Any:
 def switches_on(config: GPTConfig) -> list[str]:
     """The settings that a model has switched on and GPT-2 does not have."""
     common = {field.name for field in fields(GPTConfig)}
-    own = [field.name for field in fields(config) if field.name not in common]
-    return [name for name in own if name != "end_of_text" and getattr(config, name) not in (False, -1)]  # False is 0
+    found = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        is_on = value != field.default if type(field.default) is int else bool(value)  # a whole number begins as off
+        if is_on and field.name not in (*common, "end_of_text"):  # an id is no switch
+            found.append(field.name)
+    return found

@@ -14,7 +14,7 @@ def n_weights(config: GPTConfig) -> int:
     if not isinstance(config, ModernConfig):
         return (V + config.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C
     rows = V * (1 + config.untied_head + config.n_value_tables) + (0 if config.rotary else config.block_size)
-    with_attention = _blocks_with_attention(config)
+    with_attention = blocks_with_attention(config)
     norms = with_attention + L + 1  # before attention, before the MLP, and the last one
     norms = norms + 1 if config.rms_norm else 2 * norms  # an RMS norm has no bias; there is one more of them
     if config.weightless_norms:
@@ -26,36 +26,38 @@ def n_weights(config: GPTConfig) -> int:
     return rows * C + (8 * L + 4 * with_attention) * C * C + norms * C + scalars
 
 
-def _blocks_with_attention(config: GPTConfig) -> int:
+def blocks_with_attention(config: GPTConfig) -> int:
     """All, but in a modern model perhaps one."""
     return config.n_layer - (isinstance(config, ModernConfig) and config.mlp_only_layer >= 0)
 
 
-def keys_per_query(config: GPTConfig, seq_len: int) -> float:
+def keys_per_query(config: GPTConfig, seq_len: int, window: float | None = None) -> float:
     """How many tokens one sees on average, of a sequence: half of all, or fewer where a window ends before them.
 
-    The mean of min(position, window). A document mask hides more of them, which depends on the text.
+    The mean of min(position, window). A document mask hides more of them, which depends on the text. `window`:
+    attention's, where it is not yet the model's own.
     """
-    window = config.window if isinstance(config, ModernConfig) else 0
+    if window is None:
+        window = config.window if isinstance(config, ModernConfig) else 0
     reach = min(window or seq_len, seq_len)
     return reach * (1 - reach / (2 * seq_len)) if seq_len else 0.0
 
 
 def adapter_numbers(config: GPTConfig, rank: int) -> int:
     """Numbers in LoRA's A and B of all blocks: rank x (in + out) of C -> 3C, C -> C, C -> 4C and 4C -> C."""
-    return (10 * config.n_layer + 6 * _blocks_with_attention(config)) * rank * config.n_embd
+    return (10 * config.n_layer + 6 * blocks_with_attention(config)) * rank * config.n_embd
 
 
-def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0) -> float:
+def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0, window: float | None = None) -> float:
     """Matmul FLOPs, forward and backward, of one token; causal attention counted once, no recomputation.
 
     72 C^2 L (QKV 18, projection 6, MLP 48) + 6 C T L (scores and values, half of the square) + 6 C V (head).
     For 124M at T=1024: 798 MFLOP, and 565 with LoRA of rank 16. The modern model has the same matmuls: a head of its
-    own is used no more often, and of value embeddings a token reads one row each. A window leaves fewer scores, and a
-    block may have no attention.
+    own is used no more often, and of value embeddings a token reads one row each. A window, `window` if
+    it is not yet the model's own, leaves fewer scores, and a block may have no attention.
     """
-    C, L, V, A = config.n_embd, config.n_layer, config.padded_vocab_size, _blocks_with_attention(config)
-    matrices, scores = (8 * L + 4 * A) * C * C, 12 * C * A * keys_per_query(config, seq_len)
+    C, L, V, A = config.n_embd, config.n_layer, config.padded_vocab_size, blocks_with_attention(config)
+    matrices, scores = (8 * L + 4 * A) * C * C, 12 * C * A * keys_per_query(config, seq_len, window)
     if lora_rank:  # no gradients of the frozen weights, which are a third; instead the adapters
         return float(4 * matrices + scores + 4 * C * V + 6 * adapter_numbers(config, lora_rank))
     return float(6 * matrices + scores + 6 * C * V)
@@ -67,7 +69,7 @@ def palm_flops_per_token(config: GPTConfig, seq_len: int) -> float:
     N is every parameter, positions too, and attention is the whole square, or twice what a window leaves of it. For
     124M at T=1024: 860 MFLOP.
     """
-    scores = 24 * config.n_embd * _blocks_with_attention(config) * keys_per_query(config, seq_len)
+    scores = 24 * config.n_embd * blocks_with_attention(config) * keys_per_query(config, seq_len)
     return float(6 * n_weights(replace(config, vocab_multiple=1)) + scores)
 
 

@@ -15,6 +15,7 @@ from regpt2.model.kernels.activation import GELU_FORMS, Activation
 
 # B sequences, T tokens, S = T + tokens in the cache, C = n_embd, H = n_head, D = C / H
 
+GPT2_CONTEXT = 1024  # tokens
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 

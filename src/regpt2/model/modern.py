@@ -132,7 +132,7 @@ def norm_of(config: ModernConfig) -> nn.Module:
 class ModernGPT(LanguageModel):
     """GPT-2's blocks with the ingredients that `config` switches on."""
 
-    _reach: Tensor | None = None  # (), on the device of the weights
+    _window: Tensor | None = None  # (), on the device of the weights; None: there has never been one
 
     def __init__(self, config: ModernConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -189,11 +189,11 @@ class ModernGPT(LanguageModel):
     def set_window(self, tokens: int) -> None:
         """As LanguageModel.set_window. A compiled pass reads a tensor, for a new number would compile it again."""
         super().set_window(tokens)
-        reach, device = tokens or self.config.block_size, self.wte.weight.device  # 0: farther than any token is back
-        if self._reach is not None and self._reach.device == device:
-            self._reach.fill_(reach)
-        elif tokens or self._reach is not None:
-            self._reach = torch.tensor(reach, device=device)
+        device = self.wte.weight.device
+        if self._window is not None and self._window.device == device:
+            self._window.fill_(tokens)
+        elif tokens or self._window is not None:
+            self._window = torch.tensor(tokens, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModernGPT":
         """Whatever moves the weights: the window's tensor, which is no buffer, moves too."""
@@ -245,7 +245,7 @@ class ModernGPT(LanguageModel):
             if caches is not None:
                 documents = caches[0].append_documents(documents)  # (B, S)
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        window = self._reach if compiling and self._reach is not None else self.window
+        window = self._window if compiling and self._window is not None else self.window
         return visible_keys(T, S, device=ids.device, documents=documents, window=window, seen=seen)
 
     def head(self, x: Tensor) -> Tensor:

@@ -179,6 +179,20 @@ def _ingredients(of: Evidence) -> Cause:
     return (CERTAIN + 0.7, f"optimizer: {mine}, the reference has {its}") if mine and its and mine != its else None
 
 
+def _windows(of: Evidence) -> Cause:
+    """Of the curves that state theirs alone: a loss in longer windows is another question."""
+    mine, its = of.facts, of.curve.recipe
+    if _differs(mine.seq_len, its.get("seq_len"), 1.0):
+        return CERTAIN + 0.85, (
+            f"windows: sequences of {mine.seq_len:,.0f} tokens, the reference has {its['seq_len']:,}; fewer tokens "
+            "before each make it harder to foretell"
+        )
+    if _differs(mine.window_from, its.get("window_from"), 1.0):
+        grows = f"grows from {mine.window_from:,.0f}" if mine.window_from else "does not grow"
+        return CERTAIN + 0.4, f"windows: attention's {grows}, the reference's grows from {its['window_from']:,} tokens"
+    return None
+
+
 _CHECKS: tuple[Callable[[Evidence], Cause], ...] = (
     _batch,
     _learning_rate,
@@ -186,5 +200,6 @@ _CHECKS: tuple[Callable[[Evidence], Cause], ...] = (
     _precision,
     _tokenizer,
     _ingredients,
+    _windows,
     _decay,
 )

@@ -16,6 +16,7 @@ N_PARAMS = {  # of the models that the curves name
     "gpt2-124m": 124_439_808,
     "gpt2-350m": 354_823_168,
     "modern-124m": 162_149_376,  # of it 38,597,376 in the head, and as many in the embedding
+    "modern-124m-long": 275_562_287,  # three more embeddings, a block without attention, 47 scalars instead of norms
 }
 
 
@@ -32,7 +33,7 @@ class Curve:
     """Tokens seen, from 0, rising."""
     loss: Column
     spread: Column | None = None
-    """Standard deviation over runs at each point, where there were several."""
+    """Standard deviation over runs at each point, where there were several; of runs like it, where that is known."""
     model: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
     """What is known of its recipe, by the names in _RECIPE; the default of tokenizer is GPT-2's."""
@@ -92,6 +93,11 @@ def _read(path: Path) -> Curve:
     else:  # the fall from the first loss is stretched until it ends where it should
         stretch = (shape.loss[0] - of["end"]) / (shape.loss[0] - shape.loss[-1])
         tokens, loss = shape.tokens, shape.loss[0] - stretch * (shape.loss[0] - shape.loss)
+    deviation: Column | None = None
+    if shape is None and rows.shape[1] > 2:
+        deviation = rows[:, 2]
+    elif "runs_deviation" in of:
+        deviation = np.full(len(loss), of["runs_deviation"])
     windows = np.array(of.get("train_loss_windows_of_50") or np.empty((0, 3)), dtype=np.float64)
     own_scatter = float(np.median(windows[len(windows) // 2 :, 2])) if len(windows) else None
     return Curve(
@@ -102,7 +108,7 @@ def _read(path: Path) -> Curve:
         batch_tokens=of["batch_tokens"],
         tokens=tokens,
         loss=loss,
-        spread=rows[:, 2] if shape is None and rows.shape[1] > 2 else None,
+        spread=deviation,
         model=of.get("model", ""),
         recipe={key: of[key] for key in _RECIPE if key in of},
         scatter=shape.scatter if shape else own_scatter,
@@ -114,5 +120,5 @@ def _read(path: Path) -> Curve:
 
 _RECIPE = (
     "tokenizer", "ingredients", "optimizer", "lr", "warmup_steps", "final_lr_fraction", "schedule", "decay_fraction",
-    "weight_decay",
+    "weight_decay", "seq_len", "window_from",
 )  # fmt: skip

@@ -43,6 +43,10 @@ class Facts:
     final_lr_fraction: float | None = None
     schedule: str | None = None
     weight_decay: float | None = None
+    seq_len: float | None = None
+    """Tokens of a training sequence."""
+    window_from: float | None = None
+    """Tokens that attention reaches back in the first update, where that grows; 0: it does not."""
     optimizer: str | None = None
     model: Event = field(default_factory=dict)
     """The model's configuration."""
@@ -111,6 +115,8 @@ def _of_the_start(start: Event) -> dict[str, Any]:
         "final_lr_fraction": known(schedule.get("min_lr_fraction")),
         "schedule": _text(schedule.get("kind")),
         "weight_decay": known(optim.get("weight_decay")),
+        "seq_len": known(batch.get("seq_len")),
+        "window_from": known(schedule.get("window_from")),
         "optimizer": _text(optim.get("name")),
         "model": model,
         "order": "one batch" if batch.get("one_batch") is True else _text(batch.get("order")),

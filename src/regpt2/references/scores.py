@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,16 @@ def references_for(name: str, metric: str, dataset: str | None = None) -> list[R
         for one in references()
         if (one.eval, one.metric) == (name, metric) and (dataset is None or one.dataset == dataset)
     ]
+
+
+def comparable(name: str, metric: str, figures: Collection[str]) -> str:
+    """The published metric that a figure may be compared with, by its name; "" if none.
+
+    GPT-2's losses are measured in windows of 1,024 tokens. Beside a `loss_1024` the `loss` is one in longer windows.
+    """
+    if name == "val_loss" and "loss_1024" in figures:
+        return {"loss": "", "loss_1024": "loss"}.get(metric, metric)
+    return metric
 
 
 def nearest(found: list[Reference], n_params: int) -> list[Reference]:

@@ -72,6 +72,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
     gc.freeze()  # the 0.3M objects of the imports stay: each full collection would look at them all, for up to 2.4 s
     check_replicas(run.adapted, world, first)  # ranks that begin apart would average gradients of different models
     keep_base(run, state, first)
+    run.set_window(config.window_at(first))
     open_records(run, state, first)  # after all that may fail: a start that failed leaves the record as it was
     restore_best(run, state, first)
     observe(run, state, first, done=world.from_main(run.metrics.observed(first)))
@@ -109,11 +110,12 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
 
 
 def update(run: TrainingRun, state: RunState, step: int, batch: Batch) -> StepStats:
-    """Make update `step`: its data, its rates and its random numbers are functions of the step alone.
+    """Make update `step`: its data, its rates, its window and its random numbers are functions of the step alone.
 
     So a resume needs no state of a generator or of a loader, and there is none that could be restored wrongly.
     """
     config = run.config
+    run.set_window(config.window_at(step))
     stats = train_step(
         run.trainable,
         run.optimizer,
@@ -152,6 +154,7 @@ def rehearse(run: TrainingRun, step: int) -> None:
     DistributedDataParallel to its final order of buckets, so that a resumed run adds up as an uninterrupted one does.
     """
     run.watchdog.beat("rehearsal")
+    run.set_window(run.config.window_at(run.config.max_steps))  # the widest, which takes the most memory
     batch = run.loader.batch(step).micro_batches[:1]
     accumulate = accumulate_in_order if run.ordered else accumulate_as_they_come
     accumulate(

@@ -18,6 +18,7 @@ from regpt2.base.record.metrics import read_events
 from regpt2.base.shelves import origins
 from regpt2.base.version import commit
 from regpt2.config.passes import repetition_warnings
+from regpt2.config.run import RunConfig
 from regpt2.config.toml_file import to_toml
 from regpt2.data.checks.baselines import baselines
 from regpt2.run.saving import BASE
@@ -64,14 +65,14 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         "baselines": state.baselines,
         **state.origin,
     }
-    own = ("model.architectures", config.model.architecture), ("training.optim", config.optim.name)
     if config.lora.rank:
         event["trainable_params"] = sum(p.numel() for p in adapters(run.adapted).values())
-    if plugins := origins(*own, *(("evals", name) for name in config.evals.names)):
+    if plugins := origins(*_entries(config)):
         event["plugins"] = plugins
         notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
-    notes += [*_untrained_positions(run), *unused_options(config.optim, run.adapted), *_random_base(run)]
+    notes += [*_untrained_positions(run), *_idle_window(run), *unused_options(config.optim, run.adapted)]
+    notes += _random_base(run)
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
     for text in [*run.data.notes, *repetition_warnings(config, run.data), *notes]:
         run.metrics.log("note", first, text=text)
@@ -83,8 +84,16 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
+    if (start := config.window_at(1)) != (end := config.window_at(config.max_steps)):
+        say(f"attention's window grows from {start:,} to {end:,} tokens")
     if config.lora.rank:
         _say_lora(run, event["trainable_params"])
+
+
+def _entries(config: RunConfig) -> list[tuple[str, str]]:
+    """The entries of shelves that a run uses and that a plugin may bring."""
+    own = [("model.architectures", config.model.architecture), ("training.optim", config.optim.name)]
+    return [*own, *(("evals", name) for name in config.evals.names)]
 
 
 def _changed_plugins(run: TrainingRun, plugins: dict[str, dict[str, str]]) -> list[str]:
@@ -134,6 +143,19 @@ def _untrained_positions(run: TrainingRun) -> list[str]:
         f"positions {trained:,} to {block_size - 1:,} of the model are never trained: batch.seq_len = {seq_len:,} is "
         f"less than model.block_size = {block_size:,}. Evaluations and samples use the first {trained:,} alone. Train "
         f"all with --batch.seq-len {block_size}, or leave them out with --model.block-size {trained}."
+    ]
+
+
+def _idle_window(run: TrainingRun) -> list[str]:
+    """A note where attention's window is at least as long as the sequences."""
+    config = run.config
+    start, end = config.window_at(1), config.window_at(config.max_steps)
+    if not end or end < config.batch.seq_len:
+        return []
+    since = "" if start >= config.batch.seq_len else " once it has grown to that"
+    return [
+        f"attention's window of {end:,} tokens (model.window) hides nothing in sequences of batch.seq_len = "
+        f"{config.batch.seq_len:,} tokens{since}."
     ]
 
 

@@ -57,7 +57,7 @@ def keep_base(run: TrainingRun, state: RunState, first: int) -> None:
         if run.world.is_main:
             make_dir(run.folder / BASE)
             model, base = run.model, run.folder / BASE
-            write_atomic(base / CONFIG, native.config_json(model.config, _tokenizer(run), model.trained_seq_len))
+            write_atomic(base / CONFIG, native.config_json(model, _tokenizer(run)))
             write_atomic(base / WEIGHTS, save_tensors(native.tensors(model)))
             state.base_sha256 = sha256_file(base / WEIGHTS)
 
@@ -153,7 +153,7 @@ def _snapshot(
     facts: dict[str, Any],
     others: dict[str, bytes] | None = None,
 ) -> checkpoint.Snapshot:
-    config_json = native.config_json(run.model.config, _tokenizer(run), run.model.trained_seq_len)
+    config_json = native.config_json(run.model, _tokenizer(run))
     tensors = native.tensors(run.model, parameters)
     return checkpoint.snapshot(step, config_json, tensors, moments, facts, run.saver.copies, others)
 

@@ -75,6 +75,12 @@ class TrainingRun:
         """Are gradients summed in a fixed order?"""
         return self.config.parallel.strategy == "ordered"
 
+    def set_window(self, tokens: int) -> None:
+        """Let attention reach back this far from now on: in training, and in what is evaluated and saved."""
+        self.model.set_window(tokens)
+        if self.adapted is not self.model:
+            self.adapted.set_window(tokens)
+
     def plain(self) -> LanguageModel:
         """What training has made so far, as a plain model: `model` itself, or a copy where its weights are elsewhere.
 

@@ -27,7 +27,6 @@ class StepLog:
         self._busy_s = 0.0
         self._training_s = 0.0
         self._spoke_at = 0.0
-        self._flops = flops_per_token(run.config.model, run.config.batch.seq_len, lora_rank=run.config.lora.rank)
 
     def add(self, step: int, stats: StepStats, digest: int) -> None:
         """Remember an update, and the digest of its data, without reading it."""
@@ -60,7 +59,8 @@ class StepLog:
         step_s = self._busy_s / len(rows)
         self._training_s += self._busy_s
         tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
-        used = mfu(tokens_per_s, self._flops, run.peak_flops, run.world.size)
+        flops = flops_per_token(config.model, batch.seq_len, lora_rank=config.lora.rank, window=config.window_at(last))
+        used = mfu(tokens_per_s, flops, run.peak_flops, run.world.size)
         for (step, stats, _), row, digest in zip(self._pending, rows, digests, strict=True):
             loss, grad_norm, accepted, _ = row
             run.metrics.log(

@@ -29,6 +29,7 @@ KEPT_WIDTHS = 16
 GELU_WIDTHS, RECOMPUTED_NUMBERS = 4, 1 << 20
 MODERN_WIDTHS = 3  # queries and keys before norm and rotation; attention's result in another order
 KEPT_SUMS = 4  # mean and deviation of both norms
+ATTENTION_WIDTHS = 6  # of KEPT_WIDTHS, those of attention and its norm: a block without it keeps none of them
 MLP_BACKWARD_WIDTHS = 8  # in the backward pass of a layer: the gradients of GELU's output and input
 SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
 # On a GPU, in addition to what is kept when the backward pass begins: uncompiled, the head's gradient in fp32, twice;
@@ -61,6 +62,8 @@ class Setup:
     ranks: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    mean_window: float | None = None
+    """Tokens that attention reaches back, on average over a run in which that grows; None: model.window all along."""
 
     @property
     def n_params(self) -> int:
@@ -79,17 +82,22 @@ class Setup:
 
     @property
     def flops_per_token(self) -> float:
-        """Matmul FLOPs of one token, forward and backward."""
-        return flops_per_token(self.model, self.seq_len, lora_rank=self.lora.rank)
+        """Matmul FLOPs of one token, forward and backward, on average over the run."""
+        return flops_per_token(self.model, self.seq_len, lora_rank=self.lora.rank, window=self.mean_window)
 
     @property
     def state_bytes(self) -> int:
         """Of the optimizer's state, over all shards."""
-        n_in_matrices = self.n_adapters or 12 * self.model.n_layer * self.model.n_embd**2
+        n_in_matrices = self.n_adapters or 4 * (3 * self.model.n_layer - self.n_without) * self.model.n_embd**2
         of_matrices: int
         of_others: int
         of_matrices, of_others = getattr(shelves.load("training.optim", self.optim.name), "MEANS", (2, 2))
         return FP32 * (of_matrices * n_in_matrices + of_others * (self.n_trained - n_in_matrices))
+
+    @property
+    def n_without(self) -> int:
+        """Blocks without attention."""
+        return int(isinstance(self.model, ModernConfig) and self.model.mlp_only_layer >= 0)
 
     @property
     def width_bytes(self) -> int:
@@ -156,7 +164,7 @@ def _rounded_bytes(setup: Setup) -> int:
     layer = (12 - 4 * again) * C * C * b + (16 - 5 * again) * setup.lora.rank * C * b
     if setup.strategy == "fsdp" and setup.ranks > 1:  # gathered in the compute type: one layer, and the next one
         return 2 * layer
-    return setup.model.n_layer * layer
+    return setup.model.n_layer * layer - setup.n_without * 4 * C * C * b
 
 
 def _recomputes(setup: Setup) -> bool:
@@ -176,10 +184,12 @@ def _kept_bytes(setup: Setup) -> int:
     widths = KEPT_WIDTHS + 2 * _widens_norms(setup) - GELU_WIDTHS * _recomputes(setup)
     numbers = widths * model.n_embd + KEPT_SUMS
     numbers += setup.lora.rank * (4 - _recomputes(setup))  # x A^T of each matrix
-    bytes_per_token = numbers * b + _attention_bytes(setup)
+    attention = _attention_bytes(setup)
+    bytes_per_token = numbers * b + attention
     if model.dropout:
         bytes_per_token += 2 * model.n_embd  # masks, a byte each
-    return model.n_layer * setup.n_tokens * bytes_per_token + _modern_bytes(setup)
+    unused = setup.n_without * ((ATTENTION_WIDTHS * model.n_embd + KEPT_SUMS // 2) * b + attention)
+    return setup.n_tokens * (model.n_layer * bytes_per_token - unused) + _modern_bytes(setup)
 
 
 def _modern_bytes(setup: Setup) -> int:
@@ -187,15 +197,35 @@ def _modern_bytes(setup: Setup) -> int:
     model, C = setup.model, setup.model.n_embd
     if not isinstance(model, ModernConfig):
         return 0
+    b, attending = setup.width_bytes, model.n_layer - setup.n_without
     layer = 2 * FP32 * model.n_head * model.qk_norm  # the lengths of queries and keys
     if (model.qk_norm or model.rotary) and _takes_flash(setup):
-        layer += MODERN_WIDTHS * C * setup.width_bytes
-    embeddings = C * model.rms_norm * (setup.width_bytes if setup.compiled else FP32)  # before their norm
-    return setup.n_tokens * (model.n_layer * layer + embeddings)
+        layer += MODERN_WIDTHS * C * b
+    embeddings = C * model.rms_norm * (b if setup.compiled else FP32)  # before their norm, or after one without weights
+    if model.weightless_norms and model.x0_mixing and b == FP32:  # that is x0
+        embeddings = 0
+    return setup.n_tokens * (attending * layer + embeddings + b * C * _mixed_widths(setup, model))
+
+
+def _mixed_widths(setup: Setup, model: ModernConfig) -> int:
+    """Of all blocks: what mixing streams keeps, less what norms without weights do not."""
+    L, attending = model.n_layer, sum(map(model.has_attention, range(model.n_layer)))
+    widths = 0
+    if model.value_embeddings:  # the tables' rows; values before, beside queries and keys in one tensor, and after
+        widths += model.n_value_tables + attending * (1 if _takes_flash(setup) else 3)
+    if model.x0_mixing:  # the stream before each; the first is x0
+        widths += L
+    if model.unet_skips:  # most of what is read again is kept anyway, as what the next block reads
+        widths += 1 if model.x0_mixing or not model.weightless_norms else L // 2
+    if model.weightless_norms:
+        widths -= attending + L
+    return widths
 
 
 def _takes_flash(setup: Setup) -> bool:
-    return setup.device == "cuda" or (setup.seq_len > BLOCK and setup.width_bytes == FP32)
+    model, T = setup.model, setup.seq_len
+    masked = isinstance(model, ModernConfig) and (model.document_mask or 0 < model.window < T)
+    return setup.device == "cuda" or (T > BLOCK and setup.width_bytes == FP32 and not masked)
 
 
 def _attention_bytes(setup: Setup) -> int:

@@ -70,7 +70,7 @@ def train_step(
     Args:
         batches: inputs and targets, (B, T) each, one pair per micro-step, of equal sizes.
         lr: of groups that have no `lr_ratio`; the others' is that times their ratio.
-        momentum: of Muon's group, whose momentum may rise; None: as the optimizer was built.
+        momentum: of Muon's group; None: as the optimizer was built.
         grad_clip: the largest norm of the whole gradient; 0 = no clipping.
         ordered: sum the micro-batches in one fixed order, for equal bits on any number of ranks.
         weights: each micro-batch's share of the update's targets that count in the loss, over all ranks, where not
@@ -101,16 +101,21 @@ def train_step(
     limit = torch.full_like(loss, float("inf")) if spike_limit is None else spike_limit
     accepted = (finite & (loss <= limit) if skip_spikes else finite).float()  # on the device: an `if` would wait for it
 
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)
-        if momentum is not None and "momentum_warmup_steps" in group:
-            group["momentum"] = momentum
+    _set_rates(optimizer, lr, momentum)
     _update_if(optimizer, accepted)
     optimizer.zero_grad(set_to_none=True)  # None, not zeros: the next backward pass writes instead of adding
     if scale is not None:
         scale.update(bool(finite))  # not `accepted`: a spike says nothing about the scale
     rate = _rate(optimizer)
     return StepStats(loss=loss, grad_norm=grad_norm, accepted=accepted, spike_limit=limit, lr=rate, scale=factor)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
+    """Give each group what this update has: its rate, and Muon's group its momentum."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+        if momentum is not None and "momentum_warmup_steps" in group:
+            group["momentum"] = momentum
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

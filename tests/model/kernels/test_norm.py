@@ -78,6 +78,10 @@ def test_rms_norm_and_its_gradients_are_those_of_fp64(
     wanted = passed(lambda x, w: F.rms_norm(x, (C,), w, 1e-6), x.double(), weight.double(), d_y=d_y.double())
     for name, a, b, most in zip(("y", "d_x", "d_weight"), found, wanted, tolerance, strict=True):
         assert float((a - b).norm() / b.norm()) < most, name
+    found = passed(rms_norm, x, d_y=d_y)  # without a weight
+    wanted = passed(lambda x: F.rms_norm(x, (C,), None, 1e-6), x.double(), d_y=d_y.double())
+    for name, a, b, most in zip(("y", "d_x"), found, wanted, tolerance[:2], strict=True):
+        assert float((a - b).norm() / b.norm()) < most, name
 
 
 def test_rms_norms_gradient_is_its_slope_for_rows_near_zero_too() -> None:
@@ -87,6 +91,7 @@ def test_rms_norms_gradient_is_its_slope_for_rows_near_zero_too() -> None:
     x = (rows * torch.randn(3, 6, generator=generator, dtype=torch.float64)).requires_grad_()
     weight = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(rms_norm, (x, weight), eps=1e-8, atol=1e-4, rtol=1e-5)
+    assert torch.autograd.gradcheck(rms_norm, (x,), eps=1e-8, atol=1e-4, rtol=1e-5)
 
 
 def test_rms_norm_keeps_its_input_as_it_comes_and_a_number_for_each_row() -> None:
@@ -95,6 +100,13 @@ def test_rms_norm_keeps_its_input_as_it_comes_and_a_number_for_each_row() -> Non
     with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):  # type: ignore[func-returns-value]
         rms_norm(x, weight)
     assert sum(z.nbytes for z in kept if z.data_ptr() not in (x.data_ptr(), weight.data_ptr())) == 4 * N
+
+
+def test_rms_norm_without_a_weight_keeps_its_output_which_the_next_layer_keeps_too() -> None:
+    x, kept = inputs(torch.bfloat16, torch.float32)[0].requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):  # type: ignore[func-returns-value]
+        y = rms_norm(x)
+    assert sum(z.nbytes for z in kept if z.data_ptr() != y.data_ptr()) == 4 * N
 
 
 def test_rms_norm_without_a_gradient_is_the_same() -> None:

@@ -24,7 +24,7 @@ from regpt2.evals.measuring.show import paper_table, show_result
 from regpt2.evals.scoring.assets import files_by_name
 from regpt2.evals.scoring.context import EvalContext, Figures, scoring
 from regpt2.model.files.load import KINDS, LoadedModel, load_model
-from regpt2.references.scores import references_for
+from regpt2.references.scores import comparable, references_for
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.training.ranks.strategy import in_compute_type
 
@@ -225,7 +225,7 @@ def _result(
         "references": {
             metric: [asdict(reference) for reference in found]
             for metric in figures
-            if (found := references_for(name, metric, where))
+            if (found := references_for(name, comparable(name, metric, figures), where))
         },
         "elapsed_s": round(elapsed_s, 3),
         **({"fp32_check": check} if check else {}),

@@ -17,6 +17,8 @@ from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.language_model import LanguageModel
 from regpt2.sampling.cpu import packed_if_faster
 
+LONG_SEQUENCE = 8192  # tokens; the memory of a batch does not grow with longer ones
+
 Figures = dict[str, float | None]
 """A metric's name and value; beside `<metric>` its standard error `<metric>_stderr`; `count` examples or tokens."""
 
@@ -32,7 +34,7 @@ class EvalContext:
     """The prepared data folder."""
     seq_len: int
     batch: int
-    """Sequences of `seq_len` tokens per forward pass; shorter ones are packed to as many tokens."""
+    """Sequences of `seq_len` tokens per forward pass; shorter ones are packed to as many, long ones are fewer."""
     val_tokens: int
     """How many target tokens of the validation split to score, from its beginning."""
     on_batch: Callable[[], None] = lambda: None
@@ -61,6 +63,15 @@ class EvalContext:
     def context_size(self) -> int:
         """The most tokens of a context with its ending: the larger of the training length and `seq_len`."""
         return max(self.seq_len, self.gpt.context_size)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of a forward pass: `batch` sequences, of which 8,192 tokens count at most; at least one sequence."""
+        return max(self.seq_len, self.batch * min(self.seq_len, LONG_SEQUENCE))
+
+    def rows_of(self, n_tokens: int) -> int:
+        """How many sequences of `n_tokens` tokens a forward pass takes."""
+        return max(1, self.pass_tokens // n_tokens)
 
     @property
     def dtype(self) -> torch.dtype:

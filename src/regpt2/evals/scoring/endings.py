@@ -90,7 +90,7 @@ def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], 
             f"{name}: {too_long:,} endings exceed the {most:,} tokens of a context; only their last tokens are scored."
         )
     sums = torch.zeros(3, len(questions), E, dtype=torch.float64)
-    most_tokens = context.batch * context.seq_len
+    most_tokens = context.pass_tokens
     batches = _batches(questions, most, min(most_tokens, _MOST_TOKENS.get(world.device.type, most_tokens)))
     with scoring(context):
         gpt = context.scoring_gpt()

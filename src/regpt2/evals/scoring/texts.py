@@ -135,9 +135,10 @@ def _score_mine(context: EvalContext, gpt: LanguageModel, text: Text) -> tuple[f
     windows = [window for ids in text.documents for window in _windows(ids, start_id, context.seq_len)]
     nats, n_tokens = 0.0, 0
     # Ranks take whole batches in turn: the loss of a batch is the same bits wherever it is computed.
-    for first in range(world.rank * context.batch, len(windows), world.size * context.batch):
+    rows = context.rows_of(context.seq_len)
+    for first in range(world.rank * rows, len(windows), world.size * rows):
         context.on_batch()
-        batch = windows[first : first + context.batch]
+        batch = windows[first : first + rows]
         nats += _batch_nats(context, gpt, batch)
         n_tokens += sum(n_new for _, n_new in batch)
     return nats, n_tokens

@@ -79,7 +79,7 @@ def trials(model: GPTConfig, seq_len: int) -> tuple[Trial, Trial]:
         n_layer=2,
         n_head=2,
         n_embd=2 * (model.n_embd // model.n_head),
-        block_size=model.block_size,
+        block_size=min(model.block_size, 2048),
         vocab_size=500,
         vocab_multiple=model.vocab_multiple,
         activation=model.activation,

@@ -25,6 +25,7 @@ from regpt2.machine.planning.target import Target
 from regpt2.machine.speed.rates import copy_rate, matmul_rate, model_shapes
 from regpt2.machine.speed.steps import StepTimes, StepWork, measure
 from regpt2.model.flops import flops_per_token
+from regpt2.model.language_model import GPT2_CONTEXT
 from regpt2.training.memory import Setup
 
 COMPILE_S = 90.0  # one to two minutes on the GPUs seen so far
@@ -156,5 +157,8 @@ def n_evaluations(config: RunConfig) -> int:
 
 def eval_tokens(config: RunConfig) -> dict[str, int]:
     """Tokens of each evaluation whose size is known."""
-    known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens}
+    twice = (
+        getattr(config.model, "window", 0) and config.batch.seq_len > GPT2_CONTEXT
+    )  # in windows of 1,024 tokens as well
+    known = {**EVAL_TOKENS, "val_loss": config.evals.val_tokens * (2 if twice else 1)}
     return {name: known[name] for name in config.evals.names if name in known}

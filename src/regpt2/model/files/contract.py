@@ -51,5 +51,7 @@ class ModelFiles:
     tokenizer: TokenizerRef | None = None
     trained_seq_len: int | None = None
     """As `LanguageModel.trained_seq_len`."""
+    trained_window: int | None = field(default=None, kw_only=True)
+    """Attention's window in the newest update, where training had not reached `model.window` yet."""
     doubt: str | None = None
     """If the file does not state its GELU: which one is taken and why, as a sentence to follow the model's name."""

@@ -175,6 +175,7 @@ def _load_folder(
         fill_model.give_memory(model.to(dtype), device)
         fill_model.load_into(model, files.tensors)
         model.trained_seq_len = files.trained_seq_len
+        model.set_window(files.trained_window or model.window)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     source += f":{asked}" if asked else ""

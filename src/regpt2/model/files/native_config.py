@@ -8,19 +8,24 @@ from regpt2.base.byte_level.merges import fault_in
 from regpt2.base.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from regpt2.base.files import sha256_bytes
 from regpt2.model.architecture import config_class
-from regpt2.model.files.contract import TokenizerRef, Vocabulary
+from regpt2.model.files.contract import ModelFiles, TokenizerRef, Vocabulary
 from regpt2.model.files.safe_json import json_text
 from regpt2.model.files.vocabulary import OWN, own_vocabulary
-from regpt2.model.language_model import SIZES, GPTConfig
+from regpt2.model.language_model import SIZES, GPTConfig, LanguageModel
 
 FORMAT, VERSION = "regpt2", 1
 
 
-def describe(config: GPTConfig, tokenizer: TokenizerRef | None, trained_seq_len: int | None = None) -> str:
-    """The JSON text: the format, its version, the model's shape, its tokenizer, and how long its sequences were."""
+def describe(model: LanguageModel, tokenizer: TokenizerRef | None) -> str:
+    """The JSON text: the format, its version, the model's shape, its tokenizer, and how it was trained.
+
+    That is the length of its sequences, and attention's window where training has not reached `model.window` yet.
+    """
+    config = model.config
     document = {"format": FORMAT, "version": VERSION, "model": asdict(config)}
     document["tokenizer"] = describe_tokenizer(tokenizer)
-    document |= {} if trained_seq_len is None else {"trained_seq_len": trained_seq_len}
+    document |= {} if model.trained_seq_len is None else {"trained_seq_len": model.trained_seq_len}
+    document |= {} if model.window == _window(config) else {"trained_window": model.window}
     return json_text(document)
 
 
@@ -35,20 +40,31 @@ def describe_tokenizer(tokenizer: TokenizerRef | None) -> dict[str, Any] | None:
     return document | ({} if tokenizer.characters is None else {"characters": tokenizer.characters})
 
 
-def parse(place: Path, document: dict[str, Any]) -> tuple[GPTConfig, TokenizerRef | None, int | None]:
-    """What `describe` was given; `place` is for messages. A CheckpointError if no such model is possible."""
+def parse(place: Path, document: dict[str, Any]) -> ModelFiles:
+    """What `describe` says of a model, without tensors; `place` is for messages.
+
+    Raises:
+        CheckpointError: no such model is possible.
+    """
     if document.get("version") != VERSION:
         raise CheckpointError(
             f"{place} has version {document.get('version')!r} of the native format, expected {VERSION}; "
             "it needs another version of regpt2."
         )
     config = _config(place, document.get("model"))
-    trained = document.get("trained_seq_len")  # missing in older files
-    if trained is not None and (type(trained) is not int or not 1 <= trained <= config.block_size):
-        raise CheckpointError(
-            f"{place}: trained_seq_len = {trained!r:.40} must be from 1 to model.block_size = {config.block_size:,}."
-        )
-    return config, parse_tokenizer(place, document.get("tokenizer")), trained
+    trained, window = document.get("trained_seq_len"), document.get("trained_window")  # missing in older files
+    most = {"trained_seq_len": ("block_size", config.block_size), "trained_window": ("window", _window(config))}
+    for name, got in {"trained_seq_len": trained, "trained_window": window}.items():
+        limit, highest = most[name]
+        if got is not None and (type(got) is not int or not 1 <= got <= highest):
+            raise CheckpointError(f"{place}: {name} = {got!r:.40} must be from 1 to model.{limit} = {highest:,}.")
+    tokenizer = parse_tokenizer(place, document.get("tokenizer"))
+    return ModelFiles(config, {}, tokenizer, trained, trained_window=window)
+
+
+def _window(config: GPTConfig) -> int:
+    window: int = getattr(config, "window", 0)
+    return window
 
 
 def _config(place: Path, model: Any) -> GPTConfig:

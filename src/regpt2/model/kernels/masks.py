@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 # B sequences, T queries, the last of S keys, n queries in a block, s keys that they may see
 
 FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
+_LARGEST_TABLE = 8192**2  # entries, a byte each; in longer sequences a GPU's evaluations go by a rule too
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +73,8 @@ def visible_keys(
 ) -> Mask | None:
     """What the last T of S tokens see: themselves and those before, in their document and within the window.
 
-    None means that plain causal attention is the same. It is a rule in a pass that is not compiled, FlexAttention's in
-    one that is compiled for a GPU, and else a table.
+    None means that plain causal attention is the same. It is FlexAttention's in a pass that is compiled for a GPU, a
+    rule on a CPU and for long sequences elsewhere, and else a table.
 
     Args:
         documents: (B, S), the number of each token's document, which never falls along a row; None: all are one.
@@ -91,10 +92,11 @@ def visible_keys(
         return _table(T, S, device, documents, window)
     if T == 1 or seen is not None:
         return _of_one_query(S, device, documents, window, seen)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (device.type == "cpu" or T * S > _LARGEST_TABLE):
         assert isinstance(window, int), "a tensor is for compiled passes"
-        is_read = device.type == "cpu"  # elsewhere the host would wait for the device
-        return Reach(window, documents, _begins(documents) if documents is not None and is_read else None)
+        if documents is None or device.type != "cpu":  # there the host would wait for the device
+            return Reach(window, documents)
+        return Reach(window, documents, _begins(documents))
     if _takes_flex(device, T, S):
         return _block_mask(T, device, documents, window)
     return _table(T, S, device, documents, window)

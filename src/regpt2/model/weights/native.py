@@ -36,11 +36,10 @@ def read(path: Path) -> ModelFiles:
 
 def peek(path: Path) -> ModelFiles:
     """The same without its tensors."""
-    config, tokenizer, trained_seq_len = parse(path / CONFIG, read_json(path / CONFIG))
-    return ModelFiles(config, {}, tokenizer, trained_seq_len)
+    return parse(path / CONFIG, read_json(path / CONFIG))
 
 
 def write(model: LanguageModel, folder: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write both files into `folder`, the configuration last."""
     write_atomic(folder / WEIGHTS, save(tensors(model)))
-    write_atomic(folder / CONFIG, config_json(model.config, vocabulary, model.trained_seq_len))
+    write_atomic(folder / CONFIG, config_json(model, vocabulary))

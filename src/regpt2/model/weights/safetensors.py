@@ -3,6 +3,7 @@
 Tensors have the model's own names and orientation, and the metadata holds what a native folder has in `config.json`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -29,12 +30,11 @@ def read(path: Path) -> ModelFiles:
     """The model in the file, 16-bit weights as fp32."""
     raw = read_tensors(path)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
-    config, tokenizer, trained_seq_len = parse(path, parse_json(path, peek_metadata(path, FORMAT) or ""))
-    return ModelFiles(config, tensors, tokenizer, trained_seq_len)
+    return replace(parse(path, parse_json(path, peek_metadata(path, FORMAT) or "")), tensors=tensors)
 
 
 def write(model: LanguageModel, path: Path, vocabulary: Vocabulary | None, dtype: str = "fp32") -> None:
     """Write the file."""
     tensors = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in tensors_of(model).items()}
-    description = describe(model.config, vocabulary, model.trained_seq_len)
+    description = describe(model, vocabulary)
     write_atomic(path, save(tensors, metadata={"format": "pt", FORMAT: description}))

@@ -146,6 +146,10 @@ def _loss(records: Sequence[Record], across: Across) -> Panel:
             traces += [Trace("", *thin(x, loss), Look("train", 0.7, 0.35))]
             traces += [Trace("training", *thin(x, smooth(loss)), Look("train"))]
             traces += [Trace("validation", val_x, val, Look("val", marker="o"))]
+            # Published levels are measured in 1,024 tokens too.
+            short = _within(numbers(record.validations, "loss_1024"))
+            if np.isfinite(short).any():
+                traces += [Trace("in 1,024 tokens", val_x, short, Look("val", 1.2, dash=DASHES[2]))]
             continue
         validated = bool(np.isfinite(val).any())
         traces += [Trace("" if validated else record.name, *thin(x, smooth(loss)), look_of(place, faint=validated))]

@@ -66,7 +66,7 @@ def _line(kind: str, event: Event) -> str:
     if kind == "eval":
         figures = [
             f"{key} {figure(key, event[key])}"
-            for key in ("loss", "perplexity", "bits_per_byte", "acc_norm")
+            for key in ("loss", "loss_1024", "perplexity", "bits_per_byte", "acc_norm")
             if event.get(key) is not None
         ]
         return f"{at} | {str(event.get('eval'))[:40]}: {', '.join(figures)}"

@@ -56,6 +56,8 @@ def results(record: Record) -> Html:
     last = record.validations[-1] if record.validations else {}
     training = final_training_loss(record)
     beside = f"best {best_loss(record)}" if record.best.loss < number(last.get("loss")) else ""
+    short = figure("loss", last["loss_1024"])[:MOST_DIGITS] if last.get("loss_1024") is not None else ""
+    beside = beside or (f"{short} in windows of 1,024" if short else "")
     beside = beside or (f"training {training:.3f}" if math.isfinite(training) else "")
     compressor = min(record.baselines.items(), key=lambda pair: pair[1], default=None)
     step_ms, mfu, speed = (record.typical(column) for column in ("step_ms", "mfu", "tokens_per_s"))
@@ -108,6 +110,7 @@ def _column(record: Record) -> dict[str, str]:
     return {
         "Verdict": state_of(record.verdicts[-1]) if record.verdicts else "–",
         "Validation loss": figure("loss", last.get("loss")),
+        "In 1,024 tokens": figure("loss", last.get("loss_1024")),
         "Best validation loss": best_loss(record),
         "Perplexity": figure("perplexity", last.get("perplexity")),
         "Bits per byte": figure("bits_per_byte", last.get("bits_per_byte")),

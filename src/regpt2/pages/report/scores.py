@@ -6,6 +6,7 @@ from regpt2.pages.published import CHANCE, Sources, latest_evals, metrics_of, re
 from regpt2.pages.record import Event, Record, spread
 from regpt2.pages.safe_html import Html, fill, folded, join
 from regpt2.pages.tables import figure, table
+from regpt2.references.scores import comparable
 
 MOST_EVALS = 100
 MOST_ROWS = 100
@@ -68,7 +69,8 @@ def _score(record: Record, metric: str, event: Event) -> ScoreRow:
     if stderr is not None:
         value = f"{value.removesuffix(' %')} ± {shown_as(metric, stderr)}"
     against = [
-        (f"{one.model} {shown_as(metric, one.value)}", one.source) for one in references_of(record, name, metric)
+        (f"{one.model} {shown_as(metric, one.value)}", one.source)
+        for one in references_of(record, name, comparable(name, metric, event))
     ]
     if name in CHANCE and metric.startswith("acc"):
         against.append((f"chance {100 * CHANCE[name]:g} %", ""))
