@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import tyro
 
 from regpt2 import __version__
 from regpt2.base import shelves
-from regpt2.base.console import say, warn
+from regpt2.base.console import figure, say, warn
 from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
@@ -24,7 +24,8 @@ from regpt2.evals.measuring.show import paper_table, show_result
 from regpt2.evals.scoring.assets import files_by_name
 from regpt2.evals.scoring.context import EvalContext, Figures, scoring
 from regpt2.model.files.load import KINDS, LoadedModel, load_model
-from regpt2.references.scores import comparable, references_for
+from regpt2.references.core import core_scores
+from regpt2.references.scores import comparable, core_mean, references_for
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.training.ranks.strategy import in_compute_type
 
@@ -32,6 +33,7 @@ GROUPS = {
     "paper": ("lambada", "cbt", "wikitext", "ptb", "enwik8", "text8", "one_billion_words"),
     "choices": ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "boolq", "copa"),
 }
+_QUIET_S = 10.0  # of a part after a part, as a line of progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class EvaluateOptions:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help=KINDS)]
     evals: tuple[str, ...] = ("val_loss",)
-    """Entries of the shelf evals/, or paper (the table of the GPT-2 paper), or choices (all multiple choice)."""
+    """Entries of the shelf evals/, a part of one (core.piqa), paper (the GPT-2 paper's table), choices (eight sets)."""
     data: Path | None = None
     """The prepared data folder, for val_loss."""
     tokenizer: Path | None = None
@@ -97,7 +99,7 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         Problem: the only evaluation failed. Of several, `Results.failed` has the message.
     """
     names = _names(options)
-    entries = {name: shelves.load("evals", name) for name in names}  # unknown names fail before any work
+    entries = {name: shelves.with_part("evals", name) for name in names}  # unknown names fail before any work
     files = files_by_name(options.files, shelves.entries("evals"))
     device = next(loaded.model.parameters()).device if loaded else pick_device(options.device)
     compute = choose_compute(options.precision, device)
@@ -115,15 +117,16 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
             seq_len=options.seq_len or loaded.model.context_size,
             batch=options.batch,
             val_tokens=options.val_tokens,
+            on_part=_told_now_and_then() if shown and world.is_main else lambda name, value: None,
             tokenizer=cache(lambda: tokenizer_of(loaded, options.tokenizer)),  # val_loss does without
             files=files,
             limit=options.limit,
         )
         results: dict[str, Any] = {}
         failed: dict[str, str] = {}
-        for name, entry in entries.items():
+        for name, (entry, part) in entries.items():
             started_at = time.perf_counter()
-            context = replace(context, options=own_options(options, name))
+            context = replace(context, part=part, options=own_options(options, name))
             try:
                 with scoring(context):
                     figures = entry.evaluate(context)
@@ -146,6 +149,19 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         if world.is_main:
             _finish(options, found, shown=shown)
     return found
+
+
+def _told_now_and_then() -> Callable[[str, float], None]:
+    """Prints the parts of long work as they are done, at most one in ten seconds."""
+    spoke_at = time.monotonic()
+
+    def on_part(name: str, value: float) -> None:
+        nonlocal spoke_at
+        if time.monotonic() - spoke_at >= _QUIET_S:
+            say(f"{name}: {figure(value)}")
+            spoke_at = time.monotonic()
+
+    return on_part
 
 
 def expanded(asked: Sequence[str]) -> list[str]:
@@ -219,13 +235,15 @@ def _result(
 ) -> dict[str, Any]:
     """One evaluation in the JSON. A loss is compared only with published losses on the same text."""
     where = (dataset or "") if name == "val_loss" else None
+    shelf_name = name.partition(".")[0]  # without the part of CORE that was measured
+    found = {metric: references_for(shelf_name, comparable(name, metric, figures), where) for metric in figures}
+    if "centered_mean" in figures:
+        found["centered_mean"] = core_mean(task for task in core_scores().tasks if task in figures)
     return {
         **figures,
         "protocol": {metric: protocols[metric] for metric in figures if metric in protocols},
         "references": {
-            metric: [asdict(reference) for reference in found]
-            for metric in figures
-            if (found := references_for(name, comparable(name, metric, figures), where))
+            metric: [asdict(reference) for reference in published] for metric, published in found.items() if published
         },
         "elapsed_s": round(elapsed_s, 3),
         **({"fp32_check": check} if check else {}),
