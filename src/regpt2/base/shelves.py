@@ -82,6 +82,22 @@ def load(shelf: str, name: str) -> ModuleType:
     return _checked(shelf, module, str(module.__file__))
 
 
+def with_part(shelf: str, name: str) -> tuple[ModuleType, str]:
+    """The module of an entry and its part: of "core.piqa" core's and "piqa". Without a part it is "", the whole.
+
+    Raises:
+        ConfigError: there is no such entry, or it has no such part.
+        UsageError: as for `load`.
+    """
+    entry, dot, part = name.partition(".")
+    module = load(shelf, entry if entry in entries(shelf) else name)
+    parts: tuple[str, ...] = getattr(module, "PARTS", ())
+    if dot and part not in parts:
+        hint = f"{did_you_mean(part, parts)} Available: {', '.join(parts)}." if parts else ", nor has it any other."
+        raise ConfigError(f"{kind_of(shelf)}: {entry} has no part {part!r}{hint}")
+    return module, part
+
+
 def use_plugins(files: Iterable[str]) -> None:
     """Make these files the plugins of this process, instead of earlier ones. Each is run, once.
 
@@ -121,15 +137,15 @@ def extended(kind: type[T], shelf: str, names: Iterable[object]) -> type[T]:
     Raises:
         UsageError: there is no such entry, or `kind` has a field of that name.
     """
-    found = {name: load(shelf, name) for name in names if isinstance(name, str)}
+    found = {name.partition(".")[0]: with_part(shelf, name)[0] for name in names if isinstance(name, str)}
     own: Any = tuple((name, entry.Options) for name, entry in found.items() if hasattr(entry, "Options"))
     joined: type[T] = _joined(kind, own)  # type: ignore[arg-type]  # a class is hashable
     return joined
 
 
 def own_options(config: object, name: str) -> Any:
-    """The own options of an entry, from a dataclass made by `extended`; None if it has none."""
-    own = getattr(config, name, None)
+    """The own options of an entry, or of the entry of a part, from a dataclass made by `extended`; None without any."""
+    own = getattr(config, name.partition(".")[0], None)
     return own if is_dataclass(own) else None
 
 

@@ -29,7 +29,7 @@ class EvalConfig:
     """What is evaluated during training."""
 
     names: tuple[str, ...] = ("val_loss",)
-    """Evaluations by name: the entries of the shelf evals/."""
+    """Evaluations by name: the entries of the shelf evals/, or a part of one, as core.piqa."""
     val_tokens: int = 10_485_760
     """Tokens of the validation split to score; always the same ones, for any number of ranks."""
     files: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class EvalConfig:
                 f"Available: {', '.join(choices)}."
             )
         for name in self.names:
-            shelves.load("evals", name)  # raises, with the names that there are
+            shelves.with_part("evals", name)  # raises, with the names that there are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from regpt2.base.console import warn
 from regpt2.base.errors import UsageError
-from regpt2.data.tokenizer import Gpt2Tokenizer, Tokenizer, valid_text
+from regpt2.data.tokenizer import Gpt2Tokenizer, Tokenizer, last_sure_split, valid_text
 
 EncoderName = Literal["auto", "tiktoken", "gigatoken"]
 
@@ -93,6 +93,9 @@ class ProvenTokenizer(Tokenizer):
         for text in odd_strings():
             self.encode_to_numpy(text)
         self._n_to_compare = FIRST_DOCUMENTS
+
+    def last_split(self, text: str) -> int:
+        return last_sure_split(text)
 
     def new_part(self) -> None:
         self._n_to_compare = max(self._n_to_compare, PART_DOCUMENTS)

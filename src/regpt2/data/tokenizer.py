@@ -89,6 +89,13 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self.encode_to_numpy(text)]
 
+    def last_split(self, text: str) -> int:
+        """The last place known at which every text that begins with `text` may be cut: its ids are those of both parts.
+
+        0 where no place is known.
+        """
+        return 0
+
     def can_encode(self, text: str) -> bool:
         """Whether the text has ids: false only where ids are characters and the text has others."""
         return self.characters is None or set(text) <= set(self.characters)
@@ -191,6 +198,9 @@ class BytePairTokenizer(Tokenizer):
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint16]:
         ids = [self._bpe.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(valid_text(text))]
         return np.concatenate(ids, dtype=np.uint16, casting="unsafe")  # from uint32; every id is below vocab_size
+
+    def last_split(self, text: str) -> int:
+        return last_sure_split(text)
 
 
 class Gpt2Tokenizer(BytePairTokenizer):
@@ -305,6 +315,14 @@ def _packaged_vocab() -> Path | None:
         return None
     found = (Path(str(file.locate())) for file in files if file.name == "vocab.bpe")
     return next((path for path in found if path.is_file()), None)
+
+
+def last_sure_split(text: str) -> int:
+    """The last place where GPT-2's pattern splits whatever follows the text; 0 if it has none."""
+    for start in (max(0, len(text) - 200), 0):  # from the end: there is nearly always one close to it
+        if found := [match.start() for match in _SURE_SPLIT.finditer(text, start)]:
+            return found[-1]
+    return 0
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -18,5 +18,6 @@ CONTRACT = Contract(
     optional={
         "DESCRIPTION": str,  # what it measures, in a line
         "ASSETS": tuple,  # each an Asset: data that it needs beyond the validation split
+        "PARTS": tuple,  # names of parts that can be measured alone: `context.part` is one of them, or empty
     },
 )

@@ -1,16 +1,16 @@
 """HellaSwag. In: a model, scenes with four endings; out: how often the true one is likeliest, in three protocols."""
 
-import re
 from dataclasses import dataclass
 
 from regpt2.base.console import warn
 from regpt2.base.errors import DataError
-from regpt2.evals.scoring.assets import Asset, find
+from regpt2.evals.scoring.assets import find
 from regpt2.evals.scoring.choices import Example, Line, accuracy, predictions, read_examples
 from regpt2.evals.scoring.context import EvalContext, Figures
 from regpt2.evals.scoring.endings import Question, Scored, score_endings
 from regpt2.evals.scoring.llmc_questions import PackedQuestion, is_packed, read_packed
 from regpt2.evals.scoring.questions import question, read_on_all_ranks
+from regpt2.evals.scoring.scenes import HELLASWAG, harness_scene, is_processed
 
 DESCRIPTION = "HellaSwag, validation: 10,042 scenes with four endings"
 PROTOCOLS = {
@@ -20,15 +20,7 @@ PROTOCOLS = {
     "harness_acc_norm": "EleutherAI harness 0.4, acc_norm: the same, loss / characters of the ending",
     "processed_text": "1: the file's text had already been cleaned of [tags], so no figure is exactly comparable",
 }
-ASSETS = (
-    Asset(
-        "hellaswag_val.jsonl",
-        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-        licence="MIT",
-        other_names=("hellaswag_val.processed.jsonl.xz", "hellaswag_val.bin"),
-    ),
-)
+ASSETS = (HELLASWAG,)
 FIELDS = "activity_label, ctx_a, ctx_b, ctx, endings, label"
 
 
@@ -101,16 +93,5 @@ def _figures(scenes: list[_Scene], scored: Scored, *, brief: bool) -> Figures:
 
 
 def _scene(record: Line) -> _Scene:
-    endings, label = record["endings"], int(record["label"])
-    completion = Example(record["ctx"], endings, label)
-    if "ctx_a" not in record and "query" in record:
-        return _Scene(completion, Example(record["query"], endings, label), processed=True)
-    prompt = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    cleaned = Example(_cleaned(prompt), [_cleaned(ending) for ending in endings], label)
-    return _Scene(completion, cleaned, processed=False)
-
-
-def _cleaned(text: str) -> str:
-    """As the harness cleans it: WikiHow's scenes hold tags, [title] between heading and text and others."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
+    completion = Example(record["ctx"], record["endings"], int(record["label"]))
+    return _Scene(completion, harness_scene(record), processed=is_processed(record))

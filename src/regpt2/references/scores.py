@@ -2,9 +2,12 @@
 
 import math
 import tomllib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from regpt2.references.core import core_scores
 
 PAPER = "Radford et al. 2019"  # how the sources of the GPT-2 paper's figures begin
 _FILE = Path(__file__).with_name("scores.toml")
@@ -35,13 +38,32 @@ class Reference:
 
 @cache
 def references() -> tuple[Reference, ...]:
-    """All of them, in the order of the file."""
+    """All of them, in the order of the files."""
     tables = tomllib.loads(_FILE.read_text(encoding="utf-8"))["of"]
-    return tuple(
+    listed = tuple(
         Reference(**{key: value for key, value in table.items() if key != "models"}, **one)
         for table in tables
         for one in table["models"]
     )
+    return listed + tuple(_of_core())
+
+
+def core_mean(tasks: Iterable[str]) -> list[Reference]:
+    """The mean of the centered accuracies over these tasks of CORE, the smallest model first."""
+    return _core_references("centered_mean", core_scores().means(tasks))
+
+
+def _of_core() -> Iterator[Reference]:
+    """CORE, and of each of its tasks the accuracy and the centered accuracy."""
+    yield from _core_references("core", core_scores().core)
+    for name, task in core_scores().tasks.items():
+        yield from _core_references(name, task.accuracy)
+        yield from _core_references(f"{name}_centered", [task.centered(one) for one in task.accuracy])
+
+
+def _core_references(metric: str, values: Sequence[float]) -> list[Reference]:
+    models = zip(core_scores().models, values, core_scores().sources, strict=True)
+    return [Reference("core", metric, model, value, source) for model, value, source in models]
 
 
 def references_for(name: str, metric: str, dataset: str | None = None) -> list[Reference]:

@@ -88,6 +88,7 @@ def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int,
         if run.stop.received:
             raise Stopped("asked to leave")
 
+    entry, part = shelves.with_part("evals", name)
     context = EvalContext(
         model=in_compute_type(model, run.compute.dtype),
         world=run.world,
@@ -101,11 +102,12 @@ def evaluate(run: TrainingRun, state: RunState, model: LanguageModel, step: int,
         files=files_by_name(config.evals.files, shelves.entries("evals")),
         limit=config.evals.limit,
         brief=True,
+        part=part,
         options=shelves.own_options(config.evals, name),
     )
     try:
         with scoring(context):
-            figures = shelves.load("evals", name).evaluate(context)
+            figures = entry.evaluate(context)
     except Exception as error:  # out of memory, no network, a bug in an entry: none may cost the run
         note(
             run, step, f"evaluation {name} failed at step {step} ({type(error).__name__}: {error}); training continues"

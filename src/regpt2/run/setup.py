@@ -27,7 +27,7 @@ from regpt2.data.loader import Loader
 from regpt2.data.mixture import Mixture, open_mixture, read_shares
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.data.tokens.shards import verify
-from regpt2.evals.scoring.assets import files_by_name, find
+from regpt2.evals.scoring.assets import files_by_name, find, find_parts
 from regpt2.evals.val_loss import require_window
 from regpt2.model.architecture import build_model
 from regpt2.model.files.fill_model import load_into
@@ -199,11 +199,25 @@ def _fetch_assets(names: tuple[str, ...], files: dict[str, Path], world: World) 
     missing: dict[str, str] = {}
     for name in names if world.local_rank == 0 else ():
         try:
-            for asset in getattr(shelves.load("evals", name), "ASSETS", ()):
-                find(asset, name, files)
+            _fetch(name, files, world)
         except (Problem, OSError) as error:
             missing[name] = str(error)
     return {name: why for found in world.everyones(missing) for name, why in found.items()}
+
+
+def _fetch(name: str, files: dict[str, Path], world: World) -> None:
+    """The data of one evaluation. Of one with parts those that are missing are named, and it does without them."""
+    entry, part = shelves.with_part("evals", name)
+    assets = [asset for asset in getattr(entry, "ASSETS", ()) if not part or asset.part in ("", part)]
+    name = name.partition(".")[0]
+    for asset in assets:
+        if not asset.part:
+            find(asset, name, files)
+    found, missing = find_parts([asset for asset in assets if asset.part], name, files)
+    if missing and not found:
+        raise next(iter(missing.values()))
+    if missing and world.is_main:
+        warn(f"{name}: without the data of {', '.join(missing)}. {next(iter(missing.values()))}")
 
 
 def _check_folder(config: RunConfig, run: Path) -> None:

@@ -33,7 +33,7 @@ def fetch(
     """Put the content of `url` at `path`. A correct file there is kept; a second process waits for the first.
 
     Args:
-        digest: of the content: SHA-256 (64 hex digits), or git's blob SHA-1 (40; then with `n_bytes`).
+        digest: of the content: SHA-256 (64 hex digits), or git's blob SHA-1 (40).
         on_bytes: gets the number of new bytes, also of an earlier attempt; negative when some are discarded. The sum
             is the file's size.
         tries: failures in a row, without progress, before it gives up.
@@ -58,16 +58,16 @@ def fetch(
             part.close()
 
 
-def download(url: str, path: Path, sha256: str, *, tries: int = 3) -> None:
-    """Fetch `url` to `path`, which appears only if its SHA-256 is the pinned one. A correct file there is kept.
+def download(url: str, path: Path, digest: str, *, tries: int = 3) -> None:
+    """Fetch `url` to `path`, which appears only if it has the pinned digest. A correct file there is kept.
 
     Raises:
-        DownloadError: no network, a refusal, or another SHA-256.
+        DownloadError: no network (`Unreachable`), a refusal, or another digest.
     """
     try:
-        fetch(url, path, digest=sha256, tries=tries)
+        fetch(url, path, digest=digest, tries=tries)
     except DownloadError as error:
-        raise DownloadError(f"{error} Or put the file at {path} by hand (SHA-256 {sha256}).") from None
+        raise type(error)(f"{error} Or put the file at {path} by hand ({_kind(digest)} {digest}).") from None
 
 
 class _Wrong(Exception):
@@ -78,7 +78,6 @@ class _Part:
     """The downloaded part of a file. A later process resumes it if there is a digest; else only this one does."""
 
     def __init__(self, path: Path, n_bytes: int | None, digest: str, on_bytes: Callable[[int], object]) -> None:
-        assert len(digest) != 40 or n_bytes is not None, "git's blob SHA-1 begins with the size"
         self.n_bytes, self.digest, self.on_bytes = n_bytes, digest, on_bytes
         self.path = path.with_name(path.name + ".part")
         self.file: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115  (closed by `close`)
@@ -110,16 +109,22 @@ class _Part:
     @property
     def is_whole(self) -> bool:
         """Size and digest are the expected ones, as far as they are known."""
-        return self.n_bytes in (None, self.size) and self.digest in ("", self.hash.hexdigest())
+        return self.n_bytes in (None, self.size) and self.digest in ("", self.hexdigest())
+
+    def hexdigest(self) -> str:
+        """Of what is here so far."""
+        if len(self.digest) != 40 or self.n_bytes is not None:
+            return str(self.hash.hexdigest())
+        self.file.flush()  # git's hash begins with the size, which is known only now
+        return hash_of(self.path, self.digest)
 
     def check(self) -> None:
         if self.is_whole:
             return
-        kind = "git blob SHA-1" if len(self.digest) == 40 else "SHA-256"
         expected = [] if self.n_bytes in (None, self.size) else [f"{self.n_bytes:,} bytes"]
         expected += [self.digest] if self.digest else []
         raise _Wrong(
-            f"gave {self.size:,} bytes with {kind} {self.hash.hexdigest()}, expected {' with '.join(expected)}"
+            f"gave {self.size:,} bytes with {_kind(self.digest)} {self.hexdigest()}, expected {' with '.join(expected)}"
         )
 
     def finish(self, path: Path) -> None:
@@ -181,6 +186,10 @@ def _expect(reply: Any, part: _Part, url: str) -> None:
     part.etag = "" if etag.startswith("W/") else etag
 
 
+def _kind(digest: str) -> str:
+    return "git blob SHA-1" if len(digest) == 40 else "SHA-256"
+
+
 def _new_hash(digest: str, n_bytes: int | None) -> Any:
     if len(digest) != 40:
         return hashlib.sha256()
@@ -192,8 +201,14 @@ def _is_right(path: Path, n_bytes: int | None, digest: str) -> bool:
         return False
     if not digest:
         return True
+    return hash_of(path, digest) == digest.lower()
+
+
+def hash_of(path: Path, like: str) -> str:
+    """The file's hash, of the kind that `like` is: SHA-256, or with 40 digits git's blob SHA-1."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: _new_hash(digest, n_bytes)).hexdigest() == digest.lower()
+        n_bytes = os.fstat(file.fileno()).st_size
+        return hashlib.file_digest(file, lambda: _new_hash(like, n_bytes)).hexdigest()
 
 
 @contextmanager

@@ -38,6 +38,10 @@ class Lost(Exception):
         self.wait_s = wait_s
 
 
+class Unreachable(DownloadError):
+    """The address did not answer, however often it was asked: another one on this network may not either."""
+
+
 class NotThere(DownloadError):
     """HTTP 404 or 410: the address does not exist."""
 
@@ -83,7 +87,7 @@ def persist(attempt: Callable[[], T], progress: Callable[[], int], url: str, tri
             if failures >= tries:
                 kept = f"; {progress():,} bytes were kept" if progress() else ""
                 times = f", {tries} times in a row" if tries > 1 else ""
-                raise DownloadError(
+                raise Unreachable(
                     f"could not download {url} ({lost}{times}{kept}); check the network and run the command again."
                 ) from None
             pause = PAUSE_S * 2 ** (failures - 1) * random.uniform(0.5, 1)  # else all workers retry at once

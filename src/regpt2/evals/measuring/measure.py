@@ -40,7 +40,7 @@ class EvaluateOptions:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help=KINDS)]
     evals: tuple[str, ...] = ("val_loss",)
-    """Entries of the shelf evals/, or paper (the table of the GPT-2 paper), or choices (all multiple choice)."""
+    """Entries of the shelf evals/, a part of one (core.piqa), paper (the GPT-2 paper's table), choices (eight sets)."""
     data: Path | None = None
     """The prepared data folder, for val_loss."""
     tokenizer: Path | None = None
@@ -97,7 +97,7 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         Problem: the only evaluation failed. Of several, `Results.failed` has the message.
     """
     names = _names(options)
-    entries = {name: shelves.load("evals", name) for name in names}  # unknown names fail before any work
+    entries = {name: shelves.with_part("evals", name) for name in names}  # unknown names fail before any work
     files = files_by_name(options.files, shelves.entries("evals"))
     device = next(loaded.model.parameters()).device if loaded else pick_device(options.device)
     compute = choose_compute(options.precision, device)
@@ -121,9 +121,9 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         )
         results: dict[str, Any] = {}
         failed: dict[str, str] = {}
-        for name, entry in entries.items():
+        for name, (entry, part) in entries.items():
             started_at = time.perf_counter()
-            context = replace(context, options=own_options(options, name))
+            context = replace(context, part=part, options=own_options(options, name))
             try:
                 with scoring(context):
                     figures = entry.evaluate(context)
@@ -225,7 +225,7 @@ def _result(
         "references": {
             metric: [asdict(reference) for reference in found]
             for metric in figures
-            if (found := references_for(name, metric, where))
+            if (found := references_for(name.partition(".")[0], metric, where))
         },
         "elapsed_s": round(elapsed_s, 3),
         **({"fp32_check": check} if check else {}),

@@ -54,7 +54,11 @@ def read_examples(path: Path, wording: Callable[[Line], T], fields: str, *, limi
     Raises:
         DataError: the file cannot be read, or a line is something else.
     """
-    text = _unpack(path) if path.suffix == ".xz" else read_text(path, member)
+    return examples_in(read_unpacked(path, member), path, wording, fields, limit=limit)
+
+
+def examples_in(text: str, path: Path, wording: Callable[[Line], T], fields: str, *, limit: int = 0) -> list[T]:
+    """The same for the text of a file that is read already."""
     examples = []
     for n, line in enumerate(text.rstrip("\n").split("\n")[: limit or None], start=1):
         try:
@@ -63,6 +67,15 @@ def read_examples(path: Path, wording: Callable[[Line], T], fields: str, *, limi
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{path}, line {n}: {what:.200}; expected {fields}, got {line[:80]!r}.") from None
     return examples
+
+
+def read_unpacked(path: Path, member: str = "") -> str:
+    """The text of a file, packed (.xz) or not, or of one member of an archive.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return _unpack(path) if path.suffix == ".xz" else read_text(path, member)
 
 
 def _unpack(path: Path) -> str:

@@ -33,6 +33,8 @@ class Question:
 
     context: Sequence[int]
     endings: tuple[Sequence[int], ...]
+    unscored: tuple[int, ...] = ()
+    """How many of each ending's first tokens do not count; empty = all count."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class _Ending:
     ids: Sequence[int]
     context: int
     """Which of the batch."""
+    first: int
+    """Its first token that counts."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,16 @@ def _score_mine(context: EvalContext, name: str, questions: Sequence[Question], 
 
 def _batches(questions: Sequence[Question], context_size: int, most_tokens: int) -> list[_Batch]:
     """The work, the same on every rank; the longest contexts first, so that memory runs out early."""
-    endings_of: dict[Sequence[int], list[tuple[int, int, Sequence[int]]]] = defaultdict(list)
+    endings_of: dict[Sequence[int], list[tuple[int, int, Sequence[int], int]]] = defaultdict(list)
     for i, question in enumerate(questions):
         for j, ending in enumerate(question.endings):
             ids: Sequence[int] = (*question.context, *ending)[-(context_size + 1) :]  # the last one is never an input
             n_context = max(1, len(ids) - len(ending))
-            if len(ending):  # an empty one has 0 nats
-                endings_of[ids[:n_context]].append((i, j, ids[n_context:]))
-    n_tokens = {ids: len(ids) + sum(len(ending) for _, _, ending in endings_of[ids]) for ids in endings_of}
+            n_scored = len(ending) - (question.unscored[j] if question.unscored else 0)
+            first = max(0, len(ids) - n_context - n_scored)
+            if n_scored:  # one without tokens that count has 0 nats
+                endings_of[ids[:n_context]].append((i, j, ids[n_context:], first))
+    n_tokens = {ids: len(ids) + sum(len(ending) for _, _, ending, _ in endings_of[ids]) for ids in endings_of}
     batches: list[_Batch] = []
     room = 0
     for shared in sorted(endings_of, key=lambda ids: (-len(ids), n_tokens[ids])):
@@ -118,7 +124,8 @@ def _batches(questions: Sequence[Question], context_size: int, most_tokens: int)
             batches.append(_Batch())
             room = most_tokens
         batch = batches[-1]
-        batch.endings.extend(_Ending(i, j, ending, len(batch.contexts)) for i, j, ending in endings_of[shared])
+        place = len(batch.contexts)
+        batch.endings.extend(_Ending(i, j, ending, place, first) for i, j, ending, first in endings_of[shared])
         batch.contexts.append(shared)
         room -= n_tokens[shared]
     return batches
@@ -158,19 +165,24 @@ def _score_batch(context: EvalContext, gpt: LanguageModel, batch: _Batch) -> Ite
         return gpt.hidden(torch.tensor(rows, device=device), list(shared), start, context.dtype)  # (R, T, C)
 
     last = hidden(batch.contexts, 0)[:, -1]  # (Q, C)
-    which = torch.tensor([ending.context for ending in batch.endings], device=device)
-    firsts = _score_tokens(gpt, last[which], [ending.ids[0] for ending in batch.endings])  # (3, R)
-    yield from zip(batch.endings, firsts.T, strict=True)
+    counted = [ending for ending in batch.endings if not ending.first]
+    if counted:
+        which = torch.tensor([ending.context for ending in counted], device=device)
+        firsts = _score_tokens(gpt, last[which], [ending.ids[0] for ending in counted])  # (3, R)
+        yield from zip(counted, firsts.T, strict=True)
     for endings in _passes(batch.endings):
         T = len(endings[0].ids) - 1
         inputs = [[*ending.ids[:-1], *[0] * (T + 1 - len(ending.ids))] for ending in endings]  # padded on the right
         for layer in shared:
             layer.which = torch.tensor([ending.context for ending in endings], device=device)
-        lengths = [len(ending.ids) - 1 for ending in endings]
+        begins = [max(1, ending.first) for ending in endings]  # the first token has been scored above
+        lengths = [len(ending.ids) - begin for ending, begin in zip(endings, begins, strict=True)]
         # Indices from the CPU: a mask on a GPU would make the host wait for the device.
-        is_input = torch.tensor([row * T + i for row, n in enumerate(lengths) for i in range(n)], device=device)
-        x = hidden(inputs, position).flatten(0, 1)[is_input]  # (n, C)
-        scores = _score_tokens(gpt, x, [token for ending in endings for token in ending.ids[1:]])  # (3, n)
+        rows = enumerate(zip(begins, lengths, strict=True))
+        places = [row * T + begin - 1 + i for row, (begin, n) in rows for i in range(n)]
+        x = hidden(inputs, position).flatten(0, 1)[torch.tensor(places, device=device)]  # (n, C)
+        targets = [token for ending, begin in zip(endings, begins, strict=True) for token in ending.ids[begin:]]
+        scores = _score_tokens(gpt, x, targets)  # (3, n)
         sums = [score.sum(dim=1) for score in torch.split(scores, lengths, dim=1)]
         yield from zip(endings, sums, strict=True)
 

@@ -1,0 +1,1 @@
+"""CORE: its tasks, their prompts and how they are judged. evals/core.py is the entry."""
