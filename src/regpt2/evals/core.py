@@ -47,7 +47,7 @@ class Options:
 
 
 def evaluate(context: EvalContext) -> Figures:
-    """Of each task `TASK` (accuracy), `TASK_stderr`, `TASK_centered`; over all `centered_mean`, `tasks`, `count`, `core`.
+    """Of each task `TASK` (accuracy), `TASK_stderr`, `TASK_centered`; over all `core`, `centered_mean`, `tasks`.
 
     `core` is there only if all 22 were measured. With context.brief only the figures over all.
 

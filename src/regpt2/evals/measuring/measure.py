@@ -24,7 +24,8 @@ from regpt2.evals.measuring.show import paper_table, show_result
 from regpt2.evals.scoring.assets import files_by_name
 from regpt2.evals.scoring.context import EvalContext, Figures, scoring
 from regpt2.model.files.load import KINDS, LoadedModel, load_model
-from regpt2.references.scores import references_for
+from regpt2.references.core import core_scores
+from regpt2.references.scores import core_mean, references_for
 from regpt2.sampling.tokenizer import tokenizer_of
 from regpt2.training.ranks.strategy import in_compute_type
 
@@ -219,13 +220,14 @@ def _result(
 ) -> dict[str, Any]:
     """One evaluation in the JSON. A loss is compared only with published losses on the same text."""
     where = (dataset or "") if name == "val_loss" else None
+    found = {metric: references_for(name.partition(".")[0], metric, where) for metric in figures}
+    if "centered_mean" in figures:
+        found["centered_mean"] = core_mean(task for task in core_scores().tasks if task in figures)
     return {
         **figures,
         "protocol": {metric: protocols[metric] for metric in figures if metric in protocols},
         "references": {
-            metric: [asdict(reference) for reference in found]
-            for metric in figures
-            if (found := references_for(name.partition(".")[0], metric, where))
+            metric: [asdict(reference) for reference in published] for metric, published in found.items() if published
         },
         "elapsed_s": round(elapsed_s, 3),
         **({"fp32_check": check} if check else {}),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from regpt2.base.console import figure, say
+from regpt2.evals.measuring.core_table import core_table
 from regpt2.references.scores import PAPER, Reference, nearest, references_for
 
 # The table of the GPT-2 paper, column by column: its head, the evaluation, the metric.
@@ -24,7 +25,10 @@ def show_result(name: str, result: dict[str, Any], n_params: int) -> None:
     """One evaluation: each metric with its standard error and protocol, published numbers of this size beside it."""
     count = result.get("count", result.get("tokens"))
     say(f"{name}" + (f", {count:,.0f} {'examples' if 'count' in result else 'tokens'}" if count else ""))
-    for metric, protocol in result["protocol"].items():
+    is_core = name.partition(".")[0] == "core"
+    if is_core:
+        say(core_table(result))
+    for metric, protocol in {} if is_core else result["protocol"].items():
         stderr = result.get(f"{metric}_stderr")
         spread = "" if stderr is None else f" +- {stderr:.2g}"
         say(f"  {metric:<22} {_number(result[metric]) + spread:<20} {protocol}")

@@ -81,22 +81,23 @@ def common(rows: Sequence[Ids] | Sequence[str]) -> int:
 def shared(found: Sequence[Window]) -> tuple[list[Question], list[tuple[int, int]]]:
     """Questions that score these windows, and for each window its question and ending.
 
-    Windows with the same cut become one question. Its context is what they share before the first token that counts;
-    the rest of each is an ending, of which the first tokens may not count. Equal windows are scored once.
+    Windows with the same cut and first token become one question. Its context is what they share before the first
+    token that counts; the rest of each is an ending, whose first tokens may not count. Equal windows are scored once.
     """
-    groups: dict[int, list[Window]] = {}
+    groups: dict[tuple[int, int], list[Window]] = {}
+    places: list[tuple[int, int]] = []
     for window in found:
-        group = groups.setdefault(window.n_cut, [])
+        group = groups.setdefault((window.n_cut, window.ids[0]), [])
         if window not in group:
             group.append(window)
-    questions = []
-    for group in groups.values():
-        n = min(common([window.ids for window in group]), *(len(window.ids) - window.n_scored for window in group))
-        endings = tuple(window.ids[n:] for window in group)
-        unscored = tuple(len(window.ids) - window.n_scored - n for window in group)
-        questions.append(Question(group[0].ids[:n], endings, unscored))
-    cuts = list(groups)
-    return questions, [(cuts.index(window.n_cut), groups[window.n_cut].index(window)) for window in found]
+        places.append((list(groups.values()).index(group), group.index(window)))
+    return [_question(group) for group in groups.values()], places
+
+
+def _question(group: Sequence[Window]) -> Question:
+    n = min(common([window.ids for window in group]), *(len(window.ids) - window.n_scored for window in group))
+    endings = tuple(window.ids[n:] for window in group)
+    return Question(group[0].ids[:n], endings, tuple(len(one.ids) - one.n_scored - n for one in group))
 
 
 def _is_right(kind: Kind, item: Item, scored: Scored, places: Sequence[tuple[int, int]]) -> bool:
