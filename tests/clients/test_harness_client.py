@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness_tasks import found_by_harness, nats, write_tasks
 
 from regpt2.base import shelves
 from regpt2.base.errors import Problem, UsageError
@@ -118,13 +119,7 @@ class Setup:
 
     def found_by_harness(self, model: Any) -> dict[str, list[dict[str, Any]]]:
         """What the harness logs for each example of each task."""
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        tasks = [f"{name}_here" for name in self.examples]
-        manager = TaskManager(include_path=self.folder / "tasks", include_defaults=False)
-        found = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)
-        return {name: sorted(found["samples"][f"{name}_here"], key=lambda one: one["doc_id"]) for name in self.examples}
+        return found_by_harness(self.folder, list(self.examples), model)
 
 
 @pytest.fixture(scope="module")
@@ -141,34 +136,16 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         "lambada_openai": [lambada_like(rng) for _ in range(N_MADE_UP)] + real_lambada(),
     }
     write_tasks(folder, examples)
+    write_spoken_task(folder)
     context = EvalContext(
         model=model, world=ALONE, data=None, seq_len=BLOCK_SIZE, batch=8, val_tokens=0, tokenizer=TOKENIZER
     )
     return Setup(folder, context, examples)
 
 
-def write_tasks(folder: Path, examples: dict[str, list[dict[str, Any]]]) -> None:
-    """The harness's own files, included; only where the data lies is ours."""
-    import lm_eval.tasks
-
-    (folder / "tasks").mkdir()
-    own = {
-        "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
-        "lambada_openai": ("lambada/lambada_openai.yaml", "test"),
-    }
-    for name, (file, split) in own.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in examples[name]))
-        task = {
-            "include": str(Path(lm_eval.tasks.__file__).parent / file),
-            "task": f"{name}_here",
-            "dataset_path": "json",
-            "dataset_name": None,
-            "training_split": None,
-            "dataset_kwargs": {"data_files": {split: str(data)}, "cache_dir": str(folder / "cache")},
-        }
-        (folder / "tasks" / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
-    spoken = {  # the last word of LAMBADA, but generated: a task of our own
+def write_spoken_task(folder: Path) -> None:
+    """The last word of LAMBADA, but generated: a task of our own."""
+    spoken = {
         "include": "lambada_openai.yaml",
         "task": "spoken_here",
         "output_type": "generate_until",
@@ -191,10 +168,6 @@ def their_model(setup: Setup) -> Any:
     folder = str(setup.folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     return HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
-
-
-def nats(example: dict[str, Any]) -> list[float]:
-    return [-float(answer[0]) for answer in example["filtered_resps"]]
 
 
 def test_harness_finds_the_same_as_through_its_own_model(

@@ -9,6 +9,7 @@ from regpt2.references.scores import Reference, references_for
 
 SIZES = {"124M": 124e6, "350M": 354e6, "774M": 774e6, "1558M": 1558e6}  # as the papers name them: parameters
 CHANCE = {"hellaswag": 0.25}
+CORE = ("core", "centered_mean")  # of CORE only these; its tasks have a table of their own
 NO_METRICS = ("event", "eval", "step", "time", "elapsed_s", "count", "tokens", "seen_tokens")
 
 
@@ -58,5 +59,7 @@ def latest_evals(record: Record) -> list[Event]:
 
 def metrics_of(event: Event) -> list[str]:
     """The keys of an evaluation's metrics, without standard errors and other fields."""
+    if event.get("eval") == "core":
+        return [key for key in CORE if key in event]
     named = (key for key, value in event.items() if not isinstance(value, dict | list))
     return [key for key in named if key not in NO_METRICS and not key.endswith("_stderr")]

@@ -47,11 +47,11 @@ def png(figure: Any) -> bytes:
 
 
 def overview(panels: Sequence[Panel], title: str, subtitle: str) -> Any:
-    """A matplotlib figure: loss and, beside it, HellaSwag or bits per byte; the learning rate below."""
+    """A matplotlib figure: loss and, beside it, HellaSwag, CORE or bits per byte; the learning rate below."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     by_name = {panel.name: panel for panel in panels}
-    beside = by_name.get("hellaswag") or by_name.get("bits")
+    beside = by_name.get("hellaswag") or by_name.get("core") or by_name.get("bits")
     columns = 2 if beside else 1
     with settings("picture"):
         figure = Figure(figsize=(10, 6.2), dpi=160, facecolor="white")

@@ -16,6 +16,7 @@ MOST_RUNS = 8
 GENERAL, PERCENT = Format("general", 6), Format("percent")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MARKERS = "os^Dv*PX"
+BAND = "The band is one standard error."
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Panel:
 def panels(records: Sequence[Record]) -> list[Panel]:
     """The charts that these runs have data for, the loss first."""
     across = _across(records)
-    drawn = [_loss(records, across), _hellaswag(records, across)]
+    drawn = [_loss(records, across), _hellaswag(records, across), _core(records, across)]
     drawn += [_bits(records[0], across)] if len(records) == 1 else []
     drawn += [_column(records, across, *how) for how in _COLUMNS]
     return [panel for panel in drawn if any(np.isfinite(trace.y).any() for trace in panel.traces)]
@@ -185,18 +186,42 @@ def _reference_curve(records: Sequence[Record], across: Across) -> Trace | None:
 
 
 def _hellaswag(records: Sequence[Record], across: Across) -> Panel:
-    traces, rules = [], []
-    for place, record in enumerate(records):
-        events = record.evals_of("hellaswag")
-        x = _x(records, record, numbers(events, "step"))
-        alone = len(records) == 1
-        look = Look("val", marker="o") if alone else look_of(place)
-        y, spread = _within(numbers(events, "acc_norm")), _within(numbers(events, "acc_norm_stderr"))
-        traces.append(Trace("HellaSwag" if alone else record.name, x, y, look, spread if alone else None))
-        rules += [Rule(one.model, one.value, one.source) for one in references_of(record, "hellaswag", "acc_norm")]
+    rules = [
+        Rule(one.model, one.value, one.source)
+        for record in records
+        for one in references_of(record, "hellaswag", "acc_norm")
+    ]
     rules = [*dict.fromkeys(rules), Rule("chance", CHANCE["hellaswag"], on_right=True)]
-    note = "The band is one standard error." if len(records) == 1 else ""
+    traces = _measured(records, "hellaswag", "acc_norm", "HellaSwag")
+    note = BAND if len(records) == 1 else ""
     return Panel("hellaswag", "HellaSwag, acc_norm", across, traces, rules, tick=PERCENT, note=note)
+
+
+def _core(records: Sequence[Record], across: Across) -> Panel:
+    """CORE, or where some of its tasks were not measured the mean over the others, which has no published figure."""
+    events = [event for record in records for event in record.evals_of("core")]
+    n_tasks = sorted({n for event in events if math.isfinite(n := number(event.get("tasks")))})
+    whole = all("core" in event for event in events)
+    rules = [
+        Rule(one.model, one.value, one.source) for record in records for one in references_of(record, "core", "core")
+    ]
+    rules = [*(dict.fromkeys(rules) if whole else ()), Rule("chance", 0.0, on_right=True)]
+    title = "CORE" if whole else f"CORE, the mean over {' or '.join(f'{n:.0f}' for n in n_tasks)} tasks"
+    note = BAND if len(records) == 1 else ""
+    traces = _measured(records, "core", "centered_mean", "CORE")
+    return Panel("core", title, across, traces, rules, tick=Format("digits", 3), note=note)
+
+
+def _measured(records: Sequence[Record], name: str, metric: str, label: str) -> list[Trace]:
+    """One metric of an evaluation while training; of a single run within its standard error."""
+    traces = []
+    for place, record in enumerate(records):
+        events, alone = record.evals_of(name), len(records) == 1
+        x = _x(records, record, numbers(events, "step"))
+        look = Look("val", marker="o") if alone else look_of(place)
+        y, spread = _within(numbers(events, metric)), _within(numbers(events, f"{metric}_stderr"))
+        traces.append(Trace(label if alone else record.name, x, y, look, spread if alone else None))
+    return traces
 
 
 def _bits(record: Record, across: Across) -> Panel:

@@ -20,7 +20,7 @@ LABEL_COLUMNS = 7
 LEAST_ROWS, MOST_ROWS = 6, 24
 """Of the loss chart."""
 SMALL_ROWS = 3
-SMALL = ("bits", "hellaswag", "lr", "tokens_per_s", "grad_norm")
+SMALL = ("bits", "hellaswag", "core", "lr", "tokens_per_s", "grad_norm")
 LEAST_SMALL = 26
 """Columns of a small chart."""
 SAMPLE_ROWS = 5

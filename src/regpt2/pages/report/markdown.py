@@ -9,6 +9,7 @@ from regpt2.pages.charts.panels import compared_on, panels
 from regpt2.pages.published import Sources
 from regpt2.pages.record import Record
 from regpt2.pages.report.certificate import certificate_json
+from regpt2.pages.report.core import WARNING, core_table
 from regpt2.pages.report.page import subtitle, title
 from regpt2.pages.report.results import DATA_DIFFER, headline, side_by_side
 from regpt2.pages.report.scores import scores
@@ -29,7 +30,7 @@ def markdown(records: Sequence[Record], picture: str) -> str:
     parts += [f"Lines: {text('; '.join(lines), 1000)}."] if lines else []
     for record in records:
         heading = [] if alone else [f"## {text(record.name)}"]
-        parts += [*heading, *_verdict(record, sources), *_scores(record, sources)]
+        parts += [*heading, *_verdict(record, sources), *_scores(record, sources), *_core(record, sources)]
     for record in records:
         content = certificate_json(record, sources.named)
         summary = f"Certificate{'' if alone else f' of {text(record.name)}'}"
@@ -64,6 +65,16 @@ def _scores(record: Record, sources: Sources) -> list[str]:
         beside = [f"{value} [{sources.mark(source)}]" if source else value for value, source in score.against]
         rows.append([score.eval, score.metric.replace("_", " "), score.value, score.count, "; ".join(beside)])
     return [table(["evaluation", "metric", "value", "count", "reference"], rows)] if rows else []
+
+
+def _core(record: Record, sources: Sources) -> list[str]:
+    found = core_table(record)
+    if found is None:
+        return []
+    marks = ", ".join(
+        f"{model} [{sources.mark(source)}]" for model, source in zip(found.models, found.sources, strict=True)
+    )
+    return [table(found.head, found.rows), f"{text(WARNING)} {text(marks)}."]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

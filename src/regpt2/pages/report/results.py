@@ -51,6 +51,17 @@ def _hellaswags(record: Record) -> list[Event]:
     return [event for event in (*record.measured, *record.evals) if event.get("eval") == "hellaswag"]
 
 
+def core(record: Record) -> str:
+    """The newest CORE, or the mean over the tasks that were measured; a dash if there is none."""
+    events = [event for event in (*record.evals, *record.measured) if event.get("eval") == "core"]
+    last = (events or [{}])[-1]
+    if "core" in last:
+        return figure("core", last["core"])
+    n_tasks = number(last.get("tasks"))
+    mean = figure("core", last.get("centered_mean"))
+    return f"{mean} over {n_tasks:.0f} tasks" if math.isfinite(n_tasks) else mean
+
+
 def results(record: Record) -> Html:
     """The row of numbers at the head of a page."""
     last = record.validations[-1] if record.validations else {}
@@ -115,6 +126,7 @@ def _column(record: Record) -> dict[str, str]:
         "Perplexity": figure("perplexity", last.get("perplexity")),
         "Bits per byte": figure("bits_per_byte", last.get("bits_per_byte")),
         "HellaSwag": hellaswag(record),
+        "CORE": core(record),
         "Training loss": figure("loss", training if math.isfinite(training) else None),
         "Steps": f"{record.last_step:,.0f}",
         "Tokens": count(record.tokens) if record.tokens else "–",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from regpt2.pages.published import CHANCE, Sources, latest_evals, metrics_of, references_of
 from regpt2.pages.record import Event, Record, spread
+from regpt2.pages.report.core import core_section
 from regpt2.pages.safe_html import Html, fill, folded, join
 from regpt2.pages.tables import figure, table
 from regpt2.references.scores import comparable
@@ -47,7 +48,7 @@ def evaluations(record: Record, sources: Sources) -> Html:
         beside = (fill("{value}{mark}", value=value, mark=sources.link(source)) for value, source in score.against)
         row = [score.eval, score.metric.replace("_", " "), score.value, score.count, join(beside, "; ") or "–"]
         rows.append([*row, *([score.protocol] if has_protocol else [])])
-    parts = [table("Evaluations", head, rows, "figures scores")]
+    parts = [table("Evaluations", head, rows, "figures scores"), core_section(record, sources)]
     by_name: dict[str, list[Event]] = {}
     for event in record.evals:
         by_name.setdefault(str(event.get("eval")), []).append(event)
