@@ -121,7 +121,13 @@ def step_memory(setup: Setup) -> dict[str, int]:
         {"merged copy": FP32 * setup.n_params * bool(setup.lora.rank)},
     ]
     fullest = max(moments, key=lambda parts: sum(parts.values()))
-    parts = {"weights": weights, "optimizer state": setup.state_bytes // shards, **fullest}
+    average = weights if setup.optim.ema else 0
+    parts = {
+        "weights": weights,
+        "average of weights": average,
+        "optimizer state": setup.state_bytes // shards,
+        **fullest,
+    }
     if setup.device == "cpu":
         parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
         parts["process"] = PROCESS_BYTES + COMPILER_BYTES * (setup.compiled or setup.ranks > 1)
