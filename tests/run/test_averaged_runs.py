@@ -12,9 +12,10 @@ from test_skipped_updates import overflow, scaled, skipped
 from test_train import command, evals, losses, run_train, state_of, wait_for_step
 from torch.nn import functional as F
 
-from conftest import TINY_RECIPE, Run, shard_tokens
+from conftest import TINY_RECIPE, Run, shard_tokens, write_tokens
 from rank_processes import command_on_ranks
-from regpt2.base.errors import CheckpointError, ConfigError
+from regpt2.base.errors import CheckpointError, ConfigError, Problem
+from regpt2.base.ranks.world import World
 from regpt2.base.record.metrics import read_events
 from regpt2.config.recipe_files import load_recipe
 from regpt2.config.setup import setup_of
@@ -23,6 +24,7 @@ from regpt2.machine.planning.disk import checkpoint_bytes
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT
 from regpt2.run.intervals import random_seed
+from regpt2.run.setup import TrainingRun
 from regpt2.sampling.generate import generate
 from regpt2.training.memory import step_memory
 from warm_processes import Python
@@ -193,6 +195,25 @@ def test_two_ranks_have_the_average_of_one_and_a_run_may_change_their_number(
     assert_models_are(run, averages(run, 1337))
 
 
+def test_the_ranks_averages_are_compared(
+    recipe: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another rank would send differs in one average by one bit, before the first update."""
+
+    def stack(self: World, mine: torch.Tensor) -> torch.Tensor:
+        theirs = mine.clone()
+        theirs[-1] += 1
+        return torch.stack([mine, mine, theirs])
+
+    monkeypatch.setattr(World, "stack", stack)
+    real = TrainingRun.check_replicas
+    monkeypatch.setattr(
+        TrainingRun, "check_replicas", lambda self, step: real(replace(self, world=replace(self.world, size=3)), step)
+    )
+    with pytest.raises(Problem, match=r"rank\(s\) 2 differ from the other ranks', first in the average of ln_f\.bias"):
+        run_train(recipe, tiny_data, tmp_path / "run")
+
+
 def test_another_decay_is_another_run(recipe: Path, tiny_data: Path, straight: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other.toml"
     shutil.copytree(straight, run)
@@ -227,3 +248,24 @@ def test_memory_and_disk_count_one_more_copy(recipe: Path, straight: Path) -> No
     assert checkpoint_bytes(averaged) - checkpoint_bytes(without) == 4 * averaged.n_params
     sharded = replace(averaged, strategy="fsdp", ranks=4)
     assert step_memory(sharded)["average of weights"] == averaged.n_params
+
+
+def test_the_recipe_fixed_data_trains_either_model_and_goes_on_from_another(tmp_path: Path, regpt2: Run) -> None:
+    draw = np.random.default_rng(0)
+    ids = np.where(draw.random(3_000) < 0.02, 256, draw.integers(97, 107, 3_000)).astype(np.uint16)
+    data = write_tokens(tmp_path / "data", [ids], ids[:600])
+    sizes = {"n-layer": 2, "n-head": 2, "n-embd": 16, "block-size": 64, "vocab-size": 257}
+    shape = [part for name, size in sizes.items() for part in (f"--model.{name}", size)]
+    batch = ("--batch.seq-len", 64, "--batch.micro-batch", 8, "--batch.batch-tokens", 1024)
+    often = ("--eval-every", 8, "--save-every", 8, "--schedule.warmup-steps", 2, "--device", "cpu")
+    for name, options in {
+        "gpt2": [*shape, *batch],
+        "modern": [*shape, *batch, "--model.architecture", "modern", "--model.dropout", 0],
+        "further": ["--init", tmp_path / "gpt2", "--optim.lr", "1e-4", *batch],
+    }.items():
+        done = regpt2("train", "fixed_data", "--run", tmp_path / name, "--data", data, *often, *options)
+        assert done.returncode == 0, done.stderr
+        assert "the model is the average of the weights (optim.ema = 0.99)" in done.stdout
+        assert "best: step" in done.stdout and "11.9 epochs are 35 updates" in done.stdout
+    first, on = evals(tmp_path / "gpt2"), evals(tmp_path / "further")
+    assert first[0] > 5 > on[0] and min(first.values()) < first[0] - 0.5

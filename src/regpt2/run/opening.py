@@ -83,6 +83,11 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         f"{config.max_steps:,} updates are {count(n_tokens)} tokens, {run.data.plan(n_tokens)}"
         + (f"; resuming from step {first:,}" if first else "")
     )
+    if run.average is not None:
+        say(
+            f"the model is the average of the weights (optim.ema = {config.optim.ema:g}): it is evaluated, sampled and "
+            "saved; training losses are those of the weights themselves"
+        )
     if config.lora.rank:
         _say_lora(run, event["trainable_params"])
 

@@ -45,6 +45,8 @@ PROCESS_BYTES = 280_000_000
 COMPILER_BYTES = 140_000_000  # of torch._dynamo, which compiling imports, and the wrappers for several ranks
 HEAP_SHARE = 0.30
 
+AVERAGE = "average of weights"  # the part of optim.ema, which nothing but a run holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -124,7 +126,7 @@ def step_memory(setup: Setup) -> dict[str, int]:
     average = weights if setup.optim.ema else 0
     parts = {
         "weights": weights,
-        "average of weights": average,
+        AVERAGE: average,
         "optimizer state": setup.state_bytes // shards,
         **fullest,
     }
