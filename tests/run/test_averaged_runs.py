@@ -20,12 +20,14 @@ from regpt2.base.record.metrics import read_events
 from regpt2.config.recipe_files import load_recipe
 from regpt2.config.setup import setup_of
 from regpt2.data.tokenizer import load_tokenizer
+from regpt2.machine.health.patient import Patient
 from regpt2.machine.planning.disk import checkpoint_bytes
 from regpt2.model.files.load import load_model
 from regpt2.model.gpt import GPT
 from regpt2.run.intervals import random_seed
 from regpt2.run.setup import TrainingRun
 from regpt2.sampling.generate import generate
+from regpt2.training import checkpoint
 from regpt2.training.memory import step_memory
 from warm_processes import Python
 
@@ -246,8 +248,23 @@ def test_memory_and_disk_count_one_more_copy(recipe: Path, straight: Path) -> No
     on_disk = sum(f.stat().st_size for f in folder_of(straight, LAST).glob("*.safetensors"))
     assert checkpoint_bytes(averaged) == pytest.approx(on_disk, rel=0.2)  # beside it names, and no padding
     assert checkpoint_bytes(averaged) - checkpoint_bytes(without) == 4 * averaged.n_params
+    patient = Patient(World(rank=0, local_rank=0, size=1, device=torch.device("cpu")), config)
+    assert patient.saved_bytes == checkpoint_bytes(averaged)  # what doctor counts
     sharded = replace(averaged, strategy="fsdp", ranks=4)
     assert step_memory(sharded)["average of weights"] == averaged.n_params
+
+
+def test_a_disk_without_room_for_the_average_is_refused(
+    recipe: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two checkpoints of 3 numbers for each parameter, not for two of 4."""
+    n_params = setup_of(load_recipe(str(recipe)), 1, device="cpu", precision="fp32", compiled=False).n_params
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 2 * checkpoint.room_bytes(14 * n_params))
+    with pytest.raises(Problem, match=r"2 more checkpoints at once"):
+        run_train(recipe, tiny_data, tmp_path / "run", max_steps=2, keep_best=False)
+    without = tmp_path / "without.toml"
+    without.write_text(RECIPE.replace(f"ema = {EMA}", "ema = 0.0"))
+    run_train(without, tiny_data, tmp_path / "plain", max_steps=2, keep_best=False)
 
 
 def test_the_recipe_fixed_data_trains_either_model_and_goes_on_from_another(tmp_path: Path, regpt2: Run) -> None:
