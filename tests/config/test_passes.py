@@ -125,6 +125,13 @@ def test_impossible_passes_are_refused(epochs: float) -> None:
         config(max_epochs=epochs)
 
 
+def test_the_recipe_for_fixed_data_has_all_its_parts() -> None:
+    recipe = load_recipe("fixed_data")
+    assert recipe.max_epochs >= 8 and recipe.batch.order == "documents"
+    assert 0.8 <= recipe.optim.weight_decay <= 1.6 and recipe.model.dropout and recipe.optim.ema
+    assert recipe.keep_best and recipe.stop_after_worse and recipe.eval_every
+
+
 def test_the_recipes_for_own_text_keep_the_best_and_stop() -> None:
     for name in ("own_text", "finetune"):
         recipe = load_recipe(name)

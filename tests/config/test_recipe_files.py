@@ -23,6 +23,7 @@ PARAMETERS = {  # by hand: V C + T C + L (12 C^2 + 13 C) + 2 C; modern 2 V C + L
     "modern_small": 3_279_872,
     "finetune": 124_439_808,
     "own_text": 7_242_624,
+    "fixed_data": 124_439_808,
 }
 FOR_GPUS = ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m", "gpt2_124m_fast", "modern_124m", "modern_350m"]
 FOR_GPUS += ["modern_124m_long"]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regpt2.base.errors import ConfigError, DataError
-from regpt2.data.loader import BatchConfig, Loader, permute
+from regpt2.data.epoch_order import permute
+from regpt2.data.loader import BatchConfig, Loader
 from regpt2.data.tokens.shards import open_tokens
 
 

@@ -158,6 +158,11 @@ class RunConfig:
             )
         self.schedule.check_window(self.model.architecture, getattr(self.model, "window", None))
         self.lora.check(self.model, self.optim.name, self.parallel.strategy)
+        if self.lora.rank and self.optim.ema:
+            raise ConfigError(
+                f"optim.ema = {self.optim.ema} averages all weights, and with lora.rank only adapters train; take "
+                "--optim.ema 0, or --lora.rank 0."
+            )
 
     def _check_validations(self) -> None:
         """Refuse to keep or wait for the best of no validations."""

@@ -7,7 +7,8 @@ A window is `seq_len` tokens and the one after them; the targets are the window 
 follow each other without gap or overlap, so every token is a target once per epoch, except the first token and one
 tail of fewer than `seq_len` tokens at the very end of the data. Steps run through the epochs without a seam, and take
 up where the step before ended, of whatever size each is. Of several data sets each has its own windows and epochs;
-data/mixture.py decides which data set a window comes from.
+data/mixture.py decides which data set a window comes from. With order "documents" the windows of each epoch are cut
+from its own order of the documents (data/epoch_order.py).
 
 Where the data has a mask, targets that do not count in the loss are IGNORED. The mask is that of the target, not of the
 token before it.
@@ -16,24 +17,24 @@ token before it.
 import hashlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regpt2.base.console import count
 from regpt2.base.errors import ConfigError, DataError
+from regpt2.data.epoch_order import DocumentOrder, Tokens, document_starts, permute, require_documents
 from regpt2.data.mixture import deal
 
 # B = micro_batch sequences, T = seq_len tokens
 
 _AHEAD = 3  # batches in memory besides the one in use
-_ROUNDS = 6  # of the Feistel network
 IGNORED = -100  # a target that does not count, as torch and our losses have it
 
 MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, each (B, T)
@@ -76,14 +77,6 @@ class Batch:
         return self.counted is None or self.counted.all > 0
 
 
-class Tokens(Protocol):
-    """What the loader needs of a token stream (data/tokens/shards.py has the real one)."""
-
-    n_tokens: int
-
-    def read(self, start: int, count: int) -> NDArray[np.uint16]: ...
-
-
 @dataclass(frozen=True)
 class Stretch:
     size: int
@@ -105,8 +98,9 @@ class BatchConfig:
     """Sequences per forward pass, per rank: as many as fit in memory."""
     seq_len: int = 1024
     """Tokens per training sequence, at most model.block_size."""
-    order: Literal["shuffled", "sequential"] = "shuffled"
-    """shuffled: windows in a seeded order over the whole epoch; sequential: in the shards' order, as in the lecture."""
+    order: Literal["shuffled", "sequential", "documents"] = "shuffled"
+    """shuffled: windows in a seeded order over the whole epoch; sequential: in the shards' order, as in the lecture;
+    documents: the documents in a new order each epoch, joined and cut into windows, which are shuffled."""
     one_batch: bool = False
     """Every update uses the first windows: the sanity check that the model can learn them by heart."""
 
@@ -183,7 +177,10 @@ class Loader:
         parts: Sequence[int] = (1,),
         rank: int = 0,
         world_size: int = 1,
+        end_of_text: int | None = None,
+        on_tokens: Callable[[int], object] | None = None,
     ) -> None:
+        """`end_of_text` begins a document, for order "documents"; `on_tokens` gets the progress of finding them."""
         self.streams = tokens if isinstance(tokens, Sequence) else (tokens,)
         assert len(parts) == len(self.streams), f"{len(self.streams)} data sets with {len(parts)} weights"
         self.config, self.seed, self.parts, self.rank, self.world_size = config, seed, parts, rank, world_size
@@ -196,13 +193,33 @@ class Loader:
                 f"{whose} has {least:,} tokens; one window needs seq_len + 1 = {config.seq_len + 1:,}. "
                 "Prepare more text or lower batch.seq_len."
             )
+        self.documents: list[DocumentOrder] = []
+        """Of each data set, with order "documents"."""
+        if config.order == "documents":
+            self.documents = [self._in_documents(k, end_of_text, on_tokens) for k in range(len(self.streams))]
+
+    def _in_documents(
+        self, k: int, end_of_text: int | None, on_tokens: Callable[[int], object] | None
+    ) -> DocumentOrder:
+        whose = "the data" if len(self.streams) == 1 else f"data set {k + 1} of the mixture"
+        if end_of_text is None:
+            raise DataError(
+                f"batch.order = 'documents' needs an end of text between documents, and the tokenizer of {whose} has "
+                "none; take --batch.order shuffled, or prepare the data with another tokenizer."
+            )
+        starts = document_starts(self.streams[k], end_of_text, on_tokens)
+        require_documents(starts, whose)
+        return DocumentOrder(self.streams[k], starts, seed=self.seed)
 
     def grad_accum_steps(self, step: int) -> int:
         """Micro-batches of update `step`, for each rank."""
         return self.config.grad_accum_steps(self.world_size, step)
 
     def windows(self, step: int) -> NDArray[np.int64]:
-        """The windows of update `step` (from 1), over all ranks, in order: a row (data set, its window) for each."""
+        """The windows of update `step` (from 1), over all ranks, in order: a row (data set, its window) for each.
+
+        With order "documents" they are counted over all epochs: window w of epoch e is e x (windows of an epoch) + w.
+        """
         T, n_tokens = self.config.seq_len, self.config.tokens_of(step)
         first = 0 if self.config.one_batch else self.config.tokens_until(step - 1) // T
         whose, windows = deal(np.arange(first, first + n_tokens // T, dtype=np.int64), self.parts)
@@ -219,7 +236,15 @@ class Loader:
         for epoch in np.unique(epochs):
             mine = epochs == epoch
             windows[mine] = permute(within[mine], n, seed=self.seed, epoch=int(epoch))
-        return windows
+        return windows + epochs * n if self.documents else windows
+
+    def _tokens(self, k: int, window: int) -> NDArray[np.uint16]:
+        """The tokens (T + 1,) of a window of data set `k`: its inputs, and the one after them."""
+        T = self.config.seq_len
+        if not self.documents:
+            return self.streams[k].read(window * T, T + 1)
+        epoch, within = divmod(window, self.n_windows[k])
+        return self.documents[k].read(epoch, within * T, T + 1)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of update `step` (from 1).
@@ -231,7 +256,7 @@ class Loader:
         first = self.rank * n * B  # the place of this rank's first window in the update
         of_all_ranks = self.windows(step)
         mine = of_all_ranks[first : first + n * B].tolist()
-        windows = np.stack([self.streams[k].read(w * T, T + 1) for k, w in mine])  # (n * B, T + 1)
+        windows = np.stack([self._tokens(k, w) for k, w in mine])  # (n * B, T + 1)
         digest = sum(_window_digest(first + i, window) for i, window in enumerate(windows)) % 2**64
         groups = windows.astype(np.int64).reshape(n, B, T + 1)
         micro_batches = [(group[:, :-1], group[:, 1:]) for group in groups]
@@ -251,11 +276,12 @@ class Loader:
     def _mask(self, k: int, window: int) -> NDArray[np.bool_]:
         """Which targets (T,) of a window of data set `k` count; all of one without a mask."""
         T, stream = self.config.seq_len, self.streams[k]
-        masks: NDArray[np.bool_] = (
-            stream.read_mask(window * T + 1, T)  # type: ignore[attr-defined]
-            if getattr(stream, "masks", ())
-            else np.ones(T, dtype=np.bool_)
-        )
+        if not getattr(stream, "masks", ()):
+            return np.ones(T, dtype=np.bool_)
+        if self.documents:
+            epoch, within = divmod(window, self.n_windows[k])
+            return self.documents[k].read_mask(epoch, within * T + 1, T)
+        masks: NDArray[np.bool_] = stream.read_mask(window * T + 1, T)  # type: ignore[attr-defined]
         return masks
 
     def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
@@ -276,33 +302,3 @@ def _window_digest(place: int, window: NDArray[np.integer[Any]]) -> int:
     """64 bits of BLAKE2 of a window and its place in the update."""
     data = place.to_bytes(8, "little") + window.astype("<u2").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def permute(places: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where the places of an epoch lie in the data: a permutation of 0..n-1 without a table of n entries.
-
-    A Feistel network (Luby and Rackoff 1988) on the smallest square power of two that holds n, walked until the value
-    falls below n. Written out here, so that no library's change of generator can change the order of a run.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = _mix(
-        np.arange(_ROUNDS, dtype=np.uint64) + _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
-    )
-    values = places.astype(np.uint64)
-    outside = np.ones(len(values), dtype=bool)
-    while outside.any():
-        left, right = values[outside] >> half, values[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        values[outside] = (left << half) | right
-        outside = values >= n
-    return values.astype(np.int64)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit moves every output bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -25,7 +25,6 @@ from regpt2.run.resume import restore, restore_best
 from regpt2.run.saving import keep_base, require_room
 from regpt2.run.setup import RunState, TrainingRun, build, compiler_cache, open_data
 from regpt2.run.step_log import StepLog
-from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.schedule import learning_rate
 from regpt2.training.step import StepStats, accumulate_as_they_come, accumulate_in_order, train_step
 
@@ -70,7 +69,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
     compiled = compiler_cache(run)  # before the rehearsal, which is the first to compile
     rehearse(run, first + 1)
     gc.freeze()  # the 0.3M objects of the imports stay: each full collection would look at them all, for up to 2.4 s
-    check_replicas(run.adapted, world, first)  # ranks that begin apart would average gradients of different models
+    run.check_replicas(first)  # ranks that begin apart would average gradients of different models
     keep_base(run, state, first)
     run.set_window(config.window_at(first))
     open_records(run, state, first)  # after all that may fail: a start that failed leaves the record as it was
@@ -86,7 +85,7 @@ def run_updates(run: TrainingRun, state: RunState) -> Summary:
             if compiled and step == first + 1:
                 compiled.save()  # not after the rehearsal: the optimizer is compiled in the first update
             if due(step, config.parallel.check_every, last):
-                check_replicas(run.adapted, world, step)  # the loss does not show a bit that flipped on one rank
+                run.check_replicas(step)  # the loss does not show a bit that flipped on one rank
             # Reading the losses waits for the device, so not at every step. But a checkpoint holds how many updates in
             # a row were skipped: the guard has to have counted them before it. And ranks agree to stop by an exchange,
             # so they do it only where they wait anyway; one alone can stop at once.
@@ -131,6 +130,8 @@ def update(run: TrainingRun, state: RunState, step: int, batch: Batch) -> StepSt
         skip_spikes=state.guard.skips_spikes,
         before_micro_step=lambda micro_step: before_micro_step(run, step, micro_step),
     )
+    if run.average is not None:
+        run.average.take_in(step, stats.accepted)
     # At every update, unread: the next limit may not depend on when a line is logged. But a loss of 0, because no
     # target counted, says nothing about the next: all after it would be spikes.
     if batch.teaches:

@@ -85,8 +85,7 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
     )
     if (start := config.window_at(1)) != (end := config.window_at(config.max_steps)):
         say(f"attention's window grows from {start:,} to {end:,} tokens")
-    if config.lora.rank:
-        _say_lora(run, event["trainable_params"])
+    _say_what_trains(run)
 
 
 def _entries(config: RunConfig) -> list[tuple[str, str]]:
@@ -116,11 +115,20 @@ def _cut_back(run: TrainingRun, first: int) -> list[str]:
     return [f"an earlier start in {run.folder} left no checkpoint: the record of its {forgotten:,} updates is removed"]
 
 
-def _say_lora(run: TrainingRun, learning: int) -> None:
-    say(
-        f"training {count(learning)} of {count(run.model.n_params())} parameters (LoRA, rank {run.config.lora.rank}); "
-        f"the others are frozen and kept in {run.folder / BASE}"
-    )
+def _say_what_trains(run: TrainingRun) -> None:
+    """Where the model is not simply the weights that train: an average of them, or frozen ones with adapters."""
+    config = run.config
+    if run.average is not None:
+        say(
+            f"the model is the average of the weights (optim.ema = {config.optim.ema:g}): it is evaluated, sampled and "
+            "saved; training losses are those of the weights themselves"
+        )
+    if config.lora.rank:
+        learning = sum(p.numel() for p in adapters(run.adapted).values())
+        say(
+            f"training {count(learning)} of {count(run.model.n_params())} parameters (LoRA, rank {config.lora.rank}); "
+            f"the others are frozen and kept in {run.folder / BASE}"
+        )
 
 
 def _random_base(run: TrainingRun) -> list[str]:

@@ -17,12 +17,13 @@ from regpt2.training import checkpoint
 from regpt2.training.lora import load_adapters, read_adapters
 from regpt2.training.optimizer import load_state_tensors
 from regpt2.training.ranks.strategy import load_weights
+from regpt2.training.ranks.weight_average import split_raw
 from regpt2.training.saving.best_checkpoint import kept_step, recover_best
 from regpt2.training.step import LossScale
 
 # Another value of these makes another run: the batches of a step, or the weights, would not be the same.
 _DEFINE_THE_RUN = (
-    "seed", "model.", "optim.name", "lora.",
+    "seed", "model.", "optim.name", "optim.ema", "lora.",
     "batch.batch_tokens", "batch.ramp_", "batch.seq_len", "batch.order", "batch.one_batch",
 )  # fmt: skip
 _MAY_CHANGE_SILENTLY = (
@@ -49,13 +50,16 @@ def restore(run: TrainingRun, state: RunState) -> int:
     with run.world.together():
         found = checkpoint.read(run.folder / "checkpoints" / name)
         _check_same_run(run, found)
+        moments, raw = split_raw(found.optimizer)
         if run.config.lora.rank:
             state.base_sha256 = found.state.get("base_sha256", "")
             load_weights(run.model, read_base(run.folder, state.base_sha256))
             load_adapters(run.adapted, read_adapters(found.folder))
+        elif run.average is not None:
+            run.average.load(found.model, raw, found.folder)
         else:
             load_weights(run.model, found.model)
-        load_state_tensors(run.optimizer, run.adapted, found.optimizer)
+        load_state_tensors(run.optimizer, run.adapted, moments)
     state.guard.load_state(found.state["guard"])
     if state.scale is not None and found.state["loss_scale"] is not None:
         state.scale = LossScale(**found.state["loss_scale"])

@@ -21,7 +21,6 @@ from regpt2.run.setup import RunState, TrainingRun
 from regpt2.training import checkpoint
 from regpt2.training.lora import adapter_files
 from regpt2.training.optimizer import state_tensors
-from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.ranks.strategy import gather
 from regpt2.training.saving.best_checkpoint import write_best
 
@@ -38,7 +37,7 @@ def require_room(run: TrainingRun, first: int) -> None:
         if run.world.is_main and (every or config.keep_best):
             checkpoint.require_room(
                 run.folder / "checkpoints",
-                4 * frozen + 12 * learning,  # fp32 weights and AdamW's two moments
+                4 * frozen + (16 if config.optim.ema else 12) * learning,  # fp32 weights, two moments, an average
                 keep=config.keep_checkpoints,
                 saves_left=-(-last // every) - first // every if every else 0,
                 best_bytes=4 * (frozen or learning) if config.keep_best else 0,
@@ -90,10 +89,10 @@ def save(run: TrainingRun, state: RunState, step: int) -> None:
         return
     state.saved_at = step
     if config.parallel.check_every:  # or a rank's flipped bit would be saved, and every resume would spread it
-        check_replicas(run.adapted, world, step)
+        run.check_replicas(step)
     # Here and not in the thread that writes: shards are gathered by an exchange, for which every rank has to be here.
     parameters = _parameters(run)
-    moments = gather(state_tensors(run.optimizer, run.adapted), world)
+    moments = gather(state_tensors(run.optimizer, run.adapted) | (run.average.raw() if run.average else {}), world)
     if not world.is_main:
         return
     facts = _facts(run, state, step) | {
@@ -118,7 +117,7 @@ def save_best(run: TrainingRun, state: RunState, step: int) -> None:
     Every rank calls this, rank 0 writes. The ranks' weights are compared as before any save.
     """
     if run.config.parallel.check_every:
-        check_replicas(run.adapted, run.world, step)
+        run.check_replicas(step)
     parameters = _parameters(run)
     if not run.world.is_main:
         return
@@ -127,7 +126,9 @@ def save_best(run: TrainingRun, state: RunState, step: int) -> None:
 
 
 def _parameters(run: TrainingRun) -> dict[str, torch.Tensor]:
-    """The weights to save, on rank 0: with LoRA merged ones. Every rank calls this."""
+    """The weights to save, on rank 0: with optim.ema the averages, with LoRA merged ones. Every rank calls this."""
+    if run.average is not None:
+        return gather(run.average.tensors, run.world)
     model = run.plain() if run.config.lora.rank else run.model
     return gather(dict(model.named_parameters()), run.world)
 

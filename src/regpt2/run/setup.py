@@ -40,7 +40,9 @@ from regpt2.training.guard import Guard
 from regpt2.training.lora import merged, with_adapters
 from regpt2.training.memory import require_memory
 from regpt2.training.optimizer import build_optimizer
+from regpt2.training.ranks.replicas import check_replicas
 from regpt2.training.ranks.strategy import make_trainable, whole_model
+from regpt2.training.ranks.weight_average import WeightAverage
 from regpt2.training.step import LossScale
 
 
@@ -56,12 +58,14 @@ class TrainingRun:
     loader: Loader
     tokenizer: Tokenizer
     model: LanguageModel
-    """The plain module with fp32 weights: it is saved, evaluated and sampled; with LoRA see `plain`."""
+    """The plain module with fp32 weights, which train. What is evaluated, sampled and saved is `plain`."""
     adapted: LanguageModel
     """With LoRA a view of `model` with adapters, which share its weights; without it `model` itself."""
     trainable: nn.Module
     """A view of `adapted` in the compute type, compiled, over ranks: for `train_step`."""
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    """With optim.ema: of the weights of `model`. It then is the model that `plain` gives."""
     metrics: MetricsLog
     saver: checkpoint.Saver
     watchdog: Watchdog
@@ -82,14 +86,25 @@ class TrainingRun:
             self.adapted.set_window(tokens)
 
     def plain(self) -> LanguageModel:
-        """What training has made so far, as a plain model: `model` itself, or a copy where its weights are elsewhere.
+        """What training has made so far, as a plain model: `model` itself, or another where its weights are elsewhere.
 
-        That is with LoRA, where the adapters are merged into the copy, and where weights lie in shards. All ranks ask.
+        That is with optim.ema, where it is the average; with LoRA, where the adapters are merged into a copy; and where
+        weights lie in shards. All ranks ask.
         """
+        if self.average is not None:
+            return self.average.plain()
         if self.config.lora.rank:
             with self.world.together():  # room for it is found on all ranks, or on none
                 return merged(self.adapted)
         return whole_model(self.model, self.world)
+
+    def check_replicas(self, step: int) -> None:
+        """Compare the weights of all ranks, and the averages.
+
+        Raises:
+            Problem: they have drifted apart.
+        """
+        check_replicas(self.adapted, self.world, step, self.average.tensors if self.average else None)
 
 
 @dataclass(kw_only=True)
@@ -147,9 +162,7 @@ def build(
         config, tokenizer = beginning.config, beginning.tokenizer
         if config.sample_every:
             _check_prompt(config, tokenizer)
-        loader = Loader(
-            data.streams, config.batch, seed=config.seed, parts=data.parts, rank=world.rank, world_size=world.size
-        )
+        loader = _loader(config, data, tokenizer, world, watchdog)
         config.check_ranks(world.size)
         _check_memory(config, world, compute)
         if config.eval_every and "val_loss" in config.evals.names:
@@ -178,6 +191,7 @@ def build(
         adapted=adapted,
         trainable=trainable,
         optimizer=build_optimizer(adapted, config.optim, world, ordered=ordered, compiled=compiled),
+        average=WeightAverage(model, config.optim.ema, world) if config.optim.ema else None,
         metrics=MetricsLog(folder / "metrics.jsonl" if world.is_main else None, sinks),
         saver=checkpoint.Saver(folder / "checkpoints", config.keep_checkpoints),
         watchdog=watchdog,
@@ -187,6 +201,28 @@ def build(
     )
     scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
     return run, RunState(guard=Guard(config.guard, world.device), scale=scale, origin=beginning.origin)
+
+
+def _loader(config: RunConfig, data: Mixture, tokenizer: Tokenizer, world: World, watchdog: Watchdog) -> Loader:
+    by_documents = config.batch.order == "documents"
+    with ProgressLine(
+        "finding documents", data.n_tokens / 1e6, "M tokens", shown=by_documents and world.is_main
+    ) as bar:
+
+        def on_tokens(n_tokens: int) -> None:
+            bar.advance(n_tokens / 1e6)
+            watchdog.beat("finding documents")
+
+        return Loader(
+            data.streams,
+            config.batch,
+            seed=config.seed,
+            parts=data.parts,
+            rank=world.rank,
+            world_size=world.size,
+            end_of_text=tokenizer.eot,
+            on_tokens=on_tokens,
+        )
 
 
 def _check_memory(config: RunConfig, world: World, compute: Compute) -> None:

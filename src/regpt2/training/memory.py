@@ -46,6 +46,8 @@ PROCESS_BYTES = 280_000_000
 COMPILER_BYTES = 140_000_000  # of torch._dynamo, which compiling imports, and the wrappers for several ranks
 HEAP_SHARE = 0.30
 
+AVERAGE = "average of weights"  # the part of optim.ema, which nothing but a run holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -129,7 +131,13 @@ def step_memory(setup: Setup) -> dict[str, int]:
         {"merged copy": FP32 * setup.n_params * bool(setup.lora.rank)},
     ]
     fullest = max(moments, key=lambda parts: sum(parts.values()))
-    parts = {"weights": weights, "optimizer state": setup.state_bytes // shards, **fullest}
+    average = weights if setup.optim.ema else 0
+    parts = {
+        "weights": weights,
+        AVERAGE: average,
+        "optimizer state": setup.state_bytes // shards,
+        **fullest,
+    }
     if setup.device == "cpu":
         parts["heap"] = int(HEAP_SHARE * sum(fullest.values()))
         parts["process"] = PROCESS_BYTES + COMPILER_BYTES * (setup.compiled or setup.ranks > 1)

@@ -90,7 +90,7 @@ class OptimConfig:
     scalar_lr: float = 0.0
     """Peak learning rate of the learned scalars that mix streams (modern model); 0 = lr."""
     ema: float = 0.0
-    """Decay per update of an exponential average of the weights, which is then the model; 0 = none."""
+    """Decay per update of an exponential average of the weights, 0.999 say, which then is the model; 0 = none."""
     weight_decay: float = 0.1
     """Pulls matrices, not vectors, towards zero."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -107,6 +107,8 @@ class OptimConfig:
             raise ConfigError(f"optim.eps = {self.eps} must be above 0: weights that never had a gradient are 0 / eps.")
         for name in ("embedding_lr", "head_lr", "value_embedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
             _check_not_negative(f"optim.{name}", getattr(self, name))
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"optim.ema = {self.ema} must be at least 0 (no average) and below 1; 0.999 is usual.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must each be at least 0 and below 1.")
         if self.name not in shelves.entries("training.optim"):

@@ -44,8 +44,8 @@ class Patient:
 
     @property
     def saved_bytes(self) -> int:
-        """Of a checkpoint: fp32 weights and AdamW's two moments."""
-        return 4 * self.n_params + 8 * self.n_trained
+        """Of a checkpoint: fp32 weights, AdamW's two moments, and an average of the weights if there is one."""
+        return 4 * self.n_params + (12 if self.config.optim.ema else 8) * self.n_trained
 
     @property
     def best_bytes(self) -> int:

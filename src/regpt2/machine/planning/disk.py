@@ -15,8 +15,9 @@ from regpt2.training.memory import FP32, Setup
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """Of one checkpoint: fp32 weights, LoRA's adapters and the optimizer's state."""
-    return FP32 * (setup.n_params + setup.n_adapters) + setup.state_bytes
+    """Of one checkpoint: fp32 weights, LoRA's adapters, the optimizer's state; with optim.ema the weights twice."""
+    copies = 2 if setup.optim.ema else 1
+    return FP32 * (copies * setup.n_params + setup.n_adapters) + setup.state_bytes
 
 
 def n_saves(config: RunConfig) -> int:

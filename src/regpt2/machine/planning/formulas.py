@@ -28,6 +28,7 @@ NODE_LATENCY_S, LEVEL_LATENCY_S = 20e-6, 15e-6
 WAIT = 0.015
 ROUNDING_BYTES, ADDING_BYTES = 6, 14  # per micro-step: of a parameter that is rounded, of a gradient that is added up
 UPDATE_BYTES = 40  # per parameter, read and written: norm and clipping 12, AdamW 28
+AVERAGE_BYTES = 12  # and with optim.ema: the average read and written, the weight read
 LORA_KERNELS = 20  # of a layer: of each matrix 6 matmuls of the adapter, and no gradient of the frozen weight
 FORWARD = 1 / 3  # of the FLOPs of training all weights, for an evaluation
 # Tokens of one evaluation, counted as evals/ scores it; val_loss has its own setting.
@@ -82,8 +83,9 @@ def update_rates(setup: Setup, machine: Machine) -> tuple[float, float]:
 def update_seconds(setup: Setup, bandwidth: float, matmul_rate: float) -> dict[str, float]:
     """Seconds of the optimizer by part, at the given bytes/s and FLOP/s."""
     shards = setup.ranks if setup.strategy == "fsdp" else 1
+    moved = UPDATE_BYTES + AVERAGE_BYTES * bool(setup.optim.ema)
     return {
-        "update": UPDATE_BYTES * setup.n_trained / shards / bandwidth,
+        "update": moved * setup.n_trained / shards / bandwidth,
         "orthogonalization": update_flops(setup) / matmul_rate,
     }
 

@@ -15,7 +15,7 @@ from regpt2.machine.planning.micro_batch import Choice, best, choices
 from regpt2.machine.planning.run_time import StepEstimate, formula_time, measured_time, run_seconds
 from regpt2.machine.planning.scaling import LARGER, Scaling, Work, scaling_of
 from regpt2.machine.planning.target import Target, find_target, setup_at
-from regpt2.training.memory import MARGIN, Setup, cannot_fit, step_memory, still_needed
+from regpt2.training.memory import AVERAGE, MARGIN, Setup, cannot_fit, step_memory, still_needed
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def make_plan(recipe: str, options: PlanOptions) -> RunPlan:
     scaling = _scaling(config, target, setup, data.shards_bytes) if options.scaling else None
     if options.measure:
         step, times, tried = measured_time(config, setup, target)
-        tried_bytes = sum(step_memory(tried).values())
+        held = step_memory(tried)
+        tried_bytes = sum(held.values()) - held.get(AVERAGE, 0)  # measured are steps alone, which keep none
         measured = {"peak_bytes": times.peak_bytes, "predicted_bytes": tried_bytes, "micro_batch": tried.micro_batch}
     else:
         step = formula_time(setup, target)

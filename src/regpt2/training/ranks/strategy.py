@@ -150,6 +150,12 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor in shards, which shares its memory; else the tensor itself."""
+    part: Tensor = tensor.to_local() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """This rank's shard of a whole tensor, cut as `pattern` is; the tensor itself if that is not in shards."""
     cut: Tensor = _sharded().shard_like(tensor, pattern) if _is_shard(pattern) else tensor
@@ -184,20 +190,24 @@ def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
         p.copy_(shard_like(q.detach().to(p.device), p))
 
 
-@torch.no_grad()
 def whole_model(model: LanguageModel, world: World) -> LanguageModel:
-    """The model itself, or a plain copy on every rank where its weights lie in shards.
+    """The model itself, or a plain copy on every rank where its weights lie in shards. All ranks call this."""
+    return plain_copy(model, world) if is_sharded(model) else model
+
+
+@torch.no_grad()
+def plain_copy(model: LanguageModel, world: World, tensors: Mapping[str, Tensor] | None = None) -> LanguageModel:
+    """A plain copy on every rank, with `tensors` by parameter name, whole or in shards, in place of the weights.
 
     On a copy any rank may compute what it likes, and fail, with none of the others waiting for it. All ranks call this.
     """
-    if not is_sharded(model):
-        return model
     with world.together():  # room for it is found on all ranks, or on none
         with torch.device("meta"):
             plain = build_model(model.config)
         give_memory(plain, world.device)
         plain.trained_seq_len = model.trained_seq_len
         plain.set_window(model.window)
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        q.copy_(whole(p))
+    held = tensors if tensors is not None else dict(model.named_parameters())
+    for name, q in plain.named_parameters():
+        q.copy_(whole(held[name]))
     return plain.train(model.training)

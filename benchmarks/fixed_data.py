@@ -1,0 +1,107 @@
+"""Many passes over little data: the best validation loss of each arm. In: folders of runs; out: JSON, and a picture.
+
+    python benchmarks/fixed_data.py RUNS --out JSON --picture PNG
+
+RUNS has a folder for each arm, and in it one for each seed: ARM/seed-N, as `regpt2 compare` makes them or
+`regpt2 train --run RUNS/ARM/seed-N`. Arms called `epochs-N` and so on are compared with the arm `recipe`, seed by seed.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpt2.base.record.metrics import read_events
+
+BASE = "recipe"
+SHOWN = {"one pass": "one_pass", "naive": "naive", "the recipe": "recipe", "the recipe, 24 passes": "recipe_24"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    arms = {
+        folder.name: [read(run) for run in sorted(folder.glob("seed-*"))] for folder in sorted(options.runs.iterdir())
+    }
+    table = {name: summary(runs, arms.get(BASE, [])) for name, runs in arms.items() if runs}
+    options.out.write_text(json.dumps({"arms": table, "runs": arms}, indent=1) + "\n")
+    for name, row in table.items():
+        print(json.dumps({"arm": name, **row}))
+    if options.picture:
+        draw(options.picture, arms)
+
+
+def read(run: Path) -> dict[str, Any]:
+    """The validation losses of a run, and what it was."""
+    events = list(read_events(run / "metrics.jsonl"))
+    start = next(event for event in events if event["event"] == "run")
+    found = [event for event in events if event["event"] == "eval" and event["eval"] == "val_loss"]
+    losses = [event["loss"] for event in found]
+    return {
+        "seed": start["config"]["seed"],
+        "best": min(losses),
+        "best_tokens": found[int(np.argmin(losses))]["seen_tokens"],
+        "last": losses[-1],
+        "finished": events[-1]["event"] == "end" and events[-1]["reason"] == "finished",
+        "tokens": [event["seen_tokens"] for event in found],
+        "losses": losses,
+        **{key: start[key] for key in ("command", "version", "torch", "device", "precision", "threads", "n_params")},
+        "train_tokens": start["train_tokens"],
+        "data_fingerprint": start["data_fingerprint"],
+        "config": {key: start["config"][key] for key in ("max_steps", "model", "batch", "optim", "schedule")},
+    }
+
+
+def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error of the best loss over seeds; the mean difference to the recipe's runs of equal seeds."""
+    best = [run["best"] for run in runs]
+    of_base = {run["seed"]: run["best"] for run in base}
+    pairs = [run["best"] - of_base[run["seed"]] for run in runs if run["seed"] in of_base]
+    return {
+        "seeds": len(runs),
+        "best": float(np.mean(best)),
+        "standard_error": error(best),
+        "last": float(np.mean([run["last"] for run in runs])),
+        "passes_at_best": float(np.mean([run["best_tokens"] / run["train_tokens"] for run in runs])),
+        "to_recipe": float(np.mean(pairs)) if pairs else None,
+        "to_recipe_standard_error": error(pairs),
+        "pairs": len(pairs),
+    }
+
+
+def error(values: list[float]) -> float | None:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def draw(path: Path, arms: dict[str, list[dict[str, Any]]]) -> None:
+    """The loss against the tokens seen: the mean over seeds, and each arm's best."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), constrained_layout=True)
+    for i, (label, name) in enumerate(SHOWN.items()):
+        runs = [run for run in arms.get(name, []) if run["tokens"] == arms[name][0]["tokens"]]
+        if not runs:
+            continue
+        tokens = np.array(runs[0]["tokens"]) / 1e6
+        mean = np.mean([run["losses"] for run in runs], axis=0)
+        at = int(np.argmin(mean))
+        color = f"C{i}"
+        axes.plot(
+            tokens[1:], mean[1:], color=color, marker="." if len(tokens) > 2 else "o", label=f"{label}: {mean[at]:.3f}"
+        )
+        axes.plot(tokens[at], mean[at], color=color, marker="o", markersize=9, fillstyle="none")
+    axes.set_xlabel(f"tokens seen, million; a pass is {arms[BASE][0]['train_tokens'] / 1e6:.3f}")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(title="lowest validation loss", frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
