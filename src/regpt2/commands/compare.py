@@ -27,7 +27,8 @@ from regpt2.base.ranks.processes import Place, places
 from regpt2.base.shelves import plugin_options
 from regpt2.config.run import RunConfig
 from regpt2.data.mixture import open_mixture, read_shares
-from regpt2.machine.planning.run_time import OF_MATMULS
+from regpt2.machine.planning.formulas import FORWARD
+from regpt2.machine.planning.run_time import OF_MATMULS, START_S, eval_tokens, n_evaluations
 from regpt2.machine.speed.rates import matmul_rate, model_shapes
 from regpt2.model.flops import flops_per_token
 from regpt2.run.comparing.arms import Budget, Given, keep_recipe, read_arms, read_budget, with_baseline, within
@@ -215,21 +216,28 @@ def _arm(asked: Asked, place: int, config: RunConfig) -> Arm:
 
 
 def _announce(plan: Comparison, configs: dict[str, RunConfig], budget: Budget, at_once: int) -> None:
-    """How many runs there will be, and roughly for how long; a warning for many."""
+    """How many runs the grid has, and roughly for how long; a warning for many."""
     n_runs = len(plan.arms) * plan.seeds
     line = f"{n_runs} runs, {count(plan.seeds * sum(arm.tokens for arm in plan.arms))} tokens in all"
-    first = configs[plan.arms[0].label]
-    device = pick_device(first.device)
     if budget.seconds:
         line += f", {duration(n_runs * budget.seconds / at_once)} of training"
-    elif device.type == "cpu":
-        rate = OF_MATMULS * matmul_rate(model_shapes(first.model, 1024), torch.float32, device, at_least_s=0.3)
-        flops = sum(flops_per_token(configs[a.label].model, first.batch.seq_len) * a.tokens for a in plan.arms)
-        line += f", roughly {duration(plan.seeds * flops / rate)} of training on this CPU if nothing else runs"
+    elif pick_device(configs[plan.arms[0].label].device).type == "cpu":
+        seconds = plan.seeds * sum(_rough_seconds(config) for config in configs.values())
+        line += f", roughly {duration(seconds)} on this CPU if nothing else runs"
     if n_runs > MANY:
         warn(f"{line}. Fewer values, --seeds or a smaller --budget would be quicker; Ctrl-C keeps what is finished.")
     else:
         say(f"{line}.")
+
+
+def _rough_seconds(config: RunConfig) -> float:
+    """Of a run on this CPU, from its matmul rate: start, training and validation."""
+    rate = OF_MATMULS * matmul_rate(
+        model_shapes(config.model, 1024), torch.float32, torch.device("cpu"), at_least_s=0.05
+    )
+    evaluated = FORWARD * n_evaluations(config) * sum(eval_tokens(config).values())
+    tokens = config.batch.tokens_until(config.max_steps) + evaluated
+    return START_S + tokens * flops_per_token(config.model, config.batch.seq_len) / rate
 
 
 def show_again(folder: Path, options: CompareOptions) -> int:

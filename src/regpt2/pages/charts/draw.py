@@ -80,14 +80,21 @@ def overview(panels: Sequence[Panel], title: str, subtitle: str) -> Any:
 
 
 def heading(figure: Any, title: str, subtitle: str, heights: tuple[float, float], *, size: float = 17) -> None:
-    """Title and subtitle above a figure, at these shares of its height; a long title of a small size has two lines."""
-    across = round(9.4 * 17 / size * figure.get_figwidth())  # characters that fit
+    """Title and subtitle above a figure, at these shares of its height; a smaller title may take two lines."""
+    across = round(122 / size * figure.get_figwidth())  # characters that fit
     lines = textwrap.wrap(plain(title, 2 * across), across)[:2] if size < 17 else [plain(title)]
-    for text, y, points, role in (
-        ("\n".join(lines), heights[0], size, "text"),
-        (plain(subtitle), heights[1], 10.5, "faint"),
-    ):
-        figure.text(0.03, y, text, fontsize=points, color=PRINT[role], parse_math=False)
+    above = "top" if size < 17 else "baseline"
+    figure.text(
+        0.03,
+        heights[0],
+        "\n".join(lines),
+        fontsize=size,
+        color=PRINT["text"],
+        parse_math=False,
+        va=above,
+        linespacing=1.3,
+    )
+    figure.text(0.03, heights[1], plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
 
 
 def column(panels: Sequence[Panel]) -> Any:

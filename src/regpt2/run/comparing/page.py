@@ -96,7 +96,7 @@ def result_page(
         first,
         *others,
         section("Remarks", notes),
-        section("Each seed", _table("Final validation loss", seeds_table(plan, runs, found))),
+        section("Each seed", _table("Final validation loss", [row[:-1] for row in seeds_table(plan, runs, found)])),
         section("Arms", _table("Arms", arms_table(plan), "figures runs")),
         section("Certificate", facts_table(fact(name, value) for name, value in facts(plan, runs).items())),
     ]
@@ -107,6 +107,7 @@ def result_page(
         summary=subtitle(plan, runs),
         parts=parts,
         made=_hashes(plan, runs),
+        css="main > .verdict { margin-top: 2rem; }\n",
     )
 
 
@@ -151,7 +152,7 @@ def result_text(
     parts += [f"![{markdown.text(result.title)}]({quote(picture)})"]
     parts += [markdown.table(head, rows) for _, (head, *rows) in result.tables[1:]]
     parts += [markdown.text(remark, 600) for remark in remarks]
-    for head, *rows in (seeds_table(plan, runs, found), arms_table(plan)):
+    for head, *rows in ([row[:-1] for row in seeds_table(plan, runs, found)], arms_table(plan)):
         parts.append(markdown.table(head, rows))
     parts += [markdown.text(result.how_to_read, 2000), markdown.table(["", ""], list(facts(plan, runs).items()))]
     return "\n\n".join(parts) + "\n"

@@ -102,15 +102,19 @@ class Forecast:
         checks = self.checks[self.main]
         if not checks:
             return f"{first}; no size was held out to check the law."
-        parts = [
-            f"{one.size.arm.label}, held out, came to {one.size.mean:.3f}, "
-            + (f"{'inside' if one.verdict == 'within' else 'outside'} the predicted "
-               f"{one.interval.low:.3f} to {one.interval.high:.3f}" if self.laws[self.main].has_interval
-               else f"where {one.value:.3f} was predicted")
-            if one.size.losses else f"{one.size.arm.label}, held out, has no loss"
-            for one in checks
-        ]  # fmt: skip
+        parts = [self._came(one) for one in checks]
         return f"{first}; {'; '.join(parts)}."
+
+    def _came(self, one: Check) -> str:
+        """A size held out, in words."""
+        name = f"the {count(one.size.x)} held out"
+        if not one.size.losses:
+            return f"{name} have no loss"
+        if not self.laws[self.main].has_interval:
+            return f"{name} came to {one.size.mean:.3f}, where {one.value:.3f} was predicted"
+        where = "inside" if one.verdict == "within" else "outside"
+        predicted_interval = f"{one.interval.low:.3f} to {one.interval.high:.3f}"
+        return f"{name} came to {one.size.mean:.3f}, {where} the predicted {predicted_interval}"
 
 
 def forecast(plan: Comparison, found: Sequence[Outcome]) -> Forecast:

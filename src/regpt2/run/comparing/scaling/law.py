@@ -106,7 +106,10 @@ def exponents_of(law: Law) -> Interval:
 
 def floors_of(law: Law) -> Interval:
     """The interval of E."""
-    return _profile(law, math.inf, 0) if law.with_floor else Interval(0.0, 0.0)
+    if not law.with_floor:
+        return Interval(0.0, 0.0)
+    found = _profile(law, math.inf, 0)
+    return Interval(max(0.0, found.low), found.high) if law.freedom else found
 
 
 def predicted(law: Law, x: float, n_runs: int) -> Interval:

@@ -27,7 +27,7 @@ def result(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outc
         title=f"{plan.arms[0].spec.split()[0]}: loss over {law.over}",
         kind="one recipe at several sizes",
         answer=law.answer(),
-        tables=[("Sizes", sizes_table(law)), ("Laws", laws_table(law))],
+        tables=[("Sizes", sizes_table(law, plan.axes[0])), ("Laws", laws_table(law))],
         remarks=law_remarks(law, plan),
         how_to_read=HOW_TO_READ,
         drawn=fill('<div class="curves">\n{figure}\n</div>', figure=figure),
@@ -44,7 +44,7 @@ def _picture(plan: Comparison, runs: Sequence[Sequence[Run]], law: Forecast, tit
         axes = figure.add_axes((0.07, 0.11, 0.905, 0.64))
         axes.set_title(f"{title}, nats per token", loc="left", fontsize=10, color=PRINT["text"], pad=8)
         charts.paint(figure, PRINT, law, axes)
-        heading(figure, law.answer(), subtitle(plan, runs), (0.925, 0.865), size=13)
+        heading(figure, law.answer(), subtitle(plan, runs), (0.965, 0.845), size=13)
     return png(figure)
 
 

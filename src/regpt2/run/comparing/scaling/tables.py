@@ -3,6 +3,8 @@
 import math
 
 from regpt2.base.console import count
+from regpt2.run.comparing.axes import values_of
+from regpt2.run.comparing.runs import Axis
 from regpt2.run.comparing.scaling.forecast import Fitted, Forecast, Size
 from regpt2.run.comparing.scaling.law import Interval
 from regpt2.run.comparing.tables import NOTHING
@@ -18,27 +20,35 @@ HOW_TO_READ = (
 LETTER = {"parameters": "N", "tokens": "D", "flops": "C"}
 
 
-def sizes_table(found: Forecast) -> list[list[str]]:
+def sizes_table(found: Forecast, axis: Axis) -> list[list[str]]:
     """A head and a row for each size: what it is, its loss, and what the law says there."""
-    rows = [["size", "parameters", "tokens", "FLOPs", "loss", "law", "off", "used"]]
+    rows = [[", ".join(axis.names), "parameters", "tokens", "FLOPs", "loss", "law", "off", "used"]]
     for size in found.sizes:
         law = float(found.laws[found.main].law(size.x)) if found.laws else math.nan
         arm, off = size.arm, size.mean - law
         rows.append(
-            [arm.label, count(arm.weights), count(arm.tokens), f"{arm.flops:.3g}", _loss(size), _number(law),
-             f"{off:+.4f}" if math.isfinite(off) else NOTHING, "held out" if size.is_held_out else "to fit"]
+            [values_of(axis)[arm.at[0]], count(arm.weights), count(arm.tokens), f"{arm.flops:.3g}", _loss(size),
+             _number(law), f"{off:+.4f}" if math.isfinite(off) else NOTHING,
+             "held out" if size.is_held_out else "to fit"]
         )  # fmt: skip
     return rows
 
 
 def laws_table(found: Forecast) -> list[list[str]]:
     """A head and a row for each law and size held out; the last row is fitted to all, and looks ahead."""
-    rows = [["law", "E", "A", "exponent", "predicts", "loss", "95 % interval", "came", "verdict"]]
+    rows = [["law", "E", "A", "exponent", "predicts for", "loss", "95 % interval", "came", "verdict"]]
     letter = LETTER[found.over]
     for fitted, checks, name in zip(found.laws, found.checks, (f"E + A {letter}^-a", f"A {letter}^-a"), strict=True):
         head = [name, _floor(fitted), f"{fitted.law.amount_at_one:.4g}", _exponent(fitted)]
         rows += [
-            [*head, one.size.arm.label, f"{one.value:.4f}", interval(one.interval), _number(one.size.mean), one.verdict]
+            [
+                *head,
+                f"{letter} = {count(one.size.x)}",
+                f"{one.value:.4f}",
+                interval(one.interval),
+                _number(one.size.mean),
+                one.verdict,
+            ]
             for one in checks
         ] or [[*head, *[NOTHING] * 5]]
     if found.whole is not None:

@@ -2,6 +2,11 @@
 
 The best is chosen by the losses that it is then tested with, so a test of it alone would find differences too often.
 The correction therefore counts all pairs of places: it holds whichever of them is the best.
+
+Tests are paired by seed, and two to four differences hardly show their own noise. The mean variance of the differences
+of all pairs is twice the residual variance of the two-way analysis of variance (places, seeds), with (places - 1)
+(seeds - 1) degrees of freedom. It is taken from the better half of the places: a rate at which training almost diverges
+is noisier, and would hide the differences of the others. A pair that is noisier keeps its own.
 """
 
 import itertools
@@ -13,8 +18,9 @@ from typing import Any
 from regpt2.run.comparing.axes import BUDGET, place_name, shown
 from regpt2.run.comparing.outcomes import Outcome
 from regpt2.run.comparing.runs import NOT_BEGUN, Arm, Axis, Comparison, Run
-from regpt2.run.comparing.significance import ALPHA, Paired, holm, paired
+from regpt2.run.comparing.significance import ALPHA, Paired, holm, paired, student_t_p, student_t_quantile
 
+_Pair = tuple[int, int]
 BEST, LEVEL, WORSE, UNTESTED = "the best", "cannot be told from the best", "worse", "no test: it takes two seeds"
 
 
@@ -63,9 +69,12 @@ class Sweep:
         if best is None:
             return "No run of the grid finished, so there is no best place."
         level = sum(cell.verdict in (LEVEL, UNTESTED) for cell in self.cells)
-        others = len(self.cells) - 1
+        lost = sum(not cell.outcome.finals for cell in self.cells)
+        others = len(self.cells) - 1 - lost
         spread = f" ± {best.outcome.sd:.4f}" if math.isfinite(best.outcome.sd) else ""
-        end = f"{level} of the {others} others cannot be told from it" if level else "all others are worse"
+        end = f"{level} of {others} others cannot be told from it" if level < others else "no other can be told from it"
+        end = end if level else "all others are worse"
+        end += f", {lost} {'has' if lost == 1 else 'have'} no loss" if lost else ""
         return f"The best is {place_words(self.axes, best.arm)} at {best.outcome.mean:.4f}{spread} nats; {end}."
 
 
@@ -84,7 +93,7 @@ def judge(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outco
     most = max(len(one.finals) for _, _, one in places)
     whole = [at for at, (_, _, one) in enumerate(places) if most and len(one.finals) == most]
     best = min(whole, key=lambda at: places[at][2].mean, default=None)
-    tests, corrected = _tests([one for _, _, one in places])
+    tests, corrected = _tests([one for _, _, one in places], most)
     cells = []
     for at, (arm, of_arm, one) in enumerate(places):
         pair = (min(at, best), max(at, best)) if best is not None and at != best else None
@@ -97,7 +106,7 @@ def judge(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outco
     return Sweep(plan.axes, cells, edges)
 
 
-def _tests(found: Sequence[Outcome]) -> tuple[dict[tuple[int, int], Paired], dict[tuple[int, int], float]]:
+def _tests(found: Sequence[Outcome], most: int) -> tuple[dict[_Pair, Paired], dict[_Pair, float]]:
     """Each pair of places tested on their common seeds, later minus earlier; and each p corrected for all of them."""
     tests = {}
     for a, b in itertools.combinations(range(len(found)), 2):
@@ -105,7 +114,22 @@ def _tests(found: Sequence[Outcome]) -> tuple[dict[tuple[int, int], Paired], dic
         test = paired([there[seed] - here[seed] for seed in here if seed in there])
         if test is not None:
             tests[a, b] = test
+    good = sorted((at for at, one in enumerate(found) if len(one.finals) == most), key=lambda at: found[at].mean)
+    good = good[: max(2, math.ceil(len(good) / 2))]
+    within = [test.sd**2 for (a, b), test in tests.items() if a in good and b in good]
+    freedom = (len(good) - 1) * (most - 1)
+    if within and freedom:
+        sd = math.sqrt(sum(within) / len(within))
+        tests = {pair: _with_noise(test, max(sd, test.sd), freedom) for pair, test in tests.items()}
     return tests, dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
+
+
+def _with_noise(test: Paired, sd: float, freedom: int) -> Paired:
+    """The test with another standard deviation of the differences, known with these degrees of freedom."""
+    error = sd / math.sqrt(test.n)
+    half = student_t_quantile(1 - ALPHA, freedom) * error
+    p = student_t_p(test.mean / error, freedom) if error else test.p
+    return Paired(test.n, test.mean, sd, test.mean - half, test.mean + half, p, test.p_signs)
 
 
 def _turned(test: Paired) -> Paired:

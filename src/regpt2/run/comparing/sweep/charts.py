@@ -49,7 +49,7 @@ def lines(figure: Any, ink: dict[str, str], sweep: Sweep, where: Any = None) -> 
     axes = where or _axes(figure, bottom=0.52, left=0.55)
     x, first = _positions(sweep.axes[0]), sweep.axes[0]
     groups = range(len(sweep.axes[1].values)) if len(sweep.axes) > 1 else [None]
-    top = _top(sweep)
+    top, above = _top(sweep), dict.fromkeys(x, 0)
     for group in groups:
         cells = [cell for cell in sweep.cells if group is None or cell.arm.at[1] == group]
         look = look_of(group or 0)
@@ -60,7 +60,7 @@ def lines(figure: Any, ink: dict[str, str], sweep: Sweep, where: Any = None) -> 
         named = label if group is not None and group < MOST_RUNS else "_"
         axes.plot(at, shown, color=ink[look.ink], linewidth=1.7, linestyle=look.dash, label=named)
         for place, cell in zip(at, cells, strict=True):
-            _point(axes, ink, ink[look.ink], place, cell, top)
+            above[place] = _point(axes, ink, ink[look.ink], place, cell, top, above[place], is_last=place == max(x))
     _dress(axes, ink)
     if is_geometric([value[0] for value in first.values] if is_numeric([v[0] for v in first.values]) else []):
         axes.set_xscale("log")
@@ -71,22 +71,29 @@ def lines(figure: Any, ink: dict[str, str], sweep: Sweep, where: Any = None) -> 
         axes.legend(frameon=False, labelcolor=ink["text"], handlelength=2.2, fontsize=9)
 
 
-def _point(axes: Any, ink: dict[str, str], color: str, x: float, cell: Cell, top: float) -> None:
-    """A place: its seeds as dots, its mean as a diamond, hollow if it is worse; what happened if it has no loss."""
+def _point(
+    axes: Any, ink: dict[str, str], color: str, x: float, cell: Cell, top: float, n_above: int, *, is_last: bool
+) -> int:
+    """A place: its seeds as dots, its mean as a diamond, hollow if it is worse; what happened if it has no loss.
+
+    `n_above` marks are at the upper edge there already; returns their number with this one.
+    """
     one = cell.outcome
     if not one.finals or one.mean > top:
         text = f"{one.mean:.3g}" if one.finals else plain(cell.verdict.replace("failed or ", ""), 12)
-        axes.plot([x], [0.97], "x" if not one.finals else "^", color=color, markersize=6,
-                  transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
-        axes.annotate(text, (x, 0.97), xycoords=axes.get_xaxis_transform(), xytext=(6, -3), textcoords="offset points",
+        at, across = 0.97 - 0.07 * n_above, axes.get_xaxis_transform()
+        axes.plot([x], [at], "^" if one.finals else "x", color=color, markersize=6, transform=across, clip_on=False)
+        side, shift = ("right", -6) if is_last else ("left", 6)
+        axes.annotate(text, (x, at), xycoords=across, xytext=(shift, -3), textcoords="offset points", ha=side,
                       color=ink["faint"], fontsize=8.5, parse_math=False)  # fmt: skip
-        return
+        return n_above + 1
     seeds = [value for value in one.finals.values() if value <= top]
     axes.plot([x] * len(seeds), seeds, "o", color=color, markersize=3.5, alpha=0.45, markeredgewidth=0)
     is_level = cell.verdict in (BEST, LEVEL, UNTESTED)
     axes.plot([x], [one.mean], "D", color=color, markersize=6, markerfacecolor=color if is_level else ink["paper"])
     if cell.is_best:
         axes.plot([x], [one.mean], "o", color=ink["text"], markersize=14, markerfacecolor="none", markeredgewidth=1.2)
+    return n_above
 
 
 def heat_map(figure: Any, ink: dict[str, str], sweep: Sweep, where: Any = None) -> None:
@@ -110,9 +117,9 @@ def heat_map(figure: Any, ink: dict[str, str], sweep: Sweep, where: Any = None) 
         value = f"{cell.outcome.mean:.4f} {mark(cell).removesuffix('best')}".strip() if cell.outcome.finals else ""
         spread = f"± {cell.outcome.sd:.4f}" if math.isfinite(cell.outcome.sd) else ""
         narrow = len(across.values) > 4 and figure.get_figwidth() < 5
-        axes.text(j, i - (0.14 if spread else 0), value or plain(cell.verdict, 20), ha="center", va="center",
+        axes.text(j, i - (0.12 if spread else 0), value or plain(cell.verdict, 20), ha="center", va="center",
                   color=ink["text"], fontsize=7.5 if narrow else 10, parse_math=False)  # fmt: skip
-        axes.text(j, i + 0.22, spread, ha="center", va="center", color=ink["faint"], fontsize=6.5 if narrow else 8.5,
+        axes.text(j, i + 0.2, spread, ha="center", va="center", color=ink["text"], fontsize=6.5 if narrow else 8.5,
                   parse_math=False)  # fmt: skip
     axes.set_xlim(-0.5, len(across.values) - 0.5)
     axes.set_ylim(len(down.values) - 0.5, -0.5)

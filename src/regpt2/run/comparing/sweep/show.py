@@ -44,13 +44,13 @@ def _picture(plan: Comparison, runs: Sequence[Sequence[Run]], sweep: Sweep) -> b
     with settings("swept"):
         figure = Figure(figsize=(11, inches), dpi=160, facecolor="white")
         grid = figure.add_gridspec(
-            1, max(1, len(drawn)), left=0.08, right=0.975, top=1 - 1.35 / inches, bottom=0.6 / inches, wspace=0.2
+            1, max(1, len(drawn)), left=0.08, right=0.975, top=1 - 1.4 / inches, bottom=0.6 / inches, wspace=0.2
         )
         for place, (name, title, _, _) in enumerate(drawn):
             axes = figure.add_subplot(grid[0, place])
             axes.set_title(title, loc="left", fontsize=10, color=PRINT["text"], pad=8, parse_math=False)
             (charts.heat_map if name == "grid" and len(sweep.axes) == 2 else charts.lines)(figure, PRINT, sweep, axes)
-        heading(figure, sweep.answer(), subtitle(plan, runs), (1 - 0.45 / inches, 1 - 0.78 / inches), size=13)
+        heading(figure, sweep.answer(), subtitle(plan, runs), (1 - 0.2 / inches, 1 - 0.88 / inches), size=13)
     return png(figure)
 
 

@@ -3,24 +3,28 @@
 import math
 
 from regpt2.run.comparing.axes import values_of
-from regpt2.run.comparing.sweep.best import BEST, LEVEL, UNTESTED, Cell, Sweep, place_words
+from regpt2.run.comparing.sweep.best import BEST, LEVEL, UNTESTED, Cell, Sweep
 from regpt2.run.comparing.tables import NOTHING, chance
 
 HOW_TO_READ = (
     "Loss: the last validation loss, in nats per token, mean and standard deviation over the seeds; ~ marks places "
     "that cannot be told from the best. Difference: to the best, seed by seed, with the 95 % confidence interval of "
     "its mean. p: paired t-test, two-sided, corrected for all pairs of places (Holm), because the best is chosen by "
-    "the losses that it is tested with. For the same reason its own loss is a little too low: train it with new seeds "
-    "before you quote it. A place with fewer finished seeds than others cannot be the best."
+    "the losses that it is tested with. The noise is that of the better half of the places, or of the pair if that is "
+    "larger. Because it was chosen, the best's own loss is a little too low: train it with new seeds before you quote "
+    "it. A place with fewer finished seeds than others cannot be the best."
 )
 
 
 def grid_table(sweep: Sweep) -> list[list[str]]:
     """A head and rows: of two axes the first down and the second across, else a row for each place."""
     if len(sweep.axes) != 2:
-        return [["settings", "loss", ""], *([_name(sweep, cell), loss(cell), mark(cell)] for cell in sweep.cells)]
+        return [
+            [*_names(sweep), "loss", ""],
+            *([*_values(sweep, cell), loss(cell), mark(cell)] for cell in sweep.cells),
+        ]
     down, across = sweep.axes
-    head = [f"{', '.join(down.names)} \\ {', '.join(across.names)}", *values_of(across)]
+    head = [" \\ ".join(_names(sweep)), *values_of(across)]
     by_place = {tuple(cell.arm.at): cell for cell in sweep.cells}
     rows = [
         [name, *(f"{loss(by_place[i, j])} {mark(by_place[i, j])}".strip() for j in range(len(across.values)))]
@@ -31,13 +35,13 @@ def grid_table(sweep: Sweep) -> list[list[str]]:
 
 def ranked_table(sweep: Sweep) -> list[list[str]]:
     """A head and a row for each place, the best first: how far off it is, and whether seeds explain it."""
-    rows = [["settings", "loss", "seeds", "to the best", "95 % interval", "p (Holm)", "verdict"]]
+    rows = [[*_names(sweep), "loss", "seeds", "to the best", "95 % interval", "p (Holm)", "verdict"]]
     for cell in sweep.ranked:
         test = cell.against
         tested = [NOTHING] * 3
         if test is not None:
             tested = [f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", chance(cell.p_holm)]
-        rows.append([_name(sweep, cell), loss(cell), str(len(cell.outcome.finals)), *tested, cell.verdict])
+        rows.append([*_values(sweep, cell), loss(cell), str(len(cell.outcome.finals)), *tested, cell.verdict])
     return rows
 
 
@@ -54,5 +58,9 @@ def mark(cell: Cell) -> str:
     return "best" if cell.verdict == BEST else "~" if cell.verdict in (LEVEL, UNTESTED) else ""
 
 
-def _name(sweep: Sweep, cell: Cell) -> str:
-    return place_words(sweep.axes, cell.arm)
+def _names(sweep: Sweep) -> list[str]:
+    return [", ".join(axis.names) for axis in sweep.axes]
+
+
+def _values(sweep: Sweep, cell: Cell) -> list[str]:
+    return [values_of(axis)[at] for axis, at in zip(sweep.axes, cell.arm.at, strict=True)]
