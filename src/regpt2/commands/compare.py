@@ -187,7 +187,7 @@ def read(options: CompareOptions, common: Sequence[str]) -> Asked:
     return Asked(
         "sweep" if options.sweep else "scaling",
         arms,
-        arms[own].label,
+        arms[own if options.sweep else 0].label,
         axes,
         [arm.at for arm in placed],
         [arm.budget for arm in placed],

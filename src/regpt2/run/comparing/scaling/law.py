@@ -21,7 +21,7 @@ from regpt2.run.comparing.significance import ALPHA, student_t_quantile
 
 Numbers = NDArray[np.float64]
 LEAST_EXPONENT, MOST_EXPONENT = 1e-3, 4.0  # published ones of language models lie between 0.05 and 0.5
-N_EXPONENTS = 4001
+N_EXPONENTS = 1001
 LACKING = 4.0
 """Sizes off the law by more than this many times the variance of seeds: the law does not hold, seeds do not count."""
 
@@ -37,7 +37,7 @@ class Interval:
         return self.low <= value <= self.high
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no equality
 class Law:
     """L(x) = floor + amount * (x / unit) ** -exponent, fitted to runs."""
 
@@ -108,13 +108,13 @@ def floors_of(law: Law) -> Interval:
     """The interval of E."""
     if not law.with_floor:
         return Interval(0.0, 0.0)
-    found = _profile(law, math.inf, 0)
-    return Interval(max(0.0, found.low), found.high) if law.freedom else found
+    return predicted(law, math.inf, 0)
 
 
 def predicted(law: Law, x: float, n_runs: int) -> Interval:
     """The interval for the mean loss of `n_runs` new runs of this size; 0: of the law itself, without their noise."""
-    return _profile(law, x, n_runs)
+    found = _profile(law, x, n_runs)
+    return Interval(max(0.0, found.low), found.high) if law.freedom else found  # no loss is below 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _profile(law: Law, x: float, n_runs: int) -> Interval:
     """All values at `x` (infinity: of E) that some law within the limit goes through.
 
     For each exponent the squares are a parabola in E and A, so the value at x has an interval with a formula: of the
-    free parabola where its E is not below 0, and of the one with E = 0. The union over all exponents is the profile.
+    free parabola where neither is below 0, and of those with E = 0 and with A = 0. The union over all is the profile.
     The mean of n new runs adds s^2 / n to the variance of the value.
     """
     if not law.freedom:
@@ -191,7 +191,7 @@ def _profile(law: Law, x: float, n_runs: int) -> Interval:
 
 
 def _free(law: Law, powers: Numbers, at: Numbers, noise: float) -> list[Numbers]:
-    """The ends of the intervals with E free and not below 0."""
+    """The ends of the intervals with E and A free and not below 0, and with A = 0: the same loss everywhere."""
     n, mean = len(law.y), powers.mean(1)
     offs = powers - mean[:, None]
     spread_of_powers = (offs**2).sum(1)
@@ -200,13 +200,20 @@ def _free(law: Law, powers: Numbers, at: Numbers, noise: float) -> list[Numbers]
     squares = ((start[:, None] + slope[:, None] * powers - law.y) ** 2).sum(1)
     value = start + slope * at
     variance = 1 / n + (at - mean) ** 2 / spread_of_powers + noise
-    shared = 1 / n - mean * (at - mean) / spread_of_powers  # the covariance of E and the value
+    with_floor = 1 / n - mean * (at - mean) / spread_of_powers  # the covariance of E and the value
+    with_slope = (at - mean) / spread_of_powers  # that of A and the value
     slack = _slack(law, squares)
     half = np.sqrt(np.maximum(0, slack) * variance)
-    # E moves with the value along the parabola: start + (end - value) * shared / variance >= 0 bounds the end.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        limit = value - start * variance / shared
-    low = np.where((shared > 0) & (limit > value - half), limit, value - half)
-    high = np.where((shared < 0) & (limit < value + half), limit, value + half)
+    # Along the parabola E and A move with the value: each must not pass 0 on the way to an end.
+    low, high = value - half, value + half
+    for start_of, shared in ((start, with_floor), (slope, with_slope)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            limit = value - start_of * variance / shared
+        low = np.where((shared > 0) & (limit > low), limit, low)
+        high = np.where((shared < 0) & (limit < high), limit, high)
     inside = (slack >= 0) & (low <= high)
-    return [low[inside], high[inside]]
+    ends = [low[inside], high[inside]]
+    level = float(_slack(law, np.array([((law.y - law.y.mean()) ** 2).sum()]))[0])
+    if level >= 0:
+        ends.append(law.y.mean() + math.sqrt(level * (1 / n + noise)) * np.array([-1.0, 1.0]))
+    return ends

@@ -47,6 +47,10 @@ def variable(arms: Sequence[Arm], over: str, hold_out: int) -> str:
     if over and over not in VARIABLES:
         raise UsageError(f"--over {over} must be one of {', '.join(VARIABLES)}.")
     vary = [name for name in ("parameters", "tokens") if len({size_of(arm, name) for arm in arms}) > 1]
+    if not vary:
+        raise UsageError(
+            "--scaling changes neither parameters nor tokens; change sizes (model.n_embd=...) or budget=...."
+        )
     over = over or (vary[0] if len(vary) == 1 else "flops")
     sizes = [size_of(arm, over) for arm in arms]
     if len(set(sizes)) < len(sizes):

@@ -38,7 +38,8 @@ def laws_table(found: Forecast) -> list[list[str]]:
     """A head and a row for each law and size held out; the last row is fitted to all, and looks ahead."""
     rows = [["law", "E", "A", "exponent", "predicts for", "loss", "95 % interval", "came", "verdict"]]
     letter = LETTER[found.over]
-    for fitted, checks, name in zip(found.laws, found.checks, (f"E + A {letter}^-a", f"A {letter}^-a"), strict=True):
+    for fitted, checks in zip(found.laws, found.checks, strict=True):
+        name = f"{'E + ' if fitted.law.with_floor else ''}A {letter}^-a"
         head = [name, _floor(fitted), f"{fitted.law.amount_at_one:.4g}", _exponent(fitted)]
         rows += [
             [
