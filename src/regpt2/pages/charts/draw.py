@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,33 @@ PRINT = {  # the color of each role
 THEMED = {role: f"#0000{place:02x}" for place, role in enumerate(PRINT, start=1)}
 
 
+Paint = Callable[[Any, dict[str, str]], object]
+"""Draws into a matplotlib figure, in the colors of these roles."""
+
+
 def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
     """A panel as an element of a page, with a description for screen readers."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only a report needs it)
-
     width, height = inches
-    name = name or panel.name
-    with settings(name):
-        figure = Figure(figsize=inches)
+
+    def paint(figure: Any, ink: dict[str, str]) -> None:
         above = 0.65 if panel.across.tokens_at else 0.4
         axes = figure.add_axes((0.42 / width, 0.28 / height, 1 - 0.55 / width, 1 - above / height))
-        draw(axes, panel, THEMED, ticks=4 if width < 5 else 8)
+        draw(axes, panel, ink, ticks=4 if width < 5 else 8)
+
+    return painted(paint, inches, name or panel.name, panel.description())
+
+
+def painted(paint: Paint, inches: tuple[float, float], name: str, description: str) -> Html:
+    """A drawing as an element of a page; `name` is unique on the page, `description` is for screen readers."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only a report needs it)
+
+    with settings(name):
+        figure = Figure(figsize=inches)
+        paint(figure, THEMED)
         out = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    return _as_html(out.getvalue(), name, plain(panel.description(), 2000))
+    return _as_html(out.getvalue(), name, plain(description, 2000))
 
 
 def png(figure: Any) -> bytes:
@@ -66,10 +79,22 @@ def overview(panels: Sequence[Panel], title: str, subtitle: str) -> Any:
     return figure
 
 
-def heading(figure: Any, title: str, subtitle: str, heights: tuple[float, float]) -> None:
-    """Title and subtitle above a figure, at these shares of its height."""
-    for text, y, size, role in ((title, heights[0], 17, "text"), (subtitle, heights[1], 10.5, "faint")):
-        figure.text(0.03, y, plain(text), fontsize=size, color=PRINT[role], parse_math=False)
+def heading(figure: Any, title: str, subtitle: str, heights: tuple[float, float], *, size: float = 17) -> None:
+    """Title and subtitle above a figure, at these shares of its height; a smaller title may take two lines."""
+    across = round(122 / size * figure.get_figwidth())  # characters that fit
+    lines = textwrap.wrap(plain(title, 2 * across), across)[:2] if size < 17 else [plain(title)]
+    above = "top" if size < 17 else "baseline"
+    figure.text(
+        0.03,
+        heights[0],
+        "\n".join(lines),
+        fontsize=size,
+        color=PRINT["text"],
+        parse_math=False,
+        va=above,
+        linespacing=1.3,
+    )
+    figure.text(0.03, heights[1], plain(subtitle), fontsize=10.5, color=PRINT["faint"], parse_math=False)
 
 
 def column(panels: Sequence[Panel]) -> Any:
@@ -91,7 +116,7 @@ def print_panel(axes: Any, panel: Panel, ticks: int) -> None:
 
 def plain(text: str, most: int = 120) -> str:
     """Text for a drawing; characters that the font may lack, or that could be markup, become question marks."""
-    return re.sub(r"[^\w .,:;+/%()=·-]", "?", text[:most], flags=re.ASCII).replace("\n", " ")
+    return re.sub(r"[^\w .,:;+/%()=·±~^-]", "?", text[:most], flags=re.ASCII).replace("\n", " ")
 
 
 def settings(salt: str) -> Any:

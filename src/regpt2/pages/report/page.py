@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from regpt2.pages import PAGE_CSS
-from regpt2.pages.charts.draw import svg
+from regpt2.pages.charts.draw import Paint, painted, svg
 from regpt2.pages.charts.panels import Panel, compared_on, panels
 from regpt2.pages.published import Sources
 from regpt2.pages.record import Record
@@ -160,6 +160,18 @@ def chart(panel: Panel, sources: Sources) -> Html:
         title=panel.title,
         drawing=drawing,
         remark=remark,
+    )
+
+
+def drawing(paint: Paint, name: str, title: str, description: str, *, note: str = "", height: float = 3.7) -> Html:
+    """A chart of its own kind across the page, drawn a second time for the width of a phone; `height` in inches."""
+    return fill(
+        '<figure class="wide">\n<figcaption>{title}</figcaption>\n<div class="on-desk">{desk}</div>'
+        '<div class="on-phone">{phone}</div>{remark}\n</figure>',
+        title=title,
+        desk=painted(paint, (8.4, height), name, description),
+        phone=painted(paint, (4.4, 0.95 * height), f"{name}-phone", description),
+        remark=fill('\n<p class="remark">{note}</p>', note=note) if note else Html(""),
     )
 
 

@@ -49,8 +49,7 @@ def read_arms(specs: Sequence[str], common: Sequence[str]) -> list[Given]:
     Raises:
         UsageError: one is no recipe, two have one name, or their losses could not be compared.
     """
-    arms = [_read_arm(spec, common) for spec in specs]
-    first = arms[0]
+    arms = [read_arm(spec, common) for spec in specs]
     seen: dict[str, str] = {}
     for arm in arms:
         if (label := arm.label.casefold()) in seen:
@@ -59,25 +58,37 @@ def read_arms(specs: Sequence[str], common: Sequence[str]) -> list[Given]:
                 f'as in "NAME={arm.spec}".'
             )
         seen[label] = arm.spec
-        for name, here, there in (
-            ("data", arm.config.data, first.config.data),
-            ("mix", arm.config.mix, first.config.mix),
-            ("evals.val_tokens", arm.config.evals.val_tokens, first.config.evals.val_tokens),
-            ("model.vocab_size", arm.config.model.vocab_size, first.config.model.vocab_size),
-        ):
-            if here != there:
-                raise UsageError(
-                    f"{arm.label} has {name} = {here!r}, {first.label} has {there!r}; losses on these do not compare. "
-                    "Options after -- apply to all arms."
-                )
-        if "val_loss" not in arm.config.evals.names:
-            raise UsageError(
-                f"{arm.label} does not evaluate val_loss, which the comparison needs; add it to evals.names."
-            )
+        require_comparable(arm, arms[0])
     return arms
 
 
-def _read_arm(spec: str, common: Sequence[str]) -> Given:
+def require_comparable(arm: Given, first: Given) -> None:
+    """Refuse an arm whose validation loss could not be compared with the first's.
+
+    Raises:
+        UsageError: it has other data, or does not measure it.
+    """
+    for name, here, there in (
+        ("data", arm.config.data, first.config.data),
+        ("mix", arm.config.mix, first.config.mix),
+        ("evals.val_tokens", arm.config.evals.val_tokens, first.config.evals.val_tokens),
+        ("model.vocab_size", arm.config.model.vocab_size, first.config.model.vocab_size),
+    ):
+        if here != there:
+            raise UsageError(
+                f"{arm.label} has {name} = {here!r}, {first.label} has {there!r}; losses on these do not compare. "
+                "Options after -- apply to all arms."
+            )
+    if "val_loss" not in arm.config.evals.names:
+        raise UsageError(f"{arm.label} does not evaluate val_loss, which the comparison needs; add it to evals.names.")
+
+
+def read_arm(spec: str, common: Sequence[str]) -> Given:
+    """A recipe with its own options, as in "NAME=RECIPE --option value", and the common ones.
+
+    Raises:
+        UsageError: it is none, or sets what the comparison sets.
+    """
     named = _LABEL.fullmatch(spec)
     try:
         recipe, *own = shlex.split(named[2] if named else spec)
@@ -143,8 +154,8 @@ def keep_recipe(folder: Path, label: str, config: RunConfig) -> None:
     changes = differences(read_toml(path), config).items()
     if changed := [f"{key} was {old!r} and is {new!r} now" for key, (old, new) in changes]:
         raise UsageError(
-            f"{folder / label} was started with another recipe: {'; '.join(changed)}. Undo that, give the arm another "
-            'name ("NAME=..."), or choose another --out.'
+            f"{folder / label} was started with another recipe: {'; '.join(changed)}. Undo that, choose another "
+            '--out, or give an arm of your own another name ("NAME=...").'
         )
 
 

@@ -101,6 +101,17 @@ def _reached(runs: Iterable[tuple[Run, float, float, float]]) -> Reached:
 
 def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[str]:
     """What limits the figures: runs that do not count, differences of set-up, too few seeds."""
+    lines = set_up_remarks(plan, runs)
+    n = min((one.against.n if one.against else 0 for one in found[1:]), default=0)
+    if n < FEW:
+        lines.append(f"Fewer than {FEW} pairs of runs: only a large difference can be told from chance.")
+    else:
+        lines.append(f"The sign-flip test cannot give a p below 2^(1-n), which is {2.0 ** (1 - n):.3g} for {n} seeds.")
+    return lines
+
+
+def set_up_remarks(plan: Comparison, runs: Sequence[Sequence[Run]]) -> list[str]:
+    """Runs that do not count, and differences of set-up."""
     every = [run for of_arm in runs for run in of_arm]
     begun = [run for run in every if run.start]
     lines = [
@@ -124,9 +135,4 @@ def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Out
         seen = list(dict.fromkeys(str(run.start.get(key)) for run in begun))
         if len(seen) > 1:
             lines.append(f"The runs used different {name}: {', '.join(seen)}.")
-    n = min((one.against.n if one.against else 0 for one in found[1:]), default=0)
-    if n < FEW:
-        lines.append(f"Fewer than {FEW} pairs of runs: only a large difference can be told from chance.")
-    else:
-        lines.append(f"The sign-flip test cannot give a p below 2^(1-n), which is {2.0 ** (1 - n):.3g} for {n} seeds.")
     return lines

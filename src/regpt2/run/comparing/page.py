@@ -1,6 +1,8 @@
 """A comparison as a page and as Markdown. In: its plan, runs and outcomes; out: HTML that opens offline, and text."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from regpt2.pages import tables
@@ -13,6 +15,25 @@ from regpt2.run.comparing.charts import panels
 from regpt2.run.comparing.outcomes import Outcome
 from regpt2.run.comparing.runs import Comparison, Run
 from regpt2.run.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison over one recipe shows in place of arms beside a baseline."""
+
+    title: str
+    kind: str
+    answer: str
+    """In a sentence."""
+    tables: list[tuple[str, list[list[str]]]]
+    """Captions and rows, the head first."""
+    remarks: list[str]
+    how_to_read: str
+    drawn: Html
+    picture: bytes
+    """A PNG."""
+    json: dict[str, Any]
+
 
 _SHOWN = (
     "Data set", "Data fingerprint", "Tokenizer", "Validation tokens", "Device", "Precision", "Threads", "Commit",
@@ -53,16 +74,51 @@ def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcom
         section("Arms", _table("Arms", arms_table(plan), "figures runs")),
         section("Certificate", facts_table(fact(name, value) for name, value in facts(plan, runs).items())),
     ]
+    return document(
+        title(plan),
+        headline="compared",
+        kind="recipes compared",
+        summary=subtitle(plan, runs),
+        parts=parts,
+        made=_hashes(plan, runs),
+    )
+
+
+def result_page(
+    result: Result, plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str]
+) -> Html:
+    """The whole document of a comparison over one recipe, its answer first."""
+    notes = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, result.how_to_read))
+    first, *others = (section(caption, _table(caption, rows)) for caption, rows in result.tables)
+    parts = [
+        fill('<p class="verdict">{answer}</p>', answer=result.answer),
+        section("Picture", result.drawn),
+        first,
+        *others,
+        section("Remarks", notes),
+        section("Each seed", _table("Final validation loss", [row[:-1] for row in seeds_table(plan, runs, found)])),
+        section("Arms", _table("Arms", arms_table(plan), "figures runs")),
+        section("Certificate", facts_table(fact(name, value) for name, value in facts(plan, runs).items())),
+    ]
+    return document(
+        result.title,
+        headline=result.kind,
+        kind=result.kind,
+        summary=subtitle(plan, runs),
+        parts=parts,
+        made=_hashes(plan, runs),
+        css="main > .verdict { margin-top: 2rem; }\n",
+    )
+
+
+def _hashes(plan: Comparison, runs: Sequence[Sequence[Run]]) -> Html:
     hashes = join(
         fill("<p>{place} {sha256}</p>", place=f"{arm.label}/seed-{run.seed}", sha256=run.sha256)
         for arm, of_arm in zip(plan.arms, runs, strict=True)
         for run in of_arm
         if run.sha256
     )
-    made = folded("SHA-256 of every metrics.jsonl", fill('<div class="hash">{hashes}</div>', hashes=hashes))
-    return document(
-        title(plan), headline="compared", kind="recipes compared", summary=subtitle(plan, runs), parts=parts, made=made
-    )
+    return folded("SHA-256 of every metrics.jsonl", fill('<div class="hash">{hashes}</div>', hashes=hashes))
 
 
 def _table(caption: str, rows: Sequence[Sequence[str]], kind: str = "figures") -> Html:
@@ -79,4 +135,24 @@ def text(
     parts += [markdown.text(remark) for remark in remarks]
     parts += [f"![Validation losses and differences]({quote(picture)})", costs, seeds, arms]
     parts += [markdown.text(HOW_TO_READ, 2000), markdown.table(["", ""], list(facts(plan, runs).items()))]
+    return "\n\n".join(parts) + "\n"
+
+
+def result_text(
+    result: Result,
+    plan: Comparison,
+    runs: Sequence[Sequence[Run]],
+    found: Sequence[Outcome],
+    remarks: Sequence[str],
+    picture: str,
+) -> str:
+    """The same for a README or a pull request, its answer in the heading."""
+    parts = [f"# {markdown.text(result.answer, 600)}", markdown.text(f"{result.title} · {subtitle(plan, runs)}")]
+    parts += [markdown.table(head, rows) for _, (head, *rows) in result.tables[:1]]
+    parts += [f"![{markdown.text(result.title)}]({quote(picture)})"]
+    parts += [markdown.table(head, rows) for _, (head, *rows) in result.tables[1:]]
+    parts += [markdown.text(remark, 600) for remark in remarks]
+    for head, *rows in ([row[:-1] for row in seeds_table(plan, runs, found)], arms_table(plan)):
+        parts.append(markdown.table(head, rows))
+    parts += [markdown.text(result.how_to_read, 2000), markdown.table(["", ""], list(facts(plan, runs).items()))]
     return "\n\n".join(parts) + "\n"

@@ -28,6 +28,21 @@ class Arm:
     tokens: int
     changes: list[str]
     """Settings that are not the first arm's."""
+    at: list[int] = field(default_factory=list)
+    """Its place along each axis of a grid."""
+    weights: int = 0
+    """Parameters without embeddings, positions and a head of its own; of a comparison over sizes."""
+    flops: float = 0.0
+    """Matmul FLOPs of its whole training, forward and backward; likewise."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a grid: a setting, or several that change together."""
+
+    names: list[str]
+    values: list[list[Any]]
+    """By place, a value for each name."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,14 @@ class Comparison:
     command: str
     failures: dict[str, str] = field(default_factory=dict)
     """The last line of the log of each run that failed, by ARM/seed-N."""
+    kind: str = "arms"
+    """arms, sweep (a grid over one recipe) or scaling (one recipe at several sizes or budgets)."""
+    axes: list[Axis] = field(default_factory=list)
+    """Of a grid; one axis of all sizes."""
+    hold_out: int = 0
+    """How many of the largest sizes the power law is not fitted to."""
+    over: str = ""
+    """What the law is a function of: parameters, tokens or flops."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +98,9 @@ def read_plan(folder: Path) -> Comparison:
     path = folder / "compare.json"
     try:
         plan = json.loads(read_small(path, DataError))["plan"]
-        return Comparison(**{**plan, "arms": [Arm(**arm) for arm in plan["arms"]]})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        axes = [Axis(**axis) for axis in plan.get("axes", [])]
+        return Comparison(**{**plan, "arms": [Arm(**arm) for arm in plan["arms"]], "axes": axes})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} holds no comparison ({type(error).__name__}: {error}); give the recipes again, as at the start."
         ) from None

@@ -92,7 +92,8 @@ def train_all(out: Path, plan: Comparison, configs: Mapping[str, RunConfig], roo
     ]
     n_runs = plan.seeds * len(plan.arms)
     n_done = n_runs - len(tasks)
-    arms = ", ".join(f"{arm.label} ({count(arm.tokens)} tokens)" for arm in plan.arms)
+    listed = ", ".join(f"{arm.label} ({count(arm.tokens)} tokens)" for arm in plan.arms)
+    arms = f"{len(plan.arms)} places, {plan.budget} each" if plan.axes else listed
     say(f"{n_runs} runs in {out}: {plan.seeds} seeds of {arms}")
     write_json(out, plan)
     try:

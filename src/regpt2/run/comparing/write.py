@@ -15,10 +15,14 @@ from regpt2.base.console import say
 from regpt2.base.files import write_atomic
 from regpt2.base.version import commit
 from regpt2.run.comparing.charts import picture
-from regpt2.run.comparing.outcomes import outcomes, remarks
-from regpt2.run.comparing.page import page, subtitle, text, title
+from regpt2.run.comparing.outcomes import outcomes, remarks, set_up_remarks
+from regpt2.run.comparing.page import Result, page, result_page, result_text, subtitle, text, title
 from regpt2.run.comparing.runs import Comparison, read_runs
+from regpt2.run.comparing.scaling.show import result as scaling_result
+from regpt2.run.comparing.sweep.show import result as sweep_result
 from regpt2.run.comparing.tables import costs_table, for_screen, results_table
+
+_RESULTS = {"sweep": sweep_result, "scaling": scaling_result}
 
 
 def show(folder: Path, plan: Comparison) -> None:
@@ -26,21 +30,43 @@ def show(folder: Path, plan: Comparison) -> None:
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
     notes = remarks(plan, runs, found)
-    write_json(folder, plan)
-    write_atomic(folder / "compare.png", picture(plan, runs, found, title(plan), subtitle(plan, runs)))
-    write_atomic(folder / "compare.md", text(plan, runs, found, notes, "compare.png"))
-    write_atomic(folder / "compare.html", page(plan, runs, found, notes))
-    tables = results_table(found), costs_table(plan, found)
-    for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *notes):
-        say(line)
+    if plan.kind in _RESULTS:
+        result = _RESULTS[plan.kind](plan, runs, found)
+        write_json(folder, plan, result)
+        _show_result(folder, result, plan)
+    else:
+        write_json(folder, plan)
+        write_atomic(folder / "compare.png", picture(plan, runs, found, title(plan), subtitle(plan, runs)))
+        write_atomic(folder / "compare.md", text(plan, runs, found, notes, "compare.png"))
+        write_atomic(folder / "compare.html", page(plan, runs, found, notes))
+        tables = results_table(found), costs_table(plan, found)
+        for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *notes):
+            say(line)
     say(f"Wrote {folder / 'compare.html'}, compare.md, compare.png and compare.json.")
 
 
-def write_json(folder: Path, plan: Comparison) -> None:
-    """Write the plan, every run's curve and set-up, and the outcomes."""
+def _show_result(folder: Path, result: Result, plan: Comparison) -> None:
+    runs = read_runs(folder, plan)
+    found = outcomes(plan, runs)
+    notes = [*result.remarks, *set_up_remarks(plan, runs)]
+    write_atomic(folder / "compare.png", result.picture)
+    write_atomic(folder / "compare.md", result_text(result, plan, runs, found, notes, "compare.png"))
+    write_atomic(folder / "compare.html", result_page(result, plan, runs, found, notes))
+    for line in ("", result.answer):
+        say(line)
+    for _, rows in result.tables:
+        for line in ("", *for_screen(rows)):
+            say(line)
+    for line in ("", *notes):
+        say(line)
+
+
+def write_json(folder: Path, plan: Comparison, result: Result | None = None) -> None:
+    """Write the plan, every run's curve and set-up, the outcomes, and the result of a comparison over one recipe."""
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
     content = {
+        **({"answer": result.answer, plan.kind: result.json} if result else {}),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "commit": commit(),
