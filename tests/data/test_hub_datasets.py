@@ -15,7 +15,7 @@ import pytest
 
 from hub_server import FakeHub
 from regpt2.base.errors import DataError, DownloadError, UsageError
-from regpt2.data.datasets import fineweb, fineweb_edu, hub, openwebtext, wikitext
+from regpt2.data.datasets import climbmix, fineweb, fineweb_edu, hub, openwebtext, wikitext
 from regpt2.data.preparing.encode_part import local_copies
 from regpt2.data.preparing.options import PrepareOptions
 from regpt2.data.preparing.prepare import prepare
@@ -207,6 +207,61 @@ def test_openwebtext_is_planned_without_a_validation_split(online: None, monkeyp
     assert (plan.val_tokens, plan.n_tokens) == (0, 9_035_582_198 + 4_434_897)
 
 
+# ClimbMix: shards in the repository's top folder, the last of which is the validation split.
+
+CLIMBMIX_FILES = {
+    "README.md": b"---\nlicense: mit\n---\n",
+    **{f"shard_{n:05d}.parquet": parquet(rows(f"shard {n}")) for n in (2, 0, 1, 6542)},
+}
+
+
+@pytest.fixture
+def climbmix_hub(online: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Four of its shards, at the pinned revision."""
+    with FakeHub({f"{climbmix.CLIMBMIX.repo}@{climbmix.CLIMBMIX.revision}": CLIMBMIX_FILES}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+def test_climbmix_is_its_first_shards_and_always_the_validation_shard(climbmix_hub: FakeHub, tmp_path: Path) -> None:
+    plan = climbmix.plan(Source(first=2))
+    assert names(plan) == ["shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet"]
+    assert plan.source == "karpathy/climbmix-400b-shuffle, default, the first 2 files"
+    assert plan.revision == climbmix.CLIMBMIX.revision
+    assert (plan.n_tokens, plan.val_tokens) == (300_000_000_000, 0)
+    found, skipped = read_all(climbmix, plan, tmp_path / "work")
+    expected = [Document(str(text), split="train") for n in (0, 1) for text in rows(f"shard {n}")]
+    assert found == expected + [Document(str(text), split="val") for text in rows("shard 6542")]
+    assert not skipped
+
+
+def test_climbmix_takes_as_many_shards_as_nanochat_unless_told_otherwise(
+    online: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"shard_{n:05d}.parquet": b"never read" for n in [*range(200), 6542]}
+    with FakeHub({f"{climbmix.CLIMBMIX.repo}@{climbmix.CLIMBMIX.revision}": files}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        plan = climbmix.plan(Source())
+        assert names(plan) == [f"shard_{n:05d}.parquet" for n in [*range(170), 6542]]
+        assert len(names(climbmix.plan(Source(first=6542)))) == 201
+
+
+def test_climbmix_without_its_validation_shard_is_refused(climbmix_hub: FakeHub, tmp_path: Path) -> None:
+    copy = write_copy(tmp_path, {"shard_00000.parquet": CLIMBMIX_FILES["shard_00000.parquet"]})
+    with pytest.raises(DataError, match=r"--input .* lacks shard_06542.parquet, the validation split"):
+        climbmix.plan(Source(copy))
+
+
+def test_a_local_copy_of_climbmix_gives_the_shards_of_the_download(climbmix_hub: FakeHub, tmp_path: Path) -> None:
+    copy = write_copy(tmp_path / "copy", CLIMBMIX_FILES)
+    options = {"tokenizer": "bytes", "shard_tokens": 700, "first": 2}
+    first = prepare(PrepareOptions("climbmix", tmp_path / "downloaded", workers=1, **options))
+    second = prepare(PrepareOptions("climbmix", tmp_path / "local", input=copy, workers=1, **options))
+    assert first.fingerprint == second.fingerprint
+    assert second.revision.startswith("a local copy: 3 files, names and sizes ")
+    assert {name: split.documents for name, split in first.splits.items()} == {"train": 40, "val": 20}
+
+
 # WikiText: a row is a line, an article goes on over rows and files.
 
 ARTICLES = {
@@ -295,6 +350,25 @@ def test_hub_takes_any_data_set_by_its_id(online: None, tmp_path: Path, monkeypa
         assert plan.source == "me/texts, train"
         test = hub.plan(Source(repo="me/texts", field="body", split="test"))
         assert read_all(hub, test, tmp_path / "work")[0] == [Document("test")]
+
+
+def test_hub_reads_dclm_whose_files_are_records_in_zstd_two_folders_down(
+    online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of mlfoundations/dclm-baseline-1.0, as docs/data.md has the command."""
+    repo, commit = "mlfoundations/dclm-baseline-1.0", "a3b142c183aebe5af344955ae20836eb34dcf69b"
+    files = {"README.md": b"---\nlicense: cc-by-4.0\n---\n"}
+    for n in (1, 0):
+        lines = "".join(json.dumps({"url": "x", "text": f"file {n}, line {i}"}) + "\n" for i in range(3))
+        name = f"global-shard_01_of_10/local-shard_0_of_10/shard_{n:08d}_processed.jsonl.zst"
+        files[name] = pa.compress(lines.encode(), codec="zstd", asbytes=True)
+    with FakeHub({f"{repo}@{commit}": files}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        plan = hub.plan(Source(repo=repo, revision=commit, first=1))
+        found, skipped = read_all(hub, plan, tmp_path / "work")
+    assert [document.text for document in found] == [f"file 0, line {i}" for i in range(3)]
+    assert (plan.source, plan.revision) == (f"{repo}, train, the first 1 files", commit)
+    assert not skipped
 
 
 def test_hub_says_what_it_needs(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ class Publication:
     configs: Mapping[str, str]
     n_tokens: Mapping[str, int] = field(default_factory=dict)
     val_tokens: int = 0
+    val_file: str = ""
+    """The file that is the validation split; --first counts the others, and it is always taken."""
+    first: int | None = None
+    """Files to take where --first is not given; None: all."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,17 @@ def find(publication: Publication, source: Source) -> Found:
         files, place = _local_files(source.input, pattern), f"--input {source.input}"
     if not files:
         raise DataError(f"{place} has no files {pattern}; check the folder, or the --revision.")
-    taken = files[: source.first]
+    held_out = [file for file in files if file.name == publication.val_file]
+    if publication.val_file and not held_out:
+        raise DataError(
+            f"{place} lacks {publication.val_file}, the validation split; check the folder, or the --revision."
+        )
+    first = source.first or publication.first
+    taken = [file for file in files if file not in held_out][:first] + held_out
     copy = f"a local copy: {len(taken)} files, names and sizes {revision_of(taken)}"
     return Found(
         files=tuple(taken),
-        source=described(publication.repo, config, first=source.first),
+        source=described(publication.repo, config, first=first),
         revision=commit if source.input is None else copy,
         n_tokens=publication.n_tokens.get(config, 0) * len(taken) // len(files) if source.input is None else 0,
     )
@@ -78,10 +88,13 @@ def find(publication: Publication, source: Source) -> Found:
 def plan_of(publication: Publication, source: Source) -> Plan:
     """The files as parts: a remote one whole, a local one cut where it can be."""
     found = find(publication, source)
-    if source.input is None:
-        parts = whole_files(found.files, source.field)
-    else:
-        parts = group((sized for file in found.files for sized in records.slices(file, source.field)), source.field)
+    parts: tuple[Part, ...] = ()
+    for val in (False, True):  # no part holds files of both splits
+        files = [file for file in found.files if (file.name == publication.val_file) is val]
+        if source.input is None:
+            parts += whole_files(files, source.field)
+        else:
+            parts += group((sized for file in files for sized in records.slices(file, source.field)), source.field)
     n_tokens = found.n_tokens or sum(part.n_bytes for part in parts) // BYTES_PER_TOKEN
     return Plan(parts, found.source, found.revision, n_tokens=n_tokens, val_tokens=publication.val_tokens)
 
@@ -131,5 +144,5 @@ def _local_files(top: Path, pattern: str) -> list[InputFile]:
     base = top / folder if (top / folder).is_dir() else top
     inner = pattern.removeprefix(f"{folder}/")
     paths = [path for path in base.glob(inner) if not path.name.startswith(".")]
-    named = sorted((f"{folder}/{path.relative_to(base).as_posix()}", path) for path in paths)
+    named = sorted((str(PurePosixPath(folder, path.relative_to(base).as_posix())), path) for path in paths)
     return [input_file(path, name) for name, path in named]
