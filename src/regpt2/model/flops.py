@@ -14,7 +14,7 @@ def n_weights(config: GPTConfig) -> int:
     if not isinstance(config, ModernConfig):
         return (V + config.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C
     rows = V * (1 + config.untied_head + config.n_value_tables) + (0 if config.rotary else config.block_size)
-    with_attention = _blocks_with_attention(config)
+    with_attention = blocks_with_attention(config)
     norms = with_attention + L + 1  # before attention, before the MLP, and the last one
     norms = norms + 1 if config.rms_norm else 2 * norms  # an RMS norm has no bias; there is one more of them
     if config.weightless_norms:
@@ -26,7 +26,7 @@ def n_weights(config: GPTConfig) -> int:
     return rows * C + (8 * L + 4 * with_attention) * C * C + norms * C + scalars
 
 
-def _blocks_with_attention(config: GPTConfig) -> int:
+def blocks_with_attention(config: GPTConfig) -> int:
     """All, but in a modern model perhaps one."""
     return config.n_layer - (isinstance(config, ModernConfig) and config.mlp_only_layer >= 0)
 
@@ -45,7 +45,7 @@ def keys_per_query(config: GPTConfig, seq_len: int, window: float | None = None)
 
 def adapter_numbers(config: GPTConfig, rank: int) -> int:
     """Numbers in LoRA's A and B of all blocks: rank x (in + out) of C -> 3C, C -> C, C -> 4C and 4C -> C."""
-    return (10 * config.n_layer + 6 * _blocks_with_attention(config)) * rank * config.n_embd
+    return (10 * config.n_layer + 6 * blocks_with_attention(config)) * rank * config.n_embd
 
 
 def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0, window: float | None = None) -> float:
@@ -56,7 +56,7 @@ def flops_per_token(config: GPTConfig, seq_len: int, *, lora_rank: int = 0, wind
     own is used no more often, and of value embeddings a token reads one row each. A window, `window` if
     it is not yet the model's own, leaves fewer scores, and a block may have no attention.
     """
-    C, L, V, A = config.n_embd, config.n_layer, config.padded_vocab_size, _blocks_with_attention(config)
+    C, L, V, A = config.n_embd, config.n_layer, config.padded_vocab_size, blocks_with_attention(config)
     matrices, scores = (8 * L + 4 * A) * C * C, 12 * C * A * keys_per_query(config, seq_len, window)
     if lora_rank:  # no gradients of the frozen weights, which are a third; instead the adapters
         return float(4 * matrices + scores + 4 * C * V + 6 * adapter_numbers(config, lora_rank))
@@ -69,7 +69,7 @@ def palm_flops_per_token(config: GPTConfig, seq_len: int) -> float:
     N is every parameter, positions too, and attention is the whole square, or twice what a window leaves of it. For
     124M at T=1024: 860 MFLOP.
     """
-    scores = 24 * config.n_embd * _blocks_with_attention(config) * keys_per_query(config, seq_len)
+    scores = 24 * config.n_embd * blocks_with_attention(config) * keys_per_query(config, seq_len)
     return float(6 * n_weights(replace(config, vocab_multiple=1)) + scores)
 
 

@@ -111,6 +111,7 @@ def train_step(
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
+    """Give each group what this update has: its rate, and Muon's group its momentum."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
         if momentum is not None and "momentum_warmup_steps" in group:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
+from regpt2.model.flops import blocks_with_attention
 from regpt2.model.language_model import GPTConfig
-from regpt2.model.modern_config import ModernConfig
 from regpt2.training.optimizer import (
     AdamW,
     NamedParameters,
@@ -133,8 +133,10 @@ def _share(n: int, ranks: int) -> int:
 def matmul_flops(model: GPTConfig, config: OptimConfig, ranks: int) -> float:
     """Of one update, on each of the ranks that share it: in an iteration x x^T, its square, and that times x."""
     L, C = model.n_layer, model.n_embd
-    with_attention = L - (isinstance(model, ModernConfig) and model.mlp_only_layer >= 0)
-    stacks = ((4 * with_attention, C, C), (2 * L, C, 4 * C))  # queries, keys, values and c_proj; the two of the MLP
+    stacks = (
+        (4 * blocks_with_attention(model), C, C),
+        (2 * L, C, 4 * C),
+    )  # queries, keys, values and c_proj; the two of the MLP
     return float(config.muon.ns_steps * sum(_share(n, ranks) * (4 * R * R * S + 2 * R**3) for n, R, S in stacks))
 
 
