@@ -26,7 +26,7 @@ def settle(config: RunConfig, data: Mixture) -> RunConfig:
         max_steps = min(max_steps, max(1, steps_within(config.batch, config.max_epochs * _pass_tokens(data))))
     if config.dropout_by_size and not model.dropout:
         dropout = next((share for below, share in DROPOUT_BELOW if data.n_tokens < below), 0.0)
-        with suppress(ConfigError):  # the modern model has none
+        with suppress(ConfigError):  # a plugin's model may have none
             model = dataclasses.replace(model, dropout=dropout)
     return dataclasses.replace(config, max_steps=max_steps, model=model, max_epochs=0.0, dropout_by_size=False)
 

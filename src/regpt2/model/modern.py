@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from regpt2.model.gpt import Embedding, LayerNorm, Linear
 from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
-from regpt2.model.kernels.masks import Mask, document_numbers, visible_keys
+from regpt2.model.kernels.masks import Mask, document_numbers, is_exporting, visible_keys
 from regpt2.model.kernels.mixing import mixed
 from regpt2.model.kernels.norm import rms_norm
 from regpt2.model.kernels.recompute import recomputed
@@ -162,7 +162,7 @@ class ModernGPT(LanguageModel):
 
         The embedding starts as in GPT-2, though others draw it from N(0, 1): with a norm behind it, AdamW does the
         same from 0.02 at 0.02 times their learning rate. No norm is behind value embeddings: they start from N(0, 1),
-        as large as the values that they are mixed with, which come from a normed stream.
+        about as large as the values that they are mixed with, which come from a normed stream.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two additions per block
         for name, p in self.named_parameters():
@@ -235,7 +235,7 @@ class ModernGPT(LanguageModel):
         return x
 
     def _visible_keys(self, ids: Tensor, caches: list[LayerCache] | None) -> Mask | None:
-        """The mask of all blocks, made once."""
+        """The mask of all blocks, made once in a pass."""
         config, T = self.config, ids.shape[1]
         seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
         S = T if caches is None else caches[0].n_keys(T)
@@ -244,7 +244,7 @@ class ModernGPT(LanguageModel):
             documents = document_numbers(ids, config.end_of_text % config.vocab_size)  # (B, T); -1 is the last id
             if caches is not None:
                 documents = caches[0].append_documents(documents)  # (B, S)
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiling = torch.compiler.is_compiling() and not is_exporting()
         window = self._window if compiling and self._window is not None else self.window
         return visible_keys(T, S, device=ids.device, documents=documents, window=window, seen=seen)
 

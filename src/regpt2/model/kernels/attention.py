@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from regpt2.model.kernels.masks import Mask, Reach
+from regpt2.model.kernels.masks import Mask, Reach, is_exporting
 
 # B sequences, H heads, T queries, S keys, D = head width, n queries in a block, s keys that they may see
 
@@ -40,7 +40,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0,
     T, S = q.shape[2], k.shape[2]
     if isinstance(mask, Reach):
         return (_in_blocks if q.device.type == "cpu" else _in_parts)(q, k, v, dropout_p, mask)
-    if torch.compiler.is_exporting():  # one graph for every T: no branch may depend on it
+    if is_exporting():  # one graph for every T: no branch may depend on it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     small = T <= _BLOCK or q.dtype == torch.bfloat16
     if q.device.type == "cpu" and T > 1 and (small or mask is not None):

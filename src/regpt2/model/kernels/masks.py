@@ -54,6 +54,11 @@ Mask = Tensor | BlockMask | Reach
 """Which keys each query sees: (B or 1, 1, T, S) bool, or as a rule, or for FlexAttention."""
 
 
+def is_exporting() -> bool:
+    """Is this pass exported, for every T? torch 2.11 answers yes inside of torch.compile as well, so both are asked."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def document_numbers(ids: Tensor, end_id: int) -> Tensor:
     """(B, S), the number of the document that each token of ids (B, S) is in, within its row.
 
@@ -84,11 +89,11 @@ def visible_keys(
     """
     if isinstance(window, Tensor):
         window = torch.where(window > 0, window, S)
-    elif not torch.compiler.is_exporting() and window >= S:  # an export is for every S
+    elif not is_exporting() and window >= S:  # an export is for every S
         window = 0
     if documents is None and isinstance(window, int) and not window:
         return seen
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _table(T, S, device, documents, window)
     if T == 1 or seen is not None:
         return _of_one_query(S, device, documents, window, seen)
