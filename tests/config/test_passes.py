@@ -72,7 +72,8 @@ def test_dropout_follows_the_size_where_none_is_given(
         assert f"dropout {dropout:g}" in settled_line(by_size, settle(by_size, data), data)
         given = replace(by_size, model=replace(by_size.model, dropout=0.3))
         assert settle(given, data).model.dropout == 0.3
-        assert settle(replace(by_size, model=config_class("modern")(architecture="modern")), data).model.dropout == 0
+        modern = replace(by_size, model=config_class("modern")(architecture="modern"))
+        assert settle(modern, data).model.dropout == dropout
         assert settle(config(), data) == config()
         assert not settled_line(config(), config(), data)
 

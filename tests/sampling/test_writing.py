@@ -45,7 +45,6 @@ MODELS = {
     "gpt2": lambda: random_gpt(GPTConfig(**SHAPE)),
     "modern": modern,
     "documents": lambda: modern(document_mask=True),
-    "window": lambda: modern(window=7),
     "documents in a window": lambda: modern(window=12, document_mask=True),
     "learned positions": lambda: modern(rotary=False),
     "int8": lambda: in_int8(random_gpt(GPTConfig(**SHAPE))),
@@ -113,7 +112,7 @@ def test_each_text_is_the_one_that_it_is_alone(name: str, choice: Choice) -> Non
         assert choice == GREEDY or alone[1] != alone[2]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "documents", "learned positions", "window", "documents in a window"])
+@pytest.mark.parametrize("name", ["gpt2", "documents", "learned positions", "documents in a window"])
 @pytest.mark.parametrize("context", [1, 9, 33])
 def test_beyond_the_context_the_cache_follows_the_rule(
     name: str, context: int, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from regpt2.base import shelves
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
+from regpt2.config.recipe_files import load_recipe
 from regpt2.machine.known_gpus import MACHINES
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
@@ -319,6 +320,16 @@ def test_a_step_on_a_gpu_holds_what_torchs_allocator_counted(row: dict[str, Any]
         optim=OptimConfig(name=row["optimizer"]),
     )
     assert sum(step_memory(one).values()) == pytest.approx(row["peak_bytes"], rel=0.05)
+
+
+def test_a_step_in_long_windows_holds_what_torchs_allocator_counted() -> None:
+    """As above, of the recipe with windows of 65,536 tokens; one graph, and no wait for the device."""
+    file = DRY_GPU.with_name("2026-11-30_dry_gpu_long.json")
+    (row,) = (row for row in json.loads(file.read_text())["rows"] if row["script"] == "step")
+    config = load_recipe("modern_124m_long")
+    one = Setup(model=config.model, micro_batch=1, seq_len=config.batch.seq_len, grad_accum_steps=4, optim=config.optim)
+    assert sum(step_memory(one).values()) == pytest.approx(row["peak_bytes"], rel=0.05)
+    assert (row["of_model"]["graphs"], row["of_model"]["breaks"], row["waits_in_step"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("model", [GPTConfig(), ModernConfig()], ids=["gpt2", "modern"])

@@ -5,7 +5,6 @@ A run that reads little text many times learns it by heart: its validation loss 
 
 import dataclasses
 from bisect import bisect_right
-from contextlib import suppress
 
 from regpt2.base.errors import ConfigError
 from regpt2.config.run import RunConfig
@@ -26,8 +25,7 @@ def settle(config: RunConfig, data: Mixture) -> RunConfig:
         max_steps = min(max_steps, max(1, steps_within(config.batch, config.max_epochs * _pass_tokens(data))))
     if config.dropout_by_size and not model.dropout:
         dropout = next((share for below, share in DROPOUT_BELOW if data.n_tokens < below), 0.0)
-        with suppress(ConfigError):  # the modern model has none
-            model = dataclasses.replace(model, dropout=dropout)
+        model = dataclasses.replace(model, dropout=dropout)
     return dataclasses.replace(config, max_steps=max_steps, model=model, max_epochs=0.0, dropout_by_size=False)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from regpt2.model.gpt import Embedding, LayerNorm, Linear
 from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.kernels.loss import linear_cross_entropy, softcapped
-from regpt2.model.kernels.masks import Mask, document_numbers, visible_keys
+from regpt2.model.kernels.masks import Mask, document_numbers, is_exporting, visible_keys
 from regpt2.model.kernels.mixing import mixed
 from regpt2.model.kernels.norm import rms_norm
 from regpt2.model.kernels.recompute import recomputed
@@ -244,7 +244,7 @@ class ModernGPT(LanguageModel):
             documents = document_numbers(ids, config.end_of_text % config.vocab_size)  # (B, T); -1 is the last id
             if caches is not None:
                 documents = caches[0].append_documents(documents)  # (B, S)
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiling = torch.compiler.is_compiling() and not is_exporting()
         window = self._window if compiling and self._window is not None else self.window
         return visible_keys(T, S, device=ids.device, documents=documents, window=window, seen=seen)
 

@@ -71,8 +71,7 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         event["plugins"] = plugins
         notes += _changed_plugins(run, plugins)
     run.metrics.log("run", first, **event)
-    notes += [*_untrained_positions(run), *_idle_window(run), *unused_options(config.optim, run.adapted)]
-    notes += _random_base(run)
+    notes += [*_positions_and_windows(run), *unused_options(config.optim, run.adapted), *_random_base(run)]
     notes += [f"evaluation {name} is left out: {why}" for name, why in run.without_data.items()]
     for text in [*run.data.notes, *repetition_warnings(config, run.data), *notes]:
         run.metrics.log("note", first, text=text)
@@ -133,22 +132,22 @@ def _random_base(run: TrainingRun) -> list[str]:
     ]
 
 
-def _untrained_positions(run: TrainingRun) -> list[str]:
+def _positions_and_windows(run: TrainingRun) -> list[str]:
+    """Notes where positions are never trained, or attention's window is as long as the sequences."""
     config = run.config
     seq_len, block_size = config.batch.seq_len, config.model.block_size
     trained = run.model.context_size  # by this run, or before it in the model that it began from
     if trained == block_size:
-        return []
+        return _idle_window(config)
     return [
+        *_idle_window(config),
         f"positions {trained:,} to {block_size - 1:,} of the model are never trained: batch.seq_len = {seq_len:,} is "
         f"less than model.block_size = {block_size:,}. Evaluations and samples use the first {trained:,} alone. Train "
-        f"all with --batch.seq-len {block_size}, or leave them out with --model.block-size {trained}."
+        f"all with --batch.seq-len {block_size}, or leave them out with --model.block-size {trained}.",
     ]
 
 
-def _idle_window(run: TrainingRun) -> list[str]:
-    """A note where attention's window is at least as long as the sequences."""
-    config = run.config
+def _idle_window(config: RunConfig) -> list[str]:
     start, end = config.window_at(1), config.window_at(config.max_steps)
     if not end or end < config.batch.seq_len:
         return []

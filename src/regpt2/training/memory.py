@@ -35,6 +35,8 @@ SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
 # On a GPU, in addition to what is kept when the backward pass begins: uncompiled, the head's gradient in fp32, twice;
 # with relu(x)^2 the MLP of the last layer. As counted by the allocator (benchmarks/dry_gpu/plan_memory.py).
 GPU_BACKWARD_WIDTHS = {"compiled": 3, "eager": 4, "eager, square": 11}
+# For each block with x0 mixed in: counted once, for modern_124m_long, which mixes values and skips in too.
+MIXED_BACKWARD_WIDTHS = 6.9
 GPU_WORKSPACE_BYTES = 72_000_000  # of cuBLAS on a Hopper
 BLOCK = 256  # queries at a time in the CPU's attention (model/kernels/attention.py), which keeps its weights up to 256
 BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (model/kernels/loss.py)
@@ -217,7 +219,7 @@ def _mixed_widths(setup: Setup, model: ModernConfig) -> int:
         widths += L
     if model.unet_skips:  # most of what is read again is kept anyway, as what the next block reads
         widths += 1 if model.x0_mixing or not model.weightless_norms else L // 2
-    if model.weightless_norms:
+    if model.weightless_norms and not setup.compiled:  # the compiler keeps their inputs all the same
         widths -= attending + L
     return widths
 
@@ -278,7 +280,9 @@ def _backward_parts(setup: Setup) -> dict[str, int]:
         return {"a layer backward": head_bytes + widths * width}
     kept = {"head and loss": _head_kept_bytes(setup)}
     if setup.compiled:
-        return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width}
+        mixed = isinstance(model, ModernConfig) and model.x0_mixing
+        streams = int(MIXED_BACKWARD_WIDTHS * model.n_layer * width) if mixed else 0
+        return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width + streams}
     moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + head_bytes]  # the head's own gradient, scaled
     if squared:
         untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is already added and freed

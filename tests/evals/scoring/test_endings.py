@@ -16,6 +16,8 @@ from regpt2.evals import EvalContext
 from regpt2.evals.scoring import endings
 from regpt2.evals.scoring.endings import Question, Scored, score_endings
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.language_model import LanguageModel
+from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.training.ranks.strategy import in_compute_type
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -56,7 +58,7 @@ def made_up(n: int = 60, seed: int = 0) -> list[Question]:
 
 @torch.no_grad()
 def obvious(
-    model: GPT, question: Question, ending: Sequence[int], dtype: torch.dtype = torch.float32
+    model: LanguageModel, question: Question, ending: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[float, bool]:
     """One ending, by the definition: the tokens before it, cut from the left, and each of its own."""
     block_size = model.config.block_size
@@ -96,6 +98,26 @@ def test_bf16_is_the_same_up_to_its_rounding() -> None:
         for j, ending in enumerate(question.endings):
             nats, _ = obvious(MODEL, question, ending, torch.bfloat16)
             assert found.nats[i, j] == pytest.approx(nats, abs=0.1 * len(ending))
+
+
+@pytest.mark.parametrize("switches", [{}, {"document_mask": True}, {"document_mask": True, "mlp_only_layer": 0}])
+@pytest.mark.parametrize("window", [1, 5, 14, 40])
+def test_a_model_that_attends_within_a_window_sees_the_end_of_a_context(
+    window: int, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts and endings of both sides of its length; an id of 60 begins a document, in either."""
+    monkeypatch.setattr(endings, "_ENOUGH_TOKENS", 100)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 48, "vocab_size": 61}
+    model = ModernGPT(ModernConfig(**shape, window=window, **switches))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5, generator=generator)
+    questions = made_up(20)
+    found = score_endings(context(model=model), "made_up", questions)
+    for i, question in enumerate(questions):
+        for j, ending in enumerate(question.endings):
+            assert found.nats[i, j] == pytest.approx(obvious(model, question, ending)[0], abs=1e-3)
 
 
 def test_known_answers() -> None:

@@ -65,6 +65,10 @@ def test_attention_by_the_rule_and_its_gradients_are_those_of_every_pair(
         assert isinstance(mask, Reach) == (T > 1 and (documents is not None or 0 < window < 40))
         ours, wanted = causal_attention(*inputs, mask=mask), dense(*inputs, seen)
         assert torch.allclose(ours, wanted, rtol=0, atol=1e-12)
+        if isinstance(mask, Reach):  # as other devices do, where nothing is read
+            monkeypatch.setattr(attention, "_PART", block)
+            elsewhere = attention._in_parts(*inputs, 0.0, Reach(mask.window, mask.documents))
+            assert torch.allclose(elsewhere, wanted, rtol=0, atol=1e-12)
         weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         got, expected = (torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, wanted))
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(got, expected, strict=True))

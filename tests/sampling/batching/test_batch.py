@@ -186,15 +186,24 @@ def test_each_continuation_draws_with_the_seed_of_its_index_and_the_prompt_is_co
         assert sum(tokens for _, tokens in passes.shapes if tokens > 1) == n_prompt_ids * (1 if slots == 8 else 3)
 
 
-def test_continuations_that_begin_later_copy_the_prompt_of_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("documents", [(1, 9), (1, 4), (1, 30)]),
+        ("documents in a window", [(1, 9), (1, 4), (1, 30), (1, 30)]),  # the first one has overwritten its prompt
+    ],
+)
+def test_continuations_that_begin_later_copy_the_prompt_of_one_that_runs(
+    name: str, prompts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two of three slots are busy; one becomes free while the first continuation runs."""
-    model, (a, b, c) = model_of("documents"), some_prompts(9, 4, 30)
+    model, (a, b, c) = model_of(name), some_prompts(9, 4, 30)
     short, long = Heard(Request(a, 5, choice=GREEDY)), Heard(Request(b, 40, choice=GREEDY))
     twice = Heard(Request(c, 20, 2, DRAWN, seed=1))
     batch = batch_of(model, short, long, twice, slots=3)
     passes = Passes(batch, monkeypatch)
     finish(batch)
-    assert [shape for shape in passes.shapes if shape[1] > 1] == [(1, 9), (1, 4), (1, 30)]
+    assert [shape for shape in passes.shapes if shape[1] > 1] == prompts
     monkeypatch.undo()
     for index in range(2):
         expected = written(model, [replace(twice.job.request, n=1, seed=1 + index)])[0].tokens

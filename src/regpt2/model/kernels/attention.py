@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from regpt2.model.kernels.masks import Mask, Reach
+from regpt2.model.kernels.masks import Mask, Reach, is_exporting
 
 # B sequences, H heads, T queries, S keys, D = head width, n queries in a block, s keys that they may see
 
 _BLOCK = 256  # queries at a time: of 128, 256 and 512 the fastest at T=1024 with and without gradient
+_PART = 2048  # queries at a time elsewhere, uncompiled and with a mask
 _PLANS = ("cuda",)  # devices where torch may take cuDNN's attention
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WINDOW_MULTIPLE = 256  # without gradients only such lengths are worth a plan: those of whole windows
@@ -38,8 +39,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0,
         return flex_attention(q, k, v, block_mask=mask)
     T, S = q.shape[2], k.shape[2]
     if isinstance(mask, Reach):
-        return _in_blocks(q, k, v, dropout_p, mask)
-    if torch.compiler.is_exporting():  # one graph for every T: no branch may depend on it
+        return (_in_blocks if q.device.type == "cpu" else _in_parts)(q, k, v, dropout_p, mask)
+    if is_exporting():  # one graph for every T: no branch may depend on it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     small = T <= _BLOCK or q.dtype == torch.bfloat16
     if q.device.type == "cpu" and T > 1 and (small or mask is not None):
@@ -53,6 +54,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0,
         sdpa_kernel(_WITHOUT_PLANS) if as_it_comes else nullcontext(),
     ):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
+
+
+def _in_parts(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Reach) -> Tensor:
+    """By torch's kernel, with a table for as many queries at a time as it has room for."""
+    parts = []
+    for i, j in _blocks(q.shape[2], k.shape[2], mask, _PART):
+        seen = ~mask.hidden(range(j.stop - (i.stop - i.start), j.stop), range(j.start, j.stop), q.device)
+        parts.append(causal_attention(q[:, :, i], k[:, :, j], v[:, :, j], dropout_p=dropout_p, mask=seen))
+    return torch.cat(parts, dim=2)
 
 
 def is_worth_a_plan(T: int, S: int, *, with_gradient: bool) -> bool:
@@ -101,15 +111,16 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor |
 
 def _gather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Reach | None, dropout_p: float = 0.0) -> Tensor:
     """(B H, T, D): autograd would keep the weights, T x S of them for each head."""
-    blocks = [F.dropout(_weights(q, k, mask, i, j), dropout_p) @ v[:, j] for i, j in _blocks(q, k, mask)]
+    pairs = _blocks(q.shape[1], k.shape[1], mask, _BLOCK)
+    blocks = [F.dropout(_weights(q, k, mask, i, j), dropout_p) @ v[:, j] for i, j in pairs]
     return torch.cat(blocks, dim=1)
 
 
-def _blocks(q: Tensor, k: Tensor, mask: Tensor | Reach | None) -> Iterator[tuple[slice, slice]]:
-    """Which queries go together, and which keys they see."""
-    T, past = q.shape[1], k.shape[1] - q.shape[1]  # tokens before the first query
-    for start in range(0, T, _BLOCK):
-        end = min(T, start + _BLOCK)
+def _blocks(T: int, S: int, mask: Tensor | Reach | None, n: int) -> Iterator[tuple[slice, slice]]:
+    """Which of the last T of S tokens go together as queries, n of them, and which keys they see."""
+    past = S - T  # tokens before the first query
+    for start in range(0, T, n):
+        end = min(T, start + n)
         first = mask.first_key(past + start) if isinstance(mask, Reach) else 0
         yield slice(start, end), slice(first, past + end)
 
@@ -138,7 +149,7 @@ class _Blocks(torch.autograd.Function):
         ctx.rule = mask if isinstance(mask, Reach) else None
         ctx.save_for_backward(q, k, v, None if isinstance(mask, Reach) else mask)
         out = torch.empty_like(q)
-        for i, j in _blocks(q, k, mask):
+        for i, j in _blocks(q.shape[1], k.shape[1], mask, _BLOCK):
             out[:, i] = _weights(q, k, mask, i, j) @ v[:, j]
         return out
 
@@ -149,7 +160,7 @@ class _Blocks(torch.autograd.Function):
         mask = ctx.rule or table
         scale = q.shape[2] ** -0.5
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, j in _blocks(q, k, mask):
+        for i, j in _blocks(q.shape[1], k.shape[1], mask, _BLOCK):
             weights = _weights(q, k, mask, i, j)  # (B H, n, s)
             d_v[:, j].baddbmm_(weights.transpose(1, 2), d_out[:, i])
             d_weights = d_out[:, i] @ v[:, j].transpose(1, 2)  # (B H, n, s)

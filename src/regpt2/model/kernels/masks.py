@@ -1,7 +1,7 @@
 """Which keys each query sees. In: documents, a window; out: a mask for attention, made once for all layers.
 
-A token sees itself and those before it, in its own document, and at most `window` tokens with itself. As a table that
-is T x S numbers: 4.3 GB at T = 65,536. So in training a mask is a rule, by which attention skips what nothing sees.
+A token sees itself and those before it, in its own document, and at most `window` tokens with itself. A table of that
+has T x S entries: 4.3 GB at T = 65,536. So most masks are rules, by which attention skips what nothing sees.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 # B sequences, T queries, the last of S keys, n queries in a block, s keys that they may see
 
 FLEX_BLOCK = 128  # FlexAttention's own: queries and keys of a block that is computed or left out as a whole
-
-
-_LARGEST_TABLE = 8192**2  # places, a byte each; in longer sequences a GPU's evaluations go by a rule too
+_LARGEST_TABLE = 8192**2  # entries, a byte each; in longer sequences a GPU's evaluations go by a rule too
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +25,7 @@ class Reach:
     documents: Tensor | None = None
     """(B, S), the number of each token's document."""
     begins: Tensor | None = None
-    """(S,), where the document of each token begins, the earliest over the rows."""
+    """(S,), where the document of each token begins, the earliest over the rows; None: not to be read here."""
 
     def first_key(self, query: int) -> int:
         """The first key that the query at this place, or a later one, sees in any row."""
@@ -41,14 +39,24 @@ class Reach:
         hidden = key > query  # (n, s)
         if self.window and queries.stop - self.window > keys.start:
             hidden |= key <= query - self.window
-        if self.documents is None or bool((self.documents[:, queries.stop - 1] == self.documents[:, keys.start]).all()):
+        if self.documents is None or self._is_one_document(keys.start, queries.stop - 1):
             return hidden[None, None]
         own, theirs = self.documents[:, queries.start : queries.stop], self.documents[:, keys.start : keys.stop]
         return hidden | (own[:, None, :, None] != theirs[:, None, None, :])
 
+    def _is_one_document(self, first: int, last: int) -> bool:
+        if self.documents is None or self.begins is None:
+            return False
+        return bool((self.documents[:, first] == self.documents[:, last]).all())
+
 
 Mask = Tensor | BlockMask | Reach
-"""Which keys each query sees: (B or 1, 1, T or 1, S) bool, or a rule for a CPU, or for FlexAttention."""
+"""Which keys each query sees: (B or 1, 1, T, S) bool, or as a rule, or for FlexAttention."""
+
+
+def is_exporting() -> bool:
+    """Is this pass exported, for every T? torch 2.11 answers yes inside of torch.compile as well, so both are asked."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def document_numbers(ids: Tensor, end_id: int) -> Tensor:
@@ -81,17 +89,19 @@ def visible_keys(
     """
     if isinstance(window, Tensor):
         window = torch.where(window > 0, window, S)
-    elif not torch.compiler.is_exporting() and window >= S:  # an export is for every S
+    elif not is_exporting() and window >= S:  # an export is for every S
         window = 0
     if documents is None and isinstance(window, int) and not window:
         return seen
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _table(T, S, device, documents, window)
     if T == 1 or seen is not None:
         return _of_one_query(S, device, documents, window, seen)
     if not torch.compiler.is_compiling() and (device.type == "cpu" or T * S > _LARGEST_TABLE):
         assert isinstance(window, int), "a tensor is for compiled passes"
-        return Reach(window, documents, None if documents is None else _begins(documents))
+        if documents is None or device.type != "cpu":  # there the host would wait for the device
+            return Reach(window, documents)
+        return Reach(window, documents, _begins(documents))
     if _takes_flex(device, T, S):
         return _block_mask(T, device, documents, window)
     return _table(T, S, device, documents, window)
