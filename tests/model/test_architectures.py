@@ -195,6 +195,17 @@ def test_a_folder_from_before_there_were_two_is_a_gpt2(tmp_path: Path) -> None:
     assert largest_difference(model, load_model(folder).model) == 0
 
 
+def test_a_folder_from_before_long_windows_is_the_model_that_it_was(tmp_path: Path) -> None:
+    model = random_model()
+    folder = exported(tmp_path / "old", model)
+    document = json.loads((folder / "config.json").read_text())
+    document["model"] = {key: value for key, value in document["model"].items() if key not in LATER}
+    (folder / "config.json").write_text(json.dumps(document))
+    loaded = load_model(folder).model
+    assert loaded.config == CONFIG
+    assert largest_difference(model, loaded) == 0
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -159,55 +159,55 @@ def test_every_parameter_learns_and_padding_stays_zero() -> None:
         assert not (has_token_rows(name) and p[61:].any()), name
 
 
-class TestWindow:
-    """How far attention reaches now."""
+def test_a_new_model_reaches_as_far_as_its_configuration() -> None:
+    assert ModernGPT(PLAIN).window == 0
+    assert ModernGPT(LONG).window == 7
 
-    def test_a_new_model_reaches_as_far_as_its_configuration(self) -> None:
-        assert ModernGPT(PLAIN).window == 0
-        assert ModernGPT(LONG).window == 7
 
-    def test_setting_it_changes_what_a_token_sees_and_nothing_else(self) -> None:
-        model = stirred(PLAIN).eval()
+def test_setting_the_window_changes_what_a_token_sees_and_nothing_else() -> None:
+    model = stirred(PLAIN).eval()
+    with torch.no_grad():
+        whole = model(X)
+        model.set_window(5)
+        near = model(X)
+        fixed = stirred(dataclasses.replace(PLAIN, window=5)).eval()(X)
+        model.set_window(0)
+        again = model(X)
+    assert torch.equal(near, fixed) and torch.equal(again, whole)
+    assert torch.allclose(near[:, :5], whole[:, :5], atol=1e-6), "their window is whole"
+    assert (near[:, 5:] - whole[:, 5:]).abs().amax(dim=(0, 2)).min() > 1e-4
+
+
+def test_the_window_moves_with_the_weights_and_into_copies() -> None:
+    with torch.device("meta"):
+        model = ModernGPT(LONG)
+    assert model._window is not None and model._window.is_meta
+    give_memory(model, "cpu")
+    load_into(model, tensors_of(stirred(LONG)))
+    assert model._window.device == model.wte.weight.device
+    model.set_window(3)
+    twin = copy.deepcopy(model)
+    twin.set_window(9)
+    assert (model.window, int(model._window), twin.window, int(twin._window)) == (3, 3, 9, 9)
+    assert not list(model.buffers()) and set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.seconds
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_pass_is_not_compiled_again_when_its_window_grows() -> None:
+    """Without the code generator. What a pass is given is counted, and each window gives the eager numbers."""
+    model, graphs = stirred(dataclasses.replace(LONG, document_mask=True, n_layer=2, mlp_only_layer=-1)), []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=False)
+    for window in (3, 5, 12, 24, 0):
+        model.set_window(window)
         with torch.no_grad():
-            whole = model(X)
-            model.set_window(5)
-            near = model(X)
-            fixed = stirred(dataclasses.replace(PLAIN, window=5)).eval()(X)
-            model.set_window(0)
-            again = model(X)
-        assert torch.equal(near, fixed) and torch.equal(again, whole)
-        assert torch.allclose(near[:, :5], whole[:, :5], atol=1e-6), "their window is whole"
-        assert (near[:, 5:] - whole[:, 5:]).abs().amax(dim=(0, 2)).min() > 1e-4
-
-    def test_it_moves_with_the_weights_and_into_copies(self) -> None:
-        with torch.device("meta"):
-            model = ModernGPT(LONG)
-        assert model._window is not None and model._window.is_meta
-        give_memory(model, "cpu")
-        load_into(model, tensors_of(stirred(LONG)))
-        assert model._window.device == model.wte.weight.device
-        model.set_window(3)
-        twin = copy.deepcopy(model)
-        twin.set_window(9)
-        assert (model.window, int(model._window), twin.window, int(twin._window)) == (3, 3, 9, 9)
-        assert not list(model.buffers()) and set(model.state_dict()) == {name for name, _ in model.named_parameters()}
-
-    @pytest.mark.seconds
-    @pytest.mark.filterwarnings("ignore")  # the compiler's own
-    def test_a_compiled_pass_is_not_compiled_again_when_it_grows(self) -> None:
-        """Without the code generator. What a pass is given is counted, and each window gives the eager numbers."""
-        model, graphs = stirred(dataclasses.replace(LONG, document_mask=True, n_layer=2, mlp_only_layer=-1)), []
-
-        def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=False)
-        for window in (3, 5, 12, 24, 0):
-            model.set_window(window)
-            with torch.no_grad():
-                assert torch.allclose(compiled(X, Y), model(X, Y), atol=1e-5), window
-        assert len(graphs) == 1
+            assert torch.allclose(compiled(X, Y), model(X, Y), atol=1e-5), window
+    assert len(graphs) == 1
 
 
 def reference_with_dropout(model: ModernGPT, ids: Tensor, p: float) -> Tensor:

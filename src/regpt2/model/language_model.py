@@ -45,7 +45,7 @@ class GPTConfig:
     activation: Activation = "gelu_tanh"
     """gelu_tanh, GPT-2's approximation, or gelu, the exact one (erf), which nanoGPT has used since May 2023."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residuals; 0 for pre-training on more data than parameters."""
+    """Dropout of embeddings, residuals and GPT-2's attention; 0 for pre-training on more data than parameters."""
 
     def __post_init__(self) -> None:
         if self.architecture != type(self).architecture:

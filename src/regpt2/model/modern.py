@@ -162,7 +162,7 @@ class ModernGPT(LanguageModel):
 
         The embedding starts as in GPT-2, though others draw it from N(0, 1): with a norm behind it, AdamW does the
         same from 0.02 at 0.02 times their learning rate. No norm is behind value embeddings: they start from N(0, 1),
-        as large as the values that they are mixed with, which come from a normed stream.
+        about as large as the values that they are mixed with, which come from a normed stream.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two additions per block
         for name, p in self.named_parameters():
@@ -235,7 +235,7 @@ class ModernGPT(LanguageModel):
         return x
 
     def _visible_keys(self, ids: Tensor, caches: list[LayerCache] | None) -> Mask | None:
-        """The mask of all blocks, made once."""
+        """The mask of all blocks, made once in a pass."""
         config, T = self.config, ids.shape[1]
         seen = None if caches is None else caches[0].mask  # (B, 1, 1, S) of rows at places of their own
         S = T if caches is None else caches[0].n_keys(T)

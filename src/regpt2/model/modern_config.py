@@ -12,7 +12,7 @@ from regpt2.model.language_model import GPTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModernConfig(GPTConfig):
-    """The shape of a modern GPT, and what is modern in it. The defaults are the 124M model, all switches on."""
+    """The shape of a modern GPT, and what is modern in it. By default what long windows use is off."""
 
     architecture: str = "modern"
     n_head: int = 6
