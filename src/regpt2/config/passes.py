@@ -6,7 +6,6 @@ A run that reads little text many times learns it by heart: its validation loss 
 import dataclasses
 from bisect import bisect_right
 
-from regpt2.base.errors import ConfigError
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import BatchConfig
 from regpt2.data.mixture import WORTHWHILE_EPOCHS, Mixture
