@@ -23,9 +23,9 @@ from regpt2.evals.scoring.questions import read_on_all_ranks
 DESCRIPTION = "CORE: 22 tasks, most with ten shots; how far above chance, 0 to 1, as nanochat measures it"
 PARTS = tuple(TASKS)
 PROTOCOLS = {
-    "core": "mean over the 22 tasks of (accuracy - chance) / (1 - chance), as nanochat measures it: examples in the order of "
-    "Random(1337).shuffle, the shots of example i by Random(1234 + i).sample from all others, a blank line after each; "
-    "<|endoftext|> first, prompt and answer within the model's context, cut on the left",
+    "core": "mean over the 22 tasks of (accuracy - chance) / (1 - chance), as nanochat measures it: examples in the "
+    "order of Random(1337).shuffle, the shots of example i by Random(1234 + i).sample from all others, a blank line "
+    "after each; <|endoftext|> first, prompt and answer within the model's context, cut on the left",
     "centered_mean": "the same over the tasks that were measured",
     **{task.name: task.protocol for task in TASKS.values()},
 }
