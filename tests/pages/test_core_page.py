@@ -1,4 +1,4 @@
-"""CORE on the page: each task beside OpenAI's four models, the mean over what was measured, the curve while training."""
+"""CORE on the page: each task beside OpenAI's four models, the mean over those measured, the curve of a run."""
 
 import json
 import math
