@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from conftest import Run
 from rank_processes import spawn
 from regpt2.base import shelves
 from regpt2.base.errors import ConfigError, DataError, UsageError
@@ -343,3 +344,37 @@ def test_a_task_that_one_rank_lacks_is_left_out_on_all(tmp_path: Path, unused_po
     assert first == second
     assert first["tasks"] == 2
     assert "copa" not in first
+
+
+def test_in_training_it_is_recorded_short_and_a_part_by_its_name(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, regpt2: Run
+) -> None:
+    folder = small_set(tmp_path / "core")
+    own = ("--evals.names", "val_loss", "core", "core.piqa", "--evals.core.examples", 4)
+    done = regpt2("train", tiny_recipe, "--run", "run", "--data", tiny_data, *own, "--evals.files", f"core={folder}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("core: without the data of hellaswag_zeroshot") == 1, "not at each evaluation"
+    events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    figures = ("centered_mean", "centered_mean_stderr", "tasks", "count")
+    for name, expected in (("core", figures), ("core.piqa", ("piqa", "piqa_stderr", "piqa_centered", "count"))):
+        found = [event for event in events if event.get("eval") == name]
+        assert [event["step"] for event in found] == [0, 6, 12]
+        assert tuple(key for key in found[0] if key in figures or "piqa" in key) == expected
+        assert found[0]["count"] == (16 if name == "core" else 4)
+    wrong = regpt2("train", tiny_recipe, "--run", "other", "--data", tiny_data, "--evals.names", "core.piqaa")
+    assert wrong.returncode == 2
+    assert "core has no part 'piqaa'; did you mean 'piqa'?" in wrong.stderr
+
+    done = regpt2("evaluate", "run", "--evals", "core", "core.copa", "--files", f"core={folder}", "--core.examples", 5)
+    assert done.returncode == 0, done.stderr
+    assert "mean of these 4 tasks" in done.stdout
+    assert "core.copa, 5 examples" in done.stdout
+
+
+def test_parts_are_told_as_they_are_done(tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    found = CORE.evaluate(
+        on_small_set(small_set(tmp_path / "core"), on_part=lambda name, value: told.append((name, value)))
+    )
+    names = ("copa", "piqa", "winogrande", "bigbench_operators")
+    assert told == [(f"core.{name}", found[name]) for name in names]

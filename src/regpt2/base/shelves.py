@@ -126,7 +126,8 @@ def plugin_options() -> list[str]:
 
 def origins(*entries: tuple[str, str]) -> dict[str, dict[str, str]]:
     """File and SHA-256 of those (shelf, name) that are not built in, by "shelf/name"."""
-    outside = [(shelf, name) for shelf, name in entries if name not in _built_in(shelf)]
+    whole = dict.fromkeys((shelf, name.partition(".")[0]) for shelf, name in entries)  # of core.piqa, core
+    outside = [(shelf, name) for shelf, name in whole if name not in _built_in(shelf)]
     files = {f"{kind_of(shelf)}/{name}": str(load(shelf, name).__file__) for shelf, name in outside}
     return {name: {"file": file, "sha256": sha256_file(Path(file))} for name, file in files.items()}
 

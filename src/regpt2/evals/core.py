@@ -70,6 +70,7 @@ def evaluate(context: EvalContext) -> Figures:
         figures |= accuracy(name, [int(one) for one in right], [1] * n)
         figures[f"{name}_centered"] = task.scores.centered(sum(right) / n)
         count += n
+        context.on_part(f"core.{name}", sum(right) / n)
     if context.part:
         return {**figures, "count": count}
     over_all = _over_all([TASKS[name] for name in paths], figures)

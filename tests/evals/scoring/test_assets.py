@@ -1,6 +1,7 @@
 """Data of evaluations: found by path, in the cache, or downloaded and checked; never another file than the pinned."""
 
 import http.server
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from regpt2.base import shelves
 from regpt2.base.errors import DataError, DownloadError, UsageError
 from regpt2.base.files import sha256_bytes
-from regpt2.evals.scoring.assets import Asset, files_by_name, find
+from regpt2.evals.scoring import assets as assets_module
+from regpt2.evals.scoring.assets import Asset, files_by_name, find, find_parts
 
 CONTENT = b'{"text": "a b"}\n'
 
@@ -76,6 +78,7 @@ def test_a_path_given_by_hand_is_a_file_or_a_folder_that_holds_it(tmp_path: Path
         ("=x", "expected NAME=PATH"),
         ("hellaswagg=.", r"no evaluation 'hellaswagg'.*hellaswag"),
         ("hellaswag=nowhere", "does not exist"),
+        ("lambada.piqa=.", "lambada has no part 'piqa'"),
     ],
 )
 def test_what_is_no_pair_is_refused(item: str, message: str) -> None:
@@ -86,5 +89,56 @@ def test_what_is_no_pair_is_refused(item: str, message: str) -> None:
 def test_every_asset_of_the_shelf_is_pinned_or_given_by_hand() -> None:
     for name in shelves.entries("evals"):
         for asset in shelves.load("evals", name).ASSETS:
-            assert bool(asset.url) == bool(asset.sha256), f"{name}: {asset.name}"
-            assert not asset.url or (asset.url.startswith("https://") and len(asset.sha256) == 64), asset.url
+            assert bool(asset.url) == bool(asset.digest), f"{name}: {asset.name}"
+            assert not asset.url or (asset.url.startswith("https://") and len(asset.digest) in (40, 64)), asset.url
+
+
+def test_a_file_may_be_pinned_by_git_s_hash(served: str, tmp_path: Path) -> None:
+    sha1 = "8e5e1f3b4f0b9f5a6d9d0d8a7d3a2f1b0c9d8e7f"  # of nothing here
+    good = subprocess.run(["git", "hash-object", "--stdin"], input=CONTENT, capture_output=True, check=True)
+    asset = Asset("a.jsonl", f"{served}/a.jsonl", "", git_sha1=good.stdout.decode().strip())
+    assert find(asset, "core", {}).read_bytes() == CONTENT
+    assert asset.is_pinned(CONTENT)
+    assert not asset.is_pinned(CONTENT + b" ")
+    assert find(asset, "core", {}).read_bytes() == CONTENT, "found again without a download"
+    with pytest.raises(DownloadError, match=f"git blob SHA-1 {asset.git_sha1}, expected {sha1}"):
+        find(Asset("b.jsonl", f"{served}/a.jsonl", "", git_sha1=sha1), "core", {})
+
+
+def test_a_part_s_file_its_evaluation_s_folder_or_another_evaluation_s_file(tmp_path: Path) -> None:
+    asset = Asset("a.jsonl", "", "", part="piqa", of="hellaswag")
+    for name in ("a.jsonl", "part.jsonl", "other.jsonl"):
+        (tmp_path / name).write_bytes(CONTENT)
+    part, other = {"core.piqa": tmp_path / "part.jsonl"}, {"hellaswag": tmp_path / "other.jsonl"}
+    assert find(asset, "core", {**part, **other, "core": tmp_path}) == tmp_path / "part.jsonl"
+    assert find(asset, "core", {**other, "core": tmp_path}) == tmp_path / "a.jsonl"
+    (tmp_path / "a.jsonl").unlink()
+    assert find(asset, "core", {**other, "core": tmp_path}) == tmp_path / "other.jsonl"
+
+
+def test_parts_without_data_are_told_and_a_dead_network_is_asked_once(
+    served: str, tmp_path: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = assets_module.download
+
+    def counted(url: str, path: Path, digest: str) -> None:
+        asked.append(url)
+        real(url, path, digest)
+
+    monkeypatch.setattr(assets_module, "download", counted)
+    digest, gone = sha256_bytes(CONTENT), f"http://127.0.0.1:{unused_port}/a.jsonl"
+    parts = [
+        Asset("a.jsonl", f"{served}/a.jsonl", digest, part="a"),
+        Asset("b.jsonl", f"{served}/none.jsonl", digest, part="b"),
+        Asset("c.jsonl", gone, digest, part="c"),
+        Asset("d.jsonl", gone, digest, part="d"),
+        Asset("a.jsonl", f"{served}/a.jsonl", digest, part="e"),
+    ]
+    paths, missing = find_parts(parts, "core", {})
+    assert set(paths) == {"a", "e"}
+    assert set(missing) == {"b", "c", "d"}
+    assert asked == [f"{served}/a.jsonl", f"{served}/none.jsonl", gone], "d and e are only looked for here"
+    asked.clear()
+    assert set(find_parts(parts, "core", {}, ask=False)[0]) == {"a", "e"}
+    assert asked == []

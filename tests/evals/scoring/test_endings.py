@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,27 @@ def test_no_questions_and_empty_endings_are_no_trouble() -> None:
     found = score_endings(context(), "empty", [Question([1], ([], [2]))])
     assert found.nats[0, 0] == 0
     assert found.n_tokens.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("block_size", [48, 12])
+def test_the_first_tokens_of_an_ending_may_not_count(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is as if they belonged to the context, which is still computed once; also where the left is cut."""
+    monkeypatch.setattr(endings, "_ENOUGH_TOKENS", 1)
+    model = GPT(replace(CONFIG, block_size=block_size), seed=4)
+    rng = random.Random(3)
+    questions, moved = [], []
+    for _ in range(20):
+        before = [rng.randrange(61) for _ in range(rng.randint(1, 5))]
+        after = tuple([rng.randrange(61) for _ in range(rng.randint(1, 9))] for _ in range(3))
+        skipped = tuple(rng.randint(0, len(ending)) for ending in after)
+        questions.append(Question(before, after, skipped))
+        moved += [Question([*before, *one[:n]], (one[n:],)) for one, n in zip(after, skipped, strict=True)]
+    here = context(model=model, seq_len=block_size)
+    found, expected = (score_endings(here, "skipped", these) for these in (questions, moved))
+    assert found.nats.flatten().tolist() == pytest.approx(expected.nats.flatten().tolist(), abs=1e-4)
+    assert torch.equal(found.n_tokens.flatten(), expected.n_tokens.flatten())
+    assert torch.equal(found.greedy.flatten(), expected.greedy.flatten())
+    assert 0 < int(found.greedy.sum()) < found.greedy.numel()
 
 
 def test_a_longer_ending_than_the_model_takes_is_said(capsys: pytest.CaptureFixture[str]) -> None:

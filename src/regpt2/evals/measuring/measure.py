@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import tyro
 
 from regpt2 import __version__
 from regpt2.base import shelves
-from regpt2.base.console import say, warn
+from regpt2.base.console import figure, say, warn
 from regpt2.base.device import Precision, be_deterministic, choose_compute, device_name, pick_device
 from regpt2.base.errors import DataError, Problem, UsageError
 from regpt2.base.files import write_atomic
@@ -33,6 +33,7 @@ GROUPS = {
     "paper": ("lambada", "cbt", "wikitext", "ptb", "enwik8", "text8", "one_billion_words"),
     "choices": ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "boolq", "copa"),
 }
+_QUIET_S = 10.0  # of a part after a part, as a line of progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
             seq_len=options.seq_len or loaded.model.context_size,
             batch=options.batch,
             val_tokens=options.val_tokens,
+            on_part=_told_now_and_then() if shown and world.is_main else lambda name, value: None,
             tokenizer=cache(lambda: tokenizer_of(loaded, options.tokenizer)),  # val_loss does without
             files=files,
             limit=options.limit,
@@ -147,6 +149,19 @@ def measure(options: EvaluateOptions, loaded: LoadedModel | None = None, *, show
         if world.is_main:
             _finish(options, found, shown=shown)
     return found
+
+
+def _told_now_and_then() -> Callable[[str, float], None]:
+    """Prints the parts of long work as they are done, at most one in ten seconds."""
+    spoke_at = time.monotonic()
+
+    def on_part(name: str, value: float) -> None:
+        nonlocal spoke_at
+        if time.monotonic() - spoke_at >= _QUIET_S:
+            say(f"{name}: {figure(value)}")
+            spoke_at = time.monotonic()
+
+    return on_part
 
 
 def expanded(asked: Sequence[str]) -> list[str]:

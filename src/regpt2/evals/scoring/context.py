@@ -37,6 +37,8 @@ class EvalContext:
     """How many target tokens of the validation split to score, from its beginning."""
     on_batch: Callable[[], None] = lambda: None
     """Called at each batch: reports progress, and raises `Stopped` when a signal asked the run to stop."""
+    on_part: Callable[[str, float], None] = lambda name, value: None
+    """Called on every rank when a part of an evaluation is done, with its name and first figure."""
     tokenizer: Tokenizer | Callable[[], Tokenizer] | None = None
     """The model's, or a function that finds it when needed; None if unknown."""
     files: Mapping[str, Path] = field(default_factory=dict)
