@@ -1,12 +1,14 @@
 """CORE by our scoring beside an obvious one, on a CPU: GPT-2 (124M), random weights, fp32, the same in both.
 
     python benchmarks/core_cpu.py DATA [--examples 4] [--pairs 3] [--out JSON]
+    python benchmarks/core_cpu.py DATA --examples 24 --tokens
 
 DATA holds `core/` with the tasks, and in `eval/` HellaSwag. The obvious scoring takes one example at a time: its
 sequences, padded, as one batch through the whole model, with torch's own attention, all logits in fp32, their cross
 entropy. Turn by turn, each side in a process of its own; both must choose the same answers. A task's ratio is that of
 the same examples. The whole is weighted to the full sets: each task's seconds per example times its examples. With so
-few examples ours cannot batch much, so its full sets are a little faster than that.
+few examples ours cannot batch much, so its full sets are a little faster than that. --tokens counts, and times
+nothing: how many tokens each side takes through the model.
 """
 
 import argparse
@@ -117,6 +119,28 @@ def ours(context: EvalContext, task: Task, items: Sequence[Item], n: int, tokeni
     return chosen
 
 
+def tokens(task: Task, items: Sequence[Item], n: int, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that pass the model for the first `n` examples, padding included: ours, one example at a time."""
+    mine = theirs = 0
+    for i in range(n):
+        found = judging.windows(task.kind, judging.encoded(tokenizer, prompts(task, items, i)), CONTEXT)
+        theirs += len(found) * max(len(window.ids) for window in found)
+        questions, _ = judging.shared(found)
+        mine += sum(len(one.context) + sum(max(0, len(e) - 1) for e in one.endings) for one in questions)
+    return [mine, theirs]
+
+
+def count(options: argparse.Namespace) -> None:
+    """The tokens of both sides, per task and weighted to the full sets."""
+    tokenizer, whole = load_tokenizer("gpt2"), [0.0, 0.0]
+    for name, items in read_tasks(options.data, options.only).items():
+        n = min(options.examples, len(items))
+        mine, theirs = tokens(TASKS[name], items, n, tokenizer)
+        whole = [former + len(items) / n * new for former, new in zip(whole, (mine, theirs), strict=True)]
+        print(f"{name:<34} ours {mine / n:7.0f} an example, one at a time {theirs / n:7.0f}, {theirs / mine:.2f}x")
+    print(f"full sets: ours {whole[0] / 1e6:.1f}M, one at a time {whole[1] / 1e6:.1f}M, {whole[1] / whole[0]:.2f}x")
+
+
 def side(name: str, options: argparse.Namespace) -> None:
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     model = GPT(TINY if options.tiny else GPTConfig()).eval()
@@ -167,6 +191,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4, help="of each task")
     parser.add_argument("--pairs", type=int, default=3, help="turns of both sides, after one to warm up")
     parser.add_argument("--only", nargs="*", default=[], help="some tasks")
+    parser.add_argument("--tokens", action="store_true", help="count tokens instead of timing")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: does it run?")
     parser.add_argument("--out", type=Path, help="add the result to this JSON file")
     parser.add_argument("--chosen-at", type=Path, help=argparse.SUPPRESS)
@@ -174,6 +199,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         return side(options.side, options)
+    if options.tokens:
+        return count(options)
     counts = {name: len(items) for name, items in read_tasks(options.data, options.only).items()}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--chosen-at", folder, "--side"]
