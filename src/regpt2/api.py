@@ -46,7 +46,7 @@ from regpt2.data.sources.plan import Document, Part, Plan
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.data.tokens.manifest import Manifest
 from regpt2.evals.measuring.harness import harness_model
-from regpt2.evals.measuring.measure import EvaluateOptions, Results, measure
+from regpt2.evals.measuring.measure import EvaluateOptions, Results, expanded, measure
 from regpt2.evals.scoring.context import EvalContext, scoring
 from regpt2.evals.scoring.texts import Score, score_text
 from regpt2.model.files.contract import ModelFiles, TokenizerRef
@@ -287,8 +287,9 @@ def evaluate(model: Model | PathLike, evals: str | Sequence[str] = ("val_loss",)
 
     Args:
         model: a loaded model (in fp32), with any changes to its module; or a `spec` as for `load`.
-        evals: names of evaluations, as "hellaswag", or of groups: "paper", "choices".
-        options: `data="data/mine"` for val_loss, `limit=100` examples of each, `batch`, `precision`, `out`, ...
+        evals: names of evaluations, as "hellaswag", of a part, as "core.piqa", or of groups: "paper", "choices".
+        options: `data="data/mine"` for val_loss, `limit=100` examples of each, `batch`, `precision`, `out`, ...; an
+            evaluation's own as `core={"examples": 50}`.
 
     Returns:
         `results["val_loss"]["loss"]`, nats per token; see `Results`.
@@ -296,10 +297,11 @@ def evaluate(model: Model | PathLike, evals: str | Sequence[str] = ("val_loss",)
     Raises:
         UsageError, DataError, DownloadError: the only evaluation failed. With several see `Results.failed`.
     """
-    values = {**options, "evals": (evals,) if isinstance(evals, str) else tuple(evals)}
+    names = (evals,) if isinstance(evals, str) else tuple(evals)
+    values, kind = {**options, "evals": names}, shelves.extended(EvaluateOptions, "evals", expanded(names))
     if not isinstance(model, Model):
         with settings_kept():
-            return measure(options_of(EvaluateOptions, {**values, "model": str(model)}))
+            return measure(options_of(kind, {**values, "model": str(model)}))
     if given := sorted({"device", "tokenizer"} & options.keys()):
         raise UsageError(f"{given[0]} belongs to load(): the model is loaded already.")
     if model._dtype != "fp32":
@@ -307,7 +309,7 @@ def evaluate(model: Model | PathLike, evals: str | Sequence[str] = ("val_loss",)
             f"the model is loaded in {model._dtype}; load it in fp32, and give precision={model._dtype!r}."
         )
     with settings_kept():
-        return measure(options_of(EvaluateOptions, {**values, "model": model._loaded.source}), model._loaded)
+        return measure(options_of(kind, {**values, "model": model._loaded.source}), model._loaded)
 
 
 def read_record(run: PathLike) -> dict[str, NDArray[np.float64]]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from conftest import Run
 from rank_processes import spawn
+from regpt2 import api
 from regpt2.base import shelves
 from regpt2.base.errors import ConfigError, DataError, UsageError
 from regpt2.base.ranks.world import World
@@ -369,6 +370,10 @@ def test_in_training_it_is_recorded_short_and_a_part_by_its_name(
     assert done.returncode == 0, done.stderr
     assert "mean of these 4 tasks" in done.stdout
     assert "core.copa, 5 examples" in done.stdout
+    found = api.evaluate(tmp_path / "run", "core.copa", files=[f"core={folder}"], core={"examples": 5})
+    assert found["core.copa"]["count"] == 5
+    assert found["core.copa"]["options"] == {"examples": 5, "context": 0}
+    assert [one["value"] for one in found["core.copa"]["references"]["copa"]] == [0.6, 0.66, 0.67, 0.67]
 
 
 def test_parts_are_told_as_they_are_done(tmp_path: Path) -> None:

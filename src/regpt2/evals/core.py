@@ -23,7 +23,9 @@ from regpt2.evals.scoring.questions import read_on_all_ranks
 DESCRIPTION = "CORE: 22 tasks, most with ten shots; how far above chance, 0 to 1, as nanochat measures it"
 PARTS = tuple(TASKS)
 PROTOCOLS = {
-    "core": "mean over the 22 tasks of (accuracy - chance) / (1 - chance)",
+    "core": "mean over the 22 tasks of (accuracy - chance) / (1 - chance), as nanochat measures it: examples in the order of "
+    "Random(1337).shuffle, the shots of example i by Random(1234 + i).sample from all others, a blank line after each; "
+    "<|endoftext|> first, prompt and answer within the model's context, cut on the left",
     "centered_mean": "the same over the tasks that were measured",
     **{task.name: task.protocol for task in TASKS.values()},
 }
@@ -84,7 +86,9 @@ def _files(context: EvalContext) -> dict[str, Path]:
         raise UsageError(f"--files core={given}: CORE has a file for each task; give their folder, or core.TASK=FILE.")
     asked = [TASKS[context.part]] if context.part else list(TASKS.values())
     # While training nothing is downloaded: that was done, or failed, before the first update.
-    paths, missing = find_parts([task.asset for task in asked], "core", context.files, ask=not context.brief)
+    assets = [task.asset for task in asked]
+    find = partial(find_parts, assets, "core", context.files, ask=not context.brief)
+    paths, missing = read_on_all_ranks(context, "core", find)
     everywhere = {name: why for found in context.world.everyones(_reasons(missing)) for name, why in found.items()}
     paths = {name: path for name, path in paths.items() if name not in everywhere}
     if not paths:

@@ -141,7 +141,8 @@ def test_nothing_is_lost_in_sharing() -> None:
                 assert len(question.context) >= 1
                 assert (*question.context, *question.endings[j]) == window.ids
                 assert len(question.endings[j]) - question.unscored[j] == window.n_scored
-                assert window.n_scored < len(window.ids)
+                assert 0 <= window.n_scored < len(window.ids)
+                assert question.unscored[j] >= 0
 
 
 @pytest.mark.skipif(not (SHARED / "core").is_dir(), reason="no ../shared/data/core")
@@ -153,5 +154,18 @@ def test_encoding_the_shared_text_once_gives_the_same_ids() -> None:
         for i in range(30):
             texts = prompts(TASKS[name], items, i)
             assert encoded(tokenizer, texts) == [(tokenizer.start_id, *tokenizer.encode(text)) for text in texts]
-    for texts in (["a  b", "a  c"], ["a \n\n", "a \n\nb"], ["", "b"], ["don't", "don'x"], ["a\n", "a\n\n b", "a\n b"]):
+
+
+def test_a_cut_never_falls_into_a_token() -> None:
+    """A vocabulary whose tokens span what tempts to cut there: letters, a space and its word, line ends."""
+    tokenizer = BytePairTokenizer("#version: 0.2\nb c\nĠ b\nĊ Ċ\nĠ Ġ\n' t\n".encode())
+    for texts in (
+        ["a bc", "a bd"],
+        ["a  b", "a  c"],
+        ["a \n\n", "a \n\nb"],
+        ["", "b"],
+        ["don't", "don'x"],
+        ["a\n", "a\n\n b", "a\n b"],
+        ["a\n\nb", "a\n\n"],
+    ):
         assert encoded(tokenizer, texts) == [(tokenizer.start_id, *tokenizer.encode(text)) for text in texts]
