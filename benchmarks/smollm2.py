@@ -123,9 +123,7 @@ def context_for(model: Any, tokenizer: Any, **changes: Any) -> EvalContext:
     """What our evaluations need to know of a model and a tokenizer of transformers."""
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     about: dict[str, Any] = {"seq_len": 1024, "batch": 8, "val_tokens": 0, "data": None} | changes
-    return EvalContext(
-        model=TransformersModel(model), world=world, tokenizer=TransformersTokenizer(tokenizer), **about
-    )
+    return EvalContext(model=TransformersModel(model), world=world, tokenizer=TransformersTokenizer(tokenizer), **about)
 
 
 def hellaswag_rows(path: Path) -> list[dict[str, Any]]:

@@ -333,8 +333,8 @@ def plot(runs: PathLike | Sequence[PathLike], panels: str | Sequence[str] = ()) 
     A notebook shows the figure if it is the last line of a cell; `figure.savefig("loss.png")` saves it.
 
     Args:
-        panels: loss, hellaswag, core, bits, lr, grad_norm, tokens_per_s, mfu, step_ms: one below the other; by default the
-            report's picture.
+        panels: loss, hellaswag, core, bits, lr, grad_norm, tokens_per_s, mfu, step_ms: one below the other; by default
+            the report's picture.
 
     Raises:
         UsageError: not the folder of a run, too many runs, or they have no such panel.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness_tasks import found_by_harness, nats, write_tasks
 
 from regpt2.base import shelves
 from regpt2.evals import EvalContext, hellaswag, lambada
@@ -19,7 +20,6 @@ from regpt2.evals.scoring.endings import Question, Scored
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 for package in ("lm_eval", "accelerate", "transformers", "gguf"):
     pytest.importorskip(package, reason=f"{package} is not installed")
-from harness_tasks import found_by_harness, nats, write_tasks
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "eval"
