@@ -3,7 +3,7 @@
     python benchmarks/fixed_data.py RUNS --out JSON --picture PNG
 
 RUNS has a folder for each arm, and in it one for each seed: ARM/seed-N, as `regpt2 compare` makes them or
-`regpt2 train --run RUNS/ARM/seed-N`. Arms called `epochs-N` and so on are compared with the arm `recipe`, seed by seed.
+`regpt2 train --run RUNS/ARM/seed-N`. Each arm is compared with the arm `recipe`, seed by seed.
 """
 
 import argparse
@@ -25,12 +25,13 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--about", default="", help="what the data is, for the file")
     options = parser.parse_args()
     arms = {
         folder.name: [read(run) for run in sorted(folder.glob("seed-*"))] for folder in sorted(options.runs.iterdir())
     }
     table = {name: summary(runs, arms.get(BASE, [])) for name, runs in arms.items() if runs}
-    options.out.write_text(json.dumps({"arms": table, "runs": arms}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"about": options.about, "arms": table, "runs": arms}, indent=1) + "\n")
     for name, row in table.items():
         print(json.dumps({"arm": name, **row}))
     if options.picture:
@@ -93,13 +94,17 @@ def draw(path: Path, arms: dict[str, list[dict[str, Any]]]) -> None:
         at = int(np.argmin(mean))
         color = f"C{i}"
         axes.plot(
-            tokens[1:], mean[1:], color=color, marker="." if len(tokens) > 2 else "o", label=f"{label}: {mean[at]:.3f}"
+            tokens[1:],
+            mean[1:],
+            color=color,
+            marker="." if len(tokens) > 2 else "o",
+            label=f"{label}: {np.mean([run['best'] for run in runs]):.3f}",
         )
         axes.plot(tokens[at], mean[at], color=color, marker="o", markersize=9, fillstyle="none")
     axes.set_xlabel(f"tokens seen, million; a pass is {arms[BASE][0]['train_tokens'] / 1e6:.3f}")
     axes.set_ylabel("validation loss, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend(title="lowest validation loss", frameon=False)
+    axes.legend(title="lowest validation loss, mean over seeds", frameon=False)
     figure.savefig(path, dpi=130)
 
 

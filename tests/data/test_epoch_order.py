@@ -86,7 +86,16 @@ def joined(tokens: list[int], seed: int, epoch: int) -> list[int]:
 def test_every_window_is_that_of_documents_joined_by_a_plain_loop(
     lengths: list[int], T: int, seed: int, begins_inside: bool, world_size: int
 ) -> None:
-    stream = Numbered([max(lengths[0], T + 1), *lengths], begins_inside=begins_inside)
+    assert_windows([max(lengths[0], T + 1), *lengths], T, seed, begins_inside, world_size)
+
+
+@pytest.mark.parametrize(("T", "begins_inside"), [(8, False), (30, True)])
+def test_windows_of_two_epochs_written_out(T: int, begins_inside: bool) -> None:
+    assert_windows([5, 70, 1, 1, 33, 12, 8], T, 7, begins_inside, 2)
+
+
+def assert_windows(lengths: list[int], T: int, seed: int, begins_inside: bool, world_size: int) -> None:
+    stream = Numbered(lengths, begins_inside=begins_inside)
     ranks = [loader(stream, T=T, seed=seed, rank=r, world_size=world_size) for r in range(world_size)]
     n = (stream.n_tokens - 1) // T
     tokens = stream.tokens.tolist()

@@ -283,6 +283,6 @@ def test_the_recipe_fixed_data_trains_either_model_and_goes_on_from_another(tmp_
         done = regpt2("train", "fixed_data", "--run", tmp_path / name, "--data", data, *often, *options)
         assert done.returncode == 0, done.stderr
         assert "the model is the average of the weights (optim.ema = 0.99)" in done.stdout
-        assert "best: step" in done.stdout and "11.9 epochs are 35 updates" in done.stdout
+        assert "best: step" in done.stdout and "23.9 epochs are 70 updates" in done.stdout
     first, on = evals(tmp_path / "gpt2"), evals(tmp_path / "further")
     assert first[0] > 5 > on[0] and min(first.values()) < first[0] - 0.5

@@ -201,7 +201,8 @@ class Loader:
     def _in_documents(
         self, k: int, end_of_text: int | None, on_tokens: Callable[[int], object] | None
     ) -> DocumentOrder:
-        whose = "the data" if len(self.streams) == 1 else f"data set {k + 1} of the mixture"
+        files = getattr(self.streams[k], "files", None)
+        whose = str(files[0].path.parent) if files else "the data"
         if end_of_text is None:
             raise DataError(
                 f"batch.order = 'documents' needs an end of text between documents, and the tokenizer of {whose} has "

@@ -50,7 +50,8 @@ class WeightAverage:
         """
         share = (1 - decay_of(self._ema, step)) * accepted.float()
         for name, p in self._model.named_parameters():
-            local(self.tensors[name]).lerp_(local(p), share)
+            average = local(self.tensors[name])
+            average.lerp_(local(p), share.to(average.dtype))
 
     def plain(self) -> LanguageModel:
         """The average as a plain model on every rank: its own weights, or gathered from shards. All ranks ask."""
