@@ -95,6 +95,11 @@ def fit(x: Sequence[float], y: Sequence[float], *, with_floor: bool = True) -> L
     )  # fmt: skip
 
 
+def falls(law: Law) -> bool:
+    """Is the same loss at every size outside the interval?"""
+    return law.freedom > 0 and _level(law) < 0
+
+
 def exponents_of(law: Law) -> Interval:
     """The interval of the exponent."""
     tried = _exponents()
@@ -213,7 +218,11 @@ def _free(law: Law, powers: Numbers, at: Numbers, noise: float) -> list[Numbers]
         high = np.where((shared < 0) & (limit < high), limit, high)
     inside = (slack >= 0) & (low <= high)
     ends = [low[inside], high[inside]]
-    level = float(_slack(law, np.array([((law.y - law.y.mean()) ** 2).sum()]))[0])
-    if level >= 0:
+    if (level := _level(law)) >= 0:
         ends.append(law.y.mean() + math.sqrt(level * (1 / n + noise)) * np.array([-1.0, 1.0]))
     return ends
+
+
+def _level(law: Law) -> float:
+    """`_slack` of one loss for all sizes."""
+    return float(_slack(law, np.array([((law.y - law.y.mean()) ** 2).sum()]))[0])
