@@ -26,7 +26,7 @@ VERBS = {
     "train": "train a model from a recipe, or resume a run",
     "watch": "follow runs while they train: charts in the terminal, or a table of all",
     "ladder": "measure the lecture's speed-ups on this machine, one by one, then ours",
-    "compare": "compare recipes over several seeds: is one better, and is it significant",
+    "compare": "compare recipes over several seeds: is one better, and is it significant; grids, power laws",
     "evaluate": "score a model: loss, HellaSwag, LAMBADA, the GPT-2 paper's table",
     "harness": "score a model on tasks of EleutherAI's lm-evaluation-harness",
     "sample": "continue a prompt",

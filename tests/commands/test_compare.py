@@ -206,10 +206,18 @@ def test_equal_time_is_measured_once_and_the_tables_are_written_again(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a run does not know that its comparison is gone")
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on(tmp_path: Path, tiny_recipe: Path, tiny_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "places"),
+    [(["high=TINY --optim.lr 2e-2"], ["tiny", "high"]),
+     (["--sweep", "optim.lr=3e-3,2e-2"], ["optim.lr=0.003", "optim.lr=0.02"])],
+)  # fmt: skip
+def test_killed_in_the_middle_it_goes_on(
+    tmp_path: Path, tiny_recipe: Path, tiny_data: Path, asked: list[str], places: list[str]
+) -> None:
     """kill -9 while two runs are at work: they leave with a checkpoint, and the same command takes them up."""
     out = tmp_path / "compared"
-    command = [sys.executable, "-m", "regpt2", "compare", str(tiny_recipe), f"high={tiny_recipe} --optim.lr 2e-2"]
+    asked = [word.replace("TINY", str(tiny_recipe)) for word in asked]
+    command = [sys.executable, "-m", "regpt2", "compare", str(tiny_recipe), *asked]
     command += [
         "--seeds",
         "1",
@@ -226,7 +234,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, tiny_recipe: Path, tiny
     command += ["--max-steps", "1000", "--save-every", "100", "--log-every", "10", "--sample-every", "0"]
     command += ["--batch.micro-batch", "8", "--model.n-layer", "1", "--model.n-embd", "16"]
     two_threads = {**os.environ, "OMP_NUM_THREADS": "2"}
-    runs = [out / "tiny/seed-1", out / "high/seed-1"]
+    runs = [out / place / "seed-1" for place in places]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=two_threads) as process:
         wait_for(lambda: any(list((run / "checkpoints").glob("step-*")) for run in runs))
         process.kill()

@@ -119,6 +119,28 @@ def test_an_e_that_the_points_do_not_determine_reaches_zero_and_widens_the_predi
     assert floors_of(precise).low > 1
 
 
+def test_neither_the_fit_nor_an_interval_takes_e_below_zero_or_a_law_that_rises() -> None:
+    assert fit(SIZES, 5 - 0.3 * np.log(SIZES)).floor == 0, "it falls faster than any power law with E above 0"
+    x, y = noisy(np.random.default_rng(5), 4, 2, 0.05)
+    assert 0 == floors_of(fit(x, y)).low < floors_of(fit(x, y)).high < 2 * y.max(), "a law that rises has any E"
+
+
+def test_the_noise_of_new_runs_adds_its_variance() -> None:
+    """With so little noise the law is a plane, where variances add."""
+    law = fit(*noisy(np.random.default_rng(9), 5, 2, 1e-5))
+    halves = [(one.high - one.low) / 2 for one in (predicted(law, 8e5, n_runs) for n_runs in (0, 1, 4))]
+    t = 2.365  # seven degrees of freedom, any table
+    for half, n_runs in zip(halves[1:], (1, 4), strict=True):
+        assert half**2 - halves[0] ** 2 == pytest.approx(t**2 * law.variance / n_runs, rel=0.02)
+
+
+def test_a_narrow_interval_of_the_exponent_is_not_rounded_to_a_grid() -> None:
+    law = fit(*noisy(np.random.default_rng(8), 5, 2, 1e-5))
+    found = exponents_of(law)
+    assert found.low < law.exponent < found.high and found.high - found.low < 0.002
+    assert EXPONENT in found
+
+
 def test_sizes_off_the_law_by_more_than_seeds_are_seen_and_widen_it() -> None:
     x, y = noisy(np.random.default_rng(6), 5, 3, 0.001)
     bent = y + np.where(x == SIZES[2], 0.05, 0)

@@ -88,6 +88,15 @@ def test_remarks_name_an_e_that_is_not_determined_and_a_rate_that_is_not_tuned(t
     assert not any("learning rate" in line for line in lines)
 
 
+def test_losses_that_do_not_fall_show_no_law(tmp_path: Path) -> None:
+    plan = sizes(tmp_path)
+    runs = outcomes(plan, read_runs(tmp_path, plan))
+    level = [replace(one, finals={1: 2.0 + 0.01 * (at % 2), 2: 2.01}) for at, one in enumerate(runs)]
+    found = forecast(plan, level)
+    assert found.answer().startswith("The loss does not fall measurably with non-embedding parameters here")
+    assert any("The same loss at every size fits too." in line for line in law_remarks(found, plan))
+
+
 def test_a_size_without_a_loss_leaves_the_law_to_the_others(tmp_path: Path) -> None:
     plan = sizes(tmp_path, n=4)
     plan.failures.update({f"model.n_embd=32/seed-{seed}": "out of memory" for seed in (1, 2)})

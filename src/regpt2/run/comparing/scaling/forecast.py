@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from regpt2.base.console import count
 from regpt2.run.comparing.outcomes import Outcome
 from regpt2.run.comparing.runs import Arm, Comparison
-from regpt2.run.comparing.scaling.law import LACKING, Interval, Law, exponents_of, fit, floors_of, predicted
+from regpt2.run.comparing.scaling.law import LACKING, Interval, Law, exponents_of, falls, fit, floors_of, predicted
 from regpt2.run.comparing.scaling.sizes import LEAST_FITTED, VARIABLES, size_of
 
 AHEAD = 2.0  # how far beyond the largest size a law fitted to all is asked
@@ -99,6 +99,8 @@ class Forecast:
         value, interval = float(self.whole.law(self.ahead)), self.ahead_interval()
         first = f"With {count(self.ahead)} {what}, twice the most here, a loss of {value:.3f} is predicted"
         first += f" (95 % interval {interval.low:.3f} to {interval.high:.3f})" if self.whole.has_interval else ""
+        if self.whole.has_interval and not falls(self.whole.law):
+            first = f"The loss does not fall measurably with {what} here, so no law is shown"
         checks = self.checks[self.main]
         if not checks:
             return f"{first}; no size was held out to check the law."
@@ -157,6 +159,11 @@ def law_remarks(found: Forecast, plan: Comparison) -> list[str]:
         lines.append(
             f"{len(law.law.y)} runs fix E, A and the exponent exactly and leave nothing to judge them by: the law with "
             "E has no interval. More seeds or sizes give it one."
+        )
+    elif not falls(law.law):
+        lines.append(
+            f"The same loss at every size fits too. More {'seeds' if found.over == 'tokens' else 'tokens, seeds'} or "
+            "sizes farther apart may show a law."
         )
     elif not law.knows_floor:
         lines.append(

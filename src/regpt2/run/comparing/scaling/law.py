@@ -95,9 +95,14 @@ def fit(x: Sequence[float], y: Sequence[float], *, with_floor: bool = True) -> L
     )  # fmt: skip
 
 
+def falls(law: Law) -> bool:
+    """Is the same loss at every size outside the interval?"""
+    return law.freedom > 0 and _level(law) < 0
+
+
 def exponents_of(law: Law) -> Interval:
     """The interval of the exponent."""
-    tried = _exponents()
+    tried = _exponents(law)
     if not law.freedom:
         return Interval(math.nan, math.nan)
     inside = tried[_slack(law, _at(tried, law.x / law.unit, law.y, law.with_floor).squares) >= 0]
@@ -158,8 +163,12 @@ def _noise(x: Numbers, y: Numbers, squares: float, n_free: int) -> tuple[float, 
     return squares, squares / freedom if freedom else math.nan, freedom, False
 
 
-def _exponents() -> Numbers:
-    return np.geomspace(LEAST_EXPONENT, MOST_EXPONENT, N_EXPONENTS)
+def _exponents(law: Law) -> Numbers:
+    """All that are tried, the more densely the nearer to the best: an interval may be narrow."""
+    off = np.geomspace(1e-7, 0.3, N_EXPONENTS // 2)
+    near = law.exponent * np.concatenate([1 - off, 1 + off])
+    tried = np.concatenate([np.geomspace(LEAST_EXPONENT, MOST_EXPONENT, N_EXPONENTS), near])
+    return np.unique(np.clip(tried, LEAST_EXPONENT, MOST_EXPONENT))
 
 
 def _slack(law: Law, squares: Numbers) -> Numbers:
@@ -177,7 +186,7 @@ def _profile(law: Law, x: float, n_runs: int) -> Interval:
     """
     if not law.freedom:
         return Interval(math.nan, math.nan)
-    tried, noise = _exponents(), 1 / n_runs if n_runs else 0.0
+    tried, noise = _exponents(law), 1 / n_runs if n_runs else 0.0
     powers = (law.x / law.unit) ** -tried[:, None]  # (exponents, runs)
     at = np.zeros_like(tried) if math.isinf(x) else (x / law.unit) ** -tried
     bare = _at(tried, law.x / law.unit, law.y, with_floor=False)
@@ -213,7 +222,11 @@ def _free(law: Law, powers: Numbers, at: Numbers, noise: float) -> list[Numbers]
         high = np.where((shared < 0) & (limit < high), limit, high)
     inside = (slack >= 0) & (low <= high)
     ends = [low[inside], high[inside]]
-    level = float(_slack(law, np.array([((law.y - law.y.mean()) ** 2).sum()]))[0])
-    if level >= 0:
+    if (level := _level(law)) >= 0:
         ends.append(law.y.mean() + math.sqrt(level * (1 / n + noise)) * np.array([-1.0, 1.0]))
     return ends
+
+
+def _level(law: Law) -> float:
+    """`_slack` of one loss for all sizes."""
+    return float(_slack(law, np.array([((law.y - law.y.mean()) ** 2).sum()]))[0])
