@@ -7,6 +7,7 @@ import dataclasses
 from bisect import bisect_right
 from contextlib import suppress
 
+from regpt2.base.errors import ConfigError
 from regpt2.config.run import RunConfig
 from regpt2.data.loader import BatchConfig
 from regpt2.data.mixture import WORTHWHILE_EPOCHS, Mixture
