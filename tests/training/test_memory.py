@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from regpt2.base import shelves
 from regpt2.base.errors import ConfigError
 from regpt2.base.ranks.world import World
+from regpt2.config.recipe_files import load_recipe
 from regpt2.machine.known_gpus import MACHINES
 from regpt2.model.architecture import build_model
 from regpt2.model.gpt import GPTConfig
@@ -401,3 +402,14 @@ def test_a_child_does_not_begin_with_its_parents_peak() -> None:
     code = "import torch; from regpt2.base.device import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 600_000_000 < ballast.nbytes
+
+
+def test_a_step_in_long_windows_holds_what_torchs_allocator_counted() -> None:
+    """As above, of the recipe with windows of 65,536 tokens; one graph, and no wait for the device."""
+    file = DRY_GPU.with_name("2026-11-30_dry_gpu_long.json")
+    (row,) = json.loads(file.read_text())["rows"]
+    config = load_recipe("modern_124m_long")
+    one = Setup(model=config.model, micro_batch=1, seq_len=config.batch.seq_len, grad_accum_steps=4, optim=config.optim)
+    assert sum(step_memory(one).values()) == pytest.approx(row["peak_bytes"], rel=0.05)
+    assert (row["of_model"]["graphs"], row["of_model"]["breaks"], row["waits_in_step"]) == (1, 0, 0)
+    assert row["windows_added"] == {"graphs": 0, "breaks": 0, "waits": 0}, "a longer window compiled the step again"

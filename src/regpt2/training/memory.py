@@ -35,8 +35,6 @@ SQUARE_WIDTHS = 8  # and of relu(x)^2: relu(x) again, and twice that
 # On a GPU, in addition to what is kept when the backward pass begins: uncompiled, the head's gradient in fp32, twice;
 # with relu(x)^2 the MLP of the last layer. As counted by the allocator (benchmarks/dry_gpu/plan_memory.py).
 GPU_BACKWARD_WIDTHS = {"compiled": 3, "eager": 4, "eager, square": 11}
-# For each block with x0 mixed in: counted on two blocks of modern_124m_long, which mix values and a skip in too.
-MIXED_BACKWARD_WIDTHS = 4.6
 GPU_WORKSPACE_BYTES = 72_000_000  # of cuBLAS on a Hopper
 BLOCK = 256  # queries at a time in the CPU's attention (model/kernels/attention.py), which keeps its weights up to 256
 BLOCK_BYTES = 1 << 22  # of fp32 logits at a time on a CPU (model/kernels/loss.py)
@@ -288,9 +286,7 @@ def _backward_parts(setup: Setup) -> dict[str, int]:
         return {"a layer backward": head_bytes + widths * width}
     kept = {"head and loss": _head_kept_bytes(setup)}
     if setup.compiled:
-        mixed = isinstance(model, ModernConfig) and model.x0_mixing
-        streams = int(MIXED_BACKWARD_WIDTHS * model.n_layer * width) if mixed else 0
-        return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width + streams}
+        return {**kept, "a layer backward": GPU_BACKWARD_WIDTHS["compiled"] * width}
     moments = [GPU_BACKWARD_WIDTHS["eager"] * width, width + head_bytes]  # the head's own gradient, scaled
     if squared:
         untied = isinstance(model, ModernConfig) and model.untied_head  # its gradient is already added and freed
