@@ -304,7 +304,18 @@ def rank_main(rank: int, port: int, out: str) -> None:
         optimizer.step()  # the same gradient again
         weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
         torch.save((gradients, logits, weights), f"{out}/{strategy}_{config.n_layer}_{rank}.pt")
+    torch.save(types_that_a_block_is_given(world, mine), f"{out}/types_{rank}.pt")
     os._exit(0)  # torch's own end of a group may wait forever, or abort
+
+
+def types_that_a_block_is_given(world: World, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the stream and of the rotation, in bf16 and in shards."""
+    model = build_model(LONG, seed=9)
+    trainable = make_trainable(model, torch.bfloat16, world, ParallelConfig(strategy="fsdp"), compiled=False)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    model.h[1].register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[2][0].dtype)))
+    trainable(x, x.roll(-1, 1)).backward()
+    return seen[0]
 
 
 def test_two_ranks_are_one(tmp_path: Path, unused_port: int) -> None:
@@ -326,6 +337,9 @@ def test_two_ranks_are_one(tmp_path: Path, unused_port: int) -> None:
                 torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)  # sums in another order
                 torch.testing.assert_close(weights[name], p.detach(), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(logits, expected)
+    for rank in range(2):
+        types = torch.load(tmp_path / f"types_{rank}.pt", weights_only=True)
+        assert types == (torch.bfloat16, torch.float32), "positions would be rounded to 8 bits"
 
 
 def test_switches_that_are_on_are_named() -> None:

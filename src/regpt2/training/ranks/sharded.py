@@ -16,7 +16,8 @@ def shard(model: LanguageModel, dtype: torch.dtype, reduce_dtype: torch.dtype, w
     Block by block, so that one block's weights can be gathered while the one before computes.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+    # What a block is given stays as it is: the angles of rotary positions are fp32, the stream is in `dtype` anyway.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
