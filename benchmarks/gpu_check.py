@@ -107,10 +107,11 @@ def read_options() -> argparse.Namespace:
         "--cache", type=Path, help="the compiler's cache of an earlier call; by default that of --wheels"
     )
     parser.add_argument("--peers", type=Path, help="clones of build-nanogpt, nanoGPT, llm.c, for headline and peers")
-    parser.add_argument("--data", type=Path, help="a prepared data folder, for the item training")
+    parser.add_argument("--data", type=Path, help="a prepared data folder, for the items training and equal_minutes")
     parser.add_argument("--recipe", default="gpt2_124m", help="that the item training follows")
     options = parser.parse_args()
-    left_out = {"peers"} if options.peers is None else set()
+    left_out = {"equal_minutes"}  # it takes a call of its own, by --only
+    left_out |= {"peers"} if options.peers is None else set()
     left_out |= {"training"} if options.data is None else set()
     options.only = options.only or [item for item in ITEMS if item not in left_out]
     options.work = options.work or options.out / "items"

@@ -68,7 +68,7 @@ def test_the_same_text_gives_the_same_file(file: Path, tmp_path: Path, capsys: p
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
     said = capsys.readouterr().out
     assert f"{N} tokens (256 bytes, {N - 257} merges, end of text)" in said
-    assert "bytes of held-out text: " in said and "GPT-2's tokenizer: " in said
+    assert " bytes per token; GPT-2's tokenizer: " in said  # of held-out text, if a document happens to be held out
 
 
 def test_it_learns_the_merges_that_counting_pairs_gives(tmp_path: Path) -> None:
@@ -246,7 +246,9 @@ def test_a_data_folder_needs_no_path_any_more(folder: Path, ours: BytePairTokeni
             train.read(0, train.n_tokens).tolist()
         )
     documents = [path.read_text() for path in sorted(DOCS.glob("*.md"))]
-    assert text == "".join(END_OF_TEXT + document for document in documents)
+    for document in documents:  # a long one may be cut into pieces, each a document of its own
+        assert END_OF_TEXT + document[:1000] in text
+    assert text.replace(END_OF_TEXT, "") == "".join(documents).replace(END_OF_TEXT, "")
     assert (folder / OWN_FILE).read_bytes() == read_own(file)
 
 

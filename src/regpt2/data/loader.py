@@ -99,8 +99,7 @@ class BatchConfig:
     seq_len: int = 1024
     """Tokens per training sequence, at most model.block_size."""
     order: Literal["shuffled", "sequential", "documents"] = "shuffled"
-    """shuffled: windows in a seeded order over the whole epoch; sequential: in the shards' order, as in the lecture;
-    documents: the documents in a new order each epoch, joined and cut into windows, which are shuffled."""
+    """shuffled: windows in a seeded order; sequential: as in the lecture; documents: shuffled anew in each epoch."""
     one_batch: bool = False
     """Every update uses the first windows: the sanity check that the model can learn them by heart."""
 
