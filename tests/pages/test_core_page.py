@@ -94,6 +94,14 @@ def test_tasks_measured_one_by_one_share_the_table_and_the_newest_counts(tmp_pat
     ]
 
 
+def test_single_tasks_are_not_listed_a_second_time_among_the_evaluations(tmp_path: Path) -> None:
+    results = {"core.piqa": figures({"piqa": 0.6}), "hellaswag": {"acc_norm": 0.3, "count": 10}}
+    page, text = written(tmp_path, results)
+    assert "core.piqa" not in page[: page.index('<table class="figures core">')]
+    assert "core.piqa" not in text[: text.index("| task ")]
+    assert "hellaswag" in page and len(rows_of(page)) == 3
+
+
 def test_while_training_there_is_a_curve_and_no_table(tmp_path: Path) -> None:
     page, markdown = written(tmp_path, None, core_event(10, 0.02), core_event(20, 0.05))
     assert '<table class="figures core">' not in page

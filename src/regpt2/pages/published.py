@@ -59,7 +59,8 @@ def latest_evals(record: Record) -> list[Event]:
 
 def metrics_of(event: Event) -> list[str]:
     """The keys of an evaluation's metrics, without standard errors and other fields."""
-    if event.get("eval") == "core":
-        return [key for key in CORE if key in event]
+    entry, _, part = str(event.get("eval")).partition(".")
+    if entry == "core":  # its tasks have a table of their own
+        return [] if part else [key for key in CORE if key in event]
     named = (key for key, value in event.items() if not isinstance(value, dict | list))
     return [key for key in named if key not in NO_METRICS and not key.endswith("_stderr")]

@@ -40,7 +40,7 @@ def evaluations(record: Record, sources: Sources) -> Html:
     """The section: the newest figures beside published ones; below, folded, the history of each."""
     shown = scores(record)
     if not shown:
-        return Html("")
+        return core_section(record, sources)
     has_protocol = any(score.protocol for score in shown)
     head = ["evaluation", "metric", "value", "count", "reference", *(["protocol"] if has_protocol else [])]
     rows: list[list[object]] = []
