@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TOOLS := $(VENV)/.test-installed
 CLIENTS := $(VENV)/.clients-installed
+GUIDE := $(VENV)/.guide-installed
 # Two workers; a third was no faster on two cores.
 WORKERS := -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check quick format gpu-check gpu-carry faults faults-full mutants clients guide fuzz clean
+.PHONY: help setup demo test check quick format gpu-check gpu-carry faults faults-full mutants clients guide site fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -105,6 +106,15 @@ $(CLIENTS): $(TOOLS)
 # make guide  runs every chapter of docs/guide/, compares its outputs, writes pictures and notebooks; ARGS="--only loss --accept"
 guide: $(TOOLS)
 	$(BIN)/python tests/guide/build_guide.py $(ARGS)
+
+# make site  builds the documentation as a site in SITE=runs/site; a dead link fails
+SITE ?= runs/site
+site: $(GUIDE)
+	$(BIN)/python tests/guide/site.py --out $(SITE)
+
+$(GUIDE): $(TOOLS)
+	$(PIP) -e '.[test,guide]'
+	@touch $@
 
 # make fuzz  fuzzes the file readers by coverage, SECONDS=60 for each; needs Linux and Python below 3.14
 SECONDS ?= 60

@@ -7,6 +7,7 @@ What a chapter may hold, beside text:
     ```text                 below one of these: what it printed
     ![...](images/a.png)    below a python block: the figure that it drew
     <!-- source: model/gpt.py: GPT.forward -->      the python block below is quoted from the source, and does not run
+    <!-- write: forward.c -->                       the block below is written into this file
     <!-- not run: a network -->                     the block below does not run, because it needs this
     <!-- within 2% -->                              the numbers of the output below may differ by so much
     <!-- varies -->                                 the output below is another one each time: a time, a speed
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "guide"
 FENCE = re.compile(r"```(\w*)$")
-MARK = re.compile(r"<!-- (source|not run|within|varies|fails):? ?(.*?) ?-->$")
+MARK = re.compile(r"<!-- (source|write|not run|within|varies|fails):? ?(.*?) ?-->$")
 PICTURE = re.compile(r"!\[[^\]]*\]\((images/[\w.-]+\.png)\)$")
 
 
@@ -30,7 +31,7 @@ class Block:
     """A run of lines with one purpose."""
 
     kind: str
-    """python, bash, output, picture; or text, which only the reader uses."""
+    """python, bash, output, picture, file, quote; or text, which only the reader uses."""
     lines: tuple[str, ...]
     """As they are in the file, fences included."""
     number: int
@@ -127,14 +128,14 @@ def _with_purpose(pieces: list[Block]) -> Iterator[Block]:
             yield piece
             continue
         named = dict(marks)
-        still = {"source", "not run"} & named.keys()
+        still = {"source", "write", "not run"} & named.keys()
         kind = piece.kind
         if kind == "text" and piece.lines[0].startswith("```") and after in ("python", "bash"):
             kind = "output"
         elif kind == "picture" and after not in ("python", "output"):
             kind = "text"
         elif kind not in ("python", "bash", "picture") or still:
-            kind = "quote" if "source" in named else "text"
+            kind = "quote" if "source" in named else "file" if "write" in named else "text"
         yield replace(piece, kind=kind, marks=tuple(marks))
         after = kind if kind in ("python", "bash") or (kind == "output" and after == "python") else ""
         marks = []

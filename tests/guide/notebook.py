@@ -21,7 +21,7 @@ def notebook(chapter: Chapter) -> str:
     for block in chapter.blocks:
         if block.kind == "output" or (block.kind == "picture"):
             continue
-        if block.kind in ("python", "bash"):
+        if block.kind in ("python", "bash", "file"):
             cells += _markdown(text)
             text = []
             cells.append(nbformat.v4.new_code_cell(_code(block)))
@@ -48,6 +48,8 @@ def _code(block: Block) -> str:
     """Python as it is; commands by the notebook's own shell, so that their output shows while they run."""
     if block.kind == "python":
         return block.body
+    if block.kind == "file":
+        return f"%%writefile {block.mark('write')}\n{block.body}"
     return "\n".join(f"!{line}" if line and not line.startswith("#") else line for line in _joined(block.body))
 
 

@@ -40,6 +40,8 @@ def play(chapter: Chapter, folder: Path) -> Played:
             place = f"{chapter.path.name}:{block.number}"
             if block.kind == "picture":
                 played.pictures[block.picture] = _figure()
+            if block.kind == "file":
+                Path(str(block.mark("write"))).write_text(block.body + "\n")
             if block.kind not in ("python", "bash"):
                 continue
             run = _python if block.kind == "python" else _bash
