@@ -46,12 +46,18 @@ def play(chapter: Chapter, folder: Path) -> Played:
                 continue
             run = _python if block.kind == "python" else _bash
             printed, error = run(block, place, namespace)
+            printed, error = _without(folder, printed), error and _without(folder, error)
             if (error is None) == (block.mark("fails") is not None):
                 problem = error or "expected an error, and none came"
                 played.problems.append(f"{place}: {problem}\n{printed[-2000:]}")
                 return played
             played.outputs[block.number] = printed + (error.strip().split("\n")[-1] + "\n" if error else "")
     return played
+
+
+def _without(folder: Path, text: str) -> str:
+    """The text as a reader in the folder would see it."""
+    return text.replace(f"{folder.resolve()}/", "").replace(str(folder.resolve()), ".")
 
 
 @contextlib.contextmanager
