@@ -104,7 +104,7 @@ $(CLIENTS): $(TOOLS)
 	@touch $@
 
 # make guide  runs every chapter of docs/guide/, compares its outputs, writes pictures and notebooks; ARGS="--only loss --accept"
-guide: $(TOOLS)
+guide: $(GUIDE)
 	$(BIN)/python tests/guide/build_guide.py $(ARGS)
 
 # make site  builds the documentation as a site in SITE=runs/site; a dead link fails

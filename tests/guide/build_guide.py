@@ -4,7 +4,7 @@
 
 What a chapter printed must be what its page says, within the tolerance that the page states; `--accept` writes what
 came into the page instead. Quoted code, pictures and notebooks are always written anew. A picture is kept if what
-was drawn looks the same. Exit code 1 if anything differs.
+was drawn looks the same. Two notebooks are then run as Jupyter runs them. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -25,9 +25,11 @@ import numpy as np
 from agree import difference
 from chapter import FOLDER, Block, Chapter, chapters, read_chapter
 from notebook import notebook
-from play import Played, play
+from play import BLOCK_S, Played, play
 from quote import quote
 
+AS_NOTEBOOKS = ("07_batches", "14_ranks")
+"""Chapters whose notebooks are run too: commands and code, in seconds."""
 SAME_PICTURE = 0.02
 """Mean difference of two pictures' pixels, of 1, up to which they look the same."""
 
@@ -60,6 +62,13 @@ def main() -> int:
             for problem in built.problems:
                 print(f"     {problem}", flush=True)
             found += bool(built.problems)
+    for path in (path for path in paths if path.stem in AS_NOTEBOOKS):
+        problem = run_notebook(path.with_suffix(".ipynb"))
+        print(
+            f"FAIL {path.stem} as a notebook\n     {problem}" if problem else f"ok   {path.stem} as a notebook",
+            flush=True,
+        )
+        found += bool(problem)
     print(f"guide: {len(paths)} chapters, {found} with differences, {time.perf_counter() - started_at:.0f} s")
     return 1 if found else 0
 
@@ -80,6 +89,22 @@ def build(path: Path, accept: bool) -> Built:
         keep_pictures(played)
     path.with_suffix(".ipynb").write_text(notebook(chapter))
     return Built(chapter.name, tuple(problems), time.perf_counter() - started_at)
+
+
+def run_notebook(path: Path) -> str | None:
+    """What went wrong in a kernel of its own; None if nothing did."""
+    import nbclient
+    import nbformat
+
+    book = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"metadata": {"path": folder}}
+        try:
+            nbclient.NotebookClient(book, timeout=BLOCK_S, kernel_name="python3", resources=where).execute()
+        except nbclient.exceptions.CellExecutionError as error:
+            return str(error)[-2000:]
+    printed = [out.get("text", "") for cell in book.cells for out in cell.get("outputs", [])]
+    return next((text for text in printed if "regpt2: " in text or "not found" in text), None)
 
 
 def quoted(chapter: Chapter) -> Chapter:

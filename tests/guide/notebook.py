@@ -6,7 +6,11 @@ import jupytext
 import nbformat
 from chapter import Block, Chapter
 
-INSTALL = """\
+FIRST = """\
+import os
+import sys
+
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # the commands of this Python
 try:
     import regpt2
 except ModuleNotFoundError:  # on Colab, say
@@ -28,7 +32,7 @@ def notebook(chapter: Chapter) -> str:
         else:
             text += block.lines
     cells += _markdown(text)
-    first = nbformat.v4.new_code_cell(INSTALL)
+    first = nbformat.v4.new_code_cell(FIRST)
     cells.insert(1 if cells and cells[0].cell_type == "markdown" else 0, first)
     for number, cell in enumerate(cells):
         cell.id = f"{chapter.name}-{number}"
@@ -45,14 +49,6 @@ def _markdown(lines: list[str]) -> list[nbformat.NotebookNode]:
 
 
 def _code(block: Block) -> str:
-    """Python as it is; commands by the notebook's own shell, so that their output shows while they run."""
-    if block.kind == "python":
-        return block.body
-    if block.kind == "file":
-        return f"%%writefile {block.mark('write')}\n{block.body}"
-    return "\n".join(f"!{line}" if line and not line.startswith("#") else line for line in _joined(block.body))
-
-
-def _joined(commands: str) -> list[str]:
-    """One line for each command."""
-    return commands.replace("\\\n", "").split("\n")
+    """Python as it is; commands as one script, because a later one may use what an earlier one has set."""
+    head = {"bash": "%%bash -e\n", "file": f"%%writefile {block.mark('write')}\n"}
+    return head.get(block.kind, "") + block.body
