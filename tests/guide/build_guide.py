@@ -152,12 +152,13 @@ def differences(chapter: Chapter, played: Played) -> list[str]:
 
 
 def with_outputs(chapter: Chapter, played: Played) -> Chapter:
-    """The chapter with what came, where the page said something else; a block that printed more gets an output."""
+    """The chapter with what came where the page said something else, or what varies; more output gets a block."""
     wrong = {problem.split(": ")[0] for problem in differences(chapter, played)}
     new: dict[int, Block] = {}
     added: dict[int, Block] = {}
     for block, output in outputs_of(chapter):
-        if f"{chapter.path.name}:{block.number}" not in wrong:
+        varies = output is not None and output.mark("varies") is not None
+        if f"{chapter.path.name}:{block.number}" not in wrong and not varies:
             continue
         body = "\n".join(line.rstrip() for line in played.outputs[block.number].strip("\n").split("\n"))
         if output is None:
