@@ -42,10 +42,11 @@ demo: $(CORE)
 	$(BIN)/regpt2 sample runs/demo "def " --max-new-tokens 120 --temperature 0.7
 	@echo
 	@echo "The page of this run: runs/demo/report.html (opens offline); as Markdown and a picture: report.md, report.png"
-	@echo "Next: $(BIN)/regpt2 serve runs/demo --open    # one command opens a page on which the demo's model writes"
-	@echo "      $(BIN)/regpt2 sample runs/demo \"import os\" --temperature 0.5"
-	@echo "      $(BIN)/regpt2 prepare text_files --input YOUR_FOLDER --tokenizer bytes --out data/mine && $(BIN)/regpt2 train demo --data data/mine --run runs/mine"
-	@echo "      on a GPU: $(BIN)/regpt2 prepare fineweb_edu --out data/fineweb_edu_10B && $(BIN)/regpt2 train gpt2_124m"
+	@echo "Next: source $(BIN)/activate    # from here on regpt2 is a command of this shell"
+	@echo "      regpt2 serve runs/demo --open    # one command opens a page on which the demo's model writes"
+	@echo "      regpt2 sample runs/demo \"import os\" --temperature 0.8"
+	@echo "      regpt2 prepare text_files --input YOUR_FOLDER --tokenizer bytes --out data/mine && regpt2 train demo --data data/mine --run runs/mine"
+	@echo "      on a GPU: regpt2 prepare fineweb_edu --out data/fineweb_edu_10B && regpt2 train gpt2_124m"
 
 check: test
 

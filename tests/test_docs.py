@@ -16,7 +16,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "benchmarks/README.md",
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
 TAKE_RECIPES = ("train", "compare", "plan", "doctor")
 COMMAND = re.compile(r"regpt2 (?:-- )?([a-z]+)\b([^`\n|#]*)")
@@ -43,7 +43,7 @@ def options_help(verb: str, rest: str) -> str:
     return trained if verb == "train" else trained + help_of(verb)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_has_a_verb_and_options_that_exist(page: Path) -> None:
     for verb, rest in commands(page):
         assert verb in VERBS, f"{page.name}: regpt2 {verb}"
@@ -57,13 +57,56 @@ def test_every_command_has_a_verb_and_options_that_exist(page: Path) -> None:
             assert recipe in recipe_names(), f"{page.name}: there is no recipe {recipe}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_files_exist(page: Path) -> None:
-    text = page.read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    for target in re.findall(r"`((?:src|tests|benchmarks|docs)/[\w/.]+\.\w+)`", text):
+def anchors(page: Path) -> set[str]:
+    """What `#...` may name on a page: its headings, spelled as GitHub does."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.M):
+        plain = re.sub(r"\]\([^)]*\)", "", heading).strip().lower()
+        name = re.sub(r"[^\w -]", "", plain).replace(" ", "-")
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return set(found)
+
+
+def without_code(text: str) -> str:
+    """Without fenced blocks and inline code: `[a](b)` in them is no link, # no heading."""
+    kept = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S)
+    return re.sub(r"`([^`\n]*)`", lambda match: match[1].replace("](", "] ("), kept)
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links within the tree whose file, or whose heading in it, does not exist."""
+    dead = []
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)", without_code(page.read_text())):
+        target, _, anchor = link.partition("#")
+        file = page.parent / target if target else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            dead.append(f"{page.name} links to {link}")
+    return dead
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_their_headings_and_named_files_exist(page: Path) -> None:
+    assert dead_links(page) == []
+    for target in re.findall(r"`((?:src|tests|benchmarks|docs)/[\w/.]+\.\w+)`", page.read_text()):
         assert (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+def test_dead_links_and_headings_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One `two`: three!\n\n# Four\n\n# Four\n\n```\n# no heading\n```\n")
+    good = "[a](other.md) [b](other.md#one-two-three) [c](other.md#four-1) [d](#here) [e](https://x.org/y) `x[0](z)`"
+    page = tmp_path / "page.md"
+    page.write_text(f"# Here\n\n{good}\n")
+    assert dead_links(page) == []
+    page.write_text("[a](no.md) ![b](no.png) [c](other.md#three) [d](#there) [e](other.md#no-heading)")
+    assert [dead.split()[-1] for dead in dead_links(page)] == [
+        "no.md", "no.png", "other.md#three", "#there", "other.md#no-heading",
+    ]  # fmt: skip
+
+
+def test_every_picture_is_shown_on_a_page() -> None:
+    shown = {link for page in PAGES for link in re.findall(r"\]\(([^)\s]+\.png)\)", page.read_text())}
+    names = {Path(link).name for link in shown}
+    assert [path.name for path in (ROOT / "docs/images").iterdir() if path.name not in names] == []
 
 
 def test_the_pages_do_have_commands() -> None:
@@ -92,7 +135,7 @@ def files_called(name: str) -> list[Path]:
     return [path for there, path in SOURCES.items() if f"/{there}".endswith(f"/{name}")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_named_file_exists_and_holds_what_is_said_to_be_in_it(page: Path) -> None:
     missing = []
     for line, name, within in named_in(page):

@@ -1,4 +1,4 @@
-"""README's "Your own text" as a person follows it, small: prose to a model, fine-tuned, taught to answer, exported.
+"""docs/training.md's "Your own text" as a person follows it, small: prose, a model, fine-tuned, it answers, exported.
 
 Every command runs in this process, one after the other. llama.cpp reads the last file where it is installed.
 """
