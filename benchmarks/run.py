@@ -6,7 +6,8 @@
 
 DIR holds your clones of build-nanogpt, nanoGPT and llm.c. If one of these or of the packages transformers, ctranslate2
 and xllamacpp is missing, it is left out and a line reports it. Each result is written at once. A second run with the
-same file replaces what it measures again and keeps the rest.
+same file replaces what it measures again and keeps the rest. In training a third side takes turns with both: the bare
+matmuls of the step (bare_matmuls.py), which show this machine's rate and the share of it that each side reaches.
 """
 
 import argparse
@@ -27,20 +28,22 @@ from typing import Any
 
 import torch
 
+from bare_matmuls import flops
 from regpt2.base.device import device_name
 from regpt2.base.files import write_atomic
 from regpt2.base.version import commit, digest
 from sides import SideFailed, ratios, take_turns
 from tables import update_readme
-from works import PLACES, Comparison, SideSpec, TrainingWork, plan, profiles
+from works import PLACES, Comparison, SideSpec, TrainingWork, Work, plan, profiles
 
 HERE = Path(__file__).parent
-OURS = "regpt2"
+OURS, LIMIT = "regpt2", "bare matmuls"
 CLONES = {"build-nanogpt": "train_gpt2.py", "nanoGPT": "model.py", "llm.c": "train_gpt2.c"}
 PACKAGES = {"transformers": "transformers", "CTranslate2": "ctranslate2", "llama.cpp": "xllamacpp"}
 # By how much losses may differ at the first step: random weights of one distribution, or, with llm.c, the same weights.
 SAME_WORK, SAME_WEIGHTS = 0.3, 1e-3
 TINY_PAIRS, LEAST_PAIRS = 2, 5
+SCRIPTS = {"llm.c": "llmc.py", LIMIT: "bare_matmuls.py"}
 
 
 def version(runtime: str, peers: Path | None) -> str | None:
@@ -66,7 +69,7 @@ def formats(comparison: Comparison) -> list[str]:
 
 def command(comparison: Comparison, side: SideSpec, peers: Path | None, folder: Path) -> list[str]:
     """The command that starts a side."""
-    script = "llmc.py" if side.runtime == "llm.c" else f"{comparison.work.kind}.py"
+    script = SCRIPTS.get(side.runtime, f"{comparison.work.kind}.py")
     job = {"work": dataclasses.asdict(comparison.work), "side": dataclasses.asdict(side), "folder": str(folder)}
     job |= {"peers": str(peers and peers.absolute()), "threads": torch.get_num_threads()}
     return [sys.executable, str(HERE / script), json.dumps(job)]
@@ -90,6 +93,8 @@ def measure(comparison: Comparison, options: argparse.Namespace, folder: Path) -
     """A result for each rival."""
     place = export(comparison, folder)
     sides = {OURS: comparison.ours} | {str(side): side for side in comparison.rivals}
+    if isinstance(comparison.work, TrainingWork):
+        sides[LIMIT] = SideSpec(LIMIT, comparison.precision)
     commands = {name: command(comparison, side, options.peers, place) for name, side in sides.items()}
     pairs = TINY_PAIRS if options.quick else options.pairs
     stops = any(side.runtime == "llm.c" for side in comparison.rivals)  # after each of its few steps
@@ -114,8 +119,18 @@ def result(comparison: Comparison, side: SideSpec, warmup: list[dict], rows: lis
         "our_peak_bytes": rows[-1][OURS]["peak_bytes"],
         "their_peak_bytes": rows[-1][peer]["peak_bytes"],
         **sameness(comparison, side, warmup[0][OURS], warmup[0][peer]),
+        **limit(comparison.work, rows, peer),
         "turns_s": [[row[OURS]["wall_s"], row[peer]["wall_s"]] for row in rows],
     }
+
+
+def limit(work: Work, rows: list[dict], peer: str) -> dict[str, Any]:
+    """The rate of the bare matmuls of a training step, and the share of their time in that of both sides' steps."""
+    if not isinstance(work, TrainingWork):
+        return {}
+    bare_s = statistics.median(row[LIMIT]["wall_s"] for row in rows)
+    shares = {side: statistics.median(ratios(rows, side, LIMIT, "wall_s")) for side in (OURS, peer)}
+    return {"matmul_flops_per_s": flops(work) / bare_s, "our_share": shares[OURS], "their_share": shares[peer]}
 
 
 def sameness(comparison: Comparison, side: SideSpec, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +204,14 @@ def main() -> None:
     sys.exit(f"{failed} failed" if failed else 0)
 
 
+def of_limit(entry: dict[str, Any]) -> str:
+    """The end of a sentence: how near both sides come to the bare matmuls; nothing where these were not measured."""
+    if "matmul_flops_per_s" not in entry:
+        return ""
+    reached = f"ours at {entry['our_share']:.0%}, theirs at {entry['their_share']:.0%}"
+    return f"; {reached} of the bare matmuls' {entry['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s"
+
+
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """Where a result comes from."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -232,7 +255,7 @@ def run(comparison: Comparison, options: argparse.Namespace, folder: Path) -> in
         entry |= {"peer_version": versions[side], **about(options)}
         low, high = entry["ratio_spread"]
         assert math.isfinite(entry["ratio"])
-        print(f"  {side}: ours is {entry['ratio']:.2f}x as fast ({low:.2f}-{high:.2f})", flush=True)
+        print(f"  {side}: ours is {entry['ratio']:.2f}x as fast ({low:.2f}-{high:.2f}){of_limit(entry)}", flush=True)
     save(options.out, options.device, "results", results)
     return 0
 

@@ -9,6 +9,7 @@ BEGIN, END = "<!-- made by run.py --table: begin -->", "<!-- made by run.py --ta
 TITLES = {"training": "Training step", "generation": "Generation and prefill"}
 COLUMNS = ["work", "precision", "beside", "faster by (spread)", "by CPU time", "tokens/s, ours / theirs"]
 COLUMNS += ["peak GB, ours / theirs"]
+SHARES = "of the bare matmuls' rate, ours / theirs"
 
 
 def update_readme(readme: Path, files: list[Path]) -> None:
@@ -39,8 +40,11 @@ def block(files: Iterable[Path]) -> str:
 
 
 def table(kind: str, entries: list[dict[str, Any]]) -> str:
-    """One kind of work: a row for each rival."""
-    lines = [line(COLUMNS), line(["---"] * len(COLUMNS)), *(line(cells(entry)) for entry in entries)]
+    """One kind of work: a row for each rival; shares of the limit where they were measured."""
+    shared = any("our_share" in entry for entry in entries)
+    columns = [*COLUMNS, SHARES] if shared else COLUMNS
+    rows = [[*cells(entry), share(entry)] if shared else cells(entry) for entry in entries]
+    lines = [line(columns), line(["---"] * len(columns)), *map(line, rows)]
     return "\n".join([f"### {TITLES[kind]}\n", *lines])
 
 
@@ -61,6 +65,14 @@ def cells(entry: dict[str, Any]) -> list[str]:
         " / ".join(_count(entry["tokens"] / entry[side]) for side in ("our_s", "their_s")),
         _memory(entry),
     ]
+
+
+def share(entry: dict[str, Any]) -> str:
+    """How near both sides come to the bare matmuls of the step, and the rate of these."""
+    if "our_share" not in entry:
+        return "-"
+    rate = f"{entry['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    return f"{entry['our_share']:.0%} / {entry['their_share']:.0%} of {rate}"
 
 
 def profile(found: dict[str, Any]) -> str:

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-names = ("exports", "generation", "profile_step", "run", "sides", "tables", "training", "works")
-exports, generation, profile_step, run, sides, tables, training, works = map(importlib.import_module, names)
+names = ("bare_matmuls", "exports", "generation", "profile_step", "run", "sides", "tables", "training", "works")
+bare_matmuls, exports, generation, profile_step, run, sides, tables, training, works = map(
+    importlib.import_module, names
+)
 
 TINY = works.TrainingWork(model=works.TINY_TRAINED, micro_batch=2, seq_len=64)
 FAKE = """
@@ -110,6 +113,39 @@ def test_a_result_measured_again_takes_the_place_of_the_old_one(tmp_path: Path) 
     assert said.startswith("before\n") and said.endswith("\nafter\n") and "old" not in said
 
 
+def test_a_share_of_the_limit_stands_beside_the_ratio() -> None:
+    """A step of 2 s whose matmuls alone take 1 s is at half of their rate; theirs, of 4 s, at a quarter."""
+    turn = {run.OURS: {"wall_s": 2.0}, "one": {"wall_s": 4.0}, run.LIMIT: {"wall_s": 1.0}}
+    slower = {name: {"wall_s": 3 * side["wall_s"]} for name, side in turn.items()}  # a minute in which all are slow
+    found = run.limit(TINY, [turn, slower, turn], "one")
+    assert (found["our_share"], found["their_share"]) == (0.5, 0.25)
+    assert found["matmul_flops_per_s"] == bare_matmuls.flops(TINY)
+    shared = entry("one", 4.0) | {"our_share": 0.5, "their_share": 0.25, "matmul_flops_per_s": 406e9}
+    assert run.of_limit(shared) == "; ours at 50%, theirs at 25% of the bare matmuls' 406 GFLOP/s"
+    first, _, one, two = tables.table("training", [shared, entry("two", 4.0)]).splitlines()[2:]
+    assert first.endswith(f"| {tables.SHARES} |")
+    assert one.endswith("| 50% / 25% of 406 GFLOP/s |") and two.endswith("| - |")
+    assert tables.SHARES not in tables.table("training", [entry("two", 4.0)])  # files of before
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_the_bare_matmuls_are_those_of_a_training_step(accumulated: int) -> None:
+    """As torch counts the products of a whole step of transformers' GPT-2, less those of attention."""
+    work = works.dataclasses.replace(TINY, grad_accum_steps=accumulated)
+    products = bare_matmuls.step(work, "fp32")
+    with FlopCounterMode(display=False) as bare:
+        products()
+    assert bare.get_total_flops() == bare_matmuls.flops(work)
+    step, pairs = training.theirs(work, "transformers", "fp32", False, Path()), training.batches(work)
+    with FlopCounterMode(display=False) as whole:
+        step(pairs)
+    counts = {str(name): n for name, n in whole.get_flop_counts()["Global"].items()}
+    linear = counts["aten.mm"] + counts["aten.addmm"]
+    padded = exports.GPTConfig(**work.model.sizes()).padded_vocab_size
+    head = 6 * work.tokens * work.model.n_embd
+    assert linear - head * work.model.vocab_size == bare.get_total_flops() - head * padded
+
+
 def test_the_tables_of_the_readme_are_those_of_its_files() -> None:
     text = (BENCHMARKS / "README.md").read_text()
     block = text[text.index(tables.BEGIN) + len(tables.BEGIN) : text.index(tables.END)].strip()
@@ -177,9 +213,10 @@ def test_one_command_measures_and_leaves_out_who_is_missing(
     (found,) = json.loads(out.read_text())["results"]
     assert found["peer"] == "nanoGPT" and found["ratio"] > 0 and len(found["turns_s"]) == run.TINY_PAIRS
     assert found["their_first_loss"] == pytest.approx(found["our_first_loss"], abs=1e-3)
-    assert (
-        "bf16: build-nanogpt, compiled is left out: it is not installed, or not in --peers" in capsys.readouterr().out
-    )
+    assert 0 < found["our_share"] < 1 and 0 < found["their_share"] < 1
+    shown = capsys.readouterr().out
+    assert "bf16: build-nanogpt, compiled is left out: it is not installed, or not in --peers" in shown
+    assert re.search(r"as fast \(.*\); ours at \d+%, theirs at \d+% of the bare matmuls' \d+ GFLOP/s", shown)
 
 
 @pytest.mark.seconds
