@@ -70,6 +70,7 @@ def test_the_command_is_on_the_path_before_it_is_used() -> None:
 
 
 @pytest.mark.process
+@pytest.mark.seconds
 def test_the_python_of_the_first_page_runs_as_it_is_written(regpt2: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n\n" * 2000)
     for command in (
