@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from regpt2.base.record.metrics import read_events
+from regpt2.pages.charts.draw import PRINT, RUN_COLORS, heading, png
 
 BASE = "recipe"
 SHOWN = {"one pass": "one_pass", "naive": "naive", "the recipe": "recipe", "the recipe, 24 passes": "recipe_24"}
@@ -81,31 +83,32 @@ def error(values: list[float]) -> float | None:
 
 
 def draw(path: Path, arms: dict[str, list[dict[str, Any]]]) -> None:
-    """The loss against the tokens seen: the mean over seeds, and each arm's best."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), constrained_layout=True)
+    """The loss against the tokens seen: the mean over seeds, its lowest point marked and named."""
+    figure = Figure(figsize=(10, 5.2), dpi=160, facecolor="white")
+    axes = figure.add_axes((0.07, 0.11, 0.7, 0.71))
+    million = arms[BASE][0]["train_tokens"] / 1e6
     for i, (label, name) in enumerate(SHOWN.items()):
         runs = [run for run in arms.get(name, []) if run["tokens"] == arms[name][0]["tokens"]]
         if not runs:
             continue
-        tokens = np.array(runs[0]["tokens"]) / 1e6
-        mean = np.mean([run["losses"] for run in runs], axis=0)
-        at = int(np.argmin(mean))
-        color = f"C{i}"
-        axes.plot(
-            tokens[1:],
-            mean[1:],
-            color=color,
-            marker="." if len(tokens) > 2 else "o",
-            label=f"{label}: {np.mean([run['best'] for run in runs]):.3f}",
-        )
-        axes.plot(tokens[at], mean[at], color=color, marker="o", markersize=9, fillstyle="none")
-    axes.set_xlabel(f"tokens seen, million; a pass is {arms[BASE][0]['train_tokens'] / 1e6:.3f}")
-    axes.set_ylabel("validation loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend(title="lowest validation loss, mean over seeds", frameon=False)
-    figure.savefig(path, dpi=130)
+        tokens, mean = np.array(runs[0]["tokens"]) / 1e6, np.mean([run["losses"] for run in runs], axis=0)
+        at, color = int(np.argmin(mean)), RUN_COLORS[i]
+        axes.plot(tokens[1:], mean[1:], color=color, linewidth=1.7)
+        axes.plot(tokens[at], mean[at], "o", color=color, markersize=6)
+        best = np.mean([run["best"] for run in runs])
+        axes.annotate(
+            f"{label}: {best:.3f}", (tokens[-1], mean[-1]), xytext=(8, 0), textcoords="offset points",
+            va="center", color=color, fontsize=10,
+        )  # fmt: skip
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(PRINT["grid"])
+    axes.grid(axis="y", color=PRINT["grid"], linewidth=0.8)
+    axes.tick_params(length=0, labelcolor=PRINT["faint"], labelsize=9)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"tokens seen, million; a pass is {million:.3f}", color=PRINT["faint"], fontsize=9)
+    subtitle = "Validation loss, nats per token, mean over seeds; the dot is the lowest"
+    heading(figure, "The same text, read many times", subtitle, (0.92, 0.865))
+    path.write_bytes(png(figure))
 
 
 if __name__ == "__main__":
