@@ -2,13 +2,17 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from regpt2.cli import VERBS, main
+from regpt2.base.options import parse
+from regpt2.cli import MODULES, VERBS, main
 from regpt2.config.recipe_files import recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +59,44 @@ def test_every_command_has_a_verb_and_options_that_exist(page: Path) -> None:
         recipe = rest.split()[0] if rest.split() else ""
         if verb == "train" and re.fullmatch(r"[a-z0-9_]+", recipe):
             assert recipe in recipe_names(), f"{page.name}: there is no recipe {recipe}"
+
+
+NOT_HERE = re.compile(r"--init |\.toml\b|\bRECIPE\b|--plugin |--help")  # a model, a recipe or a file that is not here
+
+
+class Parsed(Exception):
+    """The options were understood: nothing shall be done."""
+
+
+def runs(page: Path) -> list[str]:
+    """The lines of a page's blocks that run regpt2, alone or under torchrun, as a shell would give them."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:^|-m |\$ |&& )regpt2 (?:-- )?([a-z]+ .*)$", line) for line in lines]
+    plain = [re.split(r" [|>&]{1,2} ?", match[1])[0] for match in found if match]
+    return [one for one in plain if one.split()[0] in VERBS and not NOT_HERE.search(one)]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if runs(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_the_parser_takes_every_command_as_it_is_written(
+    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def only_parse(*given: Any, **named: Any) -> None:
+        parse(*given, **named)
+        raise Parsed
+
+    monkeypatch.chdir(tmp_path)
+    for verb in VERBS:
+        monkeypatch.setattr(importlib.import_module(f"regpt2.commands.{MODULES.get(verb, verb)}"), "parse", only_parse)
+    for command in runs(page):
+        with contextlib.suppress(SystemExit):
+            try:
+                main(shlex.split(command, comments=True))
+            except Parsed:
+                continue
+        pytest.fail(f"{command}\n{capsys.readouterr().err}")
 
 
 def anchors(page: Path) -> set[str]:
@@ -111,6 +153,7 @@ def test_every_picture_is_shown_on_a_page() -> None:
 
 def test_the_pages_do_have_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 20
+    assert sum(len(runs(page)) for page in PAGES) > 100
 
 
 SOURCES = {
