@@ -87,6 +87,11 @@ def test_page_follows_light_and_dark_and_draws_in_the_colors_of_each(alone: Path
 LOOK = """<iframe src="{page}" width="{width}" height="900" id="f"></iframe><script>
 onload = () => {{ const f = document.getElementById("f"), d = f.contentDocument, w = f.contentWindow;
   document.title = JSON.stringify({{ width: d.documentElement.scrollWidth, drawings: d.querySelectorAll("svg").length,
+    outside: [...d.querySelectorAll("svg text")].filter(e => e.checkVisibility() && e.getBoundingClientRect().right >
+      e.ownerSVGElement.getBoundingClientRect().right + 0.5).map(e => e.textContent),
+    ends: Object.values(Object.groupBy([...d.querySelectorAll(".curves > figure")].map(e => e.getBoundingClientRect()),
+      e => e.top)).map(row => d.querySelector(".curves").getBoundingClientRect().right -
+      Math.max(...row.map(e => e.right))),
     fetched: w.performance.getEntriesByType("resource").map(e => e.name),
     focusable: [...d.querySelectorAll("a[href], summary, [tabindex]")].every(e => {{ e.focus();
       return d.activeElement === e || !e.checkVisibility(); }}) }}) }}</script>"""
@@ -106,5 +111,7 @@ def test_page_fits_is_reached_by_keyboard_and_fetches_nothing(
     seen = json.loads(html.unescape(title[1]))
     assert seen["width"] <= width, "the page scrolls sideways"
     assert seen["drawings"] == path.read_text().count("<svg") > 4
+    assert seen["outside"] == [], "texts that leave their drawing"
+    assert max(seen["ends"]) < 1, "a row of charts has a hole at its end"
     assert seen["fetched"] == []
     assert seen["focusable"] is True

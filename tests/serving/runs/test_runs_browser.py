@@ -229,6 +229,24 @@ def test_both_pages_fit_a_phone(chromium: Any, runs: Path, scheme: Any) -> None:
                 assert overflow_px(seen.page) == 0
 
 
+HOLES = """() => Object.values(Object.groupBy([...document.querySelectorAll("#curves > figure")]
+    .map(e => e.getBoundingClientRect()), e => e.top)).map(row =>
+    document.querySelector("#curves").getBoundingClientRect().right - Math.max(...row.map(e => e.right)))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_rows_of_charts_are_full_and_close_points_have_no_markers(chromium: Any, tmp_path: Path, width: int) -> None:
+    append(tmp_path / "runs" / "few", events_until(60, every=20))
+    append(tmp_path / "runs" / "many", events_until(60, every=1))
+    for name, markers in (("few", 4), ("many", 0)):
+        with served(tmp_path / "runs") as host, opened(chromium, f"{host}/runs/{name}", width=width) as seen:
+            charts = seen.page.locator("#curves > figure")
+            charts.nth(5).wait_for()
+            assert charts.count() == 6, "three in a row of the wide page, and two are left"
+            assert max(seen.page.evaluate(HOLES)) < 1
+            assert seen.page.locator("figure[data-panel=bits] svg.chart g > circle").count() == markers
+
+
 def test_hostile_names_and_texts_stay_text(chromium: Any, tmp_path: Path) -> None:
     runs, name = tmp_path / "runs", '"><img src=x onerror=alert(1)>&#39;%2e%2e ü?#\u202e\x1b'
     events = [start_event(config={"recipe": HOSTILE}, dataset=HOSTILE, device=HOSTILE, baselines={HOSTILE: 2.0})]

@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 
 from regpt2.base.console import count
-from regpt2.pages.charts.panels import Panel, Trace
+from regpt2.pages.charts.panels import Panel, Rule, Trace
 from regpt2.pages.safe_html import Html, fill
 
 RUN_COLORS = ("#35689f", "#bb4a29", "#2b7a55", "#8a5aa8", "#8a6a00", "#257384", "#b0457b", "#55534d")
 
+
+LETTER_IN = 0.078
+"""Inches of a letter of the labels, about: fonts differ."""
+LINE_IN = 0.17
+"""Inches from a line to the one below it."""
+MARKER_IN = 0.17
+"""Markers that are closer are beads on a string: then there are none, or a few that tell runs apart."""
 
 PRINT = {  # the color of each role
     "paper": "#ffffff", "text": "#23221f", "faint": "#6f6c65", "grid": "#e6e3dc", "train": "#35689f", "val": "#bb4a29"
@@ -142,11 +149,14 @@ def _as_html(markup: str, name: str, label: str) -> Html:
 def draw(axes: Any, panel: Panel, ink: dict[str, str], *, ticks: int, above: bool = True) -> None:
     """Draw a panel into axes, with about `ticks` ticks; `above`: also a scale of tokens along the upper edge."""
     _dress(axes, panel, ink, ticks)
+    if above and panel.across.tokens_at:
+        _token_axis(axes, panel, ink)
     for trace in panel.traces:
         _trace(axes, trace, ink, brief=ticks < 5)
     if panel.log:
         axes.set_yscale("log")
         axes.tick_params(which="minor", length=0, labelleft=False)
+        axes.yaxis.set_major_locator(_log_locator(*axes.get_ylim()))
     else:
         axes.yaxis.set_major_locator(_locator(5, integer=False))
     axes.yaxis.set_major_formatter(lambda value, _: panel.tick(value))
@@ -155,9 +165,7 @@ def draw(axes: Any, panel: Panel, ink: dict[str, str], *, ticks: int, above: boo
     elif limits := panel.limits():
         axes.set_ylim(*limits)
     for rule in panel.rules:
-        _rule(axes, rule.label, rule.value, panel, ink, on_right=rule.on_right)
-    if above and panel.across.tokens_at:
-        _token_axis(axes, panel, ink)
+        _rule(axes, rule, panel, ink)
     if panel.name == "loss" and len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="upper right", frameon=False, labelcolor=ink["text"], handlelength=2.2, fontsize=9.5)
 
@@ -170,17 +178,35 @@ def _dress(axes: Any, panel: Panel, ink: dict[str, str], ticks: int) -> None:
     axes.tick_params(length=0, labelcolor=ink["faint"], labelsize=9, pad=5)
     axes.grid(axis="y", color=ink["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlim(0, max(1.0, across.last) * 1.01)
-    axes.xaxis.set_major_locator(_locator(ticks))
-    axes.xaxis.set_major_formatter(lambda x, place: _across(x, place, across.unit))
+    last = max(1.0, across.last)
+    axes.set_xlim(-0.01 * last, 1.01 * last)  # markers at both ends are whole
+    low, high = axes.get_xlim()
+    places = [float(place) for place in _locator(ticks).tick_values(low, high) if low <= place <= high]
+    axes.set_xticks(places, [_across(x, place, across.unit) for place, x in enumerate(places)])
+    _keep_inside(axes, axes.get_xticklabels(), places)
     for step in across.resumes:
         axes.axvline(step, color=ink["faint"], linewidth=0.8, linestyle=":")
+
+
+def _keep_inside(axes: Any, labels: Sequence[Any], places: Sequence[float]) -> None:
+    """Let a last label that would leave the picture end at its tick."""
+    box, whole_in, (low, high) = axes.get_position(), axes.figure.get_figwidth(), axes.get_xlim()
+    at = box.x0 + box.width * (places[-1] - low) / (high - low)
+    if LETTER_IN * len(labels[-1].get_text()) / 2 > (1 - at) * whole_in:
+        labels[-1].set_horizontalalignment("right")
 
 
 def _locator(ticks: int, *, integer: bool = True) -> Any:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     return MaxNLocator(ticks, integer=integer, steps=[1, 2, 2.5, 5, 10])
+
+
+def _log_locator(low: float, high: float) -> Any:
+    """Ticks at powers of ten, and where these are few at 2 and 5 too."""
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415
+
+    return LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,))
 
 
 def _token_axis(axes: Any, panel: Panel, ink: dict[str, str]) -> None:
@@ -190,13 +216,10 @@ def _token_axis(axes: Any, panel: Panel, ink: dict[str, str]) -> None:
     above = axes.secondary_xaxis("top")
     above.spines["top"].set_visible(False)
     above.tick_params(length=0, labelcolor=ink["faint"], labelsize=9, pad=4)
-    above.xaxis.set_major_locator(axes.xaxis.get_major_locator())
-
-    def label(step: float, place: int) -> str:
-        shown = count(float(tokens_at(np.array([step]))[0])) if step > 0 else ""
-        return shown + (" tokens" if place == 1 else "")
-
-    above.xaxis.set_major_formatter(label)
+    places = axes.get_xticks()
+    tokens = [count(tokens) if step > 0 else "" for step, tokens in zip(places, tokens_at(places), strict=True)]
+    above.set_xticks(places, [shown + " tokens" * (place == 1) for place, shown in enumerate(tokens)])
+    _keep_inside(axes, above.get_xticklabels(), places)
 
 
 def _trace(axes: Any, trace: Trace, ink: dict[str, str], *, brief: bool) -> None:
@@ -206,10 +229,11 @@ def _trace(axes: Any, trace: Trace, ink: dict[str, str], *, brief: bool) -> None
     if not n:
         return
     style: dict[str, Any] = {"color": ink[look.ink], "linewidth": look.width, "alpha": look.alpha}
-    if n == 1 or (look.marker and n <= 60):
+    room = axes.get_position().width * axes.figure.get_figwidth() / MARKER_IN
+    if n == 1 or (look.marker and n <= room):
         style |= {"marker": look.marker or "o", "markersize": 3.5}
-    elif look.marker:
-        style |= {"marker": look.marker, "markersize": 4, "markevery": 0.13}
+    elif look.marker and look.ink.startswith("run"):  # one of several
+        style |= {"marker": look.marker, "markersize": 4, "markevery": (n // 16, max(1, n // 8))}
     named = trace.label if brief else trace.about or trace.label
     label = plain(named, 60) if named else "_"
     axes.plot(trace.x, trace.y, linestyle=look.dash, solid_joinstyle="round", label=label, **style)
@@ -218,15 +242,32 @@ def _trace(axes: Any, trace: Trace, ink: dict[str, str], *, brief: bool) -> None
         axes.fill_between(trace.x, low, high, color=ink[look.ink], alpha=0.16, linewidth=0)
 
 
-def _rule(axes: Any, label: str, value: float, panel: Panel, ink: dict[str, str], *, on_right: bool) -> None:
-    """A level with its name at the left, where curves have not reached it yet; or at the right."""
-    axes.axhline(value, color=ink["faint"], linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+def _rule(axes: Any, rule: Rule, panel: Panel, ink: dict[str, str]) -> None:
+    """A level, its name above it: at the left, or at the right if the rule asks for it or a curve is in the way."""
+    axes.axhline(rule.value, color=ink["faint"], linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+    text = f"{plain(rule.label, 40)} {panel.tick(rule.value)}"
+    left_is_crossed, right_is_crossed = (_is_crossed(axes, panel, rule.value, text, side) for side in ("left", "right"))
+    on_right = rule.on_right or (left_is_crossed and not right_is_crossed)
     at, shift, side = (1, -2, "right") if on_right else (0, 2, "left")
     axes.annotate(
-        f"{plain(label, 40)} {panel.tick(value)}", xy=(at, value), xycoords=("axes fraction", "data"),
+        text, xy=(at, rule.value), xycoords=("axes fraction", "data"),
         xytext=(shift, 4), textcoords="offset points", ha=side, color=ink["faint"], fontsize=9,
         bbox={"facecolor": ink["paper"], "alpha": 0.75, "linewidth": 0, "pad": 0},
     )  # fmt: skip
+
+
+def _is_crossed(axes: Any, panel: Panel, value: float, text: str, side: str) -> bool:
+    """Would a curve go through the name of a level, above it at this side?"""
+    box, (left, right), (low, high) = axes.get_position(), axes.get_xlim(), axes.get_ylim()
+    across = LETTER_IN * len(text) / (box.width * axes.figure.get_figwidth()) * (right - left)
+    above = value + LINE_IN / (box.height * axes.figure.get_figheight()) * (high - low)
+    x = np.linspace(left, left + across, 50) if side == "left" else np.linspace(right - across, right, 50)
+    for trace in (one for one in panel.traces if one.look.alpha == 1):
+        known = np.isfinite(trace.x) & np.isfinite(trace.y)
+        y = np.interp(x, trace.x[known], trace.y[known], np.nan, np.nan) if known.any() else np.full(50, np.nan)
+        if ((np.fmin(y[1:], y[:-1]) < above) & (np.fmax(y[1:], y[:-1]) > value)).any():
+            return True
+    return False
 
 
 def _across(x: float, place: int, unit: str) -> str:

@@ -13,6 +13,8 @@ from regpt2.pages.record import LIMIT, Column, Record, number, numbers, smooth, 
 from regpt2.references import curves as reference_curves
 
 MOST_RUNS = 8
+SHORT, SHORT_COMPARED = 10_000, 1_000
+"""Updates: a run of fewer is shown whole, or of fewer than the second if its end is compared with published levels."""
 GENERAL, PERCENT = Format("general", 6), Format("percent")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MARKERS = "os^Dv*PX"
@@ -79,16 +81,19 @@ class Panel:
     note: str = ""
     most: float = math.inf
     """Values above it are left out."""
+    whole: bool = False
+    """No value of a named curve is left out."""
 
     def limits(self) -> tuple[float, float] | None:
-        """Limits that fit the end of the run, where the differences are; the first fall enters from above."""
-        named = [trace.y[np.isfinite(trace.y)] for trace in self.traces if trace.look.alpha == 1 and len(trace.y) > 1]
-        named = [y for y in named if len(y)]
+        """Limits of all values, or those that fit the end of the run: then the first fall enters from above."""
+        drawn = [(trace.look.alpha == 1, trace.y[np.isfinite(trace.y)]) for trace in self.traces]
+        drawn = [(strong, y) for strong, y in drawn if len(y) > (not self.whole)]
+        named, faint = ([y for strong, y in drawn if strong is one] for one in (True, False))
         if self.log or self.from_zero or not named:
             return None
-        low = min(float(y.min()) for y in named)
-        high = max(float(np.quantile(y, 0.95)) if len(y) >= 50 else float(y[len(y) > 2 :].max()) for y in named)
-        levels = [low, high, *(rule.value for rule in self.rules)]
+        lows = [float(y.min()) for y in named] + [float(np.quantile(y, 0.01)) for y in faint]
+        highs = [float(y.max()) if self.whole else _after_the_fall(y) for y in named]
+        levels = [*lows, *highs, *(rule.value for rule in self.rules)]
         low, high = min(levels), min(max(levels), self.most)
         margin = 0.07 * (high - low)
         return (low - margin, high + margin * (2 if self.rules else 1)) if margin else None
@@ -98,6 +103,11 @@ class Panel:
         parts = [_describe(trace, self) for trace in self.traces if trace.label and np.isfinite(trace.y).any()]
         parts += [f"{rule.label}: {self.tick(rule.value)}" for rule in self.rules]
         return f"{self.title}. {'; '.join(parts)}."
+
+
+def _after_the_fall(y: Column) -> float:
+    """The top of a falling curve without its beginning."""
+    return float(np.quantile(y, 0.95)) if len(y) >= 50 else float(y[len(y) > 2 :].max())
 
 
 def panels(records: Sequence[Record]) -> list[Panel]:
@@ -136,6 +146,11 @@ def _x(records: Sequence[Record], record: Record, steps: Column) -> Column:
     return steps if len(records) == 1 else record.tokens_at(steps)
 
 
+def _is_short(records: Sequence[Record], *, compared: bool) -> bool:
+    """Is the first fall so wide that it must be seen? `compared`: there are published levels at the end."""
+    return max(record.last_step for record in records) < (SHORT_COMPARED if compared else SHORT)
+
+
 def _loss(records: Sequence[Record], across: Across) -> Panel:
     traces: list[Trace] = []
     for place, record in enumerate(records):
@@ -161,7 +176,10 @@ def _loss(records: Sequence[Record], across: Across) -> Panel:
         reference = _reference_curve(records, across)
     note = "Strong: validation; thin: training." if len(records) > 1 else ""
     traces += [reference] if reference else []
-    return Panel("loss", "Loss, nats per token", across, traces, rules, tick=Format("digits", 3), note=note)
+    short = _is_short(records, compared=bool(rules or reference))
+    return Panel(
+        "loss", "Loss, nats per token", across, traces, rules, tick=Format("digits", 3), note=note, whole=short
+    )
 
 
 def _reference_curve(records: Sequence[Record], across: Across) -> Trace | None:
@@ -194,7 +212,7 @@ def _hellaswag(records: Sequence[Record], across: Across) -> Panel:
     rules = [*dict.fromkeys(rules), Rule("chance", CHANCE["hellaswag"], on_right=True)]
     traces = _measured(records, "hellaswag", "acc_norm", "HellaSwag")
     note = BAND if len(records) == 1 else ""
-    return Panel("hellaswag", "HellaSwag, acc_norm", across, traces, rules, tick=PERCENT, note=note)
+    return Panel("hellaswag", "HellaSwag, acc_norm", across, traces, rules, tick=PERCENT, note=note, whole=True)
 
 
 def _core(records: Sequence[Record], across: Across) -> Panel:
@@ -209,7 +227,7 @@ def _core(records: Sequence[Record], across: Across) -> Panel:
     title = "CORE" if whole else f"CORE, the mean over {' or '.join(f'{n:.0f}' for n in n_tasks)} tasks"
     note = BAND if len(records) == 1 else ""
     traces = _measured(records, "core", "centered_mean", "CORE")
-    return Panel("core", title, across, traces, rules, tick=Format("digits", 3), note=note)
+    return Panel("core", title, across, traces, rules, tick=Format("digits", 3), note=note, whole=True)
 
 
 def _measured(records: Sequence[Record], name: str, metric: str, label: str) -> list[Trace]:
@@ -230,7 +248,8 @@ def _bits(record: Record, across: Across) -> Panel:
     most = 2 * float(finite.max(initial=8.0))
     rules = [Rule(name[:40], value) for name, value in record.baselines.items() if value < most]
     trace = Trace("bits per byte", numbers(record.validations, "step"), bits, Look("val", marker="o"))
-    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=Format("digits", 2))
+    short = _is_short([record], compared=bool(rules))
+    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=Format("digits", 2), whole=short)
 
 
 def _column(records: Sequence[Record], across: Across, column: str, title: str, tick: Format) -> Panel:

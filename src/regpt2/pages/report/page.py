@@ -133,15 +133,23 @@ def curves(records: Sequence[Record], sources: Sources) -> Html:
     resumed = fill(
         '\n<p class="remark">A dotted line marks where the run was resumed.</p>' if drawn[0].across.resumes else ""
     )
-    figures = join(chart(panel, sources) for panel in drawn)
-    return fill('<div class="curves">\n{figures}\n</div>{resumed}', figures=figures, resumed=resumed)
+    return fill("{charts}{resumed}", charts=charts(drawn, sources), resumed=resumed)
 
 
-def chart(panel: Panel, sources: Sources) -> Html:
-    """A chart with its title and remarks; the loss also in the width of a phone."""
-    if panel.name == "loss":
+def charts(drawn: Sequence[Panel], sources: Sources) -> Html:
+    """Panels in a grid: the loss across the page, the others two in a row; one that would be left alone across it."""
+    small = [panel.name for panel in drawn if panel.name != "loss"]
+    wide = ["loss", *(small[-1:] if len(small) % 2 else [])]
+    figures = (chart(panel, sources, wide=panel.name in wide) for panel in drawn)
+    return fill('<div class="curves">\n{figures}\n</div>', figures=join(figures))
+
+
+def chart(panel: Panel, sources: Sources, *, wide: bool) -> Html:
+    """A chart with its title and remarks; one across the page is drawn a second time for the width of a phone."""
+    if wide:
+        desk, phone = (3.7, 3.5) if panel.name == "loss" else (2.4, 2.4)
         both = '<div class="on-desk">{desk}</div><div class="on-phone">{phone}</div>'
-        drawing = fill(both, desk=svg(panel, (8.4, 3.7)), phone=svg(panel, (4.4, 3.5), "loss-phone"))
+        drawing = fill(both, desk=svg(panel, (8.4, desk)), phone=svg(panel, (4.4, phone), f"{panel.name}-phone"))
     else:
         drawing = svg(panel, (4.4, 2.4))
     remarks = [fill("{note}", note=panel.note)] if panel.note else []
@@ -156,7 +164,7 @@ def chart(panel: Panel, sources: Sources) -> Html:
     remark = fill('\n<p class="remark">{all}</p>', all=join(remarks, " ")) if remarks else Html("")
     return fill(
         '<figure class="{width}">\n<figcaption>{title}</figcaption>\n{drawing}{remark}\n</figure>',
-        width="wide" if panel.name == "loss" else "half",
+        width="wide" if wide else "half",
         title=panel.title,
         drawing=drawing,
         remark=remark,

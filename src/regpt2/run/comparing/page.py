@@ -9,7 +9,7 @@ from regpt2.pages import tables
 from regpt2.pages.published import Sources
 from regpt2.pages.report import markdown
 from regpt2.pages.report.certificate import FACTS
-from regpt2.pages.report.page import chart, document, section
+from regpt2.pages.report.page import charts, document, section
 from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
 from regpt2.run.comparing.charts import panels
 from regpt2.run.comparing.outcomes import Outcome
@@ -65,11 +65,11 @@ def title(plan: Comparison) -> str:
 def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str]) -> Html:
     """The whole document."""
     notes = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
-    charts = join(chart(panel, Sources()) for panel in panels(plan, runs))
+    drawn = panels(plan, runs)
     parts = [
         section("Result", join([_table("Result", results_table(found)), notes])),
         section("Tokens and time", _table("Tokens and time", costs_table(plan, found))),
-        section("Curves", fill('<div class="curves">\n{charts}\n</div>', charts=charts) if charts else Html("")),
+        section("Curves", charts(drawn, Sources()) if drawn else Html("")),
         section("Each seed", _table("Final validation loss", seeds_table(plan, runs, found))),
         section("Arms", _table("Arms", arms_table(plan), "figures runs")),
         section("Certificate", facts_table(fact(name, value) for name, value in facts(plan, runs).items())),

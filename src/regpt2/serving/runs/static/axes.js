@@ -84,6 +84,21 @@ export function bandOf(one, x, y) {
   return known.length > 1 ? `M${[...edge(1), ...edge(-1).reverse()].join("L")}Z` : "";
 }
 
+/** Does a curve go through a box, given as its left, right, upper and lower edge in pixels? */
+export function isCrossed(one, x, y, [left, right, top, bottom]) {
+  let before = null;
+  for (let at = 0; at < one.x.length; at++) {
+    if (one.x[at] === null || one.y[at] === null) continue;
+    const point = [x(one.x[at]), y(one.y[at])];
+    const [[x0, y0], [x1, y1]] = [before ?? point, point];
+    const [from, to] = [Math.max(left, x0), Math.min(right, x1)];
+    const ends = [from, to].map((px) => y0 + (y1 - y0) * ((px - x0) / (x1 - x0 || 1)));
+    if (from <= to && Math.max(...ends) > top && Math.min(...ends) < bottom) return true;
+    before = point;
+  }
+  return false;
+}
+
 /** A value between known points, as numpy.interp. */
 export function between(at, xs, ys) {
   if (!xs.length) return null;

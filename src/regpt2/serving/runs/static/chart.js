@@ -1,6 +1,6 @@
 // A chart of the report, drawn here. In: a panel of pages/charts/panels.py as data; out: a figure that follows it.
 
-import { across, bandOf, between, logTicks, nearest, pathOf, rangeOf, scale, ticks } from "/static/runs/axes.js";
+import { across, bandOf, between, isCrossed, logTicks, nearest, pathOf, rangeOf, scale, ticks } from "/static/runs/axes.js";
 import { count, formatted, whole } from "/static/runs/format.js";
 import { element } from "/static/runs/stream.js";
 
@@ -10,7 +10,8 @@ const RIGHT = 10;
 const BOTTOM = 26;
 const HEIGHTS = { wide: 330, half: 210 };
 const NARROW = 520; // pixels, below which few ticks have room
-const MOST_MARKED = 60;
+const MARKER = 16; // pixels: markers that are closer are beads on a string, so there are none
+const LETTER = 6.2; // pixels
 const LINE = 17; // pixels, of the readout
 
 /** All charts of a page show the same place from left to right. */
@@ -84,7 +85,7 @@ export class Chart {
     const plot = svg("g", { "clip-path": `url(#${clip})` });
     this.pointer = svg("g", { class: "pointer" });
     this.drawing.replaceChildren(
-      svg("clipPath", { id: clip }, [svg("rect", { x: LEFT, y: top - 4, width: width - LEFT - RIGHT + 4, height: height - BOTTOM - top + 5 })]),
+      svg("clipPath", { id: clip }, [svg("rect", { x: LEFT - 4, y: top - 4, width: width - LEFT - RIGHT + 8, height: height - BOTTOM - top + 5 })]),
       this.grid(y_range),
       plot,
       this.ruleNames(),
@@ -127,7 +128,7 @@ export class Chart {
     return group;
   }
 
-  /** The names of published levels, above their lines; on paper, so that curves do not cross them out. */
+  /** The names of published levels, above their lines at the left, or at the right if a curve is in the way. */
   ruleNames() {
     const { panel, box } = this;
     const group = svg("g", {});
@@ -135,8 +136,10 @@ export class Chart {
       const y = this.y(rule.value);
       if (y < box.top - 2 || y > box.height - BOTTOM) continue;
       const text = `${rule.label.slice(0, 40)} ${formatted(panel.format, rule.value)}`;
-      const x = rule.on_right ? box.width - RIGHT - 2 : LEFT + 2;
-      const named = label(x, y - 4, text, rule.on_right ? "end" : "start");
+      const [left, right, width] = [LEFT + 2, box.width - RIGHT - 2, LETTER * text.length];
+      const crossed = (from, to) => this.series.some((one) => one.look.alpha === 1 && isCrossed(one, this.x, this.y, [from, to, y - LINE, y]));
+      const on_right = rule.on_right || (crossed(left, left + width) && !crossed(right - width, right));
+      const named = label(on_right ? right : left, y - 4, text, on_right ? "end" : "start");
       set(named, { class: "on-paper" });
       group.append(named);
     }
@@ -152,11 +155,15 @@ export class Chart {
     if (look.dash.length) path.setAttribute("stroke-dasharray", look.dash.map((part) => part * look.width).join(" "));
     path.dataset.label = one.label;
     made.push(path);
-    const known = one.x.map((_, at) => at).filter((at) => one.x[at] !== null && one.y[at] !== null);
-    const every = known.length > MOST_MARKED ? Math.ceil(known.length / 8) : 1;
-    const marked = look.marker || known.length === 1 ? known.filter((_, place) => place % every === 0) : [];
-    const dots = marked.map((at) => svg("circle", { cx: this.x(one.x[at]).toFixed(1), cy: this.y(one.y[at]).toFixed(1), r: 2.3, fill: color }));
+    const dots = this.marked(one).map((at) => svg("circle", { cx: this.x(one.x[at]).toFixed(1), cy: this.y(one.y[at]).toFixed(1), r: 2.3, fill: color }));
     return [...made, ...dots];
+  }
+
+  /** The points that have a marker: all if there is room for them, or none. */
+  marked(one) {
+    const known = one.x.map((_, at) => at).filter((at) => one.x[at] !== null && one.y[at] !== null);
+    const room = (this.box.width - LEFT - RIGHT) / MARKER;
+    return known.length === 1 || (one.look.marker && known.length <= room) ? known : [];
   }
 
   showLegend() {
@@ -171,7 +178,7 @@ export class Chart {
     const sign = svg("svg", { class: "sign", viewBox: "0 0 22 8", "aria-hidden": "true" });
     const stroke = { stroke: `var(--${one.look.ink})`, "stroke-width": Math.max(1.2, one.look.width), "stroke-opacity": one.look.alpha };
     sign.append(svg("line", { x1: 0, y1: 4, x2: 22, y2: 4, ...stroke }));
-    if (one.look.marker) sign.append(svg("circle", { cx: 11, cy: 4, r: 2.3, fill: `var(--${one.look.ink})` }));
+    if (this.marked(one).length) sign.append(svg("circle", { cx: 11, cy: 4, r: 2.3, fill: `var(--${one.look.ink})` }));
     const text = this.box.width < NARROW ? one.label : one.about || one.label;
     item.append(sign, element("span", "", text));
     return item;
