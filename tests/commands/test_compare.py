@@ -172,6 +172,8 @@ def check_files(out: Path) -> None:
     html, text = (out / "compare.html").read_text(), (out / "compare.md").read_text()
     for page in (html, text):
         assert f"{high['mean']:.4f}" in page and "optim.lr 0.003 → 0.02" in page and "does not count" in page
+    assert found["answer"].startswith("Beside tiny with 2 seeds, high ") and found["answer"] in text.split("\n")[0]
+    assert 0 < html.index('<p class="verdict">Beside tiny') < html.index("<table"), "the answer comes first"
     assert "<script" not in html and "http" not in html.replace("http-equiv", "")
     assert imread(out / "compare.png").shape[:2] >= (800, 1700)
     first_losses = [read_record(out / run).train["loss"][0] for run in ("tiny/seed-1", "high/seed-1", "tiny/seed-2")]
@@ -199,7 +201,8 @@ def test_equal_time_is_measured_once_and_the_tables_are_written_again(
     assert main([str(here), "--baseline", "big", "--target", "100"]) == 0
     said = capsys.readouterr().out
     assert "time to 100" in said and "tokens to big's loss" in said
-    assert (here / "compare.md").read_text().startswith("# big · tiny\n")
+    assert told(here)["answer"] in said and "shows nothing" in said, "with one seed"
+    assert (here / "compare.md").read_text().startswith(f"# {told(here)['answer']}\n\nbig · tiny · ")
     with pytest.raises(UsageError, match="--baseline bigg; did you mean 'big'"):
         main([str(here), "--baseline", "bigg"])
 

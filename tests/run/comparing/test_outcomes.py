@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regpt2.run.comparing.outcomes import Outcome, outcomes, remarks
+from regpt2.run.comparing.outcomes import Outcome, answer, outcomes, remarks
 from regpt2.run.comparing.runs import Arm, Comparison, first_reached, last_step, read_plan, read_run, read_runs
 from regpt2.run.comparing.tables import NOTHING, arms_table, chance, costs_table, for_screen, results_table, seeds_table
 
@@ -102,6 +102,61 @@ def test_the_verdict(tmp_path: Path, by: float, noise: float, verdict: str) -> N
     assert found.against is not None and found.against.mean == pytest.approx(by, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("by", "noise", "begins"),
+    [
+        (-0.05, 0.01, "b is better than a by 0.0500 nats ("),
+        (0.05, 0.01, "b is worse than a by 0.0500 nats ("),
+        (0.05, 0.1, "b shows no difference from a: it ends 0.0500 nats higher ("),
+        (-0.002, 0.0001, "b is better than a by 0.0020 nats, less than the 0.004 that matter ("),
+    ],
+)
+def test_the_answer_says_whether_by_how_much_and_how_certain(
+    tmp_path: Path, by: float, noise: float, begins: str
+) -> None:
+    four_seeds(tmp_path, by=by, noise=noise)
+    off = by + noise * np.array([-1.0, 0.4, 1.2, -0.6])
+    half = 3.18245 * off.std(ddof=1) / 2  # of every table of Student's t: 3 degrees of freedom, 95 %
+    said = answer(a_plan("a", "b"), concluded(tmp_path, a_plan("a", "b")))
+    assert said.startswith(begins)
+    assert f"95 % interval {off.mean() - half:+.4f} to {off.mean() + half:+.4f}, p = " in said
+    assert said.endswith(", 4 seeds).")
+
+
+def test_the_answer_about_several_arms_names_the_best_first(tmp_path: Path) -> None:
+    shifts = {"a": 0.0, "b": 0.3, "c": -0.2, "d": 0.0, "e": -0.3, "f": 0.0}
+    for seed, own in enumerate([-1.0, 0.4, 1.2, -0.6], start=1):
+        for label, by in shifts.items():
+            write_run(tmp_path / f"{label}/seed-{seed}", [5.0, 3.0 + by + 0.01 * own * (label != "a")])
+    plan = a_plan("a", "b", "c", "d")
+    said = answer(plan, concluded(tmp_path, plan))
+    assert said.startswith("Beside a with 4 seeds, c is better by 0.2000 nats (p = ")
+    assert said.index("d shows no difference (at the same loss") > said.index("b is worse by 0.3000 nats (p = ") > 0
+    assert said.endswith("; p is corrected for 3 arms.")
+    plan = a_plan("a", "b", "c", "d", "e", "f")
+    said = answer(plan, concluded(tmp_path, plan))
+    assert said.startswith("Of 5 arms beside a with 4 seeds, 2 are better (the best, e, is better by 0.3000 nats (p")
+    assert "1 is worse, 2 show no difference; p is corrected for 5 arms." in said
+
+
+def test_the_answer_without_a_test_claims_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "a/seed-1", [5.0, 3.0])
+    write_run(tmp_path / "b/seed-1", [5.0, 2.9])
+    plan = a_plan("a", "b", seeds=1)
+    said = answer(plan, concluded(tmp_path, plan))
+    assert said == "Beside a, b ends 0.1000 nats lower on one seed, which shows nothing."
+    plan = a_plan("a", "gone", seeds=1)
+    assert "gone cannot be compared: no run of it finished." in answer(plan, concluded(tmp_path, plan))
+    plan = a_plan("gone", "a", seeds=1)
+    assert answer(plan, concluded(tmp_path, plan)).startswith("No run of gone finished")
+
+
+def test_a_lost_seed_is_in_the_answer(tmp_path: Path) -> None:
+    four_seeds(tmp_path, by=-0.05, noise=0.01)
+    plan = a_plan("a", "b", seeds=5)
+    assert answer(plan, concluded(tmp_path, plan)).endswith(", 4 of 5 seeds).")
+
+
 def test_several_arms_are_corrected_for(tmp_path: Path) -> None:
     plan = a_plan("a", "b", "c", "d")
     for seed, own in enumerate([-1.0, 0.4, 1.2, -0.6], start=1):
@@ -155,7 +210,7 @@ def test_tables_have_a_cell_for_everything(tmp_path: Path) -> None:
     for rows in (results_table(found), costs_table(plan, found), seeds_table(plan, runs, found), arms_table(plan)):
         assert len(rows) == 3 and len({len(row) for row in rows}) == 1
         assert len({len(line) for line in for_screen(rows)}) == 1
-    assert results_table(found)[2] == ["b", *[NOTHING] * 5, "no run finished"]
+    assert results_table(found)[2] == ["b", "no run finished", *[NOTHING] * 5]
     assert [chance(p) for p in (None, 1e-9, 0.04321, 1.0)] == [NOTHING, "< 1e-6", "0.0432", "1"]
 
 

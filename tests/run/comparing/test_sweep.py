@@ -113,7 +113,7 @@ def test_a_place_with_a_lost_seed_is_not_the_best_and_one_with_none_has_no_loss(
     assert table[0] == ["optim.lr \\ optim.weight_decay", "0", "0.1"]
     assert [row[0] for row in table[1:]] == ["0.001", "0.002", "0.004"] and table[3][1:] == ["diverged", "diverged"]
     assert "2 have no loss" in sweep.answer()
-    assert [row[-1] for row in ranked_table(sweep)[-2:]] == ["diverged", "diverged"]
+    assert [row[2] for row in ranked_table(sweep)[-2:]] == ["diverged", "diverged"]
     assert sweep.edges == ["The best optim.lr, 0.001, is the smallest of the grid; add smaller values."], (
         "decay 0 is fine"
     )

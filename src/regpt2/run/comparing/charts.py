@@ -10,7 +10,7 @@ from regpt2.pages.charts.draw import PRINT, heading, plain, png, print_panel, se
 from regpt2.pages.charts.formats import Format
 from regpt2.pages.charts.panels import MOST_RUNS, Across, Panel, Trace, look_of
 from regpt2.pages.record import Column
-from regpt2.run.comparing.outcomes import Outcome
+from regpt2.run.comparing.outcomes import Outcome, answer
 from regpt2.run.comparing.runs import Comparison, Run, on_common_steps
 
 FIRST_SHOWN = 0.15  # of the run: before that all curves fall steeply; the differences are at the end
@@ -50,10 +50,8 @@ def _panel(
     return Panel(name, title, Across(unit, last), traces, tick=Format("general", 3), most=most)
 
 
-def picture(
-    plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], title: str, subtitle: str
-) -> bytes:
-    """The PNG: the curves, and beside them each arm's difference to the first, with its interval and its seeds."""
+def picture(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], subtitle: str) -> bytes:
+    """The PNG: the answer, the curves, and each arm's difference to the first with its interval and its seeds."""
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only a picture needs it)
 
     drawn = panels(plan, runs)
@@ -61,12 +59,12 @@ def picture(
     with settings("compared"):
         figure = Figure(figsize=(11, inches), dpi=160, facecolor="white")
         grid = figure.add_gridspec(
-            1, 2, width_ratios=[1.5, 1], left=0.06, right=0.975, top=1 - 1.25 / inches, bottom=0.6 / inches, wspace=0.42
+            1, 2, width_ratios=[1.5, 1], left=0.06, right=0.975, top=1 - 1.4 / inches, bottom=0.6 / inches, wspace=0.42
         )
         for panel in drawn[:1]:
             print_panel(figure.add_subplot(grid[0, 0]), panel, ticks=6)
         _differences(figure.add_subplot(grid[0, 1]), plan, runs, found)
-        heading(figure, title, subtitle, (1 - 0.45 / inches, 1 - 0.75 / inches))
+        heading(figure, answer(plan, found), subtitle, (1 - 0.2 / inches, 1 - 0.88 / inches), size=13)
     return png(figure)
 
 

@@ -11,6 +11,11 @@ from regpt2.run.comparing.significance import ALPHA, Paired, holm, paired
 
 MATTERS = 0.004
 """Nats. Seeds of one recipe at 124M differ by 0.0013 to 0.004; the records of the speedruns claim at least that."""
+LEVEL = "no difference shown"
+WORDS = ("better", "worse", "no")
+"""With which a verdict begins, in the order of the answer."""
+MOST_IN_WORDS = 3
+"""Arms beside the first that the answer describes one by one; of more it counts them."""
 FEW = 4  # seeds: with fewer the interval is too wide to be useful
 
 
@@ -56,7 +61,7 @@ class Outcome:
         if self.against is None or self.p_holm is None:
             return "no test: it takes two seeds" if self.finals else "no run finished"
         if self.p_holm >= ALPHA:
-            return "no difference shown"
+            return LEVEL
         word = "better" if self.against.mean < 0 else "worse"
         return f"{word} by less than {MATTERS}" if abs(self.against.mean) < MATTERS else word
 
@@ -97,6 +102,66 @@ def _reached(runs: Iterable[tuple[Run, float, float, float]]) -> Reached:
         tokens.append(first_reached(run.tokens, run.losses, level) / token_unit)
         seconds.append(first_reached(run.seconds, run.losses, level) / second_unit)
     return Reached(tokens, seconds)
+
+
+def answer(plan: Comparison, found: Sequence[Outcome]) -> str:
+    """The result in a sentence: which arms are better than the first, by how much, and with what certainty."""
+    first, *others = found
+    if not first.finals:
+        return f"No run of {first.label} finished, so nothing can be compared with it."
+    if len(others) == 1:
+        return _of_one(plan, first, others[0])
+    tested = sum(one.against is not None for one in others)
+    ending = f"; p is corrected for {tested} arms." if tested > 1 else "."
+    beside = f"{first.label} with {plan.seeds} {'seed' if plan.seeds == 1 else 'seeds'}"
+    ranked = sorted(others, key=lambda one: (WORDS.index(one.verdict.split()[0]), one.mean))
+    if len(others) <= MOST_IN_WORDS:
+        *parts, last = [f"{one.label} {_in_words(first, one)}" for one in ranked]
+        return f"Beside {beside}, {', '.join(parts)} and {last}{ending}"
+    kinds = [one.verdict.split()[0] if one.against else "" for one in others]
+    counts = [("better", kinds.count("better")), ("worse", kinds.count("worse"))]
+    parts = [f"{n or 'none'} {'are' if n > 1 else 'is'} {word}" for word, n in counts if n or word == "better"]
+    parts[0] += f" (the best, {ranked[0].label}, {_in_words(first, ranked[0])})" if counts[0][1] else ""
+    parts += [f"{n} {'show' if n > 1 else 'shows'} no difference" for n in (kinds.count("no"),) if n]
+    parts += [f"{n} {'have' if n > 1 else 'has'} no test" for n in (kinds.count(""),) if n]
+    return f"Of {len(others)} arms beside {beside}, {', '.join(parts)}{ending}"
+
+
+def _of_one(plan: Comparison, first: Outcome, one: Outcome) -> str:
+    """The only arm beside the first."""
+    test = one.against
+    if test is None:
+        return f"Beside {first.label}, {one.label} {_in_words(first, one)}."
+    seeds = f"{test.n} seeds" if test.n == plan.seeds else f"{test.n} of {plan.seeds} seeds"
+    certainty = f"95 % interval {test.low:+.4f} to {test.high:+.4f}, {_p(test.p)}, {seeds}"
+    words = one.verdict.split()[0]
+    if words == "no":
+        return f"{one.label} shows no difference from {first.label}: it ends {_off(test.mean)} ({certainty})."
+    less = f", less than the {MATTERS} that matter" if abs(test.mean) < MATTERS else ""
+    return f"{one.label} is {words} than {first.label} by {abs(test.mean):.4f} nats{less} ({certainty})."
+
+
+def _in_words(first: Outcome, one: Outcome) -> str:
+    """An arm beside the first, after its name."""
+    common = [seed for seed in one.finals if seed in first.finals]
+    if not common:
+        return "cannot be compared: " + ("no seed finished in both" if one.finals else "no run of it finished")
+    if one.against is None or one.p_holm is None:
+        return f"ends {_off(one.finals[common[0]] - first.finals[common[0]])} on one seed, which shows nothing"
+    mean, kind = one.against.mean, one.verdict.split()[0]
+    if kind == "no":
+        return f"shows no difference ({_off(mean)}, {_p(one.p_holm)})"
+    less = f", less than the {MATTERS} that matter" if abs(mean) < MATTERS else ""
+    return f"is {kind} by {abs(mean):.4f} nats{less} ({_p(one.p_holm)})"
+
+
+def _p(p: float) -> str:
+    return "p < 1e-6" if p < 1e-6 else f"p = {p:.2g}"
+
+
+def _off(difference: float) -> str:
+    amount = f"{abs(difference):.4f}"
+    return f"{amount} nats {'lower' if difference < 0 else 'higher'}" if float(amount) else "at the same loss"
 
 
 def remarks(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome]) -> list[str]:

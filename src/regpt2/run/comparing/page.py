@@ -12,7 +12,7 @@ from regpt2.pages.report.certificate import FACTS
 from regpt2.pages.report.page import charts, document, section
 from regpt2.pages.safe_html import Html, fact, facts_table, fill, folded, join
 from regpt2.run.comparing.charts import panels
-from regpt2.run.comparing.outcomes import Outcome
+from regpt2.run.comparing.outcomes import Outcome, answer
 from regpt2.run.comparing.runs import Comparison, Run
 from regpt2.run.comparing.tables import HOW_TO_READ, arms_table, costs_table, results_table, seeds_table
 
@@ -41,6 +41,15 @@ _SHOWN = (
 )  # fmt: skip
 
 
+CSS = """
+main > .verdict { margin-top: 2rem; }
+.verdicts th:nth-child(2), .verdicts td:nth-child(2) { text-align: left; }
+@media (max-width: 36rem) {
+  .verdicts th:first-child { min-width: 4rem; max-width: 9rem; white-space: normal; }
+}
+"""
+
+
 def facts(plan: Comparison, runs: Sequence[Sequence[Run]]) -> dict[str, str]:
     """What the figures depend on; where runs differ, all values."""
     starts = [run.start for of_arm in runs for run in of_arm if run.start]
@@ -67,7 +76,8 @@ def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcom
     notes = join(fill('<p class="remark">{remark}</p>', remark=remark) for remark in (*remarks, HOW_TO_READ))
     drawn = panels(plan, runs)
     parts = [
-        section("Result", join([_table("Result", results_table(found)), notes])),
+        fill('<p class="verdict">{answer}</p>', answer=answer(plan, found)),
+        section("Result", join([_table("Result", results_table(found), "figures verdicts"), notes])),
         section("Tokens and time", _table("Tokens and time", costs_table(plan, found))),
         section("Curves", charts(drawn, Sources()) if drawn else Html("")),
         section("Each seed", _table("Final validation loss", seeds_table(plan, runs, found))),
@@ -81,6 +91,7 @@ def page(plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcom
         summary=subtitle(plan, runs),
         parts=parts,
         made=_hashes(plan, runs),
+        css=CSS,
     )
 
 
@@ -107,7 +118,7 @@ def result_page(
         summary=subtitle(plan, runs),
         parts=parts,
         made=_hashes(plan, runs),
-        css="main > .verdict { margin-top: 2rem; }\n",
+        css=CSS,
     )
 
 
@@ -128,10 +139,11 @@ def _table(caption: str, rows: Sequence[Sequence[str]], kind: str = "figures") -
 def text(
     plan: Comparison, runs: Sequence[Sequence[Run]], found: Sequence[Outcome], remarks: Sequence[str], picture: str
 ) -> str:
-    """The same for a README or a pull request; `picture` is the name of the file beside it."""
+    """The same for a README or a pull request, its answer in the heading; `picture`: the name of the file beside it."""
     tables_of = results_table(found), costs_table(plan, found), seeds_table(plan, runs, found), arms_table(plan)
     results, costs, seeds, arms = (markdown.table(head, rows) for head, *rows in tables_of)
-    parts = [f"# {markdown.text(title(plan))}", markdown.text(subtitle(plan, runs)), results]
+    parts = [f"# {markdown.text(answer(plan, found), 1000)}"]
+    parts += [markdown.text(f"{title(plan)} · {subtitle(plan, runs)}"), results]
     parts += [markdown.text(remark) for remark in remarks]
     parts += [f"![Validation losses and differences]({quote(picture)})", costs, seeds, arms]
     parts += [markdown.text(HOW_TO_READ, 2000), markdown.table(["", ""], list(facts(plan, runs).items()))]

@@ -22,14 +22,14 @@ HOW_TO_READ = (
 
 
 def results_table(found: Sequence[Outcome]) -> list[list[str]]:
-    """A head and a row for each arm: its loss, and whether it differs from the first."""
-    rows = [["arm", "loss", "difference", "95 % interval", "p", "p (Holm)", "verdict"]]
+    """A head and a row for each arm: whether it differs from the first, and its loss."""
+    rows = [["arm", "verdict", "difference", "95 % interval", "p", "p (Holm)", "loss"]]
     for place, one in enumerate(found):
         test = one.against
         tested = [NOTHING] * 4
         if test is not None:
             tested = [f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", chance(test.p), chance(one.p_holm)]
-        rows.append([one.label, _loss(one), *tested, one.verdict if place else "the baseline"])
+        rows.append([one.label, one.verdict if place else "the baseline", *tested, _loss(one)])
     return rows
 
 

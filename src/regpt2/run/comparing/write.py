@@ -15,8 +15,8 @@ from regpt2.base.console import say
 from regpt2.base.files import write_atomic
 from regpt2.base.version import commit
 from regpt2.run.comparing.charts import picture
-from regpt2.run.comparing.outcomes import outcomes, remarks, set_up_remarks
-from regpt2.run.comparing.page import Result, page, result_page, result_text, subtitle, text, title
+from regpt2.run.comparing.outcomes import answer, outcomes, remarks, set_up_remarks
+from regpt2.run.comparing.page import Result, page, result_page, result_text, subtitle, text
 from regpt2.run.comparing.runs import Comparison, read_runs
 from regpt2.run.comparing.scaling.show import result as scaling_result
 from regpt2.run.comparing.sweep.show import result as sweep_result
@@ -36,11 +36,11 @@ def show(folder: Path, plan: Comparison) -> None:
         _show_result(folder, result, plan)
     else:
         write_json(folder, plan)
-        write_atomic(folder / "compare.png", picture(plan, runs, found, title(plan), subtitle(plan, runs)))
+        write_atomic(folder / "compare.png", picture(plan, runs, found, subtitle(plan, runs)))
         write_atomic(folder / "compare.md", text(plan, runs, found, notes, "compare.png"))
         write_atomic(folder / "compare.html", page(plan, runs, found, notes))
         tables = results_table(found), costs_table(plan, found)
-        for line in ("", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *notes):
+        for line in ("", answer(plan, found), "", *for_screen(tables[0]), "", *for_screen(tables[1]), "", *notes):
             say(line)
     say(f"Wrote {folder / 'compare.html'}, compare.md, compare.png and compare.json.")
 
@@ -66,7 +66,8 @@ def write_json(folder: Path, plan: Comparison, result: Result | None = None) -> 
     runs = read_runs(folder, plan)
     found = outcomes(plan, runs)
     content = {
-        **({"answer": result.answer, plan.kind: result.json} if result else {}),
+        "answer": result.answer if result else answer(plan, found),
+        **({plan.kind: result.json} if result else {}),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "commit": commit(),

@@ -35,13 +35,13 @@ def grid_table(sweep: Sweep) -> list[list[str]]:
 
 def ranked_table(sweep: Sweep) -> list[list[str]]:
     """A head and a row for each place, the best first: how far off it is, and whether seeds explain it."""
-    rows = [[*_names(sweep), "loss", "seeds", "to the best", "95 % interval", "p (Holm)", "verdict"]]
+    rows = [[*_names(sweep), "verdict", "to the best", "95 % interval", "p (Holm)", "loss", "seeds"]]
     for cell in sweep.ranked:
         test = cell.against
         tested = [NOTHING] * 3
         if test is not None:
             tested = [f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", chance(cell.p_holm)]
-        rows.append([*_values(sweep, cell), loss(cell), str(len(cell.outcome.finals)), *tested, cell.verdict])
+        rows.append([*_values(sweep, cell), cell.verdict, *tested, loss(cell), str(len(cell.outcome.finals))])
     return rows
 
 
