@@ -5,13 +5,16 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.image import imread
+from matplotlib.textpath import TextPath
 from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
@@ -20,7 +23,7 @@ from regpt2.config.recipe_files import load_recipe
 from regpt2.data.tokenizer import load_tokenizer
 from regpt2.exploring.measure import all_attention_weights, attention_weights, habits_of, neighbors, parts
 from regpt2.exploring.page import write_page
-from regpt2.exploring.pictures import drawable, heads_picture, wpe_picture
+from regpt2.exploring.pictures import drawable, head_picture, heads_picture, wpe_picture
 from regpt2.exploring.terminal import describe
 from regpt2.model.architecture import build_model
 from regpt2.model.files.contract import TokenizerRef, Vocabulary
@@ -280,11 +283,43 @@ def test_a_diverged_model_is_described_and_not_drawn(tmp_path: Path, capsys: pyt
 
 
 def test_every_letter_of_a_label_is_in_the_font() -> None:
-    letters = drawable("".join(map(chr, range(0x3000))))
     font = FT2Font(findfont(FontProperties(family="DejaVu Sans")))
     known = font.get_charmap()
-    assert all(ord(drawable(chr(i))) in known for i in range(0x11000))
-    assert len(letters) == 12 and drawable("\U0001f600語é") == "??é"
+    letters = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000]
+    labels = {letter: drawable(letter) for letter in letters}
+    assert all(ord(drawn) in known and drawn.isprintable() for label in labels.values() for drawn in label)
+    assert len(set(labels.values())) == len(labels), "no two letters have one label"
+    assert drawable("ключ") == "ключ" and drawable("é語") == "é\\u8a9e" and drawable("\x01") == "\\x01"
+    assert len(drawable("語" * 9)) == 12
+
+
+@pytest.mark.seconds
+def test_labels_of_bytes_stand_apart_and_are_not_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Letters, a newline, and bytes that are no character by themselves: 32 of them, the most that a map shows."""
+    seen: list[Any] = []
+    save = Figure.savefig
+
+    def look(self: Figure, *given: Any, **how: Any) -> None:
+        save(self, *given, **how)  # also lays it out
+        seen.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    found = explore(LoadedModel(sharp(), BYTES, "here"), prompt="naïve, café\nключ 漢字 \x01\x7f")
+    assert found.attention is not None
+    head_picture(found.attention.weights[0, 0], found.attention.tokens, "a head")
+    axes = seen[0].axes[0]
+    for labels, side in ((axes.get_xticklabels(), "x"), (axes.get_yticklabels(), "y")):
+        texts = [label.get_text() for label in labels]
+        assert texts == found.attention.tokens and {"n", "\\xc3", "\\n", "␣"} <= set(texts)
+        places = [getattr(label.get_window_extent(), f"{side}0") for label in labels]
+        cell = (places[-1] - places[0]) / (len(labels) - 1)
+        for label in labels:  # as wide or as high as its ink
+            size = label.get_fontsize() * seen[0].dpi / 72
+            ink = TextPath((0, 0), label.get_text(), size=size, prop=FontProperties(family="DejaVu Sans")).get_extents()
+            assert (ink.width if side == "x" and not label.get_rotation() else ink.height) < abs(cell)
+        assert min(label.get_fontsize() for label in labels) >= 7
+        upright = [label.get_rotation() == 0 for label in labels]
+        assert upright == [len(text) == 1 or side == "y" for text in texts]
 
 
 def test_the_maps_of_heads_stand_in_their_layer_and_head() -> None:

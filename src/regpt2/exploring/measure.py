@@ -43,7 +43,7 @@ HABITS = {
     "self": "the token itself",
     "repeat": "what followed this token earlier",
 }
-DEFAULT_TOKENS = (" king", " Monday", " Paris", " seven", " small", " was", "7", "e", "A", "(")
+DEFAULT_TOKENS = (" king", " Monday", " Paris", " seven", " small", " was", "7", "e", "A", "(", " ", "\n")
 DEFAULT_PROMPT = "the cat sat on the mat, the cat sat on the"
 MOST_TOKENS = 32  # more labels would not be readable on a map
 N_NEAREST = 5

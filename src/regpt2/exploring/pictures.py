@@ -3,11 +3,14 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from regpt2.exploring.measure import Array
+
+FONT = "DejaVu Sans"  # matplotlib brings it
 
 # L layers, H heads, T tokens, C = n_embd, V = vocab_size
 
@@ -133,10 +136,14 @@ def head_picture(weights: Array, tokens: Sequence[str], what: str) -> Picture:  
         axes.set_aspect("equal")
         _dress(axes, ink)
         labels = [drawable(token) for token in tokens]
-        letters = {"fontsize": min(9.0, 200 / len(tokens)), "color": ink.text, "parse_math": False}
-        axes.set_xticks(range(len(tokens)), labels, rotation=90, **letters)
+        letters = {"fontsize": min(9.0, 240 / len(tokens)), "color": ink.text, "parse_math": False}
+        axes.set_xticks(range(len(tokens)), labels, **letters)
         axes.set_yticks(range(len(tokens)), labels, **letters)
         axes.xaxis.tick_top()
+        for label in axes.get_xticklabels():  # a single letter has room to stand upright
+            label.set_rotation(90 if len(label.get_text()) > 1 else 0)
+        for label in (one for one in axes.get_yticklabels() if one.get_text() == "␣"):
+            label.set_verticalalignment("bottom")  # its ink is at the foot of the line
         _color_bar(figure, axes, image, ink, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
 
     words = f"Attention map of {what}: a row for each of {len(tokens)} tokens, a column for each that it looks at."
@@ -144,9 +151,22 @@ def head_picture(weights: Array, tokens: Sequence[str], what: str) -> Picture:  
 
 
 def drawable(token: str) -> str:
-    """A token as a label: shortened, with a question mark for what the font may lack."""
-    shown = token if len(token) <= 12 else token[:11] + "…"
-    return "".join(c if (c < "\u0250" and c.isprintable()) or c in "␣…" else "?" for c in shown)
+    """A token as a label: shortened, with an escape for what the font lacks or cannot show."""
+    shown = "".join(c if c.isprintable() and ord(c) in _letters() else _escape(c) for c in token)
+    return shown if len(shown) <= 12 else shown[:11] + "…"
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """The code points that the font has."""
+    from matplotlib.font_manager import FontProperties, findfont  # noqa: PLC0415
+    from matplotlib.ft2font import FT2Font  # noqa: PLC0415
+
+    return frozenset(FT2Font(findfont(FontProperties(family=FONT))).get_charmap())
 
 
 def _without_future(weights: Array) -> Array:
@@ -164,7 +184,7 @@ def _png(inches: tuple[float, float], draw: Draw, ink: Palette) -> bytes:
     import matplotlib  # noqa: PLC0415  (slow to import; only pictures need it)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
+    with matplotlib.rc_context({"font.family": FONT, "font.size": 9}):
         figure = Figure(figsize=inches, layout="constrained", facecolor=ink.paper)
         draw(figure, figure.subplots(), ink)
         out = io.BytesIO()

@@ -176,9 +176,9 @@ def _loss(records: Sequence[Record], across: Across) -> Panel:
         reference = _reference_curve(records, across)
     note = "Strong: validation; thin: training." if len(records) > 1 else ""
     traces += [reference] if reference else []
-    short = _is_short(records, compared=bool(rules or reference))
+    whole = _is_short(records, compared=bool(rules or reference))
     return Panel(
-        "loss", "Loss, nats per token", across, traces, rules, tick=Format("digits", 3), note=note, whole=short
+        "loss", "Loss, nats per token", across, traces, rules, tick=Format("digits", 3), note=note, whole=whole
     )
 
 
@@ -248,8 +248,8 @@ def _bits(record: Record, across: Across) -> Panel:
     most = 2 * float(finite.max(initial=8.0))
     rules = [Rule(name[:40], value) for name, value in record.baselines.items() if value < most]
     trace = Trace("bits per byte", numbers(record.validations, "step"), bits, Look("val", marker="o"))
-    short = _is_short([record], compared=bool(rules))
-    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=Format("digits", 2), whole=short)
+    whole = _is_short([record], compared=bool(rules))
+    return Panel("bits", "Validation, bits per byte", across, [trace], rules, tick=Format("digits", 2), whole=whole)
 
 
 def _column(records: Sequence[Record], across: Across, column: str, title: str, tick: Format) -> Panel:
