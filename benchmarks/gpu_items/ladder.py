@@ -10,16 +10,16 @@ from gpu_timing import figures_of, step_work, time_step
 from regpt2.machine.speed.rungs import RUNGS, Change, Rung, climb, find_rungs
 from regpt2.machine.speed.steps import StepWork
 
-MEASURED = ["bf16", "compile", "stream", "ours"]
+MEASURED = ["bf16", "compile", "stream", "train"]
 
 
 def run(check: Check) -> None:
     before = None
     work = step_work(check, micro_batch=16, warmup_steps=5, steps=20)
-    rungs = find_rungs(["fp32", "ours"]) if check.smoke else merged(MEASURED)
+    rungs = find_rungs(["fp32", "train"]) if check.smoke else merged(MEASURED)
     for row in climb(work, rungs, time=lambda rung, work: time_step(check, work)):
         if row.times is None:  # only fatal for the last, which is training's own step
-            check.keep(row.title, lecture_ms=row.lecture_ms, ok=row.rung != "ours", why=row.why_not)
+            check.keep(row.title, lecture_ms=row.lecture_ms, ok=row.rung != "train", why=row.why_not)
             continue
         check.judge(
             row.title,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def told(work: StepWork, **_: object) -> StepTimes:
 def test_it_measures_shows_writes_and_does_not_measure_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*TINY, "--out", str(tmp_path), "--rungs", "fp32", "tf32", "ours"]
+    command = [*TINY, "--out", str(tmp_path), "--rungs", "fp32", "tf32", "train"]
     assert main(command) == 0
     said = capsys.readouterr().out
     found = written(tmp_path)
@@ -57,10 +58,11 @@ def test_it_measures_shows_writes_and_does_not_measure_again(
     assert "the step that `regpt2 train` makes" in said
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "ladder.md").read_text()
-    assert "| chunked loss = train |" in table and "1,000 ms" in table
+    assert "| train | loss in chunks | always |" in table and "1,000 ms" in table
+    assert re.search("tf32 +TF32 +--precision tf32\n", said), "from a rung to the option"
 
     monkeypatch.setattr(ladder, "measure", lambda *_, **__: pytest.fail("measured again"))
-    assert main([*command[:-3], "fp32", "ours"]) == 0
+    assert main([*command[:-3], "fp32", "train"]) == 0
     assert [row["times"] for row in written(tmp_path)["rungs"]] == [fp32["times"], ours["times"]]
 
 
@@ -105,7 +107,7 @@ def test_a_wrong_rung_is_no_success(
         return times
 
     monkeypatch.setattr(ladder, "measure", measure)
-    assert main([*TINY, "--out", str(tmp_path), "--rungs", "fp32", "flash", "vocab"]) == 1
+    assert main([*TINY, "--out", str(tmp_path), "--rungs", "fp32", "flash", "vocab_multiple"]) == 1
     assert "WRONG: the loss at step 2 is 5.40000, expected 4.90000" in capsys.readouterr().out
     assert [bool(row["figures"]) for row in written(tmp_path)["rungs"]] == [True, False, True]
 

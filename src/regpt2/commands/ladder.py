@@ -1,7 +1,7 @@
 """The lecture's speed ladder on this machine. In: sizes; out: each rung's step time, as a table, JSON and a picture.
 
 regpt2 ladder
-regpt2 ladder --rungs fp32 bf16 ours --steps 3
+regpt2 ladder --rungs fp32 bf16 train --steps 3
 regpt2 ladder --model.n-layer 4 --model.n-head 4 --model.n-embd 256 --seq-len 256 --micro-batch 8
 
 Each rung changes one thing and runs in a process of its own. Interrupted, the same command resumes.
@@ -23,7 +23,7 @@ from regpt2.base.options import parse
 from regpt2.machine.speed.ladder_record import LadderRecord, closing, describe
 from regpt2.machine.speed.rungs import Rung, climb, default_rungs, find_rungs
 from regpt2.machine.speed.steps import StepTimes, StepWork, measure
-from regpt2.machine.speed.table import for_screen
+from regpt2.machine.speed.table import for_screen, in_columns, legend
 from regpt2.model.gpt import GPTConfig
 
 # Defaults by type of device: on a GPU the lecture's sizes; on two cores of a CPU the ladder takes some ten minutes.
@@ -38,7 +38,7 @@ class LadderOptions:
     out: Path = Path("runs/ladder")
     """A folder for ladder.json, ladder.md and ladder.png. Rungs that it already holds are not measured again."""
     rungs: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="RUNGS")] = None
-    """Only these rungs, such as: fp32 bf16 ours; default: all that apply to the device, without compile on a CPU."""
+    """Only these rungs, such as: fp32 bf16 train; default: all that apply to the device, without compile on a CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     micro_batch: int | None = None
@@ -62,13 +62,14 @@ def main(arguments: list[str]) -> int:
         try:
             for row in climb(work, rungs, known=record.known, time=_timer(rungs)):
                 record.add(row)
-                say(f"{row.title}: {row.outcome}")
+                say(f"{row.rung}: {row.outcome}")
         except KeyboardInterrupt:
             say("Interrupted; what was measured is kept; run the same command again to resume.")
             raise
         finally:
             record.write_pages()
-    for line in (f"\n{describe(work)}", *for_screen(record.rows), "", *closing(record.rows)):
+    tables = for_screen(record.rows), in_columns(legend(record.rows))
+    for line in (f"\n{describe(work)}", *tables[0], "", *tables[1], "", *closing(record.rows)):
         say(line)
     say(f"\nWritten: {options.out / 'ladder.json'}, ladder.md and ladder.png.")
     return 1 if any(row.is_wrong for row in record.rows) or all(row.times is None for row in record.rows) else 0
@@ -106,7 +107,7 @@ def _timer(rungs: Sequence[Rung]) -> Callable[[Rung, StepWork], StepTimes]:
         nonlocal last_s
         place, started_at = rungs.index(rung), time.monotonic()
         left = f", at most {duration(last_s * (len(rungs) - place))} left in all" if last_s else ""
-        what = f"rung {place + 1} of {len(rungs)}, {rung.title}{left}"
+        what = f"rung {place + 1} of {len(rungs)}, {rung.name}{left}"
         with ProgressLine(what, work.warmup_steps + work.steps, "steps") as line:
             times = measure(work, on_step=lambda _: line.advance(1))
         last_s = time.monotonic() - started_at

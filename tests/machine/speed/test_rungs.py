@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
+from operator import attrgetter
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regpt2.base.errors import Problem, UsageError
+from regpt2.base.options import parse
+from regpt2.config.recipe_files import load_recipe
+from regpt2.config.run import RunConfig
 from regpt2.machine.speed import rungs
 from regpt2.machine.speed.rungs import RUNGS, Rung, RungResult, climb, default_rungs, find_rungs, key_of
 from regpt2.machine.speed.steps import DoesNotFit, StepTimes, StepWork, time_steps
 from regpt2.machine.speed.table import cells, figures_of, for_markdown, for_screen, summary
-from regpt2.model.gpt import GPTConfig
+from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.training.optimizer import build_optimizer
 
 TINY = StepWork(
     model=GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257),
@@ -56,12 +61,34 @@ def test_each_rung_changes_one_thing_and_the_last_is_training(device: str, monke
         old, new = asdict(before.work), asdict(after.work)
         changed = {name for name in old if old[name] != new[name]}
         parts = set(before.work.as_lecture) ^ set(after.work.as_lecture)
-        if after.rung in ("ours", "bf16"):  # "auto" is bf16 here; autocast and bf16 come together
+        if after.rung in ("train", "bf16"):  # "auto" is bf16 here; autocast and bf16 come together
             assert changed == {"precision", "as_lecture"} and len(parts) == 1
         else:
             assert len(changed) == 1, after.rung
             assert len(parts) <= 1 or parts == {"plain_attention", "torch_attention"}, after.rung
     assert rows[-1].work == replace(TINY, device=device, compile="on" if "compile" in names else "auto")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_option_of_a_rung_sets_in_training_what_the_rung_changes(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rung without an option changes only how the lecture's first step was computed, and no setting of a run."""
+    monkeypatch.setattr(rungs, "pick_device", torch.device)
+    shown = [rung for rung in RUNGS if rung.only_on in ("", device)]
+    work, plain = rungs.lowest(replace(TINY, device=device)), load_recipe("gpt2_124m")
+    for rung in shown:
+        before, work = work, rung.change(work)
+        config = parse(RunConfig, rung.option.split(), "regpt2 train gpt2_124m", default=plain)
+        if rung.name == "adamw":
+            assert config.optim.name == "adamw" and build_optimizer(GPT(TINY.model), config.optim).defaults["fused"]
+        elif rung.option:
+            setting = rung.option.split()[0].removeprefix("--").replace("-", "_")
+            assert attrgetter(setting)(config) == attrgetter(setting)(work), rung.name
+            assert setting.split(".")[-1] == rung.name or str(attrgetter(setting)(work)) == rung.name
+        elif rung.name != "train":  # which goes back to training's own choice, "auto"
+            assert replace(work, as_lecture=()) == replace(before, as_lecture=()), rung.name
+            assert set(work.as_lecture) != set(before.as_lecture)
 
 
 def test_every_rung_of_a_cpu_computes_the_same() -> None:
@@ -96,7 +123,7 @@ def test_a_rung_that_computes_something_else_is_wrong_and_not_fast(plant: str, m
     def time(rung: Rung, work: StepWork) -> StepTimes:
         return bad.get(plant, lambda t: t)(here(rung, work)) if rung.name == "flash" else here(rung, work)
 
-    rows = list(climb(TINY, find_rungs(["fp32", "flash", "vocab"]), time=time))
+    rows = list(climb(TINY, find_rungs(["fp32", "flash", "vocab_multiple"]), time=time))
     wrong, after = rows[1:]
     assert wrong.is_wrong and wrong.why_not.startswith("WRONG")
     assert figures_of(rows)[1] is None and wrong.why_not in for_screen(rows)[2]
@@ -125,7 +152,7 @@ def test_a_rung_that_a_machine_cannot_do_says_why_and_is_left_out_of_the_next() 
             raise DoesNotFit("100 GB wanted")
         return told()
 
-    rows = list(climb(TINY, find_rungs(["fp32", "compile", "flash", "vocab"]), time=time))
+    rows = list(climb(TINY, find_rungs(["fp32", "compile", "flash", "vocab_multiple"]), time=time))
     assert [row.why_not for row in rows] == ["", "there is no Triton", "out of memory: 100 GB wanted", ""]
     assert rows[3].work.compile == "off" and "plain_attention" not in rows[3].work.as_lecture
     assert not any(row.is_wrong for row in rows)
@@ -159,12 +186,13 @@ def test_the_table_has_medians_gains_and_reasons() -> None:
     assert (figures.low_ms, figures.high_ms) == pytest.approx((210, 290))
     assert figures.mfu is None, "of a CPU no data sheet is known"
     assert figures.palm_flop_per_s > figures.flop_per_s
-    assert cells(rows)[3][:6] == ["flash attention", "96 ms x1.35", "250.0", "±16.0%", "256", "x4.00"]
+    assert cells(rows)[3][:6] == ["flash", "96 ms x1.35", "250.0", "±16.0%", "256", "x4.00"]
     assert {len(line) for line in for_screen(rows)[1:4:2]} == {len(for_screen(rows)[0])}
     assert for_screen(rows)[2].endswith("no | TF32")
-    assert {line.count("|") for line in for_markdown(rows)} == {11}
+    assert {line.count("|") for line in for_markdown(rows)} == {11, 0, 4}, "times, then what the rungs change"
+    assert "| tf32 | TF32 | --precision tf32 |" in for_markdown(rows)
     assert summary(rows)[:2] == [
-        "From fp32 to flash attention: x4.00.",
-        "From fp32 to flash attention: x4.00; in the lecture, on an A100: x10.42.",
+        "From fp32 to flash: x4.00.",
+        "From fp32 to flash: x4.00; in the lecture, on an A100: x10.42.",
     ]
     assert summary(rows[1:2]) == ["No rung could be measured."]

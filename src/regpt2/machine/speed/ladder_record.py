@@ -106,7 +106,7 @@ def describe(work: StepWork) -> str:
 def closing(rows: Sequence[RungResult]) -> list[str]:
     """The table in words, and whether its last rung is the step of a real run."""
     lines, last = summary(rows), rows[-1]
-    if last.rung == "ours" and last.times is not None and not last.is_wrong:
+    if last.rung == "train" and last.times is not None and not last.is_wrong:
         compiles = can_compile(pick_device(last.work.device))
         flag = "" if last.times.compiled == compiles else f" --compile {last.work.compile}"
         lines.append(f"The last rung is the step that `regpt2 train{flag}` makes.")

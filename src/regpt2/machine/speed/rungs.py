@@ -26,6 +26,7 @@ class Rung:
     change: Change
     lecture_ms: float | None = None  # the lecture's step time after it: 124M, B=16, T=1024, on one A100 SXM 80 GB
     only_on: str = ""  # the type of device that it applies to; "" = all
+    option: str = ""  # of `regpt2 train`, which sets it; "" = training always does it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class RungResult:
     rung: str
     title: str
     lecture_ms: float | None
+    option: str = ""
     work: StepWork
     times: StepTimes | None = None
     why_not: str = ""  # why it does not count: it could not be measured, or its losses are wrong
@@ -66,24 +68,25 @@ def _flash(work: StepWork) -> StepWork:
 
 
 def _padded(work: StepWork) -> StepWork:
-    return replace(work, model=replace(work.model, vocab_multiple=GPTConfig.vocab_multiple))
+    return replace(work, model=replace(work.model, vocab_multiple=PADDED))
 
 
+PADDED = GPTConfig.vocab_multiple
 RUNGS = (
-    Rung("fp32", "fp32", lambda work: work, 1000),
+    Rung("fp32", "fp32", lambda work: work, 1000, option="--precision fp32"),
     Rung("onednn", "fp32 through oneDNN", _without("default_matmul"), only_on="cpu"),
-    Rung("tf32", "TF32", lambda work: replace(work, precision="tf32"), 333),
-    Rung("bf16", "bf16 autocast", _autocast("bf16"), 300),
-    Rung("fp16", "fp16 autocast", _autocast("fp16"), only_on="cuda"),
-    Rung("compile", "torch.compile", lambda work: replace(work, compile="on"), 130),
+    Rung("tf32", "TF32", lambda work: replace(work, precision="tf32"), 333, option="--precision tf32"),
+    Rung("bf16", "bf16 autocast", _autocast("bf16"), 300, option="--precision bf16"),
+    Rung("fp16", "fp16 autocast", _autocast("fp16"), only_on="cuda", option="--precision fp16"),
+    Rung("compile", "torch.compile", lambda work: replace(work, compile="on"), 130, option="--compile on"),
     Rung("flash", "flash attention", _flash, 96),
-    Rung("vocab", "padded vocabulary", _padded, 93),
-    Rung("adamw", "fused AdamW", _without("unfused_adamw"), 90),
+    Rung("vocab_multiple", "padded vocabulary", _padded, 93, option=f"--model.vocab-multiple {PADDED}"),
+    Rung("adamw", "fused AdamW", _without("unfused_adamw"), 90, option="--optim.name adamw"),
     Rung("malloc", "freed memory kept", _without("default_malloc"), only_on="cpu"),
     Rung("blocks", "attention in blocks", _without("torch_attention"), only_on="cpu"),
     Rung("stream", "16-bit residual stream", _without("autocast")),
     Rung("gelu", "GELU computed again", _without("kept_gelu"), only_on="cpu"),
-    Rung("ours", "chunked loss = train", lambda work: replace(_padded(work), precision="auto", as_lecture=())),
+    Rung("train", "loss in chunks", lambda work: replace(_padded(work), precision="auto", as_lecture=())),
 )
 
 COMPARED = 3
@@ -157,7 +160,7 @@ def climb(
     right: StepTimes | None = None
     for rung in rungs:
         tried = rung.change(work)
-        row = RungResult(rung=rung.name, title=rung.title, lecture_ms=rung.lecture_ms, work=tried)
+        row = RungResult(rung=rung.name, title=rung.title, lecture_ms=rung.lecture_ms, option=rung.option, work=tried)
         if tried == work and not first:
             yield replace(row, why_not="the rungs before it already include it.")
             continue

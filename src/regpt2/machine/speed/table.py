@@ -72,7 +72,7 @@ def cells(rows: Sequence[RungResult]) -> list[list[str]]:
     rate = "MFU" if known else "TFLOP/s"
     lines = [["rung", "lecture", "ms/step", "spread", "tokens/s", "gain", rate, "6N+12CTL", "memory", "attention"]]
     for row, one in zip(rows, figures, strict=True):
-        lines.append([row.title, _lecture(row), *([row.why_not] if one is None else _measured(one, known))])
+        lines.append([row.rung, _lecture(row), *([row.why_not] if one is None else _measured(one, known))])
     return lines
 
 
@@ -115,10 +115,26 @@ def for_screen(rows: Sequence[RungResult]) -> list[str]:
 
 
 def for_markdown(rows: Sequence[RungResult]) -> list[str]:
-    head, *lines = cells(rows)
-    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return [*_as_markdown(cells(rows), "---:"), "", *_as_markdown(legend(rows), "---")]
+
+
+def _as_markdown(rows: Sequence[Sequence[str]], rule: str) -> list[str]:
+    head, *lines = rows
+    ruled = [head, ["---", *[rule] * (len(head) - 1)], *lines]
     filled = [[cell.replace("|", "/") for cell in line] + [""] * (len(head) - len(line)) for line in ruled]
     return [f"| {' | '.join(line)} |" for line in filled]
+
+
+def legend(rows: Sequence[RungResult]) -> list[list[str]]:
+    """A head and a row for each rung: what it changes, and how `regpt2 train` does the same."""
+    head = ["rung", "what changes", "in regpt2 train"]
+    return [head, *([row.rung, row.title, row.option or "always"] for row in rows)]
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns that begin at one place each."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def summary(rows: Sequence[RungResult]) -> list[str]:
@@ -127,12 +143,12 @@ def summary(rows: Sequence[RungResult]) -> list[str]:
         return ["No rung could be measured."]
     (first, _), (last, at_last) = counted[0], counted[-1]
     lecture = [(row, one) for row, one in counted if row.lecture_ms]
-    lines = [f"From {first.title} to {last.title}: x{at_last.in_all:.2f}."]
+    lines = [f"From {first.rung} to {last.rung}: x{at_last.in_all:.2f}."]
     if len(lecture) > 1:
         (low, at_low), (high, at_high) = lecture[0], lecture[-1]
         theirs = (low.lecture_ms or 0.0) / (high.lecture_ms or 1.0)
         ours = at_high.in_all / at_low.in_all
-        lines.append(f"From {low.title} to {high.title}: x{ours:.2f}; in the lecture, on an A100: x{theirs:.2f}.")
+        lines.append(f"From {low.rung} to {high.rung}: x{ours:.2f}; in the lecture, on an A100: x{theirs:.2f}.")
     apart = max(one.loss_apart for _, one in counted)
-    lines.append(f"Correct: in the first {COMPARED} steps every loss is within {apart:.1g} of that of {first.title}.")
+    lines.append(f"Correct: in the first {COMPARED} steps every loss is within {apart:.1g} of that of {first.rung}.")
     return lines
