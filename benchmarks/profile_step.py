@@ -18,8 +18,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from regpt2.base.device import choose_compute, synchronize
-from regpt2.machine.speed.rates import copy_rate, seconds_of
+from regpt2.machine.speed.rates import copy_rate
 from regpt2.model.gpt import GPT, GPTConfig
+from regpt2.model.matmul_rate import seconds_of
 from training import batches, ours
 from works import TrainingWork
 

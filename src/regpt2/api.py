@@ -316,9 +316,9 @@ def read_record(run: PathLike) -> dict[str, NDArray[np.float64]]:
     """The recorded figures of a run, as columns of equal length: `pandas.DataFrame(regpt2.read_record(run))`.
 
     A row for each step that was logged or evaluated, in order; NaN where a step has no value. The columns:
-    `step`; of training `loss` (nats per token), `grad_norm`, `lr`, `step_ms`, `tokens_per_s`, `mfu`, `tokens` (seen so
-    far) and `skipped` (1 or 0); of each evaluation its figures, as `val_loss.loss`, `val_loss.bits_per_byte`,
-    `hellaswag.acc_norm`.
+    `step`; of training `loss` (nats per token), `grad_norm`, `lr`, `step_ms`, `tokens_per_s`, `mfu` (on a CPU a
+    share of matmuls that the run timed), `tokens` (seen so far) and `skipped` (1 or 0); of each evaluation its figures,
+    as `val_loss.loss`, `val_loss.bits_per_byte`, `hellaswag.acc_norm`.
 
     Raises:
         UsageError: `run` is not the folder of a run.

@@ -85,6 +85,13 @@ def test_the_last_label_stays_inside_the_picture(tmp_path: Path, inches: tuple[f
     assert max(right_edge(*one) for one in found) <= 72 * inches[0]
 
 
+def test_the_longest_label_of_a_level_stays_inside_the_picture(tmp_path: Path) -> None:
+    more = [train_event(step, mfu=0.121) for step in range(41, 60)]
+    found = texts(svg(drawn(tmp_path / "run", 40, more=more)["mfu"], (4.4, 2.4)))
+    assert "12.5 %" in {text for text, _, _ in found}, "the longest, or the test could not fail"
+    assert min(right_edge(*one) - right_edge(one[0], "start", 0) for one in found) >= 0
+
+
 @pytest.mark.parametrize("mfu", [None, 0.4], ids=["five small charts", "six"])
 def test_no_chart_is_alone_in_a_row_of_two(tmp_path: Path, mfu: float | None) -> None:
     run = run_of(tmp_path / "run", 40, more=[train_event(step, mfu=mfu) for step in range(41, 60)])

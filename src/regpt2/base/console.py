@@ -78,6 +78,11 @@ def figure(number: float, digits: int = 4) -> str:
     return count(number) if "e+" in shown else shown
 
 
+def flop_rate(flop_per_s: float) -> str:
+    """A rate of computing: 406 GFLOP/s, 1.2 TFLOP/s."""
+    return f"{flop_per_s / 1e12:.3g} TFLOP/s" if flop_per_s >= 1e12 else f"{flop_per_s / 1e9:.3g} GFLOP/s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as 42s, 3m10s, 5h02m, 2d04h."""
     whole = int(max(0, seconds))

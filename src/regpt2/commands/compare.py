@@ -29,8 +29,8 @@ from regpt2.config.run import RunConfig
 from regpt2.data.mixture import open_mixture, read_shares
 from regpt2.machine.planning.formulas import FORWARD
 from regpt2.machine.planning.run_time import OF_MATMULS, START_S, eval_tokens, n_evaluations
-from regpt2.machine.speed.rates import matmul_rate, model_shapes
 from regpt2.model.flops import flops_per_token
+from regpt2.model.matmul_rate import matmul_rate, model_shapes
 from regpt2.run.comparing.arms import Budget, Given, keep_recipe, read_arms, read_budget, with_baseline, within
 from regpt2.run.comparing.axes import place_arms, read_axes, together
 from regpt2.run.comparing.runs import Arm, Axis, Comparison, read_plan

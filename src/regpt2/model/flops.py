@@ -1,6 +1,6 @@
 """Arithmetic of a step. In: a shape and a sequence length; out: weights, and FLOPs per trained token."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from regpt2.model.language_model import GPTConfig
 from regpt2.model.modern import ModernConfig
@@ -71,6 +71,16 @@ def palm_flops_per_token(config: GPTConfig, seq_len: int) -> float:
     """
     scores = 24 * config.n_embd * blocks_with_attention(config) * keys_per_query(config, seq_len)
     return float(6 * n_weights(replace(config, vocab_multiple=1)) + scores)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a device can do at most."""
+
+    flops: float
+    """FLOP/s of one rank."""
+    source: str
+    """Where it is from, as in base/record/metrics.py."""
 
 
 def mfu(tokens_per_s: float, flops: float, peak: float | None, world_size: int) -> float | None:

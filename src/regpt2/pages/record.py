@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from regpt2.base.console import flop_rate
 from regpt2.base.errors import UsageError, did_you_mean
 from regpt2.base.files import sha256_file
 from regpt2.base.record.best import BestSoFar, best_of
-from regpt2.base.record.metrics import read_events
+from regpt2.base.record.metrics import TIMED, read_events
 
 Event = dict[str, Any]
 Column = NDArray[np.float64]
@@ -105,6 +106,22 @@ class Record:
         given = self.start.get("baselines")
         pairs = given.items() if isinstance(given, dict) else ()
         return {str(name): number(bits) for name, bits in pairs if math.isfinite(number(bits))}
+
+    @property
+    def has_timed_peak(self) -> bool:
+        """Is `mfu` a share of matmuls that the run timed, as on a CPU, and not of a data sheet?"""
+        return any(run.get("peak_source") == TIMED for run in self.runs)
+
+    @property
+    def peak(self) -> str:
+        """What `mfu` is a share of, for each rank; empty if that is not recorded."""
+        rates = [rate for run in self.runs if math.isfinite(rate := number(run.get("peak_flops"))) and rate > 0]
+        if not rates:
+            return ""
+        shown = list(dict.fromkeys(flop_rate(rate) for rate in (min(rates), max(rates))))
+        source = "timed matmuls" if self.has_timed_peak else "the data sheet"
+        precision = str(self.start.get("precision") or "")[:20]
+        return f"{' to '.join(shown)}{' in ' * bool(precision)}{precision} by {source}"
 
     @property
     def elapsed_s(self) -> float:

@@ -63,6 +63,7 @@ def open_records(run: TrainingRun, state: RunState, first: int) -> None:
         "max_steps": config.max_steps,
         "total_tokens": n_tokens,
         "baselines": state.baselines,
+        **({"peak_flops": run.peak.flops, "peak_source": run.peak.source} if run.peak else {}),
         **state.origin,
     }
     if config.lora.rank:

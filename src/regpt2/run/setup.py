@@ -19,7 +19,7 @@ from regpt2.base.ranks.signals import StopSignals
 from regpt2.base.ranks.watchdog import Watchdog
 from regpt2.base.ranks.world import World
 from regpt2.base.record.best import BestSoFar
-from regpt2.base.record.metrics import MetricsLog
+from regpt2.base.record.metrics import DATA_SHEET, TIMED, MetricsLog
 from regpt2.base.record.trackers import open_sinks
 from regpt2.config.run import RunConfig
 from regpt2.config.setup import setup_of
@@ -31,7 +31,9 @@ from regpt2.evals.scoring.assets import files_by_name, find, find_parts
 from regpt2.evals.val_loss import require_window
 from regpt2.model.architecture import build_model
 from regpt2.model.files.fill_model import load_into
+from regpt2.model.flops import Peak
 from regpt2.model.language_model import LanguageModel
+from regpt2.model.matmul_rate import square_rate
 from regpt2.references.verdict import Verdict
 from regpt2.run.beginning import begin
 from regpt2.training import checkpoint
@@ -70,7 +72,7 @@ class TrainingRun:
     saver: checkpoint.Saver
     watchdog: Watchdog
     stop: StopSignals
-    peak_flops: float | None
+    peak: Peak | None
     without_data: dict[str, str]
     """Evaluations that are left out because their data is not available, and why."""
 
@@ -196,11 +198,23 @@ def build(
         saver=checkpoint.Saver(folder / "checkpoints", config.keep_checkpoints),
         watchdog=watchdog,
         stop=stop,
-        peak_flops=peak_flops(world.device, compute.precision),
+        peak=peak_of(world, compute),
         without_data=_fetch_assets(config.evals.names if config.eval_every else (), files, world),
     )
     scale = LossScale(factor=2.0**16) if compute.needs_scaler else None
     return run, RunState(guard=Guard(config.guard, world.device), scale=scale, origin=beginning.origin)
+
+
+def peak_of(world: World, compute: Compute) -> Peak | None:
+    """Of a GPU by its data sheet; of a CPU the mean over its ranks, which time matmuls at once, as they train."""
+    if world.device.type != "cpu":
+        sheet = peak_flops(world.device, compute.precision)
+        return None if sheet is None else Peak(sheet, DATA_SHEET)
+    world.barrier()
+    with world.together():
+        rate = square_rate(compute.dtype, world.device)
+    mean = float(world.mean(torch.tensor(rate, dtype=torch.float64)))
+    return Peak(float(f"{mean:.3g}"), TIMED)
 
 
 def _loader(config: RunConfig, data: Mixture, tokenizer: Tokenizer, world: World, watchdog: Watchdog) -> Loader:

@@ -7,6 +7,7 @@ import torch
 
 from regpt2.base.console import count, duration, say
 from regpt2.base.device import synchronize
+from regpt2.base.record.metrics import TIMED
 from regpt2.data.checks.baselines import is_near_uniform
 from regpt2.model.flops import flops_per_token, mfu
 from regpt2.run.intervals import note
@@ -60,7 +61,7 @@ class StepLog:
         self._training_s += self._busy_s
         tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
         flops = flops_per_token(config.model, batch.seq_len, lora_rank=config.lora.rank, window=config.window_at(last))
-        used = mfu(tokens_per_s, flops, run.peak_flops, run.world.size)
+        used = mfu(tokens_per_s, flops, run.peak and run.peak.flops, run.world.size)
         for (step, stats, _), row, digest in zip(self._pending, rows, digests, strict=True):
             loss, grad_norm, accepted, _ = row
             run.metrics.log(
@@ -92,6 +93,11 @@ class StepLog:
         ):
             note(run, step, remark)
 
+    def _share(self, used: float) -> str:
+        peak = self.run.peak
+        timed = peak is not None and peak.source == TIMED
+        return f"{'matmul share' if timed else 'mfu'} {used:.1%}"
+
     def _say(
         self, step: int, row: list[float], lr: float, step_s: float, tokens_per_s: float, used: float | None
     ) -> None:
@@ -103,7 +109,7 @@ class StepLog:
         seen, done, all_tokens = map(config.batch.tokens_until, (self.first, step, config.max_steps))
         left_s = (all_tokens - done) * self._training_s / (done - seen)
         loss, grad_norm, *_ = row
-        busy = "" if used is None else f"mfu {100 * used:.1f}% | "  # no peak is known of a CPU
+        busy = "" if used is None else f"{self._share(used)} | "
         say(
             f"step {step:>6,}/{config.max_steps:,} | loss {loss:.4f} | norm {grad_norm:.3f} | lr {lr:.2e} | "
             f"{1e3 * step_s:,.1f} ms | {count(tokens_per_s)} tok/s | {busy}{duration(left_s)} left"

@@ -56,7 +56,7 @@ def test_a_driver_without_a_gpu_for_torch_is_said(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(choose_compute("auto", CPU).precision != "bf16", reason="this CPU has no bf16")
 def test_bf16_that_is_slower_than_fp32_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {torch.float32: 2e11, torch.bfloat16: 1e11}
-    monkeypatch.setattr(machine_checks.rates, "matmul_rate", lambda shapes, dtype, device, **more: rates[dtype])
+    monkeypatch.setattr(machine_checks, "matmul_rate", lambda shapes, dtype, device, **more: rates[dtype])
     found = machine_checks.matmul(patient_with(precision="auto"))
     assert (found.status, found.advice) == ("warn", "bf16 is slower than fp32 here: --precision fp32")
     assert found.found == "at the model's shapes fp32 200 GFLOP/s, bf16 100 GFLOP/s"
@@ -66,7 +66,7 @@ def test_bf16_that_is_slower_than_fp32_is_said(monkeypatch: pytest.MonkeyPatch) 
 def test_a_card_below_its_data_sheet_is_said(square: float, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_checks, "peak_flops", lambda device, precision: 9.894e14)
     monkeypatch.setattr(machine_checks, "nvidia_smi", lambda device, fields: ["1200", "1980", "690", "700", "71"])
-    monkeypatch.setattr(machine_checks.rates, "matmul_rate", lambda *given, **more: square)
+    monkeypatch.setattr(machine_checks, "matmul_rate", lambda *given, **more: square)
     found = machine_checks.matmul(PATIENT)
     assert found.status == status
     assert f"{100 * square / 9.894e14:.0f} % of the data sheet" in found.found
@@ -74,7 +74,7 @@ def test_a_card_below_its_data_sheet_is_said(square: float, status: str, monkeyp
 
 
 def test_an_exchange_that_costs_more_than_a_fifth_of_the_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_checks.rates, "matmul_rate", lambda *given, **more: 1e9)
+    monkeypatch.setattr(machine_checks, "matmul_rate", lambda *given, **more: 1e9)
     two_ranks = dataclasses.replace(PATIENT.world, size=2)
     batch = dataclasses.replace(CONFIG.batch, batch_tokens=2_000_000)
     two = dataclasses.replace(patient_with(batch=batch), world=two_ranks)

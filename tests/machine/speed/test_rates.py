@@ -8,35 +8,8 @@ import torch
 from regpt2.base.errors import Problem
 from regpt2.base.ranks.world import World
 from regpt2.machine.speed import rates
-from regpt2.model.flops import flops_per_token
-from regpt2.model.gpt import GPTConfig
 
 CPU = torch.device("cpu")
-
-
-def test_the_median_of_repetitions_counts_and_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, took = 0.0, iter([100.0, 1.0, 9.0, 2.0])
-
-    def work() -> None:
-        nonlocal now
-        now += next(took)
-
-    monkeypatch.setattr(rates.time, "perf_counter", lambda: now)
-    assert rates.seconds_of(work, CPU, at_least_s=0.0) == 2.0
-
-
-def test_the_shapes_are_those_of_a_forward_pass() -> None:
-    model = GPTConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=1000)
-    flops = sum(2 * n * rows * inputs * outputs for rows, inputs, outputs, n in rates.model_shapes(model, 10))
-    attention = 2 * 64 * 128 * 3  # C T L, forward
-    assert flops == 10 * (flops_per_token(model, 128) / 3 - attention)
-
-
-def test_a_matmul_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 10.0])
-    monkeypatch.setattr(rates, "seconds_of", lambda *work, **more: next(times))
-    found = rates.matmul_rate([(2, 3, 4, 5), (2, 3, 10, 1)], torch.float32, CPU, at_least_s=1.0)
-    assert found == (2 * 2 * 3 * 4 * 5 + 2 * 2 * 3 * 10) / (5 * 1.0 + 10.0)
 
 
 def test_attention_says_its_kernel() -> None:

@@ -1,7 +1,8 @@
 """The record of a run: `metrics.jsonl`, one event a line. In: events; out: a file that only grows.
 
 Every event has `event` and `step` (updates made so far). The kinds:
-  run         a start or a resume: config, versions, device, data, the step from which it starts
+  run         a start or a resume: config, versions, device, data, the step from which it starts; peak_flops (FLOP/s of
+              one rank, what mfu is a share of) and peak_source (DATA_SHEET or TIMED)
   train       loss, grad_norm, lr, step_ms, tokens_per_s, mfu, tokens (seen so far), skipped, data (a digest of the
               tokens of this update in their order: the same for any number of ranks)
   eval        eval (its name) and its figures, seen_tokens (trained on so far)
@@ -25,6 +26,9 @@ from regpt2.base.errors import DataError
 from regpt2.base.files import SMALL_BYTES, describe_os_error, write_atomic
 from regpt2.base.record.trackers import Sink
 from regpt2.base.screen import lost_streams
+
+DATA_SHEET, TIMED = "data sheet", "timed matmuls"
+"""What mfu is a share of: a GPU's peak, or on a CPU the rate of matmuls that the run timed when it started."""
 
 
 class MetricsLog:

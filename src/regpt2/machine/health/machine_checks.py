@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from regpt2 import __version__
-from regpt2.base.console import count
+from regpt2.base.console import count, flop_rate
 from regpt2.base.device import Precision, choose_compute, cpu_info, device_name, peak_flops
 from regpt2.base.free_memory import free_bytes
 from regpt2.machine.health import agreement
@@ -21,6 +21,7 @@ from regpt2.machine.health.patient import Check, CheckResult, Patient
 from regpt2.machine.known_gpus import recognize
 from regpt2.machine.speed import rates
 from regpt2.model.flops import flops_per_token
+from regpt2.model.matmul_rate import matmul_rate, model_shapes
 
 GOOD_SHARE = 0.6  # of a data sheet's peak for a large matmul or copy; a healthy card reaches 75 to 95 %
 
@@ -177,7 +178,7 @@ def attention(patient: Patient) -> CheckResult:
     seq_len = min(batch.seq_len, 2048 if on_cpu else 16_384)  # longer ones have a window, and would take minutes
     shape = (1 if on_cpu else batch.micro_batch, model.n_head, seq_len, model.n_embd // model.n_head)
     kernel, seconds, flops_per_s = rates.attention_rate(shape, dtype, where, at_least_s=0.1)
-    text = f"{kernel} at {shape}, forward and backward in {1e3 * seconds:.3g} ms, {_flops(flops_per_s)}"
+    text = f"{kernel} at {shape}, forward and backward in {1e3 * seconds:.3g} ms, {flop_rate(flops_per_s)}"
     slow = where.type == "cuda" and kernel == "math"
     advice = "expected a flash kernel: see torch.backends.cuda.flash_sdp_enabled()" if slow else ""
     return CheckResult("warn" if slow else "ok", text, advice, {"attention_flops_per_s": flops_per_s})
@@ -217,11 +218,11 @@ def adamw(patient: Patient) -> CheckResult:
 def matmul(patient: Patient) -> CheckResult:
     """FLOP/s in each precision; on a known GPU also of a large square, compared with the data sheet."""
     where, figures = patient.world.device, dict[str, float]()
-    shapes = rates.model_shapes(patient.config.model, patient.pass_tokens)
+    shapes = model_shapes(patient.config.model, patient.pass_tokens)
     for name in patient.supported:
         dtype = choose_compute(name, where).dtype
-        figures[f"{name}_flops_per_s"] = rates.matmul_rate(shapes, dtype, where, at_least_s=0.2)
-    each = [f"{name.split('_')[0]} {_flops(rate)}" for name, rate in figures.items()]
+        figures[f"{name}_flops_per_s"] = matmul_rate(shapes, dtype, where, at_least_s=0.2)
+    each = [f"{name.split('_')[0]} {flop_rate(rate)}" for name, rate in figures.items()]
     text = f"at the model's shapes {', '.join(each)}"
     chosen = patient.precision
     sheet = peak_flops(where, chosen)
@@ -230,9 +231,9 @@ def matmul(patient: Patient) -> CheckResult:
     if sheet is None:
         return CheckResult("ok", text, figures=figures)
     dtype = choose_compute(chosen, where).dtype
-    square = rates.matmul_rate([(8192, 8192, 8192, 1)], dtype, where, at_least_s=0.5)
+    square = matmul_rate([(8192, 8192, 8192, 1)], dtype, where, at_least_s=0.5)
     figures["square_flops_per_s"] = square
-    text += f"; 8192 x 8192 in {chosen} {_flops(square)}, {100 * square / sheet:.0f} % of the data sheet"
+    text += f"; 8192 x 8192 in {chosen} {flop_rate(square)}, {100 * square / sheet:.0f} % of the data sheet"
     if square < GOOD_SHARE * sheet:
         state = nvidia_smi(where, "clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu")
         words = "clock {} of {} MHz, {} of {} W, {} C; ".format(*state) if len(state) == 5 else ""
@@ -260,8 +261,8 @@ def all_reduce(patient: Patient) -> CheckResult:
     bus = 2 * (world.size - 1) / world.size * n_bytes / seconds
     whole_s = seconds * 4 * patient.n_trained / n_bytes
     dtype = choose_compute(patient.precision, world.device).dtype
-    shapes = rates.model_shapes(patient.config.model, patient.pass_tokens)[:-1]
-    flops_per_s = rates.matmul_rate(shapes, dtype, world.device, at_least_s=0.1)
+    shapes = model_shapes(patient.config.model, patient.pass_tokens)[:-1]
+    flops_per_s = matmul_rate(shapes, dtype, world.device, at_least_s=0.1)
     tokens = patient.config.batch.batch_tokens / world.size
     compute_s = tokens * flops_per_token(patient.config.model, patient.config.batch.seq_len) / flops_per_s
     text = (
@@ -274,7 +275,3 @@ def all_reduce(patient: Patient) -> CheckResult:
         advice = f"expected below 20 %: {how}; --parallel.reduce-dtype bf16 halves it"
         return CheckResult("warn", text, advice, figures)
     return CheckResult("ok", text, figures=figures)
-
-
-def _flops(rate: float) -> str:
-    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"

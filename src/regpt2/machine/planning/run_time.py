@@ -22,10 +22,11 @@ from regpt2.machine.planning.formulas import (
     update_seconds,
 )
 from regpt2.machine.planning.target import Target
-from regpt2.machine.speed.rates import copy_rate, matmul_rate, model_shapes
+from regpt2.machine.speed.rates import copy_rate
 from regpt2.machine.speed.steps import StepTimes, StepWork, measure
 from regpt2.model.flops import flops_per_token
 from regpt2.model.language_model import GPT2_CONTEXT
+from regpt2.model.matmul_rate import matmul_rate, model_shapes
 from regpt2.training.memory import Setup
 
 COMPILE_S = 90.0  # one to two minutes on the GPUs seen so far

@@ -4,59 +4,22 @@ Each is the median of several runs after a first one that is not timed.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
-from torch.nn import functional as F
 
-from regpt2.base.device import quiet_profiler, synchronize
+from regpt2.base.device import quiet_profiler
 from regpt2.base.errors import Problem
 from regpt2.base.files import forget_cached
 from regpt2.base.ranks.world import World
-from regpt2.model.gpt import GPTConfig
 from regpt2.model.kernels.attention import causal_attention
+from regpt2.model.matmul_rate import seconds_of
 
-# B sequences, H heads, T tokens, D head width, N = B * T tokens, C = n_embd, V = padded_vocab_size
-
-
-def seconds_of(work: Callable[[], object], device: torch.device, *, at_least_s: float) -> float:
-    """The median time of `work`, repeated at least three times and for at least `at_least_s`."""
-    times: list[float] = []
-    work()
-    while len(times) < 3 or sum(times) < at_least_s:
-        synchronize(device)
-        started_at = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - started_at)
-    return statistics.median(times)
-
-
-def matmul_rate(
-    shapes: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device, *, at_least_s: float
-) -> float:
-    """FLOP/s over linear layers of `shapes`: rows, inputs, outputs, and the number of such layers."""
-    flops = seconds = 0.0
-    for rows, inputs, outputs, n in shapes:
-        x = torch.randn(rows, inputs, device=device, dtype=dtype)
-        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-        one_s = seconds_of(partial(F.linear, x, weight), device, at_least_s=at_least_s / len(shapes))
-        flops += 2.0 * n * rows * inputs * outputs
-        seconds += n * one_s
-    return flops / seconds
-
-
-def model_shapes(model: GPTConfig, n_tokens: int) -> list[tuple[int, int, int, int]]:
-    """The matmuls of a forward pass, for `matmul_rate`."""
-    C, L = model.n_embd, model.n_layer
-    widths = ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, model.padded_vocab_size, 1))
-    return [(n_tokens, *width) for width in widths]
+# B sequences, H heads, T tokens, D head width
 
 
 def copy_rate(device: torch.device, n_bytes: int, *, at_least_s: float) -> float:

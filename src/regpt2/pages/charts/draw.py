@@ -39,7 +39,8 @@ def svg(panel: Panel, inches: tuple[float, float], name: str = "") -> Html:
 
     def paint(figure: Any, ink: dict[str, str]) -> None:
         above = 0.65 if panel.across.tokens_at else 0.4
-        axes = figure.add_axes((0.42 / width, 0.28 / height, 1 - 0.55 / width, 1 - above / height))
+        left = 0.55 if panel.tick.kind == "percent" else 0.42  # room for the labels
+        axes = figure.add_axes((left / width, 0.28 / height, 1 - (left + 0.13) / width, 1 - above / height))
         draw(axes, panel, ink, ticks=4 if width < 5 else 8)
 
     return painted(paint, inches, name or panel.name, panel.description())

@@ -15,6 +15,7 @@ from regpt2.references import curves as reference_curves
 MOST_RUNS = 8
 SHORT, SHORT_COMPARED = 10_000, 1_000
 """Updates: a run of fewer is shown whole, or of fewer than the second if its end is compared with published levels."""
+TIMED_TITLE = "Share of the machine's matmul rate"
 GENERAL, PERCENT = Format("general", 6), Format("percent")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MARKERS = "os^Dv*PX"
@@ -255,6 +256,7 @@ def _bits(record: Record, across: Across) -> Panel:
 def _column(records: Sequence[Record], across: Across, column: str, title: str, tick: Format) -> Panel:
     """A panel of one training column; the norm and the step time show single peaks behind their mean."""
     traces, has_peaks = [], column in ("grad_norm", "step_ms")
+    title, note = _peak(records, title) if column == "mfu" else (title, "")
     for place, record in enumerate(records):
         alone = len(records) == 1
         x, y = _x(records, record, record.train["step"]), record.train[column]
@@ -265,8 +267,19 @@ def _column(records: Sequence[Record], across: Across, column: str, title: str, 
         traces.append(Trace(title if alone else record.name, *thin(x, shown, 500), look))
     values = np.concatenate([trace.y[np.isfinite(trace.y) & (trace.y > 0)] for trace in traces] or [np.zeros(0)])
     log = has_peaks and len(values) > 0 and values.max() > 20 * values.min()
-    note = _slow_steps(records[0]) if column == "step_ms" and len(records) == 1 else ""
+    note = _slow_steps(records[0]) if column == "step_ms" and len(records) == 1 else note
     return Panel(column, title, across, traces, tick=tick, from_zero=not log, log=bool(log), note=note)
+
+
+def _peak(records: Sequence[Record], title: str) -> tuple[str, str]:
+    """The title and the remark of the panel of MFU: on a CPU it is a share of the matmuls that the run timed."""
+    if len(records) == 1:
+        peak = records[0].peak
+        return (TIMED_TITLE if records[0].has_timed_peak else title), f"A rank's peak: {peak}." if peak else ""
+    timed = [record.has_timed_peak for record in records]
+    if all(timed):
+        return TIMED_TITLE, ""
+    return title, "On a CPU the peak is the rate of its matmuls." if any(timed) else ""
 
 
 def _slow_steps(record: Record) -> str:

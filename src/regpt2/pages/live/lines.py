@@ -57,6 +57,7 @@ def _update(status: Status) -> str:
     parts += [f"norm {status.grad_norm:.3f}"] if math.isfinite(status.grad_norm) else []
     parts += [f"lr {status.lr:.2e}"] if math.isfinite(status.lr) else []
     parts += [f"{count(status.tokens_per_s)} tok/s"] if math.isfinite(status.tokens_per_s) else []
+    parts += [f"{status.mfu_name} {status.mfu:.1%}"] if math.isfinite(status.mfu) else []
     left = status.state == RUNNING and math.isfinite(status.left_s)
     return " | ".join([*parts, f"{duration(status.left_s)} left"] if left else parts)
 

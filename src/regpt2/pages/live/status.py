@@ -41,6 +41,10 @@ class Status:
     best_step: float
     tokens_per_s: float
     """Of the newest updates."""
+    mfu: float
+    """Likewise: how much of `peak` they used."""
+    peak_is_timed: bool
+    """Is the peak the matmul rate of a CPU, and not that of a data sheet?"""
     lr: float
     grad_norm: float
     elapsed_s: float
@@ -52,6 +56,11 @@ class Status:
     """The rest of its sentence."""
     checks: tuple[str, ...]
     """What to check, by the newest verdict."""
+
+    @property
+    def mfu_name(self) -> str:
+        """What `mfu` is called, before its value."""
+        return "matmul share" if self.peak_is_timed else "MFU"
 
     @property
     def share(self) -> float:
@@ -86,6 +95,8 @@ def status_of(follower: Follower) -> Status:
         best_loss=best.loss if best.step is not None else math.nan,
         best_step=float(best.step) if best.step is not None else math.nan,
         tokens_per_s=speed,
+        mfu=_newest(record.train["mfu"]),
+        peak_is_timed=record.has_timed_peak,
         lr=_last(record.train["lr"]),
         grad_norm=_last(record.train["grad_norm"]),
         elapsed_s=record.elapsed_s,

@@ -97,6 +97,7 @@ def _figures(status: Status, columns: int) -> list[Text]:
         ("validation", f"{status.val_loss:.4f}", status.val_loss),
         ("best", f"{status.best_loss:.4f} at {status.best_step:,.0f}", status.best_loss if best else math.nan),
         ("tokens/s", count(status.tokens_per_s), status.tokens_per_s),
+        (status.mfu_name, f"{status.mfu:.1%}", status.mfu),
         ("lr", f"{status.lr:.2e}", status.lr),
         ("norm", f"{status.grad_norm:.3f}", status.grad_norm),
         ("tokens", count(status.tokens), status.tokens or math.nan),

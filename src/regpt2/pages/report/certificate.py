@@ -62,6 +62,7 @@ def certificate(record: Record) -> dict[str, str]:
     if ramp_from > 0:
         facts["Batch ramp"] = f"from {_whole(ramp_from)} tokens per update on, over the first {_whole(ramp_tokens)}"
     resumed = [f"at step {_whole(run.get('step'))} ({_time(run)})" for run in record.runs[1:]]
+    facts |= {"Peak of a rank": record.peak} if record.peak else {}
     facts |= {
         "Started": _time(record.start),
         "Resumed": _named(resumed),

@@ -81,7 +81,7 @@ def results(record: Record) -> Html:
             "Tokens/s",
             count(speed) if math.isfinite(speed) else "–",
             "",
-            f"{100 * mfu:.0f} % of the peak (MFU)" if math.isfinite(mfu) else "median",
+            share_of_peak(record, mfu) or "median",
         ),
     ]
     cell = (
@@ -99,6 +99,14 @@ def results(record: Record) -> Html:
         for name, value, unit, remark in cells
     )
     return fill('<dl class="results">\n{cells}\n</dl>', cells=join(shown))
+
+
+def share_of_peak(record: Record, mfu: float) -> str:
+    """How much of what the device can do was used, in words; empty if unknown."""
+    if not math.isfinite(mfu):
+        return ""
+    share = f"{100 * mfu:.0f}" if mfu >= 0.1 else f"{100 * mfu:.2g}"
+    return f"{share} % of {'its matmul rate' if record.has_timed_peak else 'the peak (MFU)'}"
 
 
 def best_loss(record: Record) -> str:
@@ -132,6 +140,7 @@ def _column(record: Record) -> dict[str, str]:
         "Tokens": count(record.tokens) if record.tokens else "–",
         "Time": _wall_time(record),
         "Tokens/s": count(speed) if math.isfinite(speed) else "–",
+        "Used of its peak": share_of_peak(record, record.typical("mfu")) or "–",
         "Recipe": record.recipe,
         "Parameters": count(n_params) if math.isfinite(n_params) else "–",
         "Data set": record.dataset or "–",

@@ -137,7 +137,7 @@ export class Chart {
       if (y < box.top - 2 || y > box.height - BOTTOM) continue;
       const text = `${rule.label.slice(0, 40)} ${formatted(panel.format, rule.value)}`;
       const [left, right, width] = [LEFT + 2, box.width - RIGHT - 2, LETTER * text.length];
-      const crossed = (from, to) => this.series.some((one) => one.look.alpha === 1 && isCrossed(one, this.x, this.y, [from, to, y - LINE, y]));
+      const crossed = (from, to) => this.series.some((one) => (one.ghost || one.look.alpha === 1) && isCrossed(one, this.x, this.y, [from, to, y - LINE, y]));
       const on_right = rule.on_right || (crossed(left, left + width) && !crossed(right - width, right));
       const named = label(on_right ? right : left, y - 4, text, on_right ? "end" : "start");
       set(named, { class: "on-paper" });

@@ -2,7 +2,7 @@
 
 import { Chart, Cursor } from "/static/runs/chart.js";
 import { between } from "/static/runs/axes.js";
-import { count, duration, fixed, whole } from "/static/runs/format.js";
+import { count, duration, fixed, general, whole } from "/static/runs/format.js";
 import { inPlace } from "/static/visible.js";
 import { element, follow, hasKey, headers, readOnce, showState } from "/static/runs/stream.js";
 
@@ -99,7 +99,7 @@ function showResults(data) {
   const cells = [
     ["Training loss", fixed(data.loss, 3), "nats", "newest updates"],
     ["Validation loss", fixed(data.val_loss, 4), "nats", best || perplexity],
-    ["Tokens/s", count(data.tokens_per_s ?? NaN), "", "newest updates"],
+    ["Tokens/s", count(data.tokens_per_s ?? NaN), "", shareOf(data) || "newest updates"],
     ["Learning rate", data.lr === null ? "–" : data.lr.toExponential(1).replace("e-0", "e-").replace(".0e", "e"), "", data.grad_norm === null ? "" : `gradient norm ${fixed(data.grad_norm, 2)}`],
     data.state === "running"
       ? ["Time left", duration(data.left_s ?? NaN), "", data.elapsed_s === null ? "" : `after ${duration(data.elapsed_s)}`]
@@ -121,6 +121,13 @@ function showResults(data) {
       if (found.textContent !== text) found.textContent = text;
     }
   });
+}
+
+/** How much of what the device can do was used. */
+function shareOf(data) {
+  if (data.mfu === null) return "";
+  const share = data.mfu < 0.1 ? general(100 * data.mfu, 2) : fixed(100 * data.mfu, 0);
+  return `${share} % of ${data.peak_is_timed ? "its matmul rate" : "the peak (MFU)"}`;
 }
 
 function showVerdict(data) {
