@@ -61,7 +61,7 @@ class StepLog:
         self._training_s += self._busy_s
         tokens_per_s = (batch.tokens_until(last) - batch.tokens_until(last - len(rows))) / self._busy_s
         flops = flops_per_token(config.model, batch.seq_len, lora_rank=config.lora.rank, window=config.window_at(last))
-        used = mfu(tokens_per_s, flops, run.peak and run.peak.flops, run.world.size)
+        used = mfu(tokens_per_s, flops, run.peak.flops if run.peak else None, run.world.size)
         for (step, stats, _), row, digest in zip(self._pending, rows, digests, strict=True):
             loss, grad_norm, accepted, _ = row
             run.metrics.log(
