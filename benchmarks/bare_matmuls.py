@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regpt2.base.device import choose_compute, synchronize
-from regpt2.machine.speed.rates import model_shapes
+from regpt2.model.matmul_rate import model_shapes
 from regpt2.model.gpt import GPTConfig
 from sides import serve
 from works import TrainingWork

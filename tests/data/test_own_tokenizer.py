@@ -63,7 +63,7 @@ def folder(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_text_gives_the_same_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = [word for path in sorted(DOCS.glob("*.md")) for word in ("--input", str(path))]
+    inputs = [word for path in sorted(DOCS.rglob("*.md")) for word in ("--input", str(path))]
     assert main(["tokenizer", "train", *inputs, "--vocab-size", str(N), "--out", str(tmp_path / "again.json")]) == 0
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
     said = capsys.readouterr().out
@@ -245,7 +245,7 @@ def test_a_data_folder_needs_no_path_any_more(folder: Path, ours: BytePairTokeni
         text = val.tokenizer().decode(val.read(0, 4000).tolist()) + train.tokenizer().decode(
             train.read(0, train.n_tokens).tolist()
         )
-    documents = [path.read_text() for path in sorted(DOCS.glob("*.md"))]
+    documents = [path.read_text() for path in sorted(DOCS.rglob("*.md"))]
     for document in documents:  # a long one may be cut into pieces, each a document of its own
         assert END_OF_TEXT + document[:1000] in text
     assert text.replace(END_OF_TEXT, "") == "".join(documents).replace(END_OF_TEXT, "")
