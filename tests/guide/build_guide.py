@@ -138,12 +138,7 @@ def differences(chapter: Chapter, played: Played) -> list[str]:
             continue
         share = float((output.mark("within") or "0").rstrip("%")) / 100
         if output.mark("varies") is not None:
-            lines, got = (len(text.strip().split("\n")) for text in (output.body, printed))
-            problem = (
-                None
-                if printed.strip() and output.body.strip() and lines == got
-                else f"expected {lines} lines, got {got}"
-            )
+            problem = None if printed.strip() and output.body.strip() else "expected some output, got none"
         else:
             problem = difference(output.body, printed, share)
         if problem:
