@@ -30,7 +30,7 @@ from quote import quote
 
 AS_NOTEBOOKS = ("07_batches", "14_ranks")
 """Chapters whose notebooks are run too: commands and code, in seconds."""
-SAME_PICTURE = 0.02
+SAME_PICTURE = 0.004
 """Mean difference of two pictures' pixels, of 1, up to which they look the same."""
 
 

@@ -1,5 +1,6 @@
 """A chapter played. In: a chapter; out: what each block printed and drew, in a folder of its own."""
 
+import ast
 import contextlib
 import io
 import os
@@ -39,7 +40,11 @@ def play(chapter: Chapter, folder: Path) -> Played:
         for block in chapter.blocks:
             place = f"{chapter.path.name}:{block.number}"
             if block.kind == "picture":
-                played.pictures[block.picture] = _figure()
+                png = _figure(namespace.pop("_", None))
+                if png is None:
+                    played.problems.append(f"{place}: the block above has drawn nothing")
+                    return played
+                played.pictures[block.picture] = png
             if block.kind == "file":
                 Path(str(block.mark("write"))).write_text(block.body + "\n")
             if block.kind not in ("python", "bash"):
@@ -78,7 +83,11 @@ def _python(block: Block, place: str, namespace: dict[str, Any]) -> tuple[str, s
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
-            exec(compile("\n" * block.number + block.body, place, "exec"), namespace)
+            tree = ast.parse("\n" * block.number + block.body, place)
+            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, place, "exec"), namespace)
+            if isinstance(last, ast.Expr):  # as a notebook, which shows the value of the last line
+                namespace["_"] = eval(compile(ast.Expression(last.value), place, "eval"), namespace)
         except Exception:
             return printed.getvalue(), traceback.format_exc()
     return printed.getvalue(), None
@@ -94,11 +103,13 @@ def _bash(block: Block, place: str, namespace: dict[str, Any]) -> tuple[str, str
     return done.stdout, (done.stderr or f"exit {done.returncode}") if done.returncode else None
 
 
-def _figure() -> bytes:
-    """The current figure as a PNG; closes all."""
+def _figure(value: object) -> bytes | None:
+    """The figure that `value` is, or else pyplot's, as a PNG; None if it is empty. Closes all."""
     from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
+    figure = value if isinstance(value, Figure) else pyplot.gcf()
     out = io.BytesIO()
-    pyplot.gcf().savefig(out, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(out, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close("all")
-    return out.getvalue()
+    return out.getvalue() if figure.axes else None

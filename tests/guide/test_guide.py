@@ -144,6 +144,19 @@ def test_a_block_that_fails_unasked_stops_the_chapter(tmp_path: Path, code: str,
     assert "2\n" not in played.outputs.values()
 
 
+@pytest.mark.parametrize(
+    ("code", "drawn"),
+    [
+        ("x = 1", False),
+        ("from matplotlib.figure import Figure\nfigure = Figure()\nfigure.add_subplot()\nfigure", True),
+        ("import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('a')", True),
+    ],
+)
+def test_a_picture_is_the_value_of_the_last_line_or_pyplots_figure(tmp_path: Path, code: str, drawn: bool) -> None:
+    played = play(written(tmp_path, f"# 1. Some\n\n```python\n{code}\n```\n\n![a](images/a.png)\n"), tmp_path)
+    assert (played.problems == []) is drawn and ("images/a.png" in played.pictures) is drawn
+
+
 def test_a_block_without_an_end_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"01_some.md:2: the block that begins here does not end"):
         written(tmp_path, "# 1. Some\n```python\nx\n")
