@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from regpt2.base.device import choose_compute, synchronize
-from regpt2.model.matmul_rate import model_shapes
 from regpt2.model.gpt import GPTConfig
+from regpt2.model.matmul_rate import model_shapes
 from sides import serve
 from works import TrainingWork
 
