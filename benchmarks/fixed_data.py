@@ -19,7 +19,12 @@ from regpt2.base.record.metrics import read_events
 from regpt2.pages.charts.draw import PRINT, RUN_COLORS, heading, png
 
 BASE = "recipe"
-SHOWN = {"one pass": "one_pass", "naive": "naive", "the recipe": "recipe", "the recipe, 24 passes": "recipe_24"}
+SHOWN = {
+    "one pass": "one_pass",
+    "many passes as usual": "naive",
+    "the recipe": "recipe",
+    "the recipe, 24 passes": "recipe_24",
+}
 
 
 def main() -> None:

@@ -166,11 +166,11 @@ def test_control_characters_are_shown_not_obeyed(
     [
         (
             {"prompt": "x" * 64},
-            "64 prompt tokens + 1 new ones = 65, the model can take 64; ask for at most 0",
+            "a prompt of 64 tokens plus 1 to write is 65 tokens, and the model's context is 64. Shorten the prompt.",
         ),
         (
             {"prompt": "x" * 60, "max_new_tokens": 100},
-            "60 prompt tokens + 100 new ones = 160, the model can take 64; ask for at most 4 new ones",
+            "plus 100 to write is 160 tokens, and the model's context is 64. Ask for at most 4 new tokens, or shorten",
         ),
         ({"n": 0}, "n = 0 must be at least 1."),
         ({"temperature": -0.5}, "temperature = -0.5 must be 0"),

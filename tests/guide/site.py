@@ -18,8 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chapter import FOLDER, ROOT, chapters, read_chapter
-from mkdocs.commands.build import build
-from mkdocs.config import load_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/dry_gpu/README.md"]
 PARTS = {
@@ -37,6 +35,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "site")
     options = parser.parse_args()
+    from mkdocs.commands.build import build  # of the extra `guide`; the tests of this file do without
+    from mkdocs.config import load_config
+
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}; give a folder that can be written")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder))
@@ -75,7 +80,7 @@ def lay_out(folder: Path) -> None:
     for page in pages():
         target = folder / page.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(with_links(page, sources))
+        target.write_text(with_links(page.read_text(), page, sources))
     for picture in (path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".ipynb", ".css")):
         target = folder / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +89,11 @@ def lay_out(folder: Path) -> None:
         as_page(source, folder)
 
 
-def with_links(page: Path, sources: set[Path]) -> str:
-    """The page, its links to files and its names of files leading to their pages; adds those files to `sources`."""
+def with_links(text: str, page: Path, sources: set[Path]) -> str:
+    """A page whose links to files, and names of files, lead to the pages of these; adds them to `sources`."""
     out = []
     fenced = False
-    for line in page.read_text().split("\n"):
+    for line in text.split("\n"):
         if line.startswith("<!-- "):
             continue
         if line.startswith("```"):

@@ -107,7 +107,10 @@ def test_sample_goes_as_far_as_training_unless_told_to_go_on(
     assert capsys.readouterr().err.count("\n") == 1
     assert cli.main(["sample", str(run), "abc", "--max-new-tokens", "14"]) == 2
     said = capsys.readouterr().err
-    assert "3 prompt tokens + 14 new ones = 17, the model was trained on 16" in said and "--context" in said
+    assert (
+        "a prompt of 3 tokens plus 14 to write is 17 tokens, and the model was trained on windows of 16" in said
+        and "--context" in said
+    )
     assert cli.main(["sample", str(run), "a" * 16]) == 2
     assert cli.main(["sample", str(run), "abc", "--max-new-tokens", "14", "--context", "33"]) == 2
     assert "context = 33 must be from 2 to the model's block_size, 32" in capsys.readouterr().err

@@ -19,7 +19,7 @@ LONG_S = 1e-3
 
 
 def timed(work: Callable[[], object], device: torch.device, *, times: int) -> list[float]:
-    """Seconds of `work`, done so many times."""
+    """Seconds of each of several runs of `work`."""
     took: list[float] = []
     for _ in range(times):
         synchronize(device)

@@ -18,7 +18,7 @@ from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.language_model import LanguageModel
 from regpt2.sampling.cpu import in_int8
 from regpt2.sampling.draw import Choice
-from regpt2.sampling.generate import may_differ_in_length, require_fit, require_some
+from regpt2.sampling.generate import in_all, may_differ_in_length, require_fit, require_some
 from regpt2.sampling.writing import FinishReason, Request, Row, TokenLogprob, write
 
 SampleType = Literal["fp32", "bf16", "int8"]
@@ -217,10 +217,10 @@ def _n_new(options: SampleOptions, loaded: LoadedModel, n_prompt: int, most: int
         return 100 if n_new is None else n_new
     least = 1 if n_new is None else n_new
     if most < block_size and n_prompt + least > most:
-        why = "--context says" if options.context else "the model was trained on"
+        why = "--context is" if options.context else "the model was trained on windows of"
         raise UsageError(
-            f"{n_prompt:,} prompt tokens + {least:,} new ones = {n_prompt + least:,}, {why} {most:,}; shorten the "
-            f"prompt, ask for fewer, or give a larger --context, up to the model's block_size, {block_size:,}."
+            f"{in_all(n_prompt, least)}, and {why} {most:,}. Shorten the prompt, ask for fewer new tokens, or give a "
+            f"larger --context, up to the model's block_size, {block_size:,}."
         )
     room = max(1, most - n_prompt)
     n_new = min(100, room) if n_new is None else n_new

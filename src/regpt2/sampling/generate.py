@@ -392,7 +392,11 @@ def require_some(max_new_tokens: int) -> None:
 def require_fit(n_prompt: int, n_new: int, block_size: int) -> None:
     """A UsageError if prompt and new tokens are more than the model can take."""
     if n_prompt + n_new > block_size:
-        raise UsageError(
-            f"{n_prompt:,} prompt tokens + {n_new:,} new ones = {n_prompt + n_new:,}, the model can take "
-            f"{block_size:,}; ask for at most {max(0, block_size - n_prompt):,} new ones, or shorten the prompt."
-        )
+        room = block_size - n_prompt
+        mend = f"Ask for at most {room:,} new tokens, or shorten the prompt." if room > 0 else "Shorten the prompt."
+        raise UsageError(f"{in_all(n_prompt, n_new)}, and the model's context is {block_size:,}. {mend}")
+
+
+def in_all(n_prompt: int, n_new: int) -> str:
+    """How many tokens a prompt and its continuation have together, to begin a message."""
+    return f"a prompt of {n_prompt:,} tokens plus {n_new:,} to write is {n_prompt + n_new:,} tokens"
