@@ -22,8 +22,8 @@ def ours(work: GenerationWork, precision: str, folder: Path) -> Generate:
 
     from regpt2.base.device import choose_compute
     from regpt2.model.files.load import load_model
-    from regpt2.sampling.cpu import in_int8, packed_if_faster
     from regpt2.sampling.generate import generate
+    from regpt2.sampling.twins.cpu import in_int8, packed_if_faster
 
     device = torch.device(work.device)
     compute = choose_compute("fp32" if precision == "int8" else precision, device)

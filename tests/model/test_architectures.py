@@ -32,8 +32,8 @@ from regpt2.model.gpt import GPTConfig
 from regpt2.model.language_model import LanguageModel, has_token_rows
 from regpt2.model.modern import ModernConfig
 from regpt2.model.weights import native
-from regpt2.sampling.cpu import in_int8, packed_if_faster
 from regpt2.sampling.generate import generate
+from regpt2.sampling.twins.cpu import in_int8, packed_if_faster
 from regpt2.training.optimizer import OptimConfig, build_optimizer, load_state_tensors, state_tensors
 from regpt2.training.ranks.strategy import ParallelConfig, gather, load_weights, make_trainable, whole, whole_model
 

@@ -16,7 +16,8 @@ from regpt2.model.kernels import attention, masks
 from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.kernels.masks import Mask, document_numbers, visible_keys
 from regpt2.model.modern import ModernConfig, ModernGPT
-from regpt2.sampling.generate import KVCache, generate
+from regpt2.sampling.generate import generate
+from regpt2.sampling.kv_cache import KVCache
 
 END = 10  # the last id of the vocabulary, as in both tokenizers
 T = 40

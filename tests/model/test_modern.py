@@ -18,7 +18,7 @@ from regpt2.model.kernels import attention, recompute
 from regpt2.model.kernels.rotary import qk_norm, rotation_of
 from regpt2.model.language_model import has_token_rows
 from regpt2.model.modern import ModernConfig, ModernGPT
-from regpt2.sampling.generate import KVCache
+from regpt2.sampling.kv_cache import KVCache
 
 numpy_modern = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "independent" / "numpy_modern.py")))
 

@@ -18,7 +18,7 @@ from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.modern import ModernGPT
 from regpt2.model.weights import native, safetensors
 from regpt2.run import loop as train_module
-from regpt2.sampling.cpu import PackedGPT, TransposedLinear
+from regpt2.sampling.twins.cpu import PackedGPT, TransposedLinear
 
 RECIPE = (
     TINY_RECIPE.replace("seq_len = 32", "seq_len = 16")

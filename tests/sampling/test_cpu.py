@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.sampling.cpu import (
+from regpt2.sampling.generate import generate
+from regpt2.sampling.kv_cache import KVCache
+from regpt2.sampling.twins.cpu import (
     Int8Linear,
     Layout,
     PackedGPT,
@@ -22,7 +24,6 @@ from regpt2.sampling.cpu import (
     in_int8,
     packed_if_faster,
 )
-from regpt2.sampling.generate import KVCache, generate
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=257, dropout=0.3)
 EXACT = replace(CONFIG, activation="gelu")  # with these weights its logits are 1e-3 to 1e-2 off those of the tanh form

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.kernels.activation import Activation
-from regpt2.sampling import cuda_graph
-from regpt2.sampling.generate import KVCache, generate
+from regpt2.sampling.generate import generate
+from regpt2.sampling.kv_cache import KVCache
+from regpt2.sampling.twins import cuda_graph
 
 CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=48, block_size=24, vocab_size=50)
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from regpt2.base.errors import CheckpointError, UsageError
 from regpt2.model.gpt import GPT, GPTConfig
-from regpt2.sampling.cpu import in_int8
-from regpt2.sampling.cuda_graph import StaticStep
 from regpt2.sampling.draw import next_token
-from regpt2.sampling.generate import KVCache, generate
+from regpt2.sampling.generate import generate
+from regpt2.sampling.kv_cache import KVCache
+from regpt2.sampling.twins.cpu import in_int8
+from regpt2.sampling.twins.cuda_graph import StaticStep
 
 numpy_gpt2 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "independent" / "numpy_gpt2.py")))
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.modern import ModernConfig, ModernGPT
-from regpt2.sampling.generate import KVCache, Rows, cache_for, generate
+from regpt2.sampling.generate import Rows, generate
+from regpt2.sampling.kv_cache import KVCache, cache_for
 
 END = 10
 T = 40

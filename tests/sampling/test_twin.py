@@ -15,10 +15,10 @@ from regpt2.base.ranks.world import World
 from regpt2.evals.scoring.context import EvalContext
 from regpt2.model.gpt import GPT, MLP, Block, GPTConfig, LayerNorm, Linear
 from regpt2.model.language_model import LayerCache
-from regpt2.sampling import cpu as packed
-from regpt2.sampling import cuda_graph as replay
-from regpt2.sampling import twin
 from regpt2.sampling.generate import generate
+from regpt2.sampling.twins import cpu as packed
+from regpt2.sampling.twins import cuda_graph as replay
+from regpt2.sampling.twins import twin
 from regpt2.training.ranks.strategy import in_compute_type
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=257)

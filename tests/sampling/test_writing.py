@@ -16,10 +16,10 @@ from regpt2.model.gpt import GPT, GPTConfig
 from regpt2.model.language_model import LanguageModel
 from regpt2.model.modern import ModernConfig, ModernGPT
 from regpt2.sampling.continue_text import batches
-from regpt2.sampling.cpu import in_int8
-from regpt2.sampling.cuda_graph import StaticStep
 from regpt2.sampling.draw import Choice
 from regpt2.sampling.generate import generate, may_differ_in_length
+from regpt2.sampling.twins.cpu import in_int8
+from regpt2.sampling.twins.cuda_graph import StaticStep
 from regpt2.sampling.writing import Request, Row, write
 
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 257}

@@ -16,9 +16,9 @@ from regpt2.base.errors import UsageError
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel, load_model
 from regpt2.model.language_model import LanguageModel
-from regpt2.sampling.cpu import in_int8
 from regpt2.sampling.draw import Choice
 from regpt2.sampling.generate import in_all, may_differ_in_length, require_fit, require_some
+from regpt2.sampling.twins.cpu import in_int8
 from regpt2.sampling.writing import FinishReason, Request, Row, TokenLogprob, write
 
 SampleType = Literal["fp32", "bf16", "int8"]

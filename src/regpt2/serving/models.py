@@ -17,8 +17,8 @@ from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.batching.engine import Engine
 from regpt2.sampling.continue_text import context_of, load_in
-from regpt2.sampling.cpu import Int8Linear
 from regpt2.sampling.tokenizer import tokenizer_of
+from regpt2.sampling.twins.cpu import Int8Linear
 from regpt2.serving.options import ServeOptions
 
 _HASHED = 1024  # values of each tensor: an update of training changes nearly all of them

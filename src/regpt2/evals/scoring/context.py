@@ -15,7 +15,7 @@ from regpt2.base.ranks.world import World
 from regpt2.data.mixture import Share
 from regpt2.data.tokenizer import Tokenizer
 from regpt2.model.language_model import LanguageModel
-from regpt2.sampling.cpu import packed_if_faster
+from regpt2.sampling.twins.cpu import packed_if_faster
 
 LONG_SEQUENCE = 8192  # tokens; the memory of a batch does not grow with longer ones
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from regpt2.base.errors import UsageError
 from regpt2.base.free_memory import free_bytes
 from regpt2.model.language_model import LanguageModel
-from regpt2.sampling.cpu import packed_if_faster
-from regpt2.sampling.generate import KVCache, cache_for
+from regpt2.sampling.kv_cache import KVCache, cache_for
+from regpt2.sampling.twins.cpu import packed_if_faster
 
 # B rows, T tokens, C = n_embd, V = vocab_size
 

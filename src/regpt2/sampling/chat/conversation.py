@@ -18,9 +18,9 @@ from regpt2.data.chat_template import SPECIAL, SYSTEM, USER, Message, check, pro
 from regpt2.data.tokenizer import StreamDecoder, Tokenizer
 from regpt2.model.files.load import LoadedModel
 from regpt2.sampling.continue_text import SampleType
-from regpt2.sampling.cpu import packed_if_faster
 from regpt2.sampling.draw import Choice
 from regpt2.sampling.generate import generate
+from regpt2.sampling.twins.cpu import packed_if_faster
 
 MOST_RESERVED = 256  # tokens kept free for an answer if no number is given; at most a quarter of the context
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from regpt2.base.console import warn
 from regpt2.model.gpt import GPT
 from regpt2.model.language_model import LanguageModel
-from regpt2.sampling.twin import may_have_twin
+from regpt2.sampling.twins.twin import may_have_twin
 
 # B sequences, C = n_embd, H = n_head, D = C / H, S places in the cache
 

@@ -15,7 +15,7 @@ from regpt2.base.errors import UsageError
 from regpt2.model.gpt import GPT, Block, is_plain
 from regpt2.model.kernels.attention import causal_attention
 from regpt2.model.language_model import LanguageModel, LayerCache
-from regpt2.sampling.twin import may_have_twin, twin_agrees
+from regpt2.sampling.twins.twin import may_have_twin, twin_agrees
 
 # B sequences, T tokens, C = n_embd, H = n_head, D = C / H, S = T + tokens in the cache
 

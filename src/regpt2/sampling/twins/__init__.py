@@ -1,0 +1,1 @@
+"""Faster ways to compute what GPT-2 computes, each checked against it."""
