@@ -117,7 +117,7 @@ def test_evaluate_refuses_other_characters(place: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("to", ["native", "nanogpt", "safetensors"])
+@pytest.mark.parametrize("to", ["native", "nanogpt", "safetensors", "llmc"])
 def test_convert_says_where_the_characters_are(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
@@ -125,14 +125,14 @@ def test_convert_says_where_the_characters_are(
     assert main(["convert", run, str(tmp_path / "out"), "--to", to]) == 0
     said = capsys.readouterr().out
     assert f"Its {len(CHARACTERS)} tokens are characters." in said
-    assert ("keep the meta.pkl of its data" in said) == (to == "safetensors")
+    assert ("keep the meta.pkl of its data" in said) == (to == "llmc")
     if to == "nanogpt":
         assert "sample.py reads them from data/characters/meta.pkl" in said
         assert torch.load(tmp_path / "out", weights_only=True)["config"]["dataset"] == "characters"
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("to", ["native", "huggingface", "nanogpt", "gguf"])
+@pytest.mark.parametrize("to", ["native", "safetensors", "huggingface", "nanogpt", "gguf"])
 def test_an_export_holds_its_characters_or_takes_them_from_meta_pkl(place: Path, tmp_path: Path, to: str) -> None:
     model, tokenizer = load_model(place / "run").model, CharacterTokenizer(CHARACTERS)
     vocabulary = Vocabulary(tokenizer.name, tokenizer.fingerprint, characters=tokenizer.characters)

@@ -19,6 +19,7 @@ from regpt2.model.language_model import LanguageModel
 FILES: tuple[str, ...] = ()
 DTYPES = ("fp32", "bf16", "fp16")
 ANY_ARCHITECTURE = True
+CHARACTERS_NOTE = ""
 
 
 def matches(path: Path) -> bool:
