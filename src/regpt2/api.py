@@ -144,8 +144,9 @@ class Model(Writer):
         Args: as for `generate`. The oldest turns that do not fit into the context are left out.
 
         Raises:
-            UsageError: it is no chat model, the last message leaves no room, or an option is out of range.
-            DataError: these are no messages of system (or none), user, assistant, user, ... that end with the user's.
+            UsageError: it is no chat model, the last message is not the user's or leaves no room, or an option is out
+                of range.
+            DataError: these are no messages of system (or none), user, assistant, user, ...
         """
         options = ChatOptions(self._loaded.source, "", max_new_tokens, context, temperature, top_k, top_p, seed)
         with self._set_up():
@@ -216,8 +217,8 @@ def load(
     """The model that `spec` names, ready for use.
 
     Args:
-        spec: a run folder (its newest complete checkpoint), a checkpoint, a file or folder of any known format, or
-            a model of the Hugging Face hub such as "hf:gpt2".
+        spec: a run folder (its newest complete checkpoint), a checkpoint, a file or folder of any known format, a
+            model of the Hugging Face hub such as "hf:gpt2", or "builtin:novels", which comes with regpt2.
         device: auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps.
         dtype: fp32, bf16, or int8 (GPT-2 on a CPU, to generate and score alone).
         tokenizer: for a model that does not include its vocabulary, as nanoGPT's: the meta.pkl or tokenizer.json.

@@ -17,6 +17,7 @@ from typing import IO
 from regpt2.base.errors import Problem, UsageError
 
 CHUNK_BYTES = 1 << 20
+_BUILTIN = Path(__file__).parents[1] / "builtin"
 LOCK = ".lock"
 LOOKS, LOOK_S = 5, 0.02  # `is_locked` holds a lock that it finds free, but far shorter
 SMALL_BYTES = 16 << 20  # JSON can take thirty times its size in memory
@@ -27,6 +28,20 @@ def cache_dir() -> Path:
     if own := os.environ.get("REGPT2_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regpt2"
+
+
+def builtin_folder(spec: str) -> Path | None:
+    """Where a model that comes with the package is, with its tokenizer; None if `spec` is not "builtin:NAME".
+
+    Raises:
+        UsageError: none has this name.
+    """
+    if not spec.startswith("builtin:"):
+        return None
+    folders = {f"builtin:{folder.name}": folder for folder in _BUILTIN.iterdir() if folder.is_dir()}
+    if spec not in folders:
+        raise UsageError(f"{spec!r:.200} does not come with regpt2; give {', '.join(sorted(folders))}.")
+    return folders[spec]
 
 
 def sha256_bytes(data: bytes) -> str:

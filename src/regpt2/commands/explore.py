@@ -27,7 +27,7 @@ class ExploreOptions:
     """Look inside a model: its tensors, which tokens it treats alike, what its attention heads look at."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
+    """A run folder, a checkpoint, a file or folder of any format, hf:gpt2, or builtin:novels."""
     out: Path | None = None
     """A folder for explore.html, which opens offline, and its pictures: wpe, wte and attention maps, as PNG."""
     tokens: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TOKENS")] = None

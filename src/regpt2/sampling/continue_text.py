@@ -32,7 +32,7 @@ class SampleOptions:
     """Continue a prompt, token by token."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run folder, a checkpoint, a file or folder of any format, or hf:gpt2."""
+    """A run folder, a checkpoint, a file or folder of any format, hf:gpt2, or builtin:novels."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = ""
     """The text to continue; empty: a new document; -: standard input. Put one that begins with - last, after --."""
     prompts: Path | None = None

@@ -128,8 +128,9 @@ def names_of(specs: Sequence[str]) -> list[str]:
 
 
 def _name(spec: str) -> str:
-    if spec.startswith("hf:"):
-        return safe_text(spec.removeprefix("hf:"))
+    kind, _, name = spec.partition(":")
+    if kind in ("hf", "builtin"):
+        return safe_text(name)
     path = Path(spec).absolute()
     if path.name == "checkpoints":
         path = path.parent

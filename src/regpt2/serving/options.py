@@ -32,7 +32,7 @@ class ServeOptions:
     """Serve models over HTTP: OpenAI's API, a page to write with at /, training runs at /runs."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [...]")]
-    """Run folders, checkpoints, files or folders of any format, or hf:gpt2; the first is the default."""
+    """Run folders, checkpoints, files or folders of any format, hf:gpt2, builtin:novels; the first is the default."""
     host: str = "127.0.0.1"
     """The address to listen at; any but this machine's own needs an API key."""
     port: int = 8000

@@ -51,7 +51,8 @@ class PrepareOptions:
     first: int | None = None
     """Use only the first N files of a published data set, to try it."""
     tokenizer: str = "gpt2"
-    """gpt2 (50,257 ids), bytes (257), or your own: the tokenizer.json of `regpt2 tokenizer train`, or its folder."""
+    """gpt2 (50,257 ids), bytes (257), or your own: the tokenizer.json of `regpt2 tokenizer train`, or its folder;
+    builtin:novels has that of the model of this name."""
     vocab: Path | None = None
     """A vocab.bpe of your own for gpt2; it must be GPT-2's."""
     encoder: EncoderName = "auto"

@@ -13,7 +13,7 @@ from types import ModuleType
 from regpt2.base import shelves
 from regpt2.base.console import ProgressLine, count, duration, say, warn
 from regpt2.base.errors import DataError, UsageError
-from regpt2.base.files import folder_lock, write_atomic
+from regpt2.base.files import builtin_folder, folder_lock, write_atomic
 from regpt2.data.added_tokens import AddedTokens
 from regpt2.data.fast_tokenizer import fast_tokenizer
 from regpt2.data.own_vocabulary import read_own
@@ -86,7 +86,7 @@ def _tokenizer(options: PrepareOptions) -> tuple[Tokenizer, Path | None]:
         raise UsageError(
             f"--vocab {options.vocab} is for gpt2; --tokenizer {options.tokenizer} has its own: leave it out."
         )
-    own = BytePairTokenizer(read_own(Path(options.tokenizer)))
+    own = BytePairTokenizer(read_own(builtin_folder(options.tokenizer) or Path(options.tokenizer)))
     return fast_tokenizer(options.encoder, own), options.out / OWN_FILE
 
 

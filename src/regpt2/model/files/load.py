@@ -1,4 +1,4 @@
-"""A model by name. In: a run folder, a checkpoint, a file or folder of a known format, or `hf:gpt2`; out: a model."""
+"""A model by name. In: a run, a checkpoint, a file or folder of a format, `hf:gpt2`, `builtin:novels`; out: a model."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from regpt2.base import shelves
 from regpt2.base.console import warn
 from regpt2.base.errors import CheckpointError, DownloadError, UsageError
-from regpt2.base.files import sha256_file
+from regpt2.base.files import builtin_folder, sha256_file
 from regpt2.model.architecture import build_model
 from regpt2.model.files import fill_model
 from regpt2.model.files.contract import CONFIG, GPT2_ROWS, GPT2_TOKENS, SHELF, WEIGHTS, ModelFiles, TokenizerRef
@@ -23,7 +23,7 @@ from regpt2.model.language_model import GPTConfig, LanguageModel
 T = TypeVar("T")
 KINDS = (
     "a run folder (with checkpoints/), a checkpoint, a Hugging Face folder, a file or folder of another known format, "
-    "or hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name)"
+    "hf:NAME from the Hugging Face hub (hf:gpt2, hf:gpt2-xl, hf:owner/name), or builtin:novels, which comes with regpt2"
 )
 _STEP = re.compile(r"step-(\d{8,})")
 _BEST = "best"
@@ -75,8 +75,8 @@ def load_model(
 
     Args:
         spec: a run folder (its newest whole checkpoint), a checkpoint, a file or folder of any format on the shelf
-            model/weights/, or "hf:gpt2" and the like from the Hugging Face hub; ":gelu" or ":gelu_tanh" behind it is
-            the form of GELU to use it with.
+            model/weights/, "hf:gpt2" and the like from the Hugging Face hub, or "builtin:novels", a small model that
+            comes with regpt2; ":gelu" or ":gelu_tanh" behind it is the form of GELU to use it with.
 
     Raises:
         UsageError: `spec` names nothing.
@@ -104,6 +104,8 @@ def _find(spec: str, load: Callable[..., T]) -> T:
     if spec.startswith("hf:"):
         name = spec.removeprefix("hf:")
         return load(_fetch(name), source=f"hf:{_repo_id(name)}")
+    if (of_package := builtin_folder(spec)) is not None:
+        return load(of_package, source=spec)
     folder = Path(spec)
     if not folder.exists():
         hint = f" Did you mean hf:{spec}?" if re.fullmatch(r"gpt2(-medium|-large|-xl)?", spec) else ""

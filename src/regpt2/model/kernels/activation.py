@@ -1,7 +1,7 @@
 """The two forms of GELU. In: MODEL as it was typed, and what its file states; out: the form to use, with a warning.
 
 GELU is x times the share of the normal distribution below x: by erf, or in GPT-2 by a tanh that approximates it.
-A model trained with one and used with the other has logits that are off by a thousandth of the largest.
+A model trained with one and used with the other has logits that are a little off.
 """
 
 from pathlib import Path
