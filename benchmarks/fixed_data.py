@@ -3,7 +3,8 @@
     python benchmarks/fixed_data.py RUNS --out JSON --picture PNG
 
 RUNS has a folder for each arm, and in it one for each seed: ARM/seed-N, as `regpt2 compare` makes them or
-`regpt2 train --run RUNS/ARM/seed-N`. Each arm is compared with the arm `recipe`, seed by seed.
+`regpt2 train --run RUNS/ARM/seed-N`. Each arm is compared with the one that it differs from in one part (`base_of`),
+seed by seed.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from matplotlib.figure import Figure
 from regpt2.base.record.metrics import read_events
 from regpt2.pages.charts.draw import PRINT, RUN_COLORS, heading, png
 
-BASE = "recipe"
 SHOWN = {
     "one pass": "one_pass",
     "many passes as usual": "naive",
     "the recipe": "recipe",
     "the recipe, 24 passes": "recipe_24",
+    "24 passes without heavy decay": "no_decay_24",
 }
 
 
@@ -37,12 +38,23 @@ def main() -> None:
     arms = {
         folder.name: [read(run) for run in sorted(folder.glob("seed-*"))] for folder in sorted(options.runs.iterdir())
     }
-    table = {name: summary(runs, arms.get(BASE, [])) for name, runs in arms.items() if runs}
+    table = {
+        name: {"base": base_of(name), **summary(runs, arms.get(base_of(name), []))}
+        for name, runs in arms.items()
+        if runs
+    }
     options.out.write_text(json.dumps({"about": options.about, "arms": table, "runs": arms}, indent=1) + "\n")
     for name, row in table.items():
         print(json.dumps({"arm": name, **row}))
     if options.picture:
         draw(options.picture, arms)
+
+
+def base_of(arm: str) -> str:
+    """What an arm is compared with."""
+    if arm.endswith("_24"):
+        return "recipe_24"
+    return "with_dropout" if arm.startswith("with_dropout_") else "recipe"
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -67,7 +79,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard error of the best loss over seeds; the mean difference to the recipe's runs of equal seeds."""
+    """Mean and standard error of the best loss over seeds; the mean difference to the base's runs of equal seeds."""
     best = [run["best"] for run in runs]
     of_base = {run["seed"]: run["best"] for run in base}
     pairs = [run["best"] - of_base[run["seed"]] for run in runs if run["seed"] in of_base]
@@ -77,8 +89,8 @@ def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
         "standard_error": error(best),
         "last": float(np.mean([run["last"] for run in runs])),
         "passes_at_best": float(np.mean([run["best_tokens"] / run["train_tokens"] for run in runs])),
-        "to_recipe": float(np.mean(pairs)) if pairs else None,
-        "to_recipe_standard_error": error(pairs),
+        "to_base": float(np.mean(pairs)) if pairs else None,
+        "to_base_standard_error": error(pairs),
         "pairs": len(pairs),
     }
 
@@ -91,7 +103,7 @@ def draw(path: Path, arms: dict[str, list[dict[str, Any]]]) -> None:
     """The loss against the tokens seen: the mean over seeds, its lowest point marked and named."""
     figure = Figure(figsize=(10, 5.2), dpi=160, facecolor="white")
     axes = figure.add_axes((0.07, 0.11, 0.7, 0.71))
-    million = arms[BASE][0]["train_tokens"] / 1e6
+    million = arms["recipe"][0]["train_tokens"] / 1e6
     for i, (label, name) in enumerate(SHOWN.items()):
         runs = [run for run in arms.get(name, []) if run["tokens"] == arms[name][0]["tokens"]]
         if not runs:
@@ -102,7 +114,7 @@ def draw(path: Path, arms: dict[str, list[dict[str, Any]]]) -> None:
         axes.plot(tokens[at], mean[at], "o", color=color, markersize=6)
         best = np.mean([run["best"] for run in runs])
         axes.annotate(
-            f"{label}: {best:.3f}", (tokens[-1], mean[-1]), xytext=(8, 0), textcoords="offset points",
+            f"{label}: {best:.3f}", (tokens[-1], mean[-1]), xytext=(8, 7), textcoords="offset points",
             va="center", color=color, fontsize=10,
         )  # fmt: skip
     axes.spines[["top", "left", "right"]].set_visible(False)
