@@ -129,7 +129,7 @@ def test_impossible_passes_are_refused(epochs: float) -> None:
 def test_the_recipe_for_fixed_data_has_all_its_parts() -> None:
     recipe = load_recipe("fixed_data")
     assert recipe.max_epochs >= 8 and recipe.batch.order == "documents"
-    assert 0.8 <= recipe.optim.weight_decay <= 1.6 and recipe.model.dropout and recipe.optim.ema
+    assert 0.8 <= recipe.optim.weight_decay <= 1.6 and recipe.optim.ema and not recipe.model.dropout
     assert recipe.keep_best and recipe.stop_after_worse and recipe.eval_every
 
 

@@ -66,12 +66,14 @@ def pages() -> list[Path]:
 def navigation() -> list[Any]:
     """The site's tree: the guide, then the pages by purpose; every other page under Reference."""
     named = {name for names in PARTS.values() for name in names}
-    others = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in named]
+    others = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in {*named, "results"}]
     map_of_guide = [path.relative_to(ROOT).as_posix() for path in (FOLDER / "README.md",) if path.exists()]
     guide = [*map_of_guide, *({read_chapter(path).title: f"docs/guide/{path.name}"} for path in chapters())]
     parts = [{part: [f"docs/{name}.md" for name in names]} for part, names in PARTS.items()]
+    certificates = [{path.stem: f"docs/results/{path.name}"} for path in sorted((ROOT / "docs/results").glob("*.md"))]
+    results = ["docs/results.md", {"Certificates": certificates}]
     reference = [*(f"docs/{path.name}" for path in others), *PAGES[1:]]
-    return [{"regpt2": "README.md"}, {"Guide": guide}, *parts, {"Reference": reference}]
+    return [{"regpt2": "README.md"}, {"Guide": guide}, *parts, {"Results": results}, {"Reference": reference}]
 
 
 def lay_out(folder: Path) -> None:
