@@ -24,7 +24,7 @@ SHOWN = {
     "many passes as usual": "naive",
     "the recipe": "recipe",
     "the recipe, 24 passes": "recipe_24",
-    "24 passes without heavy decay": "no_decay_24",
+    "24, light decay": "no_decay_24",
 }
 
 
