@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="of regpt2's runs, one after another")
     options = parser.parse_args()
+    for needed in (options.nanogpt / "train.py", options.data / "train.bin", options.data / "val.bin"):
+        if not needed.is_file():
+            parser.error(f"{needed} is missing; --nanogpt is a clone of nanoGPT, DATA has train.bin and val.bin.")
     data, work = options.data.resolve(), options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as both:
